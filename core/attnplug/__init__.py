@@ -1,0 +1,123 @@
+"""A plugin registry for attention kernels on PyTorch: install a kernel package and it is there.
+
+Importing attnplug imports nothing else: no torch, no plugin, no kernel. What needs torch is imported
+when it is first used, plugins when the registry is first asked, and a kernel when it is first chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnplug._catalogue import list_flash_attention_impls, list_impls, register_impl, unregister_impl
+from attnplug._errors import (
+    AttnplugError,
+    ConfigError,
+    DuplicateImplementationError,
+    FallbackWarning,
+    GradientError,
+    KernelError,
+    NoImplementationError,
+    PluginError,
+    PluginWarning,
+    ScopeError,
+    SpecError,
+    UnknownImplementationError,
+)
+from attnplug._hookspecs import hookimpl
+from attnplug._types import (
+    Capabilities,
+    CausalVariant,
+    Feature,
+    ImplRecord,
+    ImplSpec,
+    SDPAParams,
+    SDPBackend,
+    Verdict,
+)
+from attnplug._version import __version__
+
+if TYPE_CHECKING:
+    from attnplug._activation import (
+        activate_flash_attention_impl,
+        current_flash_attention_impl,
+        register_flash_attention_impl,
+        restore_flash_attention_impl,
+    )
+    from attnplug._api import scaled_dot_product_attention, varlen_attn
+    from attnplug._explain import Explanation, can_use_impl, explain
+    from attnplug._recording import RecordedCall, record
+    from attnplug._scopes import sdpa_kernel
+
+WARN_FOR_UNFUSED_KERNELS = False
+"""Set to True to be warned, with each reason, whenever a call falls back to the MATH family."""
+
+_NEEDS_TORCH = {
+    "activate_flash_attention_impl": "attnplug._activation",
+    "current_flash_attention_impl": "attnplug._activation",
+    "register_flash_attention_impl": "attnplug._activation",
+    "restore_flash_attention_impl": "attnplug._activation",
+    "scaled_dot_product_attention": "attnplug._api",
+    "varlen_attn": "attnplug._api",
+    "Explanation": "attnplug._explain",
+    "can_use_impl": "attnplug._explain",
+    "explain": "attnplug._explain",
+    "RecordedCall": "attnplug._recording",
+    "record": "attnplug._recording",
+    "sdpa_kernel": "attnplug._scopes",
+}
+
+__all__ = [
+    "WARN_FOR_UNFUSED_KERNELS",
+    "AttnplugError",
+    "Capabilities",
+    "CausalVariant",
+    "ConfigError",
+    "DuplicateImplementationError",
+    "Explanation",
+    "FallbackWarning",
+    "Feature",
+    "GradientError",
+    "ImplRecord",
+    "ImplSpec",
+    "KernelError",
+    "NoImplementationError",
+    "PluginError",
+    "PluginWarning",
+    "RecordedCall",
+    "SDPAParams",
+    "SDPBackend",
+    "ScopeError",
+    "SpecError",
+    "UnknownImplementationError",
+    "Verdict",
+    "__version__",
+    "activate_flash_attention_impl",
+    "can_use_impl",
+    "current_flash_attention_impl",
+    "explain",
+    "hookimpl",
+    "list_flash_attention_impls",
+    "list_impls",
+    "record",
+    "register_flash_attention_impl",
+    "register_impl",
+    "restore_flash_attention_impl",
+    "scaled_dot_product_attention",
+    "sdpa_kernel",
+    "unregister_impl",
+    "varlen_attn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _NEEDS_TORCH.get(name)
+    if module is None:
+        raise AttributeError(f"module 'attnplug' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value  # the next access is an ordinary one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,164 @@
+"""The first choice of the whole process, and providers written for `torch.nn.attention`.
+
+A provider is a function that overrides PyTorch's flash operators when it is called, and returns a handle
+whose `remove()` undoes that. PyTorch's registry undoes the old provider before it knows that the new one
+works; here a failed activation leaves what was.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from attnplug import builtin
+from attnplug._errors import DuplicateImplementationError, NoImplementationError, PluginError
+from attnplug._registry import PROGRAM
+from attnplug._selection import process, start
+from attnplug._types import ImplSpec, SDPAParams, SDPBackend
+
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class _Provider:
+    """The kernel behind a `register_fn`: PyTorch's flash operator, once the provider has overridden it."""
+
+    name: str
+    register_fn: Callable[[], Any]
+    composite: bool = True
+
+    def forward(self, params: SDPAParams) -> Any:
+        from attnplug.builtin import aten_flash
+
+        return aten_flash.forward(params)
+
+    def supports(self, params: SDPAParams) -> str | None:
+        if process.activation == self.name:
+            return None
+        return f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({self.name!r})"
+
+
+@dataclass(frozen=True)
+class _Active:
+    """What has to be undone: the handle that the provider returned, if it is a provider."""
+
+    name: str
+    provider: _Provider | None = None
+    handle: Any = None
+
+
+_active: _Active | None = None
+
+
+def register_flash_attention_impl(impl: str, *, register_fn: Callable[[], Any]) -> None:
+    """Register a provider written for `torch.nn.attention.register_flash_attention_impl`, unchanged.
+
+    Args:
+        impl: its name. A provider that was registered under this name before is replaced, as in PyTorch.
+        register_fn: called on activation; registers kernels with PyTorch's dispatcher, and may return a
+            handle whose `remove()` is called on restore.
+
+    Raises:
+        TypeError: `register_fn` cannot be called.
+        DuplicateImplementationError: an implementation of another kind has this name.
+        ValueError: the name is active.
+    """
+    if not callable(register_fn):
+        raise TypeError(f"register_fn: expected a callable, got {register_fn!r}")
+    with _lock:
+        registry = start()
+        if impl in registry:
+            entry = registry.get(impl)
+            if not isinstance(entry.spec.kernel, _Provider):
+                raise DuplicateImplementationError(impl, entry.distribution, PROGRAM)
+            if process.activation == impl:
+                raise ValueError(f"impl: {impl!r} is active; restore_flash_attention_impl() first")
+            registry.remove(impl)
+        capabilities = next(spec.capabilities for spec in builtin.SPECS if spec.name == "aten_flash")
+        registry.add(
+            ImplSpec(
+                name=impl,
+                kernel=_Provider(impl, register_fn),
+                backend=SDPBackend.FLASH_ATTENTION,
+                capabilities=capabilities,
+                priority=-10,
+            ),
+            PROGRAM,
+        )
+
+
+def activate_flash_attention_impl(impl: str) -> None:
+    """Make `impl` the first choice of the whole process, for every call that it supports.
+
+    All or nothing: if it fails, what was active before stays active.
+
+    Raises:
+        UnknownImplementationError: no implementation has this name.
+        NoImplementationError: it cannot work on this machine; the message says why.
+        PluginError: its kernel could not be imported.
+        Exception: whatever a provider's `register_fn` raises.
+    """
+    global _active
+    with _lock:
+        entry = start().get(impl, "impl")
+        if reason := entry.unavailable():
+            raise NoImplementationError({impl: (reason,)}, "activate_flash_attention_impl")
+        if entry.load() is None:
+            raise PluginError(f"implementation {impl!r} cannot be activated: {entry.broken}")
+        before, provider = _active, entry.spec.kernel if isinstance(entry.spec.kernel, _Provider) else None
+        _undo(before)
+        try:
+            handle = _register(provider) if provider is not None else None
+        except BaseException:
+            _active = _redo(before)
+            raise
+        _active = _Active(impl, provider, handle)
+        process.activate(impl)
+
+
+def restore_flash_attention_impl() -> None:
+    """Undo the activation completely. If nothing is active, warn, as PyTorch does."""
+    global _active
+    with _lock:
+        if _active is None:
+            warnings.warn("restore_flash_attention_impl: no implementation is active", stacklevel=2)
+            return
+        before, _active = _active, None
+        process.activate(None)
+        _undo(before)
+
+
+def current_flash_attention_impl() -> str | None:
+    """Return the name of the active implementation, or None."""
+    return process.activation
+
+
+def _register(provider: _Provider) -> Any:
+    handle = provider.register_fn()
+    if handle is not None and not callable(getattr(handle, "remove", None)):
+        raise TypeError(f"register_fn of {provider.name!r}: expected None or a handle with remove(), got {handle!r}")
+    return handle
+
+
+def _undo(active: _Active | None) -> None:
+    if active is None or active.provider is None:
+        return
+    if active.handle is not None:
+        active.handle.remove()
+    else:
+        warnings.warn(
+            f"{active.name!r} gave no handle when it was activated, so PyTorch's dispatcher keeps its kernels",
+            stacklevel=3,
+        )
+
+
+def _redo(active: _Active | None) -> _Active | None:
+    """Put back what `_undo` undid."""
+    if active is None or active.provider is None:
+        return active
+    return _Active(active.name, active.provider, _register(active.provider))
+
+

@@ -1,0 +1,202 @@
+"""The two attention calls. The first comparisons decide whether PyTorch's own function can simply run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, is_regular_shape, varlen
+from attnplug._prepare import prepare_dense
+from attnplug._selection import process, thread
+from attnplug._types import CausalVariant, SDPAParams
+
+_torch_sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_variant: CausalVariant = UPPER_LEFT,
+    window_size: tuple[int, int] = OPEN_WINDOW,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Any:
+    """Compute attention with the implementation that the current selection chooses for this call.
+
+    The first eight parameters are those of `torch.nn.functional.scaled_dot_product_attention`, in its
+    order. `off`, below, is 0 for `UPPER_LEFT` and `Sk - Sq` for `LOWER_RIGHT`.
+
+    Args:
+        query: `(..., Hq, Sq, E)`, float16, bfloat16, float32 or float64.
+        key: `(..., Hkv, Sk, E)`, of the query's dtype and device.
+        value: `(..., Hkv, Sk, Ev)`, likewise.
+        attn_mask: broadcasts to `(..., Hq, Sq, Sk)`; boolean, True takes part; or floating, of the
+            query's dtype or float32, added to the logits. A `CausalBias` is accepted. May be combined
+            with `is_causal`.
+        dropout_p: probability with which a probability is zeroed; the others are scaled by
+            `1 / (1 - dropout_p)`.
+        is_causal: query `i` sees keys `j <= i + off`.
+        scale: factor of the logits; `1 / sqrt(E)` if None.
+        enable_gqa: allows `Hq` to be a multiple of `Hkv`; query head `h` reads head `h // (Hq / Hkv)`.
+        causal_variant: alignment of causal masks, windows and ALiBi distances.
+        window_size: `(left, right)`: query `i` sees `i + off - left <= j <= i + off + right`; -1 leaves
+            a side open.
+        softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
+        sinks: `(Hq,)`, one more logit in each row's denominator, with no value.
+        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits.
+        seqused_k: `(B,)` int32; only so many keys of each sequence exist.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        impl: the implementation that must run; stronger than any scope or activation.
+
+    Returns:
+        `out (..., Hq, Sq, Ev)` in the query's dtype; with `return_lse`, `(out, lse)` with
+        `lse (..., Hq, Sq)` in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        NoImplementationError: nothing that is allowed supports the call; the message gives all reasons.
+        UnknownImplementationError: `impl` names no implementation.
+
+    Example:
+        >>> import torch, attnplug
+        >>> query = torch.randn(2, 8, 16, 64)
+        >>> attnplug.scaled_dot_product_attention(query, query, query, is_causal=True).shape
+        torch.Size([2, 8, 16, 64])
+    """
+    # With nothing selected, a call that PyTorch's own function can take goes straight to it: the
+    # comparisons cost about 1 us. They include the shapes, which PyTorch's CPU kernel does not check.
+    if (
+        process.plain
+        and impl is None
+        and thread.scope is None
+        and not thread.recordings
+        and sinks is None
+        and alibi_slopes is None
+        and seqused_k is None
+        and not return_lse
+        and not softcap
+        and window_size == OPEN_WINDOW
+        and causal_variant == UPPER_LEFT
+        and (attn_mask is None or (type(attn_mask) is Tensor and not is_causal))
+        and is_regular_shape(query, key, value, enable_gqa)
+    ):
+        try:
+            return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        except (RuntimeError, TypeError, ValueError):
+            # Almost surely a mistake in the arguments: say which, or let the error be raised again.
+            prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
+            raise
+    params = _record_of(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        dropout=dropout_p,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        scale=scale,
+        causal_variant=causal_variant,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        seqused_k=seqused_k,
+        return_lse=return_lse,
+    )
+    out, lse = dense(params, impl)
+    return (out, lse) if return_lse else out
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window_size: tuple[int, int] = OPEN_WINDOW,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Any:
+    """Compute attention over sequences of different lengths, packed one after the other.
+
+    Causal masks, windows and ALiBi distances are aligned to the lower right of each sequence. The
+    remaining arguments mean what they mean in `scaled_dot_product_attention`.
+
+    Args:
+        query: `(Tq, Hq, E)`, all queries of all sequences.
+        key: `(Tk, Hkv, E)`, or pages `(pages, page_size, Hkv, E)` with `block_table`.
+        value: `(Tk, Hkv, Ev)`, or pages likewise.
+        cu_seq_q: int32 `(B + 1,)`: sequence `b` has the queries from `cu_seq_q[b]` to `cu_seq_q[b + 1]`.
+        cu_seq_k: the same for keys; None if `block_table` and `seqused_k` say where and how many.
+        max_q: the longest sequence of queries.
+        max_k: the longest sequence of keys.
+        seqused_k: int32 `(B,)`; only so many keys of each sequence exist.
+        block_table: int32 `(B, blocks)`; the pages that hold each sequence's keys, in order.
+
+    Returns:
+        `out (Tq, Hq, Ev)`; with `return_lse`, `(out, lse)` with `lse (Hq, Tq)`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it. Values of `cu_seq_*`,
+            `seqused_k` and `block_table` are checked where that needs no synchronisation with a card.
+        NoImplementationError: nothing that is allowed supports the call.
+        UnknownImplementationError: `impl` names no implementation.
+    """
+    params = _record_of(
+        query=query,
+        key=key,
+        value=value,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        causal_variant=CausalVariant.LOWER_RIGHT,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        seqused_k=seqused_k,
+        return_lse=return_lse,
+        dropout=dropout_p,
+        cu_seq_q=cu_seq_q,
+        cu_seq_k=cu_seq_k,
+        max_q=max_q,
+        max_k=max_k,
+        block_table=block_table,
+    )
+    out, lse = varlen(params, impl)
+    return (out, lse) if return_lse else out
+
+
+def _record_of(**fields: Any) -> SDPAParams:
+    """Build a record without the frozen dataclass's `__init__`, which costs more than the rest of a call.
+
+    Fields that are not given read as the class's defaults.
+    """
+    params = object.__new__(SDPAParams)
+    object.__setattr__(params, "__dict__", fields)
+    return params

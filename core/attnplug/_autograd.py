@@ -1,0 +1,191 @@
+"""From an author's forward and backward to autograd: the same wrapper, and the same checks, for every kernel."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._errors import GradientError, KernelError
+from attnplug._resolver import Decision
+from attnplug._types import Feature, SDPAParams
+
+_TENSORS = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "sinks",
+    "alibi_slopes",
+    "seqused_k",
+    "cu_seq_q",
+    "cu_seq_k",
+    "block_table",
+)
+_DIFFERENTIABLE = _TENSORS[:5]
+_CONSTANTS = tuple(item.name for item in fields(SDPAParams) if item.name not in _TENSORS)
+
+
+def run(decision: Decision, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Run the chosen kernel and return `out` and `lse`, differentiable where `grad` is true.
+
+    Raises:
+        KernelError: the kernel returned something else than it must.
+    """
+    kernel = decision.kernel
+    if not grad:
+        return run_forward(decision, params)[:2]  # type: ignore[return-value]
+    if kernel.backward is not None:
+        inputs = [getattr(params, name) for name in _DIFFERENTIABLE]
+        return _Attention.apply(decision, params, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+    out, lse = run_forward(decision, params)[:2]
+    if lse is not None and params.return_lse and not _declares(decision, Feature.LSE_GRADIENT):
+        lse = _Refuse.apply(_no_lse_gradient(decision), 1, lse.detach(), *_inputs(params))  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+def run_forward(decision: Decision, params: SDPAParams) -> tuple[Any, ...]:
+    """Run the kernel's forward, outside autocast, and check what it returns."""
+    with _no_autocast(params.query):
+        returned = decision.kernel.forward(params)
+    check_outputs(decision.name, params, returned)
+    return returned
+
+
+def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
+    """Raise KernelError unless `returned` is `(out, lse, *saved)` as a forward must return it."""
+    if not isinstance(returned, tuple) or len(returned) < 2:
+        got = f"{len(returned)} values" if isinstance(returned, (tuple, list)) else type(returned).__name__
+        raise KernelError(f"implementation {name!r}: forward must return a tuple (out, lse, *saved), got {got}")
+    query, value = params.query, params.value
+    out, lse = returned[0], returned[1]
+    if query.is_nested:
+        return
+    check_output(name, "out", out, (*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
+    if lse is None and not params.return_lse:
+        return
+    rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    check_output(name, "lse", lse, tuple(rows), dtype, query.device)
+
+
+def check_output(
+    name: str, what: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise KernelError unless `tensor` has the shape, dtype and device that the contract gives it."""
+    if not isinstance(tensor, Tensor):
+        raise KernelError(f"implementation {name!r}: {what} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise KernelError(f"implementation {name!r}: {what} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise KernelError(f"implementation {name!r}: {what} must have dtype {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise KernelError(f"implementation {name!r}: {what} must be on {device}, got {tensor.device}")
+
+
+class _Attention(torch.autograd.Function):
+    """A kernel's forward and backward. What ran forward runs backward, whatever is selected by then."""
+
+    @staticmethod
+    def forward(ctx: Any, decision: Decision, params: SDPAParams, *inputs: Tensor | None) -> tuple[Any, Any]:
+        out, lse, *saved = run_forward(decision, params)
+        ctx.decision = decision
+        ctx.constants = {name: getattr(params, name) for name in _CONSTANTS}
+        ctx.save_for_backward(*(getattr(params, name) for name in _TENSORS), out, lse, *saved)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        count = len(_TENSORS)
+        params = SDPAParams(**dict(zip(_TENSORS, tensors[:count], strict=True)), **ctx.constants)
+        out, lse, *saved = tensors[count:]
+        decision: Decision = ctx.decision
+        if grad_lse is not None and not _declares(decision, Feature.LSE_GRADIENT):
+            raise GradientError(_no_lse_gradient(decision))
+        if grad_out is None:
+            if grad_lse is None:
+                return (None,) * (2 + len(_DIFFERENTIABLE))
+            grad_out = torch.zeros_like(out)
+        twice = torch.is_grad_enabled() and not _declares(decision, Feature.SECOND_DERIVATIVES)
+        backward = decision.kernel.backward
+        assert backward is not None
+        with _no_autocast(params.query), torch.no_grad() if twice else nullcontext():
+            returned = backward(params, grad_out, grad_lse, out, lse, *saved)
+            grads = _checked_gradients(decision.name, params, returned)
+        if twice:
+            grads = _refuse_second_derivatives(decision, grads, _inputs(params))
+        return (None, None, *grads)
+
+
+def _checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Tensor | None]:
+    if not isinstance(returned, (tuple, list)) or not 3 <= len(returned) <= 5:
+        raise KernelError(
+            f"implementation {name!r}: backward must return (grad_query, grad_key, grad_value[, grad_attn_mask"
+            f"[, grad_sinks]]), got {returned if returned is None else type(returned).__name__}"
+        )
+    grads: list[Tensor | None] = []
+    for position, field in enumerate(_DIFFERENTIABLE):
+        tensor = getattr(params, field)
+        grad = returned[position] if position < len(returned) else None
+        if tensor is None or not tensor.requires_grad:
+            grads.append(None)
+            continue
+        if grad is None:
+            raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which was asked for")
+        if field == "attn_mask":
+            grad = grad.sum_to_size(tensor.shape).to(tensor.dtype)
+        check_output(name, f"the gradient of {field}", grad, tuple(tensor.shape), tensor.dtype, tensor.device)
+        grads.append(grad)
+    return grads
+
+
+class _Refuse(torch.autograd.Function):
+    """Pass `count` tensors through, and raise where someone asks for their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> Any:
+        ctx.message = message
+        passed = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+        return passed[0] if count == 1 else passed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise GradientError(ctx.message)
+
+
+def _refuse_second_derivatives(
+    decision: Decision, grads: list[Tensor | None], inputs: list[Tensor]
+) -> list[Tensor | None]:
+    message = (
+        f"implementation {decision.name!r} has no second derivatives; use one of the MATH family for them, "
+        f"for example inside sdpa_kernel(SDPBackend.MATH)"
+    )
+    present = [grad for grad in grads if grad is not None]
+    passed = _Refuse.apply(message, len(present), *present, *inputs)  # type: ignore[no-untyped-call]
+    wrapped = iter(passed if isinstance(passed, tuple) else (passed,))
+    return [None if grad is None else next(wrapped) for grad in grads]
+
+
+def _inputs(params: SDPAParams) -> list[Tensor]:
+    """Return the tensors through which autograd reaches this call."""
+    tensors = (getattr(params, name) for name in _DIFFERENTIABLE)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _no_lse_gradient(decision: Decision) -> str:
+    return f"implementation {decision.name!r} gives no gradient through lse; detach lse, or use one that does"
+
+
+def _declares(decision: Decision, feature: Feature) -> bool:
+    return feature in decision.entry.spec.capabilities.features
+
+
+def _no_autocast(query: Tensor) -> Any:
+    """Kernels get their inputs already cast; inside them autocast would cast accumulations too."""
+    device_type = query.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

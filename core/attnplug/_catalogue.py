@@ -1,0 +1,51 @@
+"""Looking at the registry and adding to it; nothing here imports torch."""
+
+from __future__ import annotations
+
+from attnplug._discovery import get_registry
+from attnplug._registry import PROGRAM
+from attnplug._types import ImplRecord, ImplSpec
+
+
+def register_impl(spec: ImplSpec) -> None:
+    """Add an implementation from a program, with no package. It is chosen like any other.
+
+    Raises:
+        TypeError: `spec` is not an `ImplSpec`.
+        DuplicateImplementationError: its name is taken.
+
+    Example:
+        >>> import torch, attnplug
+        >>> def forward(params):
+        ...     weights = torch.softmax(params.scale * params.query @ params.key.mT, -1)
+        ...     return weights @ params.value, None
+        >>> spec = attnplug.ImplSpec(name="mine", kernel=forward, backend=attnplug.SDPBackend.MATH, priority=-200)
+        >>> attnplug.register_impl(spec)
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> attnplug.scaled_dot_product_attention(query, query, query, impl="mine").shape
+        torch.Size([1, 2, 4, 8])
+        >>> attnplug.unregister_impl("mine")
+    """
+    if not isinstance(spec, ImplSpec):
+        raise TypeError(f"spec: expected an ImplSpec, got {type(spec).__name__}")
+    get_registry().add(spec, PROGRAM)
+
+
+def unregister_impl(name: str) -> None:
+    """Remove an implementation that was added with `register_impl` or `register_flash_attention_impl`.
+
+    Raises:
+        UnknownImplementationError: there is none of this name.
+        ValueError: it is built in, comes from an installed package, or is active.
+    """
+    get_registry().remove(name)
+
+
+def list_impls() -> list[ImplRecord]:
+    """Return a record for each implementation, in the order of preference, broken plugins last."""
+    return get_registry().records()
+
+
+def list_flash_attention_impls() -> list[str]:
+    """Return the sorted names of all registered implementations: built in, discovered and registered."""
+    return get_registry().names()

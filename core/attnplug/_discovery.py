@@ -1,0 +1,132 @@
+"""Installed plugins to registered implementations, one at a time, so that no plugin can hide another.
+
+pluggy's own `load_setuptools_entrypoints` stops at the first plugin that raises; here each entry point
+is loaded, validated and asked by itself, and one that fails becomes a record with its exception.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import importlib_metadata
+import pluggy
+
+from attnplug import _hookspecs
+from attnplug._config import get_config
+from attnplug._errors import ConfigError, DuplicateImplementationError, PluginWarning, SpecError, did_you_mean
+from attnplug._registry import BUILTIN, Registry, report_broken
+from attnplug._types import ImplSpec
+from attnplug._version import __version__
+from attnplug.builtin import SPECS
+
+GROUP = "attnplug"
+
+_lock = threading.RLock()
+_registry: Registry | None = None
+_loading: Registry | None = None
+
+
+def get_registry() -> Registry:
+    """Return the registry of this process; the first call fills it with the built-ins and the plugins.
+
+    Raises:
+        ConfigError, PluginError: what `discover` raises; the next call tries again.
+    """
+    global _registry, _loading
+    if _registry is not None:
+        return _registry
+    with _lock:
+        if _registry is None and _loading is None:
+            _loading = Registry()
+            try:
+                for spec in SPECS:
+                    _loading.add(spec, BUILTIN, __version__)
+                discover(_loading)
+                _registry = _loading
+            finally:
+                _loading = None
+        return _registry or _loading  # type: ignore[return-value]  # a plugin may ask while it loads
+
+
+def discover(registry: Registry) -> None:
+    """Add the implementations of every installed plugin to `registry`.
+
+    Distributions are taken in the order of their names, so that who wins a contested name does not
+    depend on the order of `sys.path`.
+
+    Raises:
+        ConfigError: `ATTNPLUG_LOAD` names an entry point that is not installed.
+    """
+    for entry_point in _allowed(installed_plugins()):
+        distribution, version = entry_point.dist.name, entry_point.dist.version
+        try:
+            specs = _ask(entry_point)
+        except (Exception, SystemExit) as error:  # sys.exit in a plugin must not end the host
+            registry.add_failed(entry_point.name, distribution, version, error)
+            report_broken(f"plugin {entry_point.name!r} of {distribution} {version}", error)
+            continue
+        for spec in specs:
+            try:
+                registry.add(spec, distribution, version)
+            except DuplicateImplementationError as error:
+                registry.add_failed(entry_point.name, distribution, version, error)
+                report_broken(f"implementation {spec.name!r} of {distribution} {version}", error)
+
+
+def installed_plugins() -> list[Any]:
+    """Return the entry points of group `attnplug`, by distribution and name; nothing is imported."""
+    found = importlib_metadata.entry_points(group=GROUP)
+    return sorted(found, key=lambda entry_point: (entry_point.dist.name, entry_point.name))
+
+
+def _allowed(entry_points: list[Any]) -> list[Any]:
+    config, known = get_config(), {entry_point.name for entry_point in entry_points}
+    for name in sorted(config.load or ()):
+        if name not in known:
+            raise ConfigError(
+                f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{did_you_mean(name, known)}; "
+                f"installed: {', '.join(sorted(known)) or 'none'}"
+            )
+    for name in sorted(config.disable - known):
+        warnings.warn(
+            PluginWarning(f"ATTNPLUG_DISABLE: no installed plugin is named {name!r}{did_you_mean(name, known)}"),
+            stacklevel=4,
+        )
+    return [
+        entry_point
+        for entry_point in entry_points
+        if entry_point.name not in config.disable and (config.load is None or entry_point.name in config.load)
+    ]
+
+
+def _ask(entry_point: Any) -> list[ImplSpec]:
+    """Load one plugin and return what it registers.
+
+    A manager for each plugin keeps a failure, and a misspelt hook, where it belongs.
+
+    Raises:
+        Exception: whatever the plugin raises, or what pluggy has against it.
+        SpecError: it does not answer the hook, or answers with something else than specifications.
+    """
+    manager = pluggy.PluginManager(_hookspecs.PROJECT)
+    manager.add_hookspecs(_hookspecs)
+    manager.register(entry_point.load(), name=entry_point.name)
+    manager.check_pending()
+    if not manager.hook.attnplug_register_impls.get_hookimpls():
+        raise SpecError(
+            f"{entry_point.value} answers no hook of attnplug; define attnplug_register_impls() and mark it "
+            f"with @attnplug.hookimpl"
+        )
+    answers = manager.hook.attnplug_register_impls()
+    if not answers:  # pluggy drops an answer of None
+        raise SpecError(f"{entry_point.value}: attnplug_register_impls returned None; return a list of ImplSpec")
+    return [spec for answer in answers for spec in _checked(entry_point, answer)]
+
+
+def _checked(entry_point: Any, answer: Any) -> list[ImplSpec]:
+    answer = [answer] if isinstance(answer, ImplSpec) else answer
+    if not isinstance(answer, (list, tuple)) or not all(isinstance(spec, ImplSpec) for spec in answer):
+        raise SpecError(f"{entry_point.value}: attnplug_register_impls must return a list of ImplSpec, got {answer!r}")
+    return list(answer)

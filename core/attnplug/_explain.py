@@ -1,0 +1,87 @@
+"""Why this one, and why not the others, without running anything."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from attnplug._api import scaled_dot_product_attention, varlen_attn
+from attnplug._prepare import prepare_dense, prepare_varlen
+from attnplug._requirements import requirements
+from attnplug._resolver import explain_all, refusals
+from attnplug._selection import current_selection, start
+from attnplug._tables import table
+from attnplug._types import CausalVariant, SDPAParams, Verdict
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, and a verdict for every implementation; `str()` is a table.
+
+    `chosen` is None where nothing that is allowed supports the call.
+    """
+
+    chosen: str | None
+    candidates: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                verdict.name,
+                verdict.backend.name if verdict.backend is not None else "-",
+                "runs" if verdict.name == self.chosen else "could" if verdict.accepted else "no",
+                "; ".join(verdict.reasons),
+            )
+            for verdict in self.candidates
+        ]
+        return table(("implementation", "family", "", "reasons"), rows)
+
+
+_DENSE = inspect.signature(scaled_dot_product_attention)
+_VARLEN = inspect.signature(varlen_attn)
+
+
+def explain(query: Any, key: Any, value: Any, *args: Any, impl: str | None = None, **kwargs: Any) -> Explanation:
+    """Say which implementation would run a call, and for every other each reason why not.
+
+    Takes the arguments of `scaled_dot_product_attention`, or, if `cu_seq_q` is given by name, those of
+    `varlen_attn`. Nothing runs; but what the kernels themselves must be asked makes them be imported.
+
+    Raises:
+        TypeError, ValueError: what the call itself would raise for its arguments.
+        UnknownImplementationError: `impl` names no implementation.
+
+    Example:
+        >>> import torch, attnplug
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> attnplug.explain(query, query, query, softcap=30.0, impl="aten_flash").chosen is None
+        True
+    """
+    signature = _VARLEN if "cu_seq_q" in kwargs else _DENSE
+    bound = signature.bind(query, key, value, *args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    del given["impl"]
+    given["dropout"] = given.pop("dropout_p")
+    if signature is _VARLEN:
+        params = prepare_varlen(SDPAParams(causal_variant=CausalVariant.LOWER_RIGHT, **given))
+    else:
+        params, _ = prepare_dense(SDPAParams(**given))
+    chosen, verdicts = explain_all(start(), current_selection(impl), params)
+    return Explanation(chosen, tuple(verdicts))
+
+
+def can_use_impl(name: str, params: SDPAParams) -> Verdict:
+    """Return whether an implementation supports a call, whatever is selected; truthy if so.
+
+    Raises:
+        UnknownImplementationError: no implementation has this name.
+        TypeError, ValueError: `params` is no `SDPAParams`, or describes no valid call.
+    """
+    if not isinstance(params, SDPAParams):
+        raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
+    entry = start().get(name, "name")
+    prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
+    reasons = refusals(entry, requirements(prepared), prepared)
+    return Verdict(entry.name, entry.spec.backend, not reasons, reasons)

@@ -1,0 +1,109 @@
+"""From an `ImplSpec`'s `kernel` to the functions that run, checked where the author can still be named.
+
+A kernel is imported when it is first chosen, because a broken CUDA build must break neither
+`import attnplug` nor any call that does not need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from attnplug._errors import SpecError
+from attnplug._types import ImplSpec, SDPAParams
+
+Reasons = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The functions of a kernel. An author writes a module or an object with attributes of these names.
+
+    Attributes:
+        forward: `forward(params) -> (out, lse, *saved)`. `out` has the query's dtype; `lse` is float32
+            (float64 for float64 inputs), or None where the kernel gives none; `saved` are the tensors
+            that backward needs besides.
+        backward: `backward(params, grad_out, grad_lse, out, lse, *saved) -> (grad_query, grad_key,
+            grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
+            where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
+        supports: `supports(params) -> reason, reasons or None`: what `Capabilities` cannot say. An empty
+            answer accepts.
+        composite: forward is made of differentiable PyTorch operators, so `torch.compile` traces through
+            it and, where there is no `backward`, autograd differentiates it.
+        shape_dependent: `supports` looks at lengths, batch or strides; its answer is then kept for each
+            shape, rather than for each combination of dtype, device, head sizes and features.
+        family: `family(params) -> SDPBackend or None`: what a kernel that delegates really runs, for
+            `record()`.
+    """
+
+    forward: Callable[[SDPAParams], Any]
+    backward: Callable[..., Any] | None = None
+    supports: Callable[[SDPAParams], Reasons] | None = None
+    composite: bool = False
+    shape_dependent: bool = False
+    family: Callable[[SDPAParams], Any] | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a call that needs gradients can run here."""
+        return self.composite or self.backward is not None
+
+    def refusals(self, params: SDPAParams) -> tuple[str, ...]:
+        """Return the reasons of `supports` for declining `params`; none means accepted."""
+        answer = self.supports(params) if self.supports is not None else None
+        if not answer or answer is True:
+            return ()
+        return (answer,) if isinstance(answer, str) else tuple(str(reason) for reason in answer)
+
+
+def load_kernel(spec: ImplSpec) -> Kernel:
+    """Import what `spec.kernel` names and return its functions.
+
+    Raises:
+        SpecError: it has no forward, or one of its functions cannot be called as documented.
+        Exception: whatever the import raises.
+    """
+    target = _import(spec.kernel) if isinstance(spec.kernel, str) else spec.kernel
+    if isinstance(target, Kernel):
+        return target
+    forward = getattr(target, "forward", target)
+    if not callable(forward):
+        raise SpecError(f"ImplSpec {spec.name!r}.kernel: {spec.kernel!r} is no function and has no forward")
+    kernel = Kernel(
+        forward=forward,
+        backward=getattr(target, "backward", None),
+        supports=getattr(target, "supports", None),
+        composite=bool(getattr(target, "composite", False)),
+        shape_dependent=bool(getattr(target, "shape_dependent", False)),
+        family=getattr(target, "family", None),
+    )
+    _check_signature(spec, "forward", kernel.forward, ("params",))
+    _check_signature(spec, "supports", kernel.supports, ("params",))
+    _check_signature(spec, "backward", kernel.backward, ("params", "grad_out", "grad_lse", "out", "lse"))
+    return kernel
+
+
+def _import(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    imported = importlib.import_module(module)
+    return reduce(getattr, attribute.split("."), imported) if attribute else imported
+
+
+def _check_signature(spec: ImplSpec, role: str, function: Any, arguments: tuple[str, ...]) -> None:
+    if function is None:
+        return
+    where = f"ImplSpec {spec.name!r}.kernel: {role}"
+    if not callable(function):
+        raise SpecError(f"{where} is {function!r}, which cannot be called")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built-in functions may have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise SpecError(f"{where}{signature} cannot be called as {role}({', '.join(arguments)}): {error}") from None

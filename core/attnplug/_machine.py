@@ -1,0 +1,42 @@
+"""What this machine has, asked without importing torch, so that listing stays quick."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sys
+from collections.abc import Iterable
+from functools import cache
+
+
+def missing_modules(names: Iterable[str]) -> list[str]:
+    """Return those of `names` that are not installed; nothing is imported."""
+    return [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is None]
+
+
+@cache
+def device_types() -> frozenset[str]:
+    """Return the device types, among cpu and cuda, that calls can use on this machine.
+
+    `cuda` stands for ROCm too, as in PyTorch. Without torch imported this is a quick look (is torch
+    built for a card, does the driver have a device node); a call itself always goes by its tensors.
+    """
+    if "torch" in sys.modules:
+        cuda = sys.modules["torch"].cuda.is_available()
+    else:
+        cuda = _torch_build_has_cuda() and _driver_present()
+    return frozenset({"cpu", "cuda"}) if cuda else frozenset({"cpu"})
+
+
+def _torch_build_has_cuda() -> bool:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    version = os.path.join(list(spec.submodule_search_locations)[0], "version.py")
+    values = runpy.run_path(version) if os.path.exists(version) else {}
+    return bool(values.get("cuda") or values.get("hip"))
+
+
+def _driver_present() -> bool:
+    return os.name == "nt" or any(os.path.exists(node) for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))

@@ -1,0 +1,144 @@
+"""Any call that PyTorch accepts, brought into the one form that kernels are written for.
+
+Ranks other than four, broadcast dimensions, PyTorch's own enums and `CausalBias` masks, and autocast all
+end here, so that no kernel has to know of them. Everything is a view where strides allow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import bias as torch_bias
+
+from attnplug._types import CausalVariant, SDPAParams
+from attnplug._validate import broadcast_leading, check_dense, check_scalars
+from attnplug._validate_varlen import check_varlen
+
+Shape = tuple[int, ...]
+
+
+def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
+    """Check a dense call; return it in four dimensions, and the shape of its `lse` as the caller sees it.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    params = _own_enums(params)
+    if getattr(params.query, "is_nested", False):
+        check_scalars(params)
+        return params, ()
+    params = _autocast(_causal_bias(params))
+    check_dense(params)
+    rank = max(tensor.dim() for tensor in (params.query, params.key, params.value))
+    query, key, value = (_with_heads(tensor) for tensor in (params.query, params.key, params.value))
+    leading = broadcast_leading(query, key, value)
+    heads, kv_heads = _paired_heads(query.shape[-3], key.shape[-3], value.shape[-3], params.enable_gqa)
+    query = _flatten(query, leading, heads)
+    params = replace(
+        params,
+        query=query,
+        key=_flatten(key, leading, kv_heads),
+        value=_flatten(value, leading, kv_heads),
+        attn_mask=_four_dimensions(params.attn_mask, leading),
+        scale=_scale(params),
+        window_size=tuple(params.window_size),
+    )
+    full = (*leading, heads, query.shape[-2])
+    return params, full[len(full) - rank + 1 :]
+
+
+def prepare_varlen(params: SDPAParams) -> SDPAParams:
+    """Check a variable-length call and return it with every default made explicit.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    params = _autocast(_own_enums(params))
+    check_varlen(params)
+    return replace(params, scale=_scale(params), window_size=tuple(params.window_size))
+
+
+def is_empty(params: SDPAParams) -> bool:
+    """Whether any of the numbers of sequences, heads, queries or keys is zero."""
+    if params.cu_seq_q is not None:
+        keys = 0 in params.key.shape[:-1]
+        return params.cu_seq_q.shape[0] == 1 or 0 in params.query.shape[:2] or keys
+    return 0 in params.query.shape[:-1] or params.key.shape[-2] == 0
+
+
+def _own_enums(params: SDPAParams) -> SDPAParams:
+    variant = params.causal_variant
+    if isinstance(variant, torch_bias.CausalVariant):
+        return replace(params, causal_variant=CausalVariant(int(variant)))
+    return params
+
+
+def _causal_bias(params: SDPAParams) -> SDPAParams:
+    mask = params.attn_mask
+    if not isinstance(mask, torch_bias.CausalBias):
+        return params
+    if params.is_causal:
+        raise ValueError("attn_mask: a CausalBias already says what is_causal=True says; pass one of them")
+    lengths = (params.query.shape[-2], params.key.shape[-2])
+    if (mask.seq_len_q, mask.seq_len_kv) != lengths:
+        raise ValueError(f"attn_mask: CausalBias for lengths {(mask.seq_len_q, mask.seq_len_kv)}, the call has {lengths}")
+    variant = CausalVariant(int(mask.variant))
+    return replace(params, attn_mask=None, is_causal=True, causal_variant=variant)
+
+
+def _autocast(params: SDPAParams) -> SDPAParams:
+    """Cast as autocast does for PyTorch's function: every floating argument but float64."""
+    query = params.query
+    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+        return params
+    dtype = torch.get_autocast_dtype(query.device.type)
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return replace(
+        params, query=cast(query), key=cast(params.key), value=cast(params.value), attn_mask=cast(params.attn_mask)
+    )
+
+
+def _with_heads(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() > 2 else tensor.unsqueeze(0)
+
+
+def _paired_heads(heads: int, key_heads: int, value_heads: int, enable_gqa: bool) -> tuple[int, int]:
+    """Return the numbers of query and of key/value heads, once sizes of 1 are broadcast as PyTorch does."""
+    kv_heads = 0 if 0 in (key_heads, value_heads) else max(key_heads, value_heads)
+    if enable_gqa and heads >= kv_heads > 0:
+        return heads, kv_heads
+    both = 0 if 0 in (heads, kv_heads) else max(heads, kv_heads)
+    return both, both
+
+
+def _flatten(tensor: Tensor, leading: Shape, heads: int) -> Tensor:
+    """Expand the leading dimensions and make them one."""
+    if tensor.shape[:-2] == (*leading, heads) and len(leading) == 1:
+        return tensor
+    tensor = tensor.expand(*leading, heads, *tensor.shape[-2:])
+    return tensor.reshape(math.prod(leading), *tensor.shape[-3:])
+
+
+def _four_dimensions(mask: Tensor | None, leading: Shape) -> Tensor | None:
+    """Return the mask as a view of four dimensions, each 1 or full; the batch is copied only if it must be."""
+    if mask is None or (mask.dim() == 4 and len(leading) == 1):
+        return mask
+    missing = max(len(leading), 1) + 3 - mask.dim()
+    mask = mask.reshape((1,) * missing + tuple(mask.shape))
+    if len(leading) > 1:
+        batch = (1,) * len(leading) if set(mask.shape[:-3]) == {1} else leading
+        mask = mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
+    return mask
+
+
+def _scale(params: SDPAParams) -> float:
+    return params.scale if params.scale is not None else params.query.shape[-1] ** -0.5
+

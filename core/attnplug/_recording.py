@@ -1,0 +1,92 @@
+"""What ran and why, for `record()`, `ATTNPLUG_TRACE` and `WARN_FOR_UNFUSED_KERNELS`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attnplug._errors import ScopeError
+from attnplug._resolver import Decision
+from attnplug._selection import process, thread
+from attnplug._types import SDPAParams, SDPBackend
+
+logger = logging.getLogger("attnplug")
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One attention call: the implementation that ran, its family, and who was passed over for what reasons.
+
+    For `torch`, which belongs to no family, `backend` is the family of the kernel that PyTorch chose.
+    """
+
+    impl: str
+    backend: SDPBackend | None
+    passed_over: Mapping[str, tuple[str, ...]]
+
+
+class record:
+    """Collect the attention calls of this thread.
+
+    Example:
+        >>> import torch, attnplug
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> with attnplug.record() as calls:
+        ...     _ = attnplug.scaled_dot_product_attention(query, query, query, impl="aten_math")
+        >>> [call.impl for call in calls]
+        ['aten_math']
+    """
+
+    def __enter__(self) -> list[RecordedCall]:
+        self._calls: list[RecordedCall] = []
+        thread.recordings = (*thread.recordings, self._calls)
+        return self._calls
+
+    def __exit__(self, *exception: object) -> None:
+        if not any(calls is self._calls for calls in thread.recordings):
+            raise ScopeError("record() was left in another thread than it was entered in, or twice")
+        thread.recordings = tuple(calls for calls in thread.recordings if calls is not self._calls)
+
+
+def observe(decision: Decision, params: SDPAParams) -> None:
+    """Tell the recordings of this thread, and the log, what is about to run."""
+    family = decision.kernel.family
+    backend = family(params) if family is not None else decision.backend
+    call = RecordedCall(decision.name, backend, dict(decision.passed_over))
+    for calls in thread.recordings:
+        calls.append(call)
+    if process.trace:
+        _trace(call, params)
+
+
+def warn_unfused(decision: Decision) -> None:
+    """Warn, as PyTorch does, that a MATH implementation runs because no fused one could."""
+    lines = [f"{name}: {'; '.join(reasons)}" for name, reasons in decision.passed_over.items()]
+    warnings.warn(f"{decision.name!r} of the MATH family runs, because " + " | ".join(lines), stacklevel=4)
+
+
+def _trace(call: RecordedCall, params: SDPAParams) -> None:
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.setLevel(logging.INFO)
+    query, key = params.query, params.key
+    shapes = "nested" if query.is_nested else f"query {tuple(query.shape)}, key {tuple(key.shape)}"
+    over = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in call.passed_over.items())
+    logger.info(
+        "attnplug: %s (%s) runs %s, %s on %s%s",
+        call.impl,
+        call.backend.name if call.backend is not None else "no family",
+        shapes,
+        query.dtype,
+        query.device,
+        f"; passed over: {over}" if over else "",
+    )
+
+
+def unfused_warnings_wanted() -> Any:
+    """Return the flag that users set on the package, as they do on `torch.nn.attention`."""
+    return sys.modules["attnplug"].WARN_FOR_UNFUSED_KERNELS  # type: ignore[attr-defined]

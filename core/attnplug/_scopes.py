@@ -1,0 +1,90 @@
+"""`sdpa_kernel`: a thread's choice for the length of a block."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from attnplug._errors import ScopeError
+from attnplug._selection import Scope, describe_scope, parse_scope, start, thread
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class sdpa_kernel:
+    """Restrict this thread's choice to some families or implementations, in a `with` block or a function.
+
+    An inner scope replaces the outer one; leaving, also by an exception, restores exactly what was. No
+    other thread sees it, and PyTorch's own process-wide flags are not touched.
+
+    Args:
+        backends: one or a list of `SDPBackend` (attnplug's or PyTorch's), names of implementations, or
+            both mixed. A family stands for all its implementations. `torch`, which belongs to no
+            family, takes part only if it is named.
+        set_priority: whether the order of `backends` is the order of preference; otherwise the
+            activation, the environment and the priorities decide among them.
+
+    Raises:
+        TypeError, ValueError: `backends` is empty, or holds something else.
+        UnknownImplementationError: a name that no implementation has.
+
+    Example:
+        >>> import torch, attnplug
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> with attnplug.sdpa_kernel([attnplug.SDPBackend.MATH, "torch"]):
+        ...     out = attnplug.scaled_dot_product_attention(query, query, query)
+    """
+
+    def __init__(self, backends: Any, set_priority: bool = False) -> None:
+        self._scope = _parsed(backends, set_priority)
+
+    def __enter__(self) -> sdpa_kernel:
+        thread.scopes = (*thread.scopes, self._scope)
+        thread.scope = self._scope
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        scopes = thread.scopes
+        if not scopes or scopes[-1] != self._scope:
+            raise ScopeError(
+                f"{describe_scope(self._scope)} is left out of order, or in another thread than it was entered in; "
+                f"the innermost scope of this thread is {describe_scope(scopes[-1]) if scopes else 'none'}"
+            )
+        thread.scopes = outer = scopes[:-1]
+        thread.scope = outer[-1] if outer else None
+
+    def __call__(self, function: _Function) -> _Function:
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"sdpa_kernel cannot decorate {function.__qualname__}: the scope would end before its body runs; "
+                f"enter it inside with a with statement"
+            )
+
+        @functools.wraps(function)
+        def scoped(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return scoped  # type: ignore[return-value]
+
+
+_seen: dict[Hashable, Scope] = {}
+
+
+def _parsed(backends: Any, set_priority: bool) -> Scope:
+    """Return the scope that the arguments describe, from memory if the registry has not changed since."""
+    registry = start()
+    items = tuple(backends) if type(backends) is list else (backends,)
+    key = (items, tuple(map(type, items)), set_priority, registry.generation)
+    try:
+        scope = _seen.get(key)
+    except TypeError:  # something unhashable, which parse_scope has words for
+        return parse_scope(backends, set_priority, registry)
+    if scope is None:
+        scope = parse_scope(backends, set_priority, registry)
+        if len(_seen) >= 256:
+            _seen.clear()
+        _seen[key] = scope
+    return scope

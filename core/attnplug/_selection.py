@@ -1,0 +1,148 @@
+"""Who decides: the thread's scopes, and what the process prefers.
+
+A scope is a plain tuple, `(set_priority, (entry, ...))` with backends as ints and implementations as
+names, held in a `threading.local` whose attributes are set in `__init__`: that is the form of thread
+state on which `torch.compile` places guards, so that a compiled function sees a change of scope and
+recognises a scope that it has seen before. (`contextvars` cannot be traced, and class-level defaults
+of a `threading.local` go stale in silence.)
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from attnplug._config import get_config
+from attnplug._discovery import get_registry
+from attnplug._errors import SpecError
+from attnplug._registry import Entry, Registry
+from attnplug._types import SDPBackend, as_backend
+
+Scope = tuple[bool, tuple[Any, ...]]
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.scopes: tuple[Scope, ...] = ()
+        self.scope: Scope | None = None  # the innermost of `scopes`
+        self.recordings: tuple[list[Any], ...] = ()
+
+
+class _ProcessState:
+    """What the whole process prefers; `registry` is None until the first use of the library."""
+
+    def __init__(self) -> None:
+        self.registry: Registry | None = None
+        self.activation: str | None = None
+        self.preferred: tuple[str, ...] = ()
+        self.plain = False  # whether `torch` runs whatever it supports, outside any scope
+        self.trace = False
+
+    def activate(self, name: str | None) -> None:
+        """Make `name`, or nothing, the first choice of the process."""
+        registry = start()
+        self.activation = name
+        self.plain = name is None and not self.preferred and not self.trace
+        registry.changed()
+
+
+thread = _ThreadState()
+process = _ProcessState()
+
+
+def start() -> Registry:
+    """Return the registry; at the first use, check what the environment prefers.
+
+    Raises:
+        ConfigError, PluginError: what reading the environment and loading the plugins raise.
+        UnknownImplementationError: `ATTNPLUG_IMPL` names an implementation that does not exist.
+    """
+    if process.registry is None:
+        registry, config = get_registry(), get_config()
+        process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
+        process.trace = config.trace
+        process.plain = process.activation is None and not process.preferred and not config.trace
+        process.registry = registry
+    return process.registry
+
+
+@dataclass(frozen=True)
+class Selection:
+    """All that decides about one call, besides the call itself."""
+
+    impl: str | None = None
+    scope: Scope | None = None
+    activation: str | None = None
+    preferred: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> str:
+        """What names exactly the implementations that are allowed; empty if any is."""
+        if self.impl is not None:
+            return f"impl={self.impl!r}"
+        return describe_scope(self.scope) if self.scope is not None else ""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The first choices that may be passed over, but not in silence."""
+        if self.impl is not None:
+            return ()
+        return tuple(name for name in (self.activation, *self.preferred) if name is not None)
+
+    def candidates(self, registry: Registry) -> list[Entry]:
+        """Return the allowed implementations, most preferred first."""
+        if self.impl is not None:
+            return [registry.get(self.impl, "impl")]
+        order = list(dict.fromkeys(self.wanted))
+        entries = sorted(registry, key=lambda entry: order.index(entry.name) if entry.name in order else len(order))
+        if self.scope is None:
+            return entries
+        set_priority, allowed = self.scope
+        if not set_priority:
+            return [entry for entry in entries if any(_covers(item, entry) for item in allowed)]
+        ordered = [entry for item in allowed for entry in entries if _covers(item, entry)]
+        return list(dict.fromkeys(ordered))
+
+
+def current_selection(impl: str | None = None) -> Selection:
+    """Return what decides in this thread now."""
+    return Selection(impl, thread.scope, process.activation, process.preferred)
+
+
+def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:
+    """Check the arguments of `sdpa_kernel` and return the scope that they describe.
+
+    Raises:
+        TypeError, ValueError: `backends` is empty, or holds something that is neither a family nor a name.
+        UnknownImplementationError: no implementation has a given name.
+    """
+    if not isinstance(set_priority, bool):
+        raise TypeError(f"set_priority: expected a bool, got {set_priority!r}")
+    items = list(backends) if isinstance(backends, (list, tuple, set, frozenset)) else [backends]
+    if not items:
+        raise ValueError("backends: got an empty list; name at least one SDPBackend or implementation")
+    entries: list[Any] = []
+    for item in items:
+        if isinstance(item, str):
+            entries.append(registry.get(item, "backends").name)
+        else:
+            try:
+                entries.append(int(as_backend(item, "backends")))
+            except SpecError as error:
+                raise TypeError(f"{error}; or the name of an implementation") from None
+    return (set_priority, tuple(dict.fromkeys(entries)))
+
+
+def describe_scope(scope: Scope) -> str:
+    """Return a scope as the user would write it."""
+    set_priority, entries = scope
+    shown = ", ".join(repr(item) if isinstance(item, str) else SDPBackend(item).name for item in entries)
+    return f"sdpa_kernel([{shown}]{', set_priority=True' if set_priority else ''})"
+
+
+def _covers(item: Any, entry: Entry) -> bool:
+    if isinstance(item, str):
+        return item == entry.name
+    return entry.spec.backend is not None and int(entry.spec.backend) == item
+

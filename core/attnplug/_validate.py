@@ -1,0 +1,228 @@
+"""Arguments checked: every error names the argument, what came, and what is accepted.
+
+This is the cold path. A call whose dtypes, devices and features were seen before is only compared by
+shape; whatever that comparison does not recognise comes here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._types import CausalVariant, SDPAParams
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (int, torch.SymInt)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_BOOLS = (bool, torch.SymBool)
+
+
+def check_dense(params: SDPAParams) -> None:
+    """Raise TypeError or ValueError unless `params` is a call that the contract gives a meaning."""
+    check_tensors(params)
+    check_scalars(params)
+    query, key, value = params.query, params.key, params.value
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions (..., length, head size), got {shape(tensor)}")
+    check_head_sizes(query, key)
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"value: its length {value.shape[-2]} must be the key's, {key.shape[-2]}; "
+            f"got key {shape(key)}, value {shape(value)}"
+        )
+    check_heads(_heads(query), _heads(key), _heads(value), params.enable_gqa)
+    leading = broadcast_leading(query, key, value)
+    heads = max(_heads(query), _heads(key), _heads(value))
+    full = (*leading, heads, query.shape[-2], key.shape[-2])
+    if params.attn_mask is not None:
+        check_mask(params.attn_mask, query, full)
+    batch = math.prod(leading)
+    check_extras(params, full[-3], batch, leading)
+
+
+def check_tensors(params: SDPAParams) -> None:
+    """Check that query, key and value are floating tensors of one dtype on one device."""
+    query = params.query
+    for name in ("query", "key", "value"):
+        tensor = getattr(params, name)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; accepted: {_dtypes(FLOATING)}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: dtype {tensor.dtype} differs from the query's, {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: is on {tensor.device}, the query on {query.device}")
+
+
+def check_scalars(params: SDPAParams) -> None:
+    """Check what is neither tensor nor shape."""
+    for name in ("is_causal", "enable_gqa", "return_lse"):
+        value = getattr(params, name)
+        if not isinstance(value, _BOOLS):
+            raise TypeError(f"{name}: expected a bool, got {value!r}")
+    _number("dropout_p", params.dropout)
+    if not 0.0 <= params.dropout <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {params.dropout!r}")
+    if params.scale is not None:
+        _number("scale", params.scale)
+    _number("softcap", params.softcap)
+    if params.softcap < 0:
+        raise ValueError(f"softcap: expected 0 (off) or more, got {params.softcap!r}")
+    if not isinstance(params.causal_variant, CausalVariant):
+        raise TypeError(
+            f"causal_variant: expected CausalVariant.UPPER_LEFT or LOWER_RIGHT, got {params.causal_variant!r}"
+        )
+    window = params.window_size
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or not all(_is_integer(side) for side in window):
+        raise TypeError(f"window_size: expected two integers (left, right), got {window!r}")
+    if min(window) < -1:
+        raise ValueError(f"window_size: expected sides of -1 (open) or more, got {window!r}")
+
+
+def check_head_sizes(query: Tensor, key: Tensor) -> None:
+    """Check the size that query and key share."""
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"key: its head size {key.shape[-1]} must be the query's, {query.shape[-1]}; "
+            f"got query {shape(query)}, key {shape(key)}"
+        )
+    if query.shape[-1] == 0:
+        raise ValueError(f"query: the head size is 0; got {shape(query)}")
+
+
+def check_heads(heads: int, key_heads: int, value_heads: int, enable_gqa: bool, broadcast: bool = True) -> None:
+    """Check that query heads and key/value heads pair up."""
+    if key_heads != value_heads and not (broadcast and 1 in (key_heads, value_heads)):
+        raise ValueError(f"value: has {value_heads} heads, the key {key_heads}; they must be equal")
+    kv_heads = max(key_heads, value_heads) if key_heads and value_heads else 0
+    if heads == kv_heads or (broadcast and 1 in (heads, kv_heads)):
+        return
+    if not enable_gqa:
+        raise ValueError(
+            f"key: has {kv_heads} heads, the query {heads}; unequal numbers need enable_gqa=True "
+            f"(query head h then reads key/value head h // (query heads / key heads))"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query: its {heads} heads are not a multiple of the key/value heads, {kv_heads}")
+
+
+def broadcast_leading(*tensors: Tensor) -> tuple[int, ...]:
+    """Return the broadcast shape of all dimensions before (heads, length, head size)."""
+    shapes = [tuple(tensor.shape[:-3]) for tensor in tensors]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        given = ", ".join(
+            f"{name} {shape(tensor)}" for name, tensor in zip(("query", "key", "value"), tensors, strict=True)
+        )
+        raise ValueError(f"query, key, value: the batch dimensions do not broadcast; got {given}") from None
+
+
+def check_mask(mask: Any, query: Tensor, full: tuple[int, ...]) -> None:
+    """Check a mask against the shape of the logits, `full`."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
+    accepted = dict.fromkeys((torch.bool, query.dtype, torch.float32))
+    if mask.dtype not in accepted:
+        raise ValueError(f"attn_mask: dtype {mask.dtype} is not supported here; accepted: {_dtypes(accepted)}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask: is on {mask.device}, the query on {query.device}")
+    if not broadcasts(mask.shape, full):
+        raise ValueError(
+            f"attn_mask: shape {shape(mask)} does not broadcast to (..., heads, query length, key length) = {full}"
+        )
+
+
+def broadcasts(source: Any, target: tuple[int, ...]) -> bool:
+    """Whether a tensor of shape `source` can be expanded to `target`."""
+    if len(source) > len(target):
+        return False
+    return all(have in (1, want) for have, want in zip(reversed(source), reversed(target), strict=False))
+
+
+def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int, ...] | None) -> None:
+    """Check sinks, alibi_slopes and seqused_k; `leading` is None for variable-length calls."""
+    device = params.query.device
+    if params.sinks is not None:
+        _floating("sinks", params.sinks, device)
+        if tuple(params.sinks.shape) != (heads,):
+            raise ValueError(f"sinks: expected shape ({heads},), one logit a query head, got {shape(params.sinks)}")
+    if params.alibi_slopes is not None:
+        _floating("alibi_slopes", params.alibi_slopes, device)
+        if tuple(params.alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {shape(params.alibi_slopes)}"
+            )
+    if params.seqused_k is not None:
+        check_int32("seqused_k", params.seqused_k, (batch,), device)
+        if leading is not None:
+            check_range("seqused_k", params.seqused_k, 0, params.key.shape[-2])
+
+
+def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: torch.device) -> None:
+    """Check an int32 tensor of shape `wanted`, where None is any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
+    if tensor.dim() != len(wanted) or any(w is not None and w != h for w, h in zip(wanted, tensor.shape, strict=True)):
+        shown = ", ".join("any" if size is None else str(size) for size in wanted)
+        raise ValueError(f"{name}: expected shape ({shown}), got {shape(tensor)}")
+
+
+def check_range(name: str, tensor: Tensor, least: int, most: int) -> None:
+    """Check the values of an integer tensor, where looking at them costs no synchronisation."""
+    if not can_look(tensor) or tensor.numel() == 0:
+        return
+    low, high = (int(bound) for bound in tensor.aminmax())
+    if low < least or high > most:
+        raise ValueError(f"{name}: expected values from {least} to {most}, got {low} to {high}")
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` are at hand: on the CPU, and not fake or being traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not _tracing()
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling()
+
+
+def shape(tensor: Tensor) -> str:
+    """Return the shape of `tensor` for a message."""
+    return str(tuple(tensor.shape))
+
+
+def _heads(tensor: Tensor) -> int:
+    return tensor.shape[-3] if tensor.dim() > 2 else 1
+
+
+def _floating(name: str, tensor: Any, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; accepted: {_dtypes(FLOATING)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
+
+
+def _dtypes(dtypes: Any) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)

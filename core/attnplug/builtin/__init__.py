@@ -1,0 +1,71 @@
+"""The implementations that come with the core: PyTorch's own function, and two of its leaf kernels.
+
+This module is light, like a plugin's: the kernels beside it import torch, it does not.
+"""
+
+from __future__ import annotations
+
+from attnplug._types import Capabilities, Feature, ImplSpec, SDPBackend
+
+_TORCH = Capabilities(
+    dtypes=("float16", "bfloat16", "float32", "float64"),
+    features={
+        Feature.BOOLEAN_MASK,
+        Feature.ADDITIVE_MASK,
+        Feature.MASK_GRADIENT,
+        Feature.CAUSAL,
+        Feature.UPPER_LEFT,
+        Feature.DROPOUT,
+        Feature.GQA,
+        Feature.VALUE_HEAD_SIZE,
+        Feature.NESTED,
+    },
+)
+_MATH = Capabilities(
+    devices=("cpu", "cuda"),
+    dtypes=_TORCH.dtypes,
+    features=_TORCH.features - {Feature.NESTED} | {Feature.SECOND_DERIVATIVES},
+)
+_FLASH_CPU = Capabilities(
+    devices=("cpu",),
+    dtypes=_TORCH.dtypes,
+    features={
+        Feature.BOOLEAN_MASK,
+        Feature.ADDITIVE_MASK,
+        Feature.CAUSAL,
+        Feature.UPPER_LEFT,
+        Feature.GQA,
+        Feature.LSE,
+    },
+)
+_FLASH_CUDA = Capabilities(
+    devices=("cuda",),
+    dtypes=("float16", "bfloat16"),
+    compute_capability=(8, 0),
+    head_sizes=range(8, 257, 8),
+    features={Feature.CAUSAL, Feature.LOWER_RIGHT, Feature.DROPOUT, Feature.GQA, Feature.LSE},
+)
+
+SPECS = (
+    ImplSpec(
+        name="torch",
+        kernel="attnplug.builtin.torch_sdpa",
+        backend=None,
+        capabilities=_TORCH,
+        priority=0,
+    ),
+    ImplSpec(
+        name="aten_flash",
+        kernel="attnplug.builtin.aten_flash",
+        backend=SDPBackend.FLASH_ATTENTION,
+        capabilities=_FLASH_CPU | _FLASH_CUDA,
+        priority=0,
+    ),
+    ImplSpec(
+        name="aten_math",
+        kernel="attnplug.builtin.aten_math",
+        backend=SDPBackend.MATH,
+        capabilities=_MATH,
+        priority=-50,
+    ),
+)

@@ -1,0 +1,50 @@
+"""PyTorch's flash kernels, called directly: FlashAttention-2 on CUDA, its blocked equivalent on CPU.
+
+Calling the leaf itself leaves PyTorch's process-wide backend flags, which other threads see, alone. The
+operators are differentiable in PyTorch, so autograd goes through them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnplug._types import SDPAParams
+from attnplug.builtin.masks import as_additive
+
+composite = True
+_aten = torch.ops.aten
+
+
+def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
+    """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
+    return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
+
+
+def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
+    mask = as_additive(params.attn_mask, params.query.dtype)
+    if mask is not None:
+        mask = mask.detach()  # the operator rejects a mask that could have a gradient, wanted or not
+    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+        params.query, params.key, params.value, 0.0, params.is_causal, attn_mask=mask, scale=params.scale
+    )
+    if mask is not None and params.return_lse:
+        # The kernel writes 0 for a row that sees no key, where the logarithm of an empty sum is -inf.
+        blind = (mask == float("-inf")).all(-1)
+        if params.is_causal:
+            blind = _blind_under_causal(mask, params.query.shape[-2], params.key.shape[-2])
+        lse = lse.masked_fill(blind, float("-inf"))
+    return out, lse
+
+
+def _blind_under_causal(mask: Tensor, queries: int, keys: int) -> Tensor:
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(1)
+    return ((mask == float("-inf")) | hidden).all(-1)
+
+
+def _forward_cuda(params: SDPAParams) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+        params.query, params.key, params.value, params.dropout, params.is_causal, scale=params.scale
+    )
+    # FlashAttention-2 marks a row that sees no key with +inf.
+    return out, lse.masked_fill(lse == float("inf"), float("-inf")) if params.return_lse else lse

@@ -1,0 +1,36 @@
+"""PyTorch's formula in operators, `aten::_scaled_dot_product_attention_math`, called directly.
+
+Calling the leaf itself leaves PyTorch's process-wide backend flags, which other threads see, alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnplug._types import SDPAParams
+from attnplug.builtin.masks import as_additive
+
+composite = True
+
+
+def supports(params: SDPAParams) -> str | None:
+    """Decline the combination that the operator refuses."""
+    if params.is_causal and params.attn_mask is not None:
+        return "aten::_scaled_dot_product_attention_math refuses attn_mask together with is_causal"
+    return None
+
+
+def forward(params: SDPAParams) -> tuple[Tensor, None]:
+    """Call the operator; its second result is the probabilities, not an lse."""
+    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        params.query,
+        params.key,
+        params.value,
+        as_additive(params.attn_mask, params.query.dtype),
+        params.dropout,
+        params.is_causal,
+        scale=params.scale,
+        enable_gqa=params.enable_gqa,
+    )
+    return out, None

@@ -1,0 +1,48 @@
+"""`torch.nn.functional.scaled_dot_product_attention`, with PyTorch's own choice of kernel: the safe default."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnplug._types import SDPAParams, SDPBackend
+
+composite = True
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def supports(params: SDPAParams) -> str | None:
+    """Decline the combination that PyTorch's function refuses."""
+    if params.is_causal and params.attn_mask is not None:
+        return "PyTorch's function refuses attn_mask together with is_causal"
+    return None
+
+
+def forward(params: SDPAParams) -> tuple[Tensor, None]:
+    """Call PyTorch's function; it gives no lse."""
+    out = _sdpa(
+        params.query,
+        params.key,
+        params.value,
+        params.attn_mask,
+        params.dropout,
+        params.is_causal,
+        scale=params.scale,
+        enable_gqa=params.enable_gqa,
+    )
+    return out, None
+
+
+def family(params: SDPAParams) -> SDPBackend:
+    """Return the family of the kernel that PyTorch chooses for this call."""
+    choice = torch._fused_sdp_choice(
+        params.query,
+        params.key,
+        params.value,
+        params.attn_mask,
+        params.dropout,
+        params.is_causal,
+        scale=params.scale,
+        enable_gqa=params.enable_gqa,
+    )
+    return SDPBackend(choice)
