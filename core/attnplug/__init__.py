@@ -44,6 +44,8 @@ if TYPE_CHECKING:
         register_flash_attention_impl,
         restore_flash_attention_impl,
     )
+    from attnplug._binding import BindingHandle, bind, checkpoint_contexts
+    from attnplug._bridge import PatchHandle, patch_torch
     from attnplug._api import scaled_dot_product_attention, varlen_attn
     from attnplug._explain import Explanation, can_use_impl, explain
     from attnplug._recording import RecordedCall, record
@@ -62,7 +64,12 @@ _NEEDS_TORCH = {
     "Explanation": "attnplug._explain",
     "can_use_impl": "attnplug._explain",
     "explain": "attnplug._explain",
+    "BindingHandle": "attnplug._binding",
+    "PatchHandle": "attnplug._bridge",
     "RecordedCall": "attnplug._recording",
+    "bind": "attnplug._binding",
+    "checkpoint_contexts": "attnplug._binding",
+    "patch_torch": "attnplug._bridge",
     "record": "attnplug._recording",
     "sdpa_kernel": "attnplug._scopes",
 }
@@ -70,6 +77,7 @@ _NEEDS_TORCH = {
 __all__ = [
     "WARN_FOR_UNFUSED_KERNELS",
     "AttnplugError",
+    "BindingHandle",
     "Capabilities",
     "CausalVariant",
     "ConfigError",
@@ -82,6 +90,7 @@ __all__ = [
     "ImplSpec",
     "KernelError",
     "NoImplementationError",
+    "PatchHandle",
     "PluginError",
     "PluginWarning",
     "RecordedCall",
@@ -93,12 +102,15 @@ __all__ = [
     "Verdict",
     "__version__",
     "activate_flash_attention_impl",
+    "bind",
     "can_use_impl",
+    "checkpoint_contexts",
     "current_flash_attention_impl",
     "explain",
     "hookimpl",
     "list_flash_attention_impls",
     "list_impls",
+    "patch_torch",
     "record",
     "register_flash_attention_impl",
     "register_impl",

@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnplug import builtin
+from attnplug._bridge import PatchHandle, patch_torch
 from attnplug._errors import DuplicateImplementationError, NoImplementationError, PluginError
 from attnplug._registry import PROGRAM
 from attnplug._selection import process, start
@@ -43,9 +44,10 @@ class _Provider:
 
 @dataclass(frozen=True)
 class _Active:
-    """What has to be undone: the handle that the provider returned, if it is a provider."""
+    """What has to be undone: the patch, and the handle that a provider returned."""
 
     name: str
+    patch: PatchHandle
     provider: _Provider | None = None
     handle: Any = None
 
@@ -93,6 +95,8 @@ def register_flash_attention_impl(impl: str, *, register_fn: Callable[[], Any]) 
 def activate_flash_attention_impl(impl: str) -> None:
     """Make `impl` the first choice of the whole process, for every call that it supports.
 
+    `torch.nn.functional.scaled_dot_product_attention` follows, in unmodified and already compiled models.
+
     All or nothing: if it fails, what was active before stays active.
 
     Raises:
@@ -115,8 +119,10 @@ def activate_flash_attention_impl(impl: str) -> None:
         except BaseException:
             _active = _redo(before)
             raise
-        _active = _Active(impl, provider, handle)
+        _active = _Active(impl, patch_torch(), provider, handle)
         process.activate(impl)
+        if before is not None:
+            before.patch.remove()
 
 
 def restore_flash_attention_impl() -> None:
@@ -128,6 +134,7 @@ def restore_flash_attention_impl() -> None:
             return
         before, _active = _active, None
         process.activate(None)
+        before.patch.remove()
         _undo(before)
 
 
@@ -159,6 +166,6 @@ def _redo(active: _Active | None) -> _Active | None:
     """Put back what `_undo` undid."""
     if active is None or active.provider is None:
         return active
-    return _Active(active.name, active.provider, _register(active.provider))
+    return replace(active, handle=_register(active.provider))
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, is_regular_shape, varlen
+from attnplug import _traced
+from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, regular_form, varlen
 from attnplug._prepare import prepare_dense
 from attnplug._selection import process, thread
 from attnplug._types import CausalVariant, SDPAParams
-
-_torch_sdpa = torch.nn.functional.scaled_dot_product_attention
+from attnplug.builtin.torch_sdpa import sdpa as _torch_sdpa
 
 
 def scaled_dot_product_attention(
@@ -80,6 +80,7 @@ def scaled_dot_product_attention(
     # comparisons cost about 1 us. They include the shapes, which PyTorch's CPU kernel does not check.
     if (
         process.plain
+        and not torch.compiler.is_compiling()
         and impl is None
         and thread.scope is None
         and not thread.recordings
@@ -91,9 +92,11 @@ def scaled_dot_product_attention(
         and window_size == OPEN_WINDOW
         and causal_variant == UPPER_LEFT
         and (attn_mask is None or (type(attn_mask) is Tensor and not is_causal))
-        and is_regular_shape(query, key, value, enable_gqa)
+        and regular_form(query, key, value, enable_gqa) is not None
     ):
         try:
+            if scale is None and not enable_gqa:  # keyword arguments cost PyTorch's parser 0.8 us
+                return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal)
             return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         except (RuntimeError, TypeError, ValueError):
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
@@ -116,7 +119,7 @@ def scaled_dot_product_attention(
         seqused_k=seqused_k,
         return_lse=return_lse,
     )
-    out, lse = dense(params, impl)
+    out, lse = (_traced.dense if torch.compiler.is_compiling() else dense)(params, impl)
     return (out, lse) if return_lse else out
 
 
@@ -188,7 +191,7 @@ def varlen_attn(
         max_k=max_k,
         block_table=block_table,
     )
-    out, lse = varlen(params, impl)
+    out, lse = (_traced.varlen if torch.compiler.is_compiling() else varlen)(params, impl)
     return (out, lse) if return_lse else out
 
 
@@ -197,6 +200,8 @@ def _record_of(**fields: Any) -> SDPAParams:
 
     Fields that are not given read as the class's defaults.
     """
+    if torch.compiler.is_compiling():
+        return SDPAParams(**fields)
     params = object.__new__(SDPAParams)
     object.__setattr__(params, "__dict__", fields)
     return params

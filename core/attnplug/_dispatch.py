@@ -12,16 +12,18 @@ grow by one each step, decides once.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnplug._autograd import run
-from attnplug._prepare import is_empty, prepare_dense, prepare_varlen
-from attnplug._recording import observe, unfused_warnings_wanted, warn_unfused
+from attnplug._autograd import any_autocast, no_autocast, run
+from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._registry import Registry
+from attnplug._recording import observe, replayed, unfused_warnings_wanted, warn_unfused
+from attnplug._requirements import needs_grad
 from attnplug._resolver import Decision, resolve
 from attnplug._selection import current_selection, process, start, thread
 from attnplug._types import CausalVariant, SDPAParams, SDPBackend
@@ -51,151 +53,161 @@ class Plan:
         return run(self.decision, params, self.grad)
 
 
-@dataclass
-class _Plans:
-    kept: dict[Hashable, Plan] = field(default_factory=dict)
-
-    def find(self, params: SDPAParams, impl: str | None) -> Plan | None:
-        """Return the plan that was made for an equal call, if there was one."""
-        plan = self.kept.get(_key(params, impl))
-        if plan is not None and plan.by_shape is not None:
-            return plan.by_shape.get(_shapes(params))
-        return plan
-
-    def make(self, params: SDPAParams, impl: str | None) -> Plan:
-        """Decide about checked and normalised `params`, and keep the decision."""
-        key = _key(params, impl)  # holds the generation read before deciding, never a later one
-        decision = resolve(start(), current_selection(impl), params)
-        unfused = decision.backend is SDPBackend.MATH and bool(decision.passed_over)
-        plan = Plan(decision, _needs_grad(params), unfused)
-        if len(self.kept) >= PLANS_KEPT:
-            self.kept.clear()
-        if not decision.shape_dependent:
-            self.kept[key] = plan
-            return plan
-        holder = self.kept.setdefault(key, Plan(decision, plan.grad, unfused, {}))
-        if holder.by_shape is None or len(holder.by_shape) >= PLANS_KEPT:
-            holder.by_shape = {}
-        holder.by_shape[_shapes(params)] = plan
-        return plan
-
-
-plans = _Plans()
+_plans: dict[Hashable, Plan] = {}
 
 
 def dense(params: SDPAParams, impl: str | None) -> Result:
     """Run one dense call; `params` is as the user gave it. Returns `out` and `lse` (None unless asked for)."""
-    if _is_regular(params):
-        plan = plans.find(params, impl)
-        if plan is not None:
-            if params.scale is None:  # the record is ours until a kernel has seen it
-                vars(params)["scale"] = params.query.shape[-1] ** -0.5
-            return plan.run(params)
-    return _dense_cold(params, impl)
+    if thread.recordings:
+        impl = replayed(impl)
+    try:
+        plan = _plans.get(_dense_key(params, impl))
+    except (AttributeError, TypeError, ValueError):  # something is wrong, and the cold path has words for it
+        plan = None
+    if plan is not None and plan.by_shape is not None:
+        plan = plan.by_shape.get(_shapes(params))
+    if plan is None:
+        return _dense_cold(params, impl)
+    if params.scale is None:  # the record is ours until a kernel has seen it
+        params.__dict__["scale"] = default_scale(params.query)
+    return plan.run(params)
 
 
 def varlen(params: SDPAParams, impl: str | None) -> Result:
     """Run one variable-length call. Its checks read lengths, so they are made each time."""
-    registry = start()
-    params = prepare_varlen(params)
-    if impl is not None:
-        registry.get(impl, "impl")
-    if is_empty(params):
-        return _empty(params)
-    plan = plans.find(params, impl) or plans.make(params, impl)
-    return plan.run(params)
+    if thread.recordings:
+        impl = replayed(impl)
+    _check_impl(impl, start())
+    prepared = prepare_varlen(params)
+    if is_empty(prepared):
+        return empty(prepared)
+    plan = _plan(prepared, impl, _varlen_key(prepared, impl))
+    with no_autocast(prepared.query):
+        return plan.run(prepared)
 
 
-def is_regular_shape(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether three tensors have the plain four-dimensional form, with nothing empty. About 0.7 us."""
+def regular_form(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int, bool, bool] | None:
+    """Return `(E, Ev, Hq == Hkv, Sq == Sk)` if the tensors have four fitting dimensions and none is empty.
+
+    None sends the call to the cold path, which broadcasts, or says what is wrong. About 0.7 us.
+    """
     try:
         batch, heads, queries, size = query.shape
         key_batch, kv_heads, keys, key_size = key.shape
-        value_batch, value_heads, values, _ = value.shape
+        value_batch, value_heads, values, value_size = value.shape
     except (AttributeError, ValueError):  # no tensor, or another rank
-        return False
-    return (
+        return None
+    if (
         batch == key_batch == value_batch
         and keys == values
         and size == key_size
         and kv_heads == value_heads
         and (heads == kv_heads or (enable_gqa is True and kv_heads > 0 and heads % kv_heads == 0))
-        and batch > 0
-        and heads > 0
-        and queries > 0
-        and keys > 0
+        and batch > 0 < heads
+        and queries > 0 < keys
         and size > 0
-    )
+    ):
+        return size, value_size, heads == kv_heads, queries == keys
+    return None
 
 
-def _is_regular(params: SDPAParams) -> bool:
-    """Whether nothing about the call needs the cold path, if its kind was seen before."""
-    query, mask, window, scale = params.query, params.attn_mask, params.window_size, params.scale
-    if not is_regular_shape(query, params.key, params.value, params.enable_gqa):
-        return False
-    if mask is not None and not _is_regular_mask(mask, query, params.key):
-        return False
-    if window is not OPEN_WINDOW and not (type(window) is tuple and all(type(side) is int for side in window)):
-        return False
-    if params.sinks is not None or params.alibi_slopes is not None or params.seqused_k is not None:
-        check_extras(params, query.shape[1], query.shape[0], query.shape[:1])
-    return (
-        _is_bool(params.is_causal)
-        and _is_bool(params.enable_gqa)
-        and _is_bool(params.return_lse)
-        and (scale is None or ((type(scale) is float or type(scale) is int) and -inf < scale < inf))
-        and not torch.is_autocast_enabled(query.device.type)
-    )
+def _dense_key(params: SDPAParams, impl: str | None) -> Hashable | None:
+    """Return all that a decision depends on, or None if the call needs the cold path. About 2 us.
 
-
-def _is_bool(value: Any) -> bool:
-    return value is False or value is True
-
-
-def _is_regular_mask(mask: Any, query: Tensor, key: Tensor) -> bool:
-    if type(mask) is not Tensor or mask.dim() != 4 or mask.device != query.device:
-        return False
-    batch, heads, queries, keys = mask.shape
-    full = query.shape
-    return (
-        keys in (1, key.shape[2])
-        and queries in (1, full[2])
-        and heads in (1, full[1])
-        and batch in (1, full[0])
-    )
-
-
-def _key(params: SDPAParams, impl: str | None) -> Hashable:
-    """Return all that a decision depends on. About 1.2 us without the optional tensors."""
-    query, key, value, mask, sinks = params.query, params.key, params.value, params.attn_mask, params.sinks
+    Whatever can be wrong with an argument is either part of the key, so that it was checked when its
+    decision was made, or is compared here.
+    """
+    query, key, value, mask, scale = params.query, params.key, params.value, params.attn_mask, params.scale
+    form = regular_form(query, key, value, params.enable_gqa)
     registry = process.registry
-    plain = not (params.is_causal or params.window_size != OPEN_WINDOW or params.alibi_slopes is not None)
+    if form is None or registry is None or any_autocast():
+        return None
+    dtype, device = query.dtype, query.device
+    if key.dtype is not dtype or value.dtype is not dtype or key.device != device or value.device != device:
+        return None
+    if scale is not None and not ((type(scale) is float or type(scale) is int) and -inf < scale < inf):
+        return None
+    grad = torch.is_grad_enabled()
     return (
         thread.scope,
         impl,
-        registry.generation if registry is not None else -1,
+        process.activation,
+        registry.generation,
+        dtype,
+        device,
+        form if params.is_causal else form[:3],
+        grad and (query.requires_grad or key.requires_grad or value.requires_grad),
+        params.dropout,
+        params.is_causal and (_checked(params.is_causal, bool), params.causal_variant),
+        mask if mask is None else _mask_key(params, grad),
+        _extensions(params, grad),
+    )
+
+
+def _mask_key(params: SDPAParams, grad: bool) -> Hashable:
+    """Return what a decision depends on of the mask, which becomes four-dimensional if it is not."""
+    query, key, mask = params.query, params.key, params.attn_mask
+    if type(mask) is not Tensor or mask.dim() > 4 or mask.device != query.device:
+        raise TypeError
+    if mask.dim() < 4:  # the record is ours until a kernel has seen it
+        mask = mask[(None,) * (4 - mask.dim())]
+        params.__dict__["attn_mask"] = mask
+    batch, heads, queries, keys = mask.shape
+    full = query.shape
+    if keys in (1, key.shape[2]) and queries in (1, full[2]) and heads in (1, full[1]) and batch in (1, full[0]):
+        return mask.dtype, grad and mask.requires_grad
+    raise ValueError
+
+
+def _extensions(params: SDPAParams, grad: bool) -> Hashable:
+    """Return what a decision depends on besides PyTorch's own arguments."""
+    sinks, slopes, used, window = params.sinks, params.alibi_slopes, params.seqused_k, params.window_size
+    if (
+        sinks is None
+        and slopes is None
+        and used is None
+        and window is OPEN_WINDOW
+        and params.softcap == 0.0
+        and params.return_lse is False
+    ):
+        return None
+    query, key = params.query, params.key
+    if sinks is not None or slopes is not None or used is not None:
+        check_extras(params, query.shape[1], query.shape[0], query.shape[:1])
+    return (
+        _checked(params.return_lse, bool),
+        params.softcap,
+        tuple(_checked(side, int) for side in window),
+        params.causal_variant,
+        query.shape[2] == key.shape[2],
+        sinks is not None and grad and sinks.requires_grad,
+        (sinks is None, slopes is None, used is None),
+    )
+
+
+def _checked(value: Any, kind: type) -> Any:
+    """Return `value`, or something that no key contains if it is not exactly of this type: 1 equals True."""
+    return value if type(value) is kind else object()
+
+
+def _varlen_key(params: SDPAParams, impl: str | None) -> Hashable:
+    registry, grad = start(), torch.is_grad_enabled()
+    query, key, value = params.query, params.key, params.value
+    return (
+        thread.scope,
+        impl,
+        process.activation,
+        registry.generation,
         query.dtype,
-        key.dtype,
-        value.dtype,
         query.device,
-        key.device,
-        value.device,
         query.shape[-1],
         value.shape[-1],
-        _needs_grad(params),
-        query.shape[-3] == key.shape[-3],
-        plain or query.shape[-2] == key.shape[-2],
-        params.is_causal,
-        params.causal_variant,
+        query.shape[-2] == key.shape[-2],
+        grad and (query.requires_grad or key.requires_grad or value.requires_grad),
         params.dropout,
-        params.window_size,
-        params.softcap,
-        params.return_lse,
-        mask if mask is None else (mask.dtype, mask.requires_grad),
-        sinks if sinks is None else (sinks.dtype, sinks.requires_grad),
-        params.alibi_slopes is None,
-        params.seqused_k is None,
-        params.cu_seq_q is None,
+        params.is_causal,
+        "varlen",
+        _extensions(params, grad) if params.sinks is None else None,
         params.block_table is None,
     )
 
@@ -206,35 +218,57 @@ def _shapes(params: SDPAParams) -> Hashable:
     return (*layout, params.max_q, params.max_k)
 
 
-def _needs_grad(params: SDPAParams) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    mask, sinks = params.attn_mask, params.sinks
-    return (
-        params.query.requires_grad
-        or params.key.requires_grad
-        or params.value.requires_grad
-        or (mask is not None and mask.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    )
-
-
 def _dense_cold(params: SDPAParams, impl: str | None) -> Result:
-    registry = start()
-    params, rows = prepare_dense(params)
-    if impl is not None:
-        registry.get(impl, "impl")
-    if params.query.is_nested:
-        decision = resolve(registry, current_selection(impl), params)
-        return Plan(decision, _needs_grad(params), False).run(params)
-    if is_empty(params):
-        out, lse = _empty(params)
+    """Check every argument, bring the call into the one form that kernels know, and decide."""
+    _check_impl(impl, start())
+    prepared, rows = prepare_dense(params)
+    if not prepared.query.is_nested and is_empty(prepared):
+        out, lse = empty(prepared)
     else:
-        out, lse = (plans.find(params, impl) or plans.make(params, impl)).run(params)
+        key = None if prepared.query.is_nested else _dense_key(prepared, impl)
+        plan = _plan(prepared, impl, key)
+        if plan.decision.kernel.any_form:
+            return plan.run(own_terms(params))
+        with no_autocast(prepared.query):
+            out, lse = plan.run(prepared)
     return out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
 
 
-def _empty(params: SDPAParams) -> Result:
+def _check_impl(impl: Any, registry: Registry) -> None:
+    if impl is not None:
+        if not isinstance(impl, str):
+            raise TypeError(f"impl: expected the name of an implementation or None, got {impl!r}")
+        registry.get(impl, "impl")
+
+
+def _plan(params: SDPAParams, impl: str | None, key: Hashable | None) -> Plan:
+    """Return the plan kept under `key` for checked and normalised `params`, or decide, and keep the decision."""
+    shape = _shapes(params) if key is not None else None
+    plan = _plans.get(key)
+    if plan is not None and plan.by_shape is not None:
+        plan = plan.by_shape.get(shape)
+    if plan is None:
+        decision = resolve(start(), current_selection(impl), params)
+        unfused = decision.backend is SDPBackend.MATH and bool(decision.passed_over)
+        plan = Plan(decision, needs_grad(params), unfused)
+        if key is not None:
+            _keep(key, shape, plan)
+    return plan
+
+
+def _keep(key: Hashable, shape: Hashable, plan: Plan) -> None:
+    if len(_plans) >= PLANS_KEPT:
+        _plans.clear()
+    if not plan.decision.shape_dependent:
+        _plans[key] = plan
+        return
+    holder = _plans.setdefault(key, replace(plan, by_shape={}))
+    if holder.by_shape is None or len(holder.by_shape) >= PLANS_KEPT:
+        holder.by_shape = {}
+    holder.by_shape[shape] = plan
+
+
+def empty(params: SDPAParams) -> Result:
     """Return what the formulas say when nothing can be attended to, or nobody attends.
 
     A product over no keys is zero and its gradient too; it keeps the inputs in the graph, and needs no

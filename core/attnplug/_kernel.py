@@ -36,6 +36,11 @@ class Kernel:
             it and, where there is no `backward`, autograd differentiates it.
         shape_dependent: `supports` looks at lengths, batch or strides; its answer is then kept for each
             shape, rather than for each combination of dtype, device, head sizes and features.
+        any_form: forward takes dense calls as PyTorch's function does, of any rank and with broadcasting, and
+            is given them as the user wrote them.
+        fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
+            forward returns. Only `torch.compile` asks, and only for a kernel that is not composite: needed
+            if forward saves tensors, and useful if `out` is not contiguous, which otherwise is copied.
         family: `family(params) -> SDPBackend or None`: what a kernel that delegates really runs, for
             `record()`.
     """
@@ -45,6 +50,8 @@ class Kernel:
     supports: Callable[[SDPAParams], Reasons] | None = None
     composite: bool = False
     shape_dependent: bool = False
+    any_form: bool = False
+    fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
 
     @property
@@ -79,10 +86,13 @@ def load_kernel(spec: ImplSpec) -> Kernel:
         supports=getattr(target, "supports", None),
         composite=bool(getattr(target, "composite", False)),
         shape_dependent=bool(getattr(target, "shape_dependent", False)),
+        any_form=bool(getattr(target, "any_form", False)),
+        fake=getattr(target, "fake", None),
         family=getattr(target, "family", None),
     )
     _check_signature(spec, "forward", kernel.forward, ("params",))
     _check_signature(spec, "supports", kernel.supports, ("params",))
+    _check_signature(spec, "fake", kernel.fake, ("params",))
     _check_signature(spec, "backward", kernel.backward, ("params", "grad_out", "grad_lse", "out", "lse"))
     return kernel
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 from typing import Any
 
 import torch
@@ -21,17 +22,22 @@ from attnplug._validate_varlen import check_varlen
 Shape = tuple[int, ...]
 
 
+def own_terms(params: SDPAParams) -> SDPAParams:
+    """Return `params` with PyTorch's enum and `CausalBias` replaced by attnplug's terms."""
+    return _causal_bias(_own_enums(params))
+
+
 def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
     """Check a dense call; return it in four dimensions, and the shape of its `lse` as the caller sees it.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
     """
-    params = _own_enums(params)
+    params = own_terms(params)
     if getattr(params.query, "is_nested", False):
         check_scalars(params)
         return params, ()
-    params = _autocast(_causal_bias(params))
+    params = _autocast(params)
     check_dense(params)
     rank = max(tensor.dim() for tensor in (params.query, params.key, params.value))
     query, key, value = (_with_heads(tensor) for tensor in (params.query, params.key, params.value))
@@ -140,5 +146,10 @@ def _four_dimensions(mask: Tensor | None, leading: Shape) -> Tensor | None:
 
 
 def _scale(params: SDPAParams) -> float:
-    return params.scale if params.scale is not None else params.query.shape[-1] ** -0.5
+    return params.scale if params.scale is not None else default_scale(params.query)
+
+
+def default_scale(query: Tensor) -> float:
+    """Return `1 / sqrt(E)`, rounded as PyTorch rounds it."""
+    return 1.0 / math.sqrt(index(query.shape[-1]))
 

@@ -52,6 +52,30 @@ class record:
         thread.recordings = tuple(calls for calls in thread.recordings if calls is not self._calls)
 
 
+class Replay:
+    """In a thread's recordings: names, in order, the implementations that its calls must use."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = iter(names)
+
+    def next(self) -> str:
+        name = next(self._names, None)
+        if name is None:
+            raise ScopeError("the recomputation of a checkpoint makes more attention calls than its forward did")
+        return name
+
+    def append(self, call: RecordedCall) -> None:
+        """Nothing to remember: a replay tells, it does not listen."""
+
+
+def replayed(impl: str | None) -> str | None:
+    """Return the implementation that a checkpoint's forward used for this call; `impl` if none is replayed."""
+    for watcher in thread.recordings:
+        if isinstance(watcher, Replay):
+            return watcher.next()
+    return impl
+
+
 def observe(decision: Decision, params: SDPAParams) -> None:
     """Tell the recordings of this thread, and the log, what is about to run."""
     family = decision.kernel.family

@@ -7,8 +7,11 @@ import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
+
 from attnplug._errors import ScopeError
 from attnplug._selection import Scope, describe_scope, parse_scope, start, thread
+from attnplug._types import SDPBackend
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -38,6 +41,7 @@ class sdpa_kernel:
     """
 
     def __init__(self, backends: Any, set_priority: bool = False) -> None:
+        self._arguments = (backends, set_priority)
         self._scope = _parsed(backends, set_priority)
 
     def __enter__(self) -> sdpa_kernel:
@@ -62,9 +66,11 @@ class sdpa_kernel:
                 f"enter it inside with a with statement"
             )
 
+        backends, set_priority = self._arguments
+
         @functools.wraps(function)
         def scoped(*args: Any, **kwargs: Any) -> Any:
-            with self:
+            with sdpa_kernel(backends, set_priority):  # a new one: a trace cannot enter one that was made outside
                 return function(*args, **kwargs)
 
         return scoped  # type: ignore[return-value]
@@ -75,6 +81,9 @@ _seen: dict[Hashable, Scope] = {}
 
 def _parsed(backends: Any, set_priority: bool) -> Scope:
     """Return the scope that the arguments describe, from memory if the registry has not changed since."""
+    if torch.compiler.is_compiling():
+        plain = tuple(item if isinstance(item, str) else int(item) for item in _listed(backends))
+        return _parsed_outside(plain, set_priority)
     registry = start()
     items = tuple(backends) if type(backends) is list else (backends,)
     key = (items, tuple(map(type, items)), set_priority, registry.generation)
@@ -88,3 +97,13 @@ def _parsed(backends: Any, set_priority: bool) -> Scope:
             _seen.clear()
         _seen[key] = scope
     return scope
+
+
+def _listed(backends: Any) -> Any:
+    return backends if isinstance(backends, (list, tuple)) else (backends,)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _parsed_outside(items: tuple[Any, ...], set_priority: bool) -> Scope:
+    """Check a scope outside the graph; in it, families are plain numbers."""
+    return parse_scope([item if isinstance(item, str) else SDPBackend(item) for item in items], set_priority, start())

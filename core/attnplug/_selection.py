@@ -41,10 +41,9 @@ class _ProcessState:
 
     def activate(self, name: str | None) -> None:
         """Make `name`, or nothing, the first choice of the process."""
-        registry = start()
+        start()
         self.activation = name
         self.plain = name is None and not self.preferred and not self.trace
-        registry.changed()
 
 
 thread = _ThreadState()

@@ -114,6 +114,8 @@ def check_heads(heads: int, key_heads: int, value_heads: int, enable_gqa: bool, 
 def broadcast_leading(*tensors: Tensor) -> tuple[int, ...]:
     """Return the broadcast shape of all dimensions before (heads, length, head size)."""
     shapes = [tuple(tensor.shape[:-3]) for tensor in tensors]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:

@@ -13,7 +13,8 @@ from attnplug._types import SDPAParams
 from attnplug.builtin.masks import as_additive
 
 composite = True
-_aten = torch.ops.aten
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
     mask = as_additive(params.attn_mask, params.query.dtype)
     if mask is not None:
         mask = mask.detach()  # the operator rejects a mask that could have a gradient, wanted or not
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = _flash_cpu(
         params.query, params.key, params.value, 0.0, params.is_causal, attn_mask=mask, scale=params.scale
     )
     if mask is not None and params.return_lse:
@@ -43,7 +44,7 @@ def _blind_under_causal(mask: Tensor, queries: int, keys: int) -> Tensor:
 
 
 def _forward_cuda(params: SDPAParams) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(
+    out, lse, *_ = _flash_cuda(
         params.query, params.key, params.value, params.dropout, params.is_causal, scale=params.scale
     )
     # FlashAttention-2 marks a row that sees no key with +inf.

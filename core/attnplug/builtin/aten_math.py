@@ -12,6 +12,7 @@ from attnplug._types import SDPAParams
 from attnplug.builtin.masks import as_additive
 
 composite = True
+_math = torch.ops.aten._scaled_dot_product_attention_math.default
 
 
 def supports(params: SDPAParams) -> str | None:
@@ -23,7 +24,7 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call the operator; its second result is the probabilities, not an lse."""
-    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+    out, _ = _math(
         params.query,
         params.key,
         params.value,

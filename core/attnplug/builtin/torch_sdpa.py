@@ -8,7 +8,9 @@ from torch import Tensor
 from attnplug._types import SDPAParams, SDPBackend
 
 composite = True
-_sdpa = torch.nn.functional.scaled_dot_product_attention
+any_form = True
+sdpa = torch.nn.functional.scaled_dot_product_attention
+"""PyTorch's function itself, taken before `patch_torch` can have replaced it."""
 
 
 def supports(params: SDPAParams) -> str | None:
@@ -20,29 +22,11 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call PyTorch's function; it gives no lse."""
-    out = _sdpa(
-        params.query,
-        params.key,
-        params.value,
-        params.attn_mask,
-        params.dropout,
-        params.is_causal,
-        scale=params.scale,
-        enable_gqa=params.enable_gqa,
-    )
-    return out, None
+    arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
+    return sdpa(*arguments, scale=params.scale, enable_gqa=params.enable_gqa), None
 
 
 def family(params: SDPAParams) -> SDPBackend:
     """Return the family of the kernel that PyTorch chooses for this call."""
-    choice = torch._fused_sdp_choice(
-        params.query,
-        params.key,
-        params.value,
-        params.attn_mask,
-        params.dropout,
-        params.is_causal,
-        scale=params.scale,
-        enable_gqa=params.enable_gqa,
-    )
-    return SDPBackend(choice)
+    arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
+    return SDPBackend(torch._fused_sdp_choice(*arguments, scale=params.scale, enable_gqa=params.enable_gqa))

@@ -1,0 +1,111 @@
+"""Scopes that belong to a module, and choices that belong to a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnplug._errors import ScopeError
+from attnplug._recording import Replay, record
+from attnplug._scopes import sdpa_kernel
+from attnplug._selection import thread
+
+
+class BindingHandle:
+    """Undoes one `bind()`."""
+
+    def __init__(self, *hooks: Any) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        """Undo the binding; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Enter:
+    """A hook as an object, because a model that carries it may be pickled or copied."""
+
+    def __init__(self, backends: Any, set_priority: bool) -> None:
+        self.backends, self.set_priority = backends, set_priority
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        sdpa_kernel(self.backends, self.set_priority).__enter__()
+
+
+class _Leave(_Enter):
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any = None) -> None:
+        sdpa_kernel(self.backends, self.set_priority).__exit__()
+
+
+def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> BindingHandle:
+    """Run every attention call made inside this module's forward in the scope `sdpa_kernel(backends)`.
+
+    A reference for one layer, another kernel for cross-attention: `bind(model.layers[3], "math_ref")`.
+    Calls of `torch.nn.functional.scaled_dot_product_attention` follow while `patch_torch()`, or an
+    activation, is in place.
+
+    Raises:
+        TypeError: `module` is no `torch.nn.Module`.
+        TypeError, ValueError, UnknownImplementationError: as `sdpa_kernel`.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    sdpa_kernel(backends, set_priority)  # a mistake is an error here, not in the middle of a forward
+    return BindingHandle(
+        module.register_forward_pre_hook(_Enter(backends, set_priority)),
+        module.register_forward_hook(_Leave(backends, set_priority), always_call=True),
+    )
+
+
+class _Remember:
+    """The context of a checkpoint's forward: remembers which implementation each call used."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __enter__(self) -> None:
+        self._record = record()
+        self._calls = self._record.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self._record.__exit__()
+        self.names[:] = [call.impl for call in self._calls]
+
+
+class _Repeat:
+    """The context of a checkpoint's recomputation: makes each call use what the forward used."""
+
+    def __init__(self, remembered: _Remember) -> None:
+        self._remembered = remembered
+
+    def __enter__(self) -> None:
+        self._replay = Replay(self._remembered.names)
+        thread.recordings = (*thread.recordings, self._replay)
+
+    def __exit__(self, *exception: object) -> None:
+        if not any(watcher is self._replay for watcher in thread.recordings):
+            raise ScopeError("a checkpoint's context was left in another thread than it was entered in")
+        thread.recordings = tuple(watcher for watcher in thread.recordings if watcher is not self._replay)
+
+
+def checkpoint_contexts() -> tuple[Any, Any]:
+    """Make the recomputation of a checkpoint use the implementations of its first forward.
+
+    A `context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: without it a
+    recomputation, which runs during backward and so outside every scope, may choose other kernels.
+
+    Example:
+        >>> import torch, attnplug
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> query = torch.randn(1, 2, 4, 8, requires_grad=True)
+        >>> with attnplug.sdpa_kernel("aten_math"):
+        ...     out = checkpoint(
+        ...         attnplug.scaled_dot_product_attention, query, query, query,
+        ...         use_reentrant=False, context_fn=attnplug.checkpoint_contexts,
+        ...     )
+        >>> out.sum().backward()
+    """
+    remembered = _Remember()
+    return remembered, _Repeat(remembered)

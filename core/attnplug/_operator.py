@@ -1,0 +1,198 @@
+"""One operator of its own for each kernel that a trace cannot look into.
+
+`torch.compile`, `torch.export` and fake tensors see a kernel that is not made of PyTorch operators as one
+opaque operator `attnplug::<name>`, with a fake kernel and autograd, made here from the same forward and
+backward that eager calls use. Eager calls do not pass through it: a call through PyTorch's dispatcher
+costs more than the rest of the path.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._autograd import CONSTANTS, DIFFERENTIABLE, TENSORS, checked_gradients, run_forward
+from attnplug._errors import KernelError
+from attnplug._resolver import Decision
+from attnplug._types import CausalVariant, Feature, SDPAParams
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
+    "Tensor? seqused_k, Tensor? cu_seq_q, Tensor? cu_seq_k, Tensor? block_table, float dropout, bool is_causal, "
+    "bool enable_gqa, float scale, int causal_variant, int[] window_size, float softcap, bool return_lse, "
+    "SymInt? max_q, SymInt? max_k"
+)
+_FORWARD = f"({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
+_BACKWARD = (
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor[] saved, bool[] wanted, {_ARGUMENTS}) "
+    f"-> Tensor[]"
+)
+_NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
+
+_defined: set[str] = set()
+
+
+@cache
+def _library() -> torch.library.Library:
+    """Return the namespace of the operators, made when the first one is."""
+    return torch.library.Library("attnplug", "FRAGMENT")
+
+
+class Operator:
+    """The operators of one kernel, `attnplug::<name>` and `attnplug::<name>_backward`."""
+
+    def __init__(self, decision: Decision) -> None:
+        self._decision = decision
+        self.kernel = decision.kernel
+        self._gives_lse = _declares(decision, Feature.LSE)
+        name = _free_name(decision.name)
+        for suffix, schema, real, fake in (
+            ("", _FORWARD, self._forward, self._fake_forward),
+            ("_backward", _BACKWARD, self._backward, self._fake_backward),
+        ):
+            _library().define(f"{name}{suffix}{schema}")
+            _library().impl(f"{name}{suffix}", real, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"attnplug::{name}{suffix}", fake, lib=_library())
+        torch.library.register_autograd(
+            f"attnplug::{name}", self._differentiate, setup_context=self._remember, lib=_library()
+        )
+        self.forward = getattr(torch.ops.attnplug, name).default
+        self.backward = getattr(torch.ops.attnplug, f"{name}_backward").default
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        params = self._params(arguments)
+        out, lse, *saved = run_forward(self._decision, params)
+        if self.kernel.fake is None:
+            if saved:
+                raise KernelError(
+                    f"implementation {self._decision.name!r} saves tensors for its backward; torch.compile needs "
+                    f"to know them: give the kernel fake(params) -> (out, lse, *saved)"
+                )
+            out = out.contiguous()
+        return out, self._no_lse(params) if lse is None else lse, saved
+
+    def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        params = self._params(arguments)
+        query, value = params.query, params.value
+        if self.kernel.fake is not None:
+            out, lse, *saved = self.kernel.fake(params)
+            return out, self._no_lse(params) if lse is None else lse, saved
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        if not self._gives_lse:
+            return out, self._no_lse(params), []
+        rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
+        return out, query.new_empty(rows, dtype=_lse_dtype(query)), []
+
+    def _backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        saved: list[Tensor],
+        wanted: list[bool],
+        *arguments: Any,
+    ) -> list[Tensor]:
+        params = _wanting(self._params(arguments), wanted)
+        backward = self._decision.kernel.backward
+        assert backward is not None
+        with torch.no_grad():
+            returned = backward(params, grad_out, grad_lse, out, lse, *saved)
+        grads = checked_gradients(self._decision.name, params, returned)
+        return [_fresh(grad, arguments) for grad in grads if grad is not None]
+
+    def _fake_backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        saved: list[Tensor],
+        wanted: list[bool],
+        *arguments: Any,
+    ) -> list[Tensor]:
+        return [tensor.new_empty(tensor.shape) for tensor, want in zip(arguments, wanted, strict=False) if want]
+
+    def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        out, lse, saved = output
+        ctx.count = len(TENSORS)
+        ctx.save_for_backward(*inputs[: ctx.count], out, lse, *saved)
+        ctx.constants = inputs[ctx.count :]
+        ctx.set_materialize_grads(False)
+        if not _declares(self._decision, Feature.LSE_GRADIENT):
+            ctx.mark_non_differentiable(lse)
+
+    def _differentiate(self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_saved: Any) -> Any:
+        inputs, (out, lse, *saved) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        wanted = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+        grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, *inputs, *ctx.constants))
+        given = [next(grads) if want else None for want in wanted]
+        return (*given, *(None for _ in _NAMES[len(given) :]))
+
+    def _params(self, arguments: tuple[Any, ...]) -> SDPAParams:
+        values = dict(zip(_NAMES, arguments, strict=True))
+        values["causal_variant"] = CausalVariant(values["causal_variant"])
+        values["window_size"] = tuple(values["window_size"])
+        # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
+        values["return_lse"] = self._gives_lse
+        return SDPAParams(**values)
+
+    def _no_lse(self, params: SDPAParams) -> Tensor:
+        return params.query.new_empty((0,), dtype=_lse_dtype(params.query))
+
+
+def arguments_of(params: SDPAParams) -> tuple[Any, ...]:
+    """Return `params` as the operators of this module take it."""
+    return (
+        *(getattr(params, name) for name in TENSORS),
+        params.dropout,
+        params.is_causal,
+        params.enable_gqa,
+        params.scale,
+        int(params.causal_variant),
+        list(params.window_size),
+        params.softcap,
+        params.return_lse,
+        params.max_q,
+        params.max_k,
+    )
+
+
+def _free_name(name: str) -> str:
+    """Return an operator name that was never used: an operator, once defined, stays."""
+    base = re.sub(r"\W", "_", name)
+    free = base
+    while free in _defined:
+        free = f"{base}_{len(_defined)}"
+    _defined.add(free)
+    return free
+
+
+def _wanting(params: SDPAParams, wanted: list[bool]) -> SDPAParams:
+    """Return `params` whose tensors say by `requires_grad` what `wanted` says: below autograd they do not."""
+    named = zip(DIFFERENTIABLE, wanted, strict=True)
+    present = {name: want for name, want in named if getattr(params, name) is not None}
+    return replace(params, **{name: getattr(params, name).detach().requires_grad_(want) for name, want in present.items()})
+
+
+def _fresh(grad: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """Return a contiguous gradient that is none of the inputs: what the fake kernel promises."""
+    return grad.clone() if any(grad is tensor for tensor in arguments) else grad.contiguous()
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _declares(decision: Decision, feature: Feature) -> bool:
+    return feature in decision.entry.spec.capabilities.features
+
+
+assert _NAMES[: len(TENSORS)] == TENSORS and set(_NAMES[len(TENSORS) :]) == set(CONSTANTS)
