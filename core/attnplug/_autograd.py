@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from attnplug._errors import GradientError, KernelError
-from attnplug._registry import BUILTIN
-from attnplug._resolver import Decision
+from attnplug._registry import BUILTIN, Entry
 from attnplug._types import Feature, SDPAParams
 
 TENSORS = (
@@ -40,29 +39,29 @@ def no_autocast(tensor: Tensor) -> Any:
     return torch.autocast(tensor.device.type, enabled=False) if any_autocast() else nullcontext()
 
 
-def run(decision: Decision, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | None]:
+def run(entry: Entry, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | None]:
     """Run the chosen kernel and return `out` and `lse`, differentiable where `grad` is true.
 
     Raises:
         KernelError: the kernel returned something else than it must.
     """
-    kernel = decision.kernel
+    kernel = entry.kernel
     if not grad:
-        return run_forward(decision, params)[:2]  # type: ignore[return-value]
+        return run_forward(entry, params)[:2]  # type: ignore[return-value]
     if kernel.backward is not None:
         inputs = [getattr(params, name) for name in DIFFERENTIABLE]
-        return _Attention.apply(decision, params, *inputs)  # type: ignore[no-any-return, no-untyped-call]
-    out, lse = run_forward(decision, params)[:2]
-    if lse is not None and params.return_lse and not _declares(decision, Feature.LSE_GRADIENT):
-        lse = _Refuse.apply(no_lse_gradient(decision), 1, lse.detach(), *_inputs(params))  # type: ignore[no-untyped-call]
+        return _Attention.apply(entry, params, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+    out, lse = run_forward(entry, params)[:2]
+    if lse is not None and params.return_lse and not _declares(entry, Feature.LSE_GRADIENT):
+        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *_inputs(params))  # type: ignore[no-untyped-call]
     return out, lse
 
 
-def run_forward(decision: Decision, params: SDPAParams) -> tuple[Any, ...]:
+def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
     """Run the kernel's forward and check what it returns; the built-in kernels are taken at their word."""
-    returned = decision.kernel.forward(params)
-    if decision.entry.distribution != BUILTIN:
-        check_outputs(decision.name, params, returned)
+    returned = entry.kernel.forward(params)
+    if entry.distribution != BUILTIN:
+        check_outputs(entry.name, params, returned)
     return returned  # type: ignore[no-any-return]
 
 
@@ -101,9 +100,9 @@ class _Attention(torch.autograd.Function):
     """A kernel's forward and backward. What ran forward runs backward, whatever is selected by then."""
 
     @staticmethod
-    def forward(ctx: Any, decision: Decision, params: SDPAParams, *inputs: Tensor | None) -> tuple[Any, Any]:
-        out, lse, *saved = run_forward(decision, params)
-        ctx.decision = decision
+    def forward(ctx: Any, entry: Entry, params: SDPAParams, *inputs: Tensor | None) -> tuple[Any, Any]:
+        out, lse, *saved = run_forward(entry, params)
+        ctx.entry = entry
         ctx.constants = {name: getattr(params, name) for name in CONSTANTS}
         ctx.save_for_backward(*(getattr(params, name) for name in TENSORS), out, lse, *saved)
         ctx.set_materialize_grads(False)
@@ -115,21 +114,21 @@ class _Attention(torch.autograd.Function):
         count = len(TENSORS)
         params = SDPAParams(**dict(zip(TENSORS, tensors[:count], strict=True)), **ctx.constants)
         out, lse, *saved = tensors[count:]
-        decision: Decision = ctx.decision
-        if grad_lse is not None and not _declares(decision, Feature.LSE_GRADIENT):
-            raise GradientError(no_lse_gradient(decision))
+        entry: Entry = ctx.entry
+        if grad_lse is not None and not _declares(entry, Feature.LSE_GRADIENT):
+            raise GradientError(no_lse_gradient(entry))
         if grad_out is None:
             if grad_lse is None:
                 return (None,) * (2 + len(DIFFERENTIABLE))
             grad_out = torch.zeros_like(out)
-        twice = torch.is_grad_enabled() and not _declares(decision, Feature.SECOND_DERIVATIVES)
-        backward = decision.kernel.backward
+        twice = torch.is_grad_enabled() and not _declares(entry, Feature.SECOND_DERIVATIVES)
+        backward = entry.kernel.backward
         assert backward is not None
         with no_autocast(params.query), torch.no_grad() if twice else nullcontext():
             returned = backward(params, grad_out, grad_lse, out, lse, *saved)
-            grads = checked_gradients(decision.name, params, returned)
+            grads = checked_gradients(entry.name, params, returned)
         if twice:
-            grads = _refuse_second_derivatives(decision, grads, _inputs(params))
+            grads = _refuse_second_derivatives(entry, grads, _inputs(params))
         return (None, None, *grads)
 
 
@@ -175,10 +174,10 @@ class _Refuse(torch.autograd.Function):
 
 
 def _refuse_second_derivatives(
-    decision: Decision, grads: list[Tensor | None], inputs: list[Tensor]
+    entry: Entry, grads: list[Tensor | None], inputs: list[Tensor]
 ) -> list[Tensor | None]:
     message = (
-        f"implementation {decision.name!r} has no second derivatives; use one of the MATH family for them, "
+        f"implementation {entry.name!r} has no second derivatives; use one of the MATH family for them, "
         f"for example inside sdpa_kernel(SDPBackend.MATH)"
     )
     present = [grad for grad in grads if grad is not None]
@@ -193,11 +192,11 @@ def _inputs(params: SDPAParams) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def no_lse_gradient(decision: Decision) -> str:
+def no_lse_gradient(entry: Entry) -> str:
     """Return the message for whoever asks for a gradient through lse that there is none of."""
-    return f"implementation {decision.name!r} gives no gradient through lse; detach lse, or use one that does"
+    return f"implementation {entry.name!r} gives no gradient through lse; detach lse, or use one that does"
 
 
-def _declares(decision: Decision, feature: Feature) -> bool:
-    return feature in decision.entry.spec.capabilities.features
+def _declares(entry: Entry, feature: Feature) -> bool:
+    return feature in entry.spec.capabilities.features
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ import torch
 from attnplug._errors import ScopeError
 from attnplug._recording import Replay, record
 from attnplug._scopes import sdpa_kernel
-from attnplug._selection import thread
+from attnplug._selection import process, start, thread
+
+
+_lock = threading.Lock()
 
 
 class BindingHandle:
@@ -17,11 +21,22 @@ class BindingHandle:
 
     def __init__(self, *hooks: Any) -> None:
         self._hooks = hooks
+        _count(1)
 
     def remove(self) -> None:
         """Undo the binding; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
+        if self._hooks:
+            self._hooks = ()
+            _count(-1)
+
+
+def _count(change: int) -> None:
+    """Keep count of the bindings. Compiled code has no guard on hooks, but it has guards on these."""
+    with _lock:
+        process.bindings += change
+        start().changed()
 
 
 class _Enter:
@@ -53,6 +68,7 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     sdpa_kernel(backends, set_priority)  # a mistake is an error here, not in the middle of a forward
+    start()
     return BindingHandle(
         module.register_forward_pre_hook(_Enter(backends, set_priority)),
         module.register_forward_hook(_Leave(backends, set_priority), always_call=True),

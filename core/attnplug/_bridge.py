@@ -5,6 +5,9 @@ imported it by name. `torch.compile` guards on those names, so a model compiled 
 its old code again when the replacement is gone. With nothing selected the replacement calls PyTorch's
 function with the very arguments that came.
 
+`torch.compile` takes `multi_head_attention_forward` for one operation and does not look inside; while
+the patch is in place a copy of it, which it knows nothing of, stands there and is traced.
+
 `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` have a fast path in C++ that computes attention
 by itself; while something is selected in a thread, that thread is told that there is none.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from attnplug.builtin.torch_sdpa import sdpa as _original
 
 _lock = threading.RLock()
 _original_fastpath = torch.backends.mha.get_fastpath_enabled
+_original_mha = torch.nn.functional.multi_head_attention_forward
 _handles: set[PatchHandle] = set()
 
 
@@ -35,8 +40,7 @@ class PatchHandle:
             if self in _handles:
                 _handles.remove(self)
                 if not _handles:
-                    _replace(_routed, _original)
-                    torch.backends.mha.get_fastpath_enabled = _original_fastpath
+                    _uninstall()
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -62,10 +66,21 @@ def patch_torch() -> PatchHandle:
     handle = PatchHandle()
     with _lock:
         if not _handles:
-            _replace(_original, _routed)
-            torch.backends.mha.get_fastpath_enabled = _fastpath_enabled
+            _install()
         _handles.add(handle)
     return handle
+
+
+def _install() -> None:
+    _replace(_original, _routed)
+    torch.nn.functional.multi_head_attention_forward = _traceable_mha
+    torch.backends.mha.get_fastpath_enabled = _fastpath_enabled
+
+
+def _uninstall() -> None:
+    _replace(_routed, _original)
+    torch.nn.functional.multi_head_attention_forward = _original_mha
+    torch.backends.mha.get_fastpath_enabled = _original_fastpath
 
 
 def _routed(
@@ -87,8 +102,18 @@ _routed.__name__ = _routed.__qualname__ = "scaled_dot_product_attention"
 _routed.__doc__ = _original.__doc__
 
 
+_traceable_mha = FunctionType(
+    _original_mha.__code__,
+    _original_mha.__globals__,
+    _original_mha.__name__,
+    _original_mha.__defaults__,
+    _original_mha.__closure__,
+)
+_traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
+
+
 def _fastpath_enabled() -> bool:
-    return _original_fastpath() and not _selected()
+    return _original_fastpath() and not _selected() and process.bindings == 0
 
 
 def _selected() -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attnplug._autograd import any_autocast, no_autocast, run
+from attnplug._operator import is_watched, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._registry import Registry
 from attnplug._recording import observe, replayed, unfused_warnings_wanted, warn_unfused
@@ -50,7 +51,9 @@ class Plan:
             observe(self.decision, params)
         if self.unfused and unfused_warnings_wanted():
             warn_unfused(self.decision)
-        return run(self.decision, params, self.grad)
+        if not self.decision.kernel.composite and is_watched(params.query):
+            return operator_of(self.decision.entry).run(params)
+        return run(self.decision.entry, params, self.grad)
 
 
 _plans: dict[Hashable, Plan] = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnplug._autograd import CONSTANTS, DIFFERENTIABLE, TENSORS, checked_gradients, run_forward
 from attnplug._errors import KernelError
-from attnplug._resolver import Decision
+from attnplug._registry import Entry
 from attnplug._types import CausalVariant, Feature, SDPAParams
 
 _ARGUMENTS = (
@@ -43,14 +43,29 @@ def _library() -> torch.library.Library:
     return torch.library.Library("attnplug", "FRAGMENT")
 
 
+@cache
+def operator_of(entry: Entry) -> Operator:
+    """Return the operator of the chosen kernel, defining it at the first call."""
+    return Operator(entry)
+
+
+def is_watched(query: Tensor) -> bool:
+    """Whether something (a trace, fake tensors, a functorch transform) must see a kernel as an operator."""
+    return (
+        (type(query) is not Tensor and type(query) is not torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 class Operator:
     """The operators of one kernel, `attnplug::<name>` and `attnplug::<name>_backward`."""
 
-    def __init__(self, decision: Decision) -> None:
-        self._decision = decision
-        self.kernel = decision.kernel
-        self._gives_lse = _declares(decision, Feature.LSE)
-        name = _free_name(decision.name)
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self.kernel = entry.kernel
+        self._gives_lse = _declares(entry, Feature.LSE)
+        name = _free_name(entry.name)
         for suffix, schema, real, fake in (
             ("", _FORWARD, self._forward, self._fake_forward),
             ("_backward", _BACKWARD, self._backward, self._fake_backward),
@@ -64,13 +79,18 @@ class Operator:
         self.forward = getattr(torch.ops.attnplug, name).default
         self.backward = getattr(torch.ops.attnplug, f"{name}_backward").default
 
+    def run(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
+        """Run the operator; returns `out` and `lse`, None unless asked for."""
+        out, lse, _ = self.forward(*arguments_of(params))
+        return out, lse if params.return_lse else None
+
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         params = self._params(arguments)
-        out, lse, *saved = run_forward(self._decision, params)
+        out, lse, *saved = run_forward(self._entry, params)
         if self.kernel.fake is None:
             if saved:
                 raise KernelError(
-                    f"implementation {self._decision.name!r} saves tensors for its backward; torch.compile needs "
+                    f"implementation {self._entry.name!r} saves tensors for its backward; torch.compile needs "
                     f"to know them: give the kernel fake(params) -> (out, lse, *saved)"
                 )
             out = out.contiguous()
@@ -99,11 +119,11 @@ class Operator:
         *arguments: Any,
     ) -> list[Tensor]:
         params = _wanting(self._params(arguments), wanted)
-        backward = self._decision.kernel.backward
+        backward = self._entry.kernel.backward
         assert backward is not None
         with torch.no_grad():
             returned = backward(params, grad_out, grad_lse, out, lse, *saved)
-        grads = checked_gradients(self._decision.name, params, returned)
+        grads = checked_gradients(self._entry.name, params, returned)
         return [_fresh(grad, arguments) for grad in grads if grad is not None]
 
     def _fake_backward(
@@ -124,7 +144,7 @@ class Operator:
         ctx.save_for_backward(*inputs[: ctx.count], out, lse, *saved)
         ctx.constants = inputs[ctx.count :]
         ctx.set_materialize_grads(False)
-        if not _declares(self._decision, Feature.LSE_GRADIENT):
+        if not _declares(self._entry, Feature.LSE_GRADIENT):
             ctx.mark_non_differentiable(lse)
 
     def _differentiate(self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_saved: Any) -> Any:
@@ -191,8 +211,8 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _declares(decision: Decision, feature: Feature) -> bool:
-    return feature in decision.entry.spec.capabilities.features
+def _declares(entry: Entry, feature: Feature) -> bool:
+    return feature in entry.spec.capabilities.features
 
 
 assert _NAMES[: len(TENSORS)] == TENSORS and set(_NAMES[len(TENSORS) :]) == set(CONSTANTS)

@@ -47,6 +47,12 @@ class Entry:
         """
         return (self.name != DEFAULT, -self.spec.priority, self.name)
 
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel of an implementation that was chosen, and so has been loaded."""
+        assert self.loaded is not None, self.name
+        return self.loaded
+
     def missing(self) -> str:
         """Return which modules this needs and does not find; empty if none."""
         missing = missing_modules(self.spec.requires)

@@ -19,7 +19,6 @@ class Decision:
     """The implementation chosen for a call, and what was asked before it."""
 
     entry: Entry
-    kernel: Kernel
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shape_dependent: bool = False
     """Whether any kernel asked looked at lengths, so that the decision holds for this shape alone."""
@@ -27,6 +26,10 @@ class Decision:
     @property
     def name(self) -> str:
         return self.entry.name
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.entry.kernel
 
     @property
     def backend(self) -> SDPBackend | None:
@@ -46,9 +49,9 @@ def resolve(registry: Registry, selection: Selection, params: SDPAParams) -> Dec
     for entry in selection.candidates(registry):
         reasons = refusals(entry, call, params)
         shape_dependent |= _looks_at_shape(entry)
-        if not reasons and entry.loaded is not None:
+        if not reasons:
             _report_fallback(selection, refused, entry.name)
-            return Decision(entry, entry.loaded, refused, shape_dependent)
+            return Decision(entry, refused, shape_dependent)
         refused[entry.name] = reasons
     raise NoImplementationError(refused, selection.exact)
 

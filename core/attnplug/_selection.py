@@ -38,6 +38,7 @@ class _ProcessState:
         self.preferred: tuple[str, ...] = ()
         self.plain = False  # whether `torch` runs whatever it supports, outside any scope
         self.trace = False
+        self.bindings = 0  # how many modules are bound
 
     def activate(self, name: str | None) -> None:
         """Make `name`, or nothing, the first choice of the process."""

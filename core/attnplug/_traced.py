@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnplug._autograd import no_autocast
 from attnplug._dispatch import Result, empty
-from attnplug._operator import Operator, arguments_of
+from attnplug._operator import arguments_of, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._recording import unfused_warnings_wanted, warn_unfused
 from attnplug._requirements import is_aligned, is_square
@@ -84,7 +84,7 @@ def _run(params: SDPAParams, name: str, composite: bool) -> Result:
     if composite:
         out, lse = getattr(_composite, name).forward(params)[:2]
     else:
-        out, lse, _ = getattr(_operators, name).forward(*arguments_of(params))
+        out, lse, _ = getattr(_operators, name)(*arguments_of(params))
     return out, lse if params.return_lse else None
 
 
@@ -138,13 +138,11 @@ def _choose(
     decision = resolve(start(), selection, _example(facts, lengths))
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
-    store, kernel = (_composite if decision.kernel.composite else _operators), decision.kernel
-    kept = getattr(store, decision.name, None)
-    if store is _composite:
-        setattr(store, decision.name, kernel)
-    elif kept is None or kept.kernel is not kernel:
-        setattr(store, decision.name, Operator(decision))
-    return decision.name, kernel.composite
+    if decision.kernel.composite:
+        setattr(_composite, decision.name, decision.kernel)
+    else:
+        setattr(_operators, decision.name, operator_of(decision.entry).forward)
+    return decision.name, decision.kernel.composite
 
 
 def _example(facts: tuple[Any, ...], lengths: tuple[int, int, int] | None) -> SDPAParams:
