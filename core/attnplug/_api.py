@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnplug import _traced
-from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, regular_form, varlen
+from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, is_bool, regular_form, varlen
 from attnplug._prepare import prepare_dense
 from attnplug._selection import process, thread
 from attnplug._types import CausalVariant, SDPAParams
@@ -88,10 +89,12 @@ def scaled_dot_product_attention(
         and alibi_slopes is None
         and seqused_k is None
         and not return_lse
-        and not softcap
+        and softcap == 0.0
         and window_size == OPEN_WINDOW
         and causal_variant == UPPER_LEFT
-        and (attn_mask is None or (type(attn_mask) is Tensor and not is_causal))
+        and (attn_mask is None or (type(attn_mask) is Tensor and not is_causal and attn_mask.device == query.device))
+        and (scale is None or (type(scale) is float and -inf < scale < inf))
+        and is_bool(enable_gqa)
         and regular_form(query, key, value, enable_gqa) is not None
     ):
         try:

@@ -24,7 +24,7 @@ from attnplug._operator import is_watched, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._registry import Registry
 from attnplug._recording import observe, replayed, unfused_warnings_wanted, warn_unfused
-from attnplug._requirements import needs_grad
+from attnplug._requirements import is_aligned, needs_grad
 from attnplug._resolver import Decision, resolve
 from attnplug._selection import current_selection, process, start, thread
 from attnplug._types import CausalVariant, SDPAParams, SDPBackend
@@ -98,7 +98,7 @@ def regular_form(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         batch, heads, queries, size = query.shape
         key_batch, kv_heads, keys, key_size = key.shape
         value_batch, value_heads, values, value_size = value.shape
-    except (AttributeError, ValueError):  # no tensor, or another rank
+    except (AttributeError, RuntimeError, ValueError):  # no tensor, a nested one, or another rank
         return None
     if (
         batch == key_batch == value_batch
@@ -128,8 +128,12 @@ def _dense_key(params: SDPAParams, impl: str | None) -> Hashable | None:
     dtype, device = query.dtype, query.device
     if key.dtype is not dtype or value.dtype is not dtype or key.device != device or value.device != device:
         return None
+    if not (is_bool(params.is_causal) and is_bool(params.enable_gqa)):
+        return None
     if scale is not None and not ((type(scale) is float or type(scale) is int) and -inf < scale < inf):
         return None
+    if params.sinks is not None or params.alibi_slopes is not None or params.seqused_k is not None:
+        check_extras(params, query.shape[1], query.shape[0], query.shape[:1])
     grad = torch.is_grad_enabled()
     return (
         thread.scope,
@@ -138,10 +142,11 @@ def _dense_key(params: SDPAParams, impl: str | None) -> Hashable | None:
         registry.generation,
         dtype,
         device,
-        form if params.is_causal else form[:3],
+        form if is_aligned(params) else form[:3],
         grad and (query.requires_grad or key.requires_grad or value.requires_grad),
         params.dropout,
-        params.is_causal and (_checked(params.is_causal, bool), params.causal_variant),
+        params.is_causal,
+        params.causal_variant,
         mask if mask is None else _mask_key(params, grad),
         _extensions(params, grad),
     )
@@ -152,12 +157,12 @@ def _mask_key(params: SDPAParams, grad: bool) -> Hashable:
     query, key, mask = params.query, params.key, params.attn_mask
     if type(mask) is not Tensor or mask.dim() > 4 or mask.device != query.device:
         raise TypeError
-    if mask.dim() < 4:  # the record is ours until a kernel has seen it
+    if mask.dim() < 4:
         mask = mask[(None,) * (4 - mask.dim())]
-        params.__dict__["attn_mask"] = mask
     batch, heads, queries, keys = mask.shape
     full = query.shape
     if keys in (1, key.shape[2]) and queries in (1, full[2]) and heads in (1, full[1]) and batch in (1, full[0]):
+        params.__dict__["attn_mask"] = mask  # the record is ours until a kernel has seen it
         return mask.dtype, grad and mask.requires_grad
     raise ValueError
 
@@ -174,18 +179,18 @@ def _extensions(params: SDPAParams, grad: bool) -> Hashable:
         and params.return_lse is False
     ):
         return None
-    query, key = params.query, params.key
-    if sinks is not None or slopes is not None or used is not None:
-        check_extras(params, query.shape[1], query.shape[0], query.shape[:1])
     return (
         _checked(params.return_lse, bool),
         params.softcap,
         tuple(_checked(side, int) for side in window),
-        params.causal_variant,
-        query.shape[2] == key.shape[2],
         sinks is not None and grad and sinks.requires_grad,
         (sinks is None, slopes is None, used is None),
     )
+
+
+def is_bool(value: Any) -> bool:
+    """Whether `value` is exactly True or False, and not 1 or 0, which equal them."""
+    return value is False or value is True
 
 
 def _checked(value: Any, kind: type) -> Any:
@@ -194,6 +199,7 @@ def _checked(value: Any, kind: type) -> Any:
 
 
 def _varlen_key(params: SDPAParams, impl: str | None) -> Hashable:
+    """Return all that a decision about a checked variable-length call depends on."""
     registry, grad = start(), torch.is_grad_enabled()
     query, key, value = params.query, params.key, params.value
     return (
@@ -210,7 +216,7 @@ def _varlen_key(params: SDPAParams, impl: str | None) -> Hashable:
         params.dropout,
         params.is_causal,
         "varlen",
-        _extensions(params, grad) if params.sinks is None else None,
+        _extensions(params, grad),
         params.block_table is None,
     )
 

@@ -1,0 +1,32 @@
+"""What every test shares: it starts from, and leaves, a registry with nothing added and nothing active."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import attnplug
+
+HAS_CARD = torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not HAS_CARD:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    torch.manual_seed(0)
+    before = set(attnplug.list_flash_attention_impls())
+    yield
+    if attnplug.current_flash_attention_impl() is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attnplug.restore_flash_attention_impl()
+    for name in set(attnplug.list_flash_attention_impls()) - before:
+        attnplug.unregister_impl(name)

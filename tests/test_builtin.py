@@ -1,0 +1,246 @@
+"""The built-in implementations give what the contract's formulas give, wherever they accept a call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import GRADIENT, assert_lse_right, assert_right, plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import attention
+from torch.testing._internal.common_methods_invocations import op_db
+
+import attnplug
+
+BUILTIN = ("torch", "aten_flash", "aten_math")
+# PyTorch's samples reach 9, so that their logits, and with them the rounding of any other order, reach 200.
+CLOSE = dict(atol=5e-4, rtol=1e-4)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def additive(mask: torch.Tensor | None, is_causal: bool, queries: int, keys: int) -> torch.Tensor | None:
+    """Return everything that hides keys as one mask in float64."""
+    total = torch.zeros(queries, keys, dtype=torch.float64)
+    if is_causal:
+        total.masked_fill_(torch.ones(queries, keys, dtype=torch.bool).triu(1), float("-inf"))
+    if mask is None:
+        return total
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    return total + mask
+
+
+@pytest.mark.parametrize("impl", BUILTIN)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_forward_is_right_for_every_call_that_is_accepted(impl: str, data: st.DataObject) -> None:
+    sizes = st.integers(1, 9)
+    batch, kv_heads, groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    queries, keys, size, value_size = (data.draw(sizes) for _ in range(4))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    kind = data.draw(st.sampled_from(["none", "bool", "floating"]))
+    is_causal = data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    heads = kv_heads * groups
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    query = make(batch, heads, queries, size)
+    key, value = make(batch, kv_heads, keys, size), make(batch, kv_heads, keys, value_size)
+    mask = None
+    if kind != "none":
+        broadcast = [data.draw(st.sampled_from([1, full])) for full in (batch, heads, queries, keys)]
+        mask = make(*broadcast) if kind == "floating" else torch.rand(broadcast, generator=generator) > 0.4
+    arguments = dict(attn_mask=mask, is_causal=is_causal, enable_gqa=True)
+    if not attnplug.explain(query, key, value, **arguments, impl=impl).chosen:
+        return
+    out = attnplug.scaled_dot_product_attention(query, key, value, **arguments, impl=impl)
+    ref, _ = attention(query, key, value, **arguments)
+    expanded = [tensor.repeat_interleave(groups, 1) for tensor in (key, value)]
+    hidden = additive(mask, is_causal, queries, keys)
+    low = plain(query, *expanded, hidden.to(dtype)).nan_to_num(0.0)
+    assert_right(out, ref, low)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flash_gives_the_lse_of_every_row(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, 5, 8).to(dtype) for _ in range(3))
+    mask = torch.rand(2, 1, 5, 5) > 0.5
+    mask[0, :, 2] = False
+    for arguments in ({}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask, "is_causal": True}):
+        _, lse = attnplug.scaled_dot_product_attention(
+            query, key, value, **arguments, return_lse=True, impl="aten_flash"
+        )
+        _, ref = attention(query, key, value, **arguments)
+        assert_lse_right(lse, ref, dtype)
+
+
+@pytest.mark.parametrize("impl", BUILTIN)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_are_right(impl: str, dtype: torch.dtype, is_causal: bool) -> None:
+    tensors = [torch.randn(2, 2, n, 8).to(dtype) for n in (7, 9, 9)]
+    grad_out = torch.randn(2, 2, 7, 8).to(dtype)
+
+    def gradients(function: object, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, grad_out.to(inputs[0].dtype))  # type: ignore[operator]
+
+    def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return plain(query, key, value, additive(None, is_causal, 7, 9).to(query.dtype))
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attnplug.scaled_dot_product_attention(query, key, value, is_causal=is_causal, impl=impl)
+
+    ref = gradients(formula, *(tensor.double() for tensor in tensors))
+    low = gradients(formula, *tensors)
+    for actual, right, plainly in zip(gradients(call, *tensors), ref, low, strict=True):
+        if dtype == torch.float64:  # the reference is no better than what it judges
+            torch.testing.assert_close(actual, right)
+        else:
+            assert_right(actual, right, plainly, GRADIENT)
+
+
+@pytest.mark.parametrize("impl", ["torch", "aten_math"])
+def test_the_mask_gets_its_gradient(impl: str) -> None:
+    query, key, value = (torch.randn(2, 2, 4, 8, dtype=torch.float64) for _ in range(3))
+    mask = torch.randn(1, 2, 1, 4, dtype=torch.float64, requires_grad=True)
+
+    def call(mask: torch.Tensor) -> torch.Tensor:
+        return attnplug.scaled_dot_product_attention(query, key, value, mask, impl=impl)
+
+    assert torch.autograd.gradcheck(call, (mask,))
+
+
+@pytest.mark.parametrize("impl", BUILTIN)
+def test_a_row_that_sees_no_key_gives_zero_and_no_nan(impl: str) -> None:
+    query, key, value = (torch.randn(1, 2, 4, 8, requires_grad=True) for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1] = False
+    for attn_mask in (mask, torch.zeros(4, 4).masked_fill(~mask, float("-inf"))):
+        out = attnplug.scaled_dot_product_attention(query, key, value, attn_mask, impl=impl)
+        assert (out[:, :, 1] == 0).all()
+        grads = torch.autograd.grad(out.sum(), (query, key, value))
+        assert (grads[0][:, :, 1] == 0).all()
+        assert not any(grad.isnan().any() for grad in grads)
+
+
+@pytest.mark.parametrize("impl", ["torch", "aten_math"])
+def test_dropout_follows_the_seed_and_keeps_the_expectation(impl: str) -> None:
+    query, key = torch.randn(1, 1, 64, 8), torch.randn(1, 1, 64, 8)
+    value = torch.ones(1, 1, 64, 8)
+
+    def call(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return attnplug.scaled_dot_product_attention(query, key, value, dropout_p=0.5, impl=impl)
+
+    assert torch.equal(call(1), call(1))
+    assert not torch.equal(call(1), call(2))
+    mean = torch.stack([call(seed) for seed in range(100)]).mean()
+    assert abs(mean.item() - 1.0) < 0.05
+
+
+@pytest.mark.parametrize("impl", ["torch", "aten_math", "aten_flash"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_pytorch_s_own_samples_give_pytorch_s_results(impl: str, requires_grad: bool) -> None:
+    info = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+    for sample in info.sample_inputs("cpu", torch.float32, requires_grad=requires_grad):
+        arguments = (sample.input, *sample.args)
+        if not attnplug.explain(*arguments, **sample.kwargs, impl=impl).chosen:
+            continue
+        torch.manual_seed(0)
+        expected = torch.nn.functional.scaled_dot_product_attention(*arguments, **sample.kwargs)
+        torch.manual_seed(0)
+        actual = attnplug.scaled_dot_product_attention(*arguments, **sample.kwargs, impl=impl)
+        assert actual.shape == expected.shape
+        if sample.kwargs.get("dropout_p"):  # another implementation draws differently
+            continue
+        torch.testing.assert_close(actual, expected, **CLOSE)
+        if requires_grad:
+            grad = torch.randn_like(expected)
+            for one, other in zip(
+                torch.autograd.grad(actual, arguments, grad), torch.autograd.grad(expected, arguments, grad), strict=True
+            ):
+                torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_the_default_is_pytorch_s_function_bit_for_bit() -> None:
+    info = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+    for sample in info.sample_inputs("cpu", torch.float32):
+        torch.manual_seed(0)
+        expected = torch.nn.functional.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+        for impl in (None, "torch"):
+            torch.manual_seed(0)
+            actual = attnplug.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs, impl=impl)
+            assert torch.equal(actual, expected)
+
+
+def test_nested_tensors_run_as_they_do_in_pytorch() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, n, 8) for n in (3, 5)])
+    expected = torch.nn.functional.scaled_dot_product_attention(nested, nested, nested)
+    actual = attnplug.scaled_dot_product_attention(nested, nested, nested)
+    assert all(torch.equal(one, other) for one, other in zip(actual.unbind(), expected.unbind(), strict=True))
+    with pytest.raises(attnplug.NoImplementationError, match="nested tensors"):
+        attnplug.scaled_dot_product_attention(nested, nested, nested, impl="aten_math")
+
+
+@pytest.mark.parametrize("variant", ["upper_left", "lower_right"])
+def test_pytorch_s_causal_bias_is_a_mask(variant: str) -> None:
+    from torch.nn.attention import bias
+
+    query, key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    mask = getattr(bias, f"causal_{variant}")(3, 5)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    with attnplug.sdpa_kernel(["torch", "math_ref"]):
+        actual = attnplug.scaled_dot_product_attention(query, key, value, mask)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("impl", BUILTIN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_it_does_for_pytorch_s_function(impl: str, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype):
+        out = attnplug.scaled_dot_product_attention(query, key, value, torch.zeros(6, 6), impl=impl)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, torch.zeros(6, 6))
+    assert out.dtype == expected.dtype == dtype
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+    grads = torch.autograd.grad(out.sum(), (query, key, value))
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 8), (1, 0, 3, 8), (1, 2, 0, 8)])
+def test_empty_inputs_give_empty_results(shape: tuple[int, ...]) -> None:
+    query = torch.randn(shape, requires_grad=True)
+    out = attnplug.scaled_dot_product_attention(query, query, query)
+    assert out.shape == shape
+    out.sum().backward()
+    assert (query.grad == 0).all()
+
+
+def test_no_keys_give_zero_and_a_lse_of_minus_infinity() -> None:
+    query = torch.randn(1, 4, 3, 8, requires_grad=True)
+    key = torch.randn(1, 2, 0, 8, requires_grad=True)
+    arguments = dict(enable_gqa=True, return_lse=True)
+    out, lse = attnplug.scaled_dot_product_attention(query, key, key, **arguments)
+    assert out.shape == (1, 4, 3, 8) and (out == 0).all()
+    assert lse.shape == (1, 4, 3) and (lse == -torch.inf).all()
+    out.sum().backward()
+    assert (query.grad == 0).all()
+    sinks = torch.randn(4)
+    _, lse = attnplug.scaled_dot_product_attention(query, key, key, sinks=sinks, **arguments)
+    assert torch.equal(lse, sinks[None, :, None].expand(1, 4, 3))
+
+
+def test_lse_without_a_gradient_says_so_instead_of_dropping_it() -> None:
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    out, lse = attnplug.scaled_dot_product_attention(query, query, query, return_lse=True, impl="aten_flash")
+    with pytest.raises(attnplug.GradientError, match="aten_flash.*no gradient through lse"):
+        (out.sum() + lse.sum()).backward()
+
+
+def test_the_math_family_has_second_derivatives() -> None:
+    inputs = [torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    with attnplug.sdpa_kernel("aten_math"):
+        assert torch.autograd.gradgradcheck(attnplug.scaled_dot_product_attention, inputs)

@@ -1,0 +1,394 @@
+"""Who decides, and what is said about it: precedence, scopes, threads, explain, record."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.attention as torch_attention
+
+import attnplug
+from attnplug import Capabilities, Feature, ImplSpec, SDPBackend, SDPAParams
+
+Q = torch.randn(1, 2, 4, 8)
+
+
+def formula(params: SDPAParams) -> tuple[torch.Tensor, None]:
+    return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+
+@pytest.fixture
+def register() -> Callable[..., None]:
+    def add(name: str, **fields: Any) -> None:
+        spec = {"kernel": formula, "backend": SDPBackend.EFFICIENT_ATTENTION} | fields
+        attnplug.register_impl(ImplSpec(name=name, **spec))
+
+    return add
+
+
+def ran(**arguments: Any) -> str:
+    with attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(Q, Q, Q, **arguments)
+    return calls[-1].impl
+
+
+def test_installing_changes_nothing_by_itself(register: Callable[..., None]) -> None:
+    register("eager_beaver", priority=10**9)
+    assert ran() == "torch"
+    assert ran(impl="eager_beaver") == "eager_beaver"
+
+
+def test_what_torch_cannot_do_goes_to_the_next_that_can(register: Callable[..., None]) -> None:
+    register("capped", priority=7, capabilities=Capabilities(features={Feature.SOFTCAP}))
+    register("capped_too", priority=8, capabilities=Capabilities(features={Feature.SOFTCAP}))
+    assert ran(softcap=5.0) == "capped_too"
+
+
+def test_impl_beats_scope_beats_activation(register: Callable[..., None]) -> None:
+    register("active")
+    attnplug.activate_flash_attention_impl("active")
+    assert ran() == "active"
+    with attnplug.sdpa_kernel("aten_math"):
+        assert ran() == "aten_math"
+        assert ran(impl="aten_flash") == "aten_flash"
+    attnplug.restore_flash_attention_impl()
+    assert ran() == "torch"
+
+
+@pytest.mark.parametrize("enum", [SDPBackend, torch_attention.SDPBackend])
+def test_a_family_stands_for_its_implementations_and_leaves_torch_out(enum: Any) -> None:
+    with attnplug.sdpa_kernel(enum.MATH):
+        assert ran() == "aten_math"
+    with attnplug.sdpa_kernel([enum.MATH, enum.FLASH_ATTENTION]):
+        assert ran() == "aten_flash"
+    with attnplug.sdpa_kernel([enum.MATH, enum.FLASH_ATTENTION], set_priority=True):
+        assert ran() == "aten_math"
+    with attnplug.sdpa_kernel([enum.MATH, "torch"]):
+        assert ran() == "torch"
+    with attnplug.sdpa_kernel([enum.MATH, "torch"], set_priority=True):
+        assert ran() == "aten_math"
+
+
+def test_activation_is_preferred_inside_a_scope_that_allows_it() -> None:
+    attnplug.activate_flash_attention_impl("aten_math")
+    with attnplug.sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        assert ran() == "aten_math"
+    with attnplug.sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        assert ran() == "aten_flash"
+
+
+def test_the_inner_scope_replaces_the_outer_and_leaving_restores_it() -> None:
+    with attnplug.sdpa_kernel("aten_math"):
+        with pytest.raises(KeyError), attnplug.sdpa_kernel("aten_flash"):
+            assert ran() == "aten_flash"
+            raise KeyError
+        assert ran() == "aten_math"
+    assert ran() == "torch"
+
+
+def test_a_scope_decorates_and_nests_in_itself() -> None:
+    @attnplug.sdpa_kernel("aten_math")
+    def inner(depth: int) -> list[str]:
+        return [ran(), *(inner(depth - 1) if depth else [])]
+
+    assert inner(2) == ["aten_math"] * 3
+    assert ran() == "torch"
+
+
+def test_a_scope_refuses_to_decorate_what_would_run_outside_it() -> None:
+    def generator() -> Any:
+        yield
+
+    with pytest.raises(TypeError, match="cannot decorate .*generator"):
+        attnplug.sdpa_kernel("torch")(generator)
+
+
+@pytest.mark.parametrize(
+    ("backends", "error", "message"),
+    [
+        ([], ValueError, "backends: got an empty list"),
+        (3, TypeError, "backends: expected one of SDPBackend.MATH.*got 3; or the name"),
+        (["torch", None], TypeError, "backends: expected one of"),
+        ([{}], TypeError, "backends: expected one of"),
+        (SDPBackend.ERROR, TypeError, "backends: expected one of"),
+        ("aten_maths", attnplug.UnknownImplementationError, "did you mean 'aten_math'"),
+    ],
+)
+def test_a_wrong_scope_is_an_error_before_it_is_entered(backends: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attnplug.sdpa_kernel(backends)
+
+
+def test_a_scope_never_falls_back_outside_itself() -> None:
+    with (
+        attnplug.sdpa_kernel([SDPBackend.FLASH_ATTENTION, "aten_math"]),
+        pytest.raises(attnplug.NoImplementationError) as caught,
+    ):
+        attnplug.scaled_dot_product_attention(Q, Q, Q, softcap=2.0, window_size=(1, 0), return_lse=True)
+    assert {"aten_flash", "aten_math"} <= set(caught.value.reasons)
+    assert "torch" not in caught.value.reasons
+    assert any("softcap" in reason for reason in caught.value.reasons["aten_math"])
+    assert any("window_size" in reason for reason in caught.value.reasons["aten_math"])
+    assert any("return_lse" in reason for reason in caught.value.reasons["aten_math"])
+    assert "FLASH_ATTENTION, 'aten_math'" in str(caught.value)
+
+
+def test_a_family_without_implementations_says_that_there_are_no_candidates() -> None:
+    with attnplug.sdpa_kernel(SDPBackend.OVERRIDEABLE), pytest.raises(attnplug.NoImplementationError, match="no candid"):
+        attnplug.scaled_dot_product_attention(Q, Q, Q)
+
+
+def test_scopes_belong_to_their_thread() -> None:
+    seen: list[str] = []
+    with attnplug.sdpa_kernel("aten_math"):
+        thread = threading.Thread(target=lambda: seen.append(ran()))
+        thread.start()
+        thread.join()
+        assert ran() == "aten_math"
+    assert seen == ["torch"]
+
+
+def test_many_threads_with_scopes_of_their_own_do_not_disturb_each_other() -> None:
+    wrong: list[tuple[str, str]] = []
+
+    def work(name: str) -> None:
+        for _ in range(200):
+            with attnplug.sdpa_kernel(name):
+                got = ran()
+                if got != name:
+                    wrong.append((name, got))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("torch", "aten_flash", "aten_math") * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_leaving_a_scope_out_of_order_or_elsewhere_is_an_error() -> None:
+    outer, inner = attnplug.sdpa_kernel("aten_math"), attnplug.sdpa_kernel("aten_flash")
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(attnplug.ScopeError, match="out of order"):
+        outer.__exit__(None, None, None)
+    caught: list[BaseException] = []
+
+    def leave() -> None:
+        try:
+            inner.__exit__(None, None, None)
+        except attnplug.ScopeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join()
+    assert len(caught) == 1
+    inner.__exit__(None, None, None)
+    outer.__exit__(None, None, None)
+    assert ran() == "torch"
+
+
+def test_an_activation_falls_back_and_says_so_once_per_reason(register: Callable[..., None]) -> None:
+    register("plain_only")
+    attnplug.activate_flash_attention_impl("plain_only")
+    with pytest.warns(attnplug.FallbackWarning, match=r"'plain_only' is preferred but does not support is_causal"):
+        assert ran(is_causal=True) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ran(is_causal=True) == "torch"
+        assert ran(is_causal=True, scale=0.5) == "torch"
+    with pytest.warns(attnplug.FallbackWarning, match="dropout"):
+        ran(dropout_p=0.1)
+
+
+def test_explain_gives_every_reason_for_every_implementation() -> None:
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    explanation = attnplug.explain(query, query, query, softcap=3.0, return_lse=True, impl=None)
+    by_name = {verdict.name: verdict for verdict in explanation.candidates}
+    assert set(by_name) == set(attnplug.list_flash_attention_impls())
+    assert by_name["aten_math"].reasons == ("does not support softcap", "does not support return_lse")
+    assert not by_name["aten_math"].accepted
+    assert explanation.chosen == "math_ref"
+    assert explanation.candidates[0].name == "math_ref" and explanation.candidates[0].reasons == ()
+    assert all(verdict.reasons for verdict in explanation.candidates[1:])
+    for name in by_name:
+        assert name in str(explanation)
+
+
+def test_explain_runs_nothing_and_agrees_with_the_call(register: Callable[..., None]) -> None:
+    def must_not_run(params: SDPAParams) -> Any:
+        raise AssertionError("ran")
+
+    register("lazy", kernel=must_not_run)
+    with attnplug.sdpa_kernel(["lazy", "aten_math"], set_priority=True):
+        explanation = attnplug.explain(Q, Q, Q)
+    assert explanation.chosen == "lazy"
+    verdicts = {verdict.name: verdict for verdict in explanation.candidates}
+    assert verdicts["aten_math"].accepted and verdicts["aten_math"].reasons == ("lazy comes first",)
+    assert not verdicts["torch"].accepted and "outside sdpa_kernel" in verdicts["torch"].reasons[0]
+
+
+def test_explain_speaks_of_variable_length_calls_too() -> None:
+    tokens, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    explanation = attnplug.explain(tokens, tokens, tokens, cu_seq_q=starts, cu_seq_k=starts, max_q=3, max_k=3)
+    assert explanation.chosen == "math_ref"
+    assert any("varlen_attn" in reason for reason in explanation.candidates[-1].reasons)
+
+
+def test_can_use_impl_is_truthy_when_it_accepts() -> None:
+    assert attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q, None, 0.0, True, False))
+    verdict = attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q, None, 0.1, True, False))
+    assert not verdict and verdict.reasons == ("does not support dropout",)
+    with attnplug.sdpa_kernel("aten_math"):  # whatever is selected
+        assert attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [
+        (Capabilities(devices=("cuda",)), "runs on cuda; the call is on cpu"),
+        (Capabilities(dtypes=("float16", "bfloat16")), "does not support float32 (only bfloat16, float16)"),
+        (Capabilities(head_sizes=range(16, 257, 16)), "head size 8 is below 16"),
+        (Capabilities(head_sizes=range(3, 257, 3)), "head size 8 is not a multiple of 3"),
+        (Capabilities(head_sizes=range(1, 5)), "head size 8 is above 4"),
+        (Capabilities(head_sizes={64, 128}), "head size 8 is not one of 64, 128"),
+    ],
+)
+def test_a_reason_says_what_is_supported_and_what_came(
+    capabilities: Capabilities, reason: str, register: Callable[..., None]
+) -> None:
+    register("picky", capabilities=capabilities)
+    assert attnplug.can_use_impl("picky", SDPAParams(Q, Q, Q)).reasons == (reason,)
+
+
+def test_capabilities_joined_with_or_are_alternatives(register: Callable[..., None]) -> None:
+    on_cpu = Capabilities(devices=("cpu",), features={Feature.SOFTCAP})
+    on_cuda = Capabilities(devices=("cuda",), dtypes=("float16",), features={Feature.CAUSAL})
+    register("both", capabilities=on_cpu | on_cuda)
+    both = on_cpu | on_cuda
+    assert both.devices == {"cpu", "cuda"} and both.dtypes is None
+    assert both.features == {Feature.SOFTCAP, Feature.CAUSAL}
+    assert attnplug.can_use_impl("both", SDPAParams(Q, Q, Q, softcap=1.0))
+    assert attnplug.can_use_impl("both", SDPAParams(Q, Q, Q, is_causal=True)).reasons == ("does not support is_causal",)
+
+
+def test_equal_lengths_need_neither_alignment(register: Callable[..., None]) -> None:
+    features = {Feature.CAUSAL, Feature.LOWER_RIGHT}
+    register("flash_like", capabilities=Capabilities(features=features))
+    longer = torch.randn(1, 2, 6, 8)
+    assert attnplug.can_use_impl("flash_like", SDPAParams(Q, Q, Q, is_causal=True))
+    verdict = attnplug.can_use_impl("flash_like", SDPAParams(Q, longer, longer, is_causal=True))
+    assert verdict.reasons == ("does not support upper-left alignment of unequal query and key lengths",)
+    # And a decision kept for equal lengths is not used for unequal ones.
+    for key in (Q, longer, Q, longer):
+        arguments = dict(is_causal=True, impl="flash_like")
+        if key is Q:
+            attnplug.scaled_dot_product_attention(Q, key, key, **arguments)
+        else:
+            with pytest.raises(attnplug.NoImplementationError):
+                attnplug.scaled_dot_product_attention(Q, key, key, **arguments)
+
+
+def test_supports_may_look_at_lengths_if_it_says_so(register: Callable[..., None]) -> None:
+    class Short:
+        forward = staticmethod(formula)
+        shape_dependent = True
+
+        @staticmethod
+        def supports(params: SDPAParams) -> str | None:
+            return None if params.key.shape[2] <= 8 else f"takes up to 8 keys, got {params.key.shape[2]}"
+
+    register("short", kernel=Short)
+    with attnplug.sdpa_kernel(["short", "aten_math"], set_priority=True):
+        for keys, expected in ((4, "short"), (9, "aten_math"), (8, "short"), (9, "aten_math")):
+            key = torch.randn(1, 2, keys, 8)
+            with attnplug.record() as calls:
+                attnplug.scaled_dot_product_attention(Q, key, key)
+            assert calls[0].impl == expected
+            reasons = {"short": ("takes up to 8 keys, got 9",)} if expected == "aten_math" else {}
+            assert calls[0].passed_over == reasons
+
+
+def test_record_says_what_ran_and_who_was_passed_over() -> None:
+    with attnplug.record() as outer:
+        attnplug.scaled_dot_product_attention(Q, Q, Q)
+        with attnplug.record() as inner:
+            attnplug.scaled_dot_product_attention(Q, Q, Q, return_lse=True)
+    attnplug.scaled_dot_product_attention(Q, Q, Q)
+    assert [call.impl for call in outer] == ["torch", "aten_flash"]
+    assert [call.impl for call in inner] == ["aten_flash"]
+    assert outer[0].backend == SDPBackend.FLASH_ATTENTION  # what PyTorch itself chose
+    assert inner[0].passed_over == {"torch": ("does not support return_lse",)}
+
+
+def test_record_belongs_to_its_thread() -> None:
+    with attnplug.record() as calls:
+        thread = threading.Thread(target=ran)
+        thread.start()
+        thread.join()
+    assert calls == []
+
+
+def test_falling_back_to_math_warns_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(1, 2, 4, 8)
+    with attnplug.sdpa_kernel([SDPBackend.FLASH_ATTENTION, "aten_math"]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attnplug.scaled_dot_product_attention(query, query, query, dropout_p=0.1)
+        monkeypatch.setattr(attnplug, "WARN_FOR_UNFUSED_KERNELS", True)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="aten_flash: does not support dropout"):
+                attnplug.scaled_dot_product_attention(query, query, query, dropout_p=0.1)
+
+
+def test_a_change_of_the_registry_is_seen_by_the_next_call(register: Callable[..., None]) -> None:
+    with attnplug.sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        register("first", priority=1)
+        assert ran() == "first"
+        register("second", priority=2)
+        assert ran() == "second"
+        attnplug.unregister_impl("second")
+        assert ran() == "first"
+
+
+def test_names_are_unique_and_what_is_installed_stays(register: Callable[..., None]) -> None:
+    register("twice")
+    with pytest.raises(attnplug.DuplicateImplementationError, match="'twice' of this program .* by this program"):
+        register("twice")
+    with pytest.raises(attnplug.DuplicateImplementationError, match="attnplug, which keeps it"):
+        register("torch")
+    with pytest.raises(ValueError, match="only implementations added with register_impl"):
+        attnplug.unregister_impl("torch")
+    with pytest.raises(attnplug.UnknownImplementationError, match="'none_such'"):
+        attnplug.unregister_impl("none_such")
+    with pytest.raises(TypeError, match="spec: expected an ImplSpec, got str"):
+        attnplug.register_impl("torch")  # type: ignore[arg-type]
+
+
+def test_a_missing_module_makes_an_implementation_unavailable(register: Callable[..., None]) -> None:
+    register("needy", requires=("no_such_module",))
+    record = next(record for record in attnplug.list_impls() if record.name == "needy")
+    assert (record.status, record.reason) == ("unavailable", "needs no_such_module, not installed")
+    with pytest.raises(attnplug.NoImplementationError, match="needs no_such_module, not installed"):
+        attnplug.scaled_dot_product_attention(Q, Q, Q, impl="needy")
+    with pytest.raises(attnplug.NoImplementationError, match="needs no_such_module"):
+        attnplug.activate_flash_attention_impl("needy")
+    assert attnplug.current_flash_attention_impl() is None
+
+
+def test_enums_have_pytorch_s_values() -> None:
+    for member in SDPBackend:
+        assert int(member) == int(getattr(torch_attention.SDPBackend, member.name))
+    for variant in attnplug.CausalVariant:
+        assert int(variant) == int(torch_attention.bias.CausalVariant[variant.name])
+
+
+def test_the_first_parameters_are_pytorch_s_in_pytorch_s_order() -> None:
+    mask = torch.zeros(4, 4)
+    expected = torch.nn.functional.scaled_dot_product_attention(Q, Q, Q, mask, 0.0, False, scale=0.5, enable_gqa=False)
+    assert torch.equal(attnplug.scaled_dot_product_attention(Q, Q, Q, mask, 0.0, False, 0.5, False), expected)
