@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnplug._autocast import no_autocast
 from attnplug._errors import GradientError, KernelError
 from attnplug._registry import BUILTIN, Entry
 from attnplug._types import Feature, SDPAParams
@@ -27,16 +28,6 @@ TENSORS = (
 )
 DIFFERENTIABLE = TENSORS[:5]
 CONSTANTS = tuple(item.name for item in fields(SDPAParams) if item.name not in TENSORS)
-
-
-def any_autocast() -> bool:
-    """Whether autocast is on for any type of device. PyTorch's own short way to ask; 0.1 us."""
-    return torch._C._is_any_autocast_enabled()
-
-
-def no_autocast(tensor: Tensor) -> Any:
-    """Return a context without autocast: kernels get their inputs already cast, and accumulate in float32."""
-    return torch.autocast(tensor.device.type, enabled=False) if any_autocast() else nullcontext()
 
 
 def run(entry: Entry, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | None]:

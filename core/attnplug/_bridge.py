@@ -113,12 +113,12 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 
 def _fastpath_enabled() -> bool:
-    return _original_fastpath() and not _selected() and process.bindings == 0
+    return _original_fastpath() and not _selected()
 
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread."""
-    return not process.plain or thread.scope is not None or bool(thread.recordings)
+    return not process.plain or thread.scope is not None or bool(thread.recordings) or process.bindings > 0
 
 
 def _replace(old: Any, new: Any) -> None:

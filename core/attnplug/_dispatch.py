@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._autograd import any_autocast, no_autocast, run
+from attnplug._autocast import any_autocast, no_autocast
+from attnplug._autograd import run
 from attnplug._operator import is_watched, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._registry import Registry

@@ -28,7 +28,7 @@ class UnknownImplementationError(AttnplugError, ValueError):
         self.available = tuple(sorted(available))
         prefix = f"{where}: " if where else ""
         super().__init__(
-            f"{prefix}unknown implementation {name!r}{did_you_mean(name, self.available)}. "
+            f"{prefix}unknown implementation {name!r}{did_you_mean(name, self.available) or '.'} "
             f"Available: {', '.join(self.available) or 'none'}"
         )
 

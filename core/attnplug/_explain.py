@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from attnplug._autograd import DIFFERENTIABLE
 from attnplug._api import scaled_dot_product_attention, varlen_attn
 from attnplug._prepare import prepare_dense, prepare_varlen
 from attnplug._requirements import requirements
@@ -65,9 +69,8 @@ def explain(query: Any, key: Any, value: Any, *args: Any, impl: str | None = Non
     del given["impl"]
     given["dropout"] = given.pop("dropout_p")
     if signature is _VARLEN:
-        params = prepare_varlen(SDPAParams(causal_variant=CausalVariant.LOWER_RIGHT, **given))
-    else:
-        params, _ = prepare_dense(SDPAParams(**given))
+        given["causal_variant"] = CausalVariant.LOWER_RIGHT
+    params = _prepared(SDPAParams(**given))
     chosen, verdicts = explain_all(start(), current_selection(impl), params)
     return Explanation(chosen, tuple(verdicts))
 
@@ -82,6 +85,22 @@ def can_use_impl(name: str, params: SDPAParams) -> Verdict:
     if not isinstance(params, SDPAParams):
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
     entry = start().get(name, "name")
-    prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
+    prepared = _prepared(params)
     reasons = refusals(entry, requirements(prepared), prepared)
     return Verdict(entry.name, entry.spec.backend, not reasons, reasons)
+
+
+def _prepared(params: SDPAParams) -> SDPAParams:
+    """Check and normalise a call that nobody will differentiate, so that autograd records nothing.
+
+    It would look for the device of each view that it records, and PyTorch ends the process where there is
+    none, as for a fake CUDA tensor on a machine without CUDA.
+    """
+    with torch.no_grad():
+        prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
+    wanting = {}
+    for name in DIFFERENTIABLE:
+        given, view = getattr(params, name), getattr(prepared, name)
+        if isinstance(view, Tensor) and given.requires_grad and not view.requires_grad:
+            wanting[name] = view.detach().requires_grad_()
+    return replace(prepared, **wanting)

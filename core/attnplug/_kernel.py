@@ -114,6 +114,6 @@ def _check_signature(spec: ImplSpec, role: str, function: Any, arguments: tuple[
     except (TypeError, ValueError):  # built-in functions may have none
         return
     try:
-        signature.bind(*arguments)
+        signature.bind_partial(*arguments)  # there may be more: what forward saves
     except TypeError as error:
         raise SpecError(f"{where}{signature} cannot be called as {role}({', '.join(arguments)}): {error}") from None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import bias as torch_bias
 
+from attnplug._autocast import autocasts
 from attnplug._types import CausalVariant, SDPAParams
 from attnplug._validate import broadcast_leading, check_dense, check_scalars
 from attnplug._validate_varlen import check_varlen
@@ -99,7 +100,7 @@ def _causal_bias(params: SDPAParams) -> SDPAParams:
 def _autocast(params: SDPAParams) -> SDPAParams:
     """Cast as autocast does for PyTorch's function: every floating argument but float64."""
     query = params.query
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor) or not autocasts(query):
         return params
     dtype = torch.get_autocast_dtype(query.device.type)
 

@@ -96,6 +96,7 @@ class Registry:
         self.generation = 0
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
+        self._names: tuple[str, ...] = ()
         self._failed: list[ImplRecord] = []
 
     def add(self, spec: ImplSpec, distribution: str, version: str = "") -> None:
@@ -154,8 +155,8 @@ class Registry:
             return iter(sorted(self._entries.values(), key=lambda entry: entry.rank))
 
     def names(self) -> list[str]:
-        with self._lock:
-            return sorted(self._entries)
+        """Return the sorted names; without a lock, which a trace could not take."""
+        return list(self._names)
 
     def records(self) -> list[ImplRecord]:
         with self._lock:
@@ -164,6 +165,7 @@ class Registry:
     def changed(self) -> None:
         """Raise the generation: every decision made before is void."""
         with self._lock:
+            self._names = tuple(sorted(self._entries))
             self.generation += 1
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
-from attnplug._autograd import no_autocast
+from attnplug._autocast import no_autocast
 from attnplug._dispatch import Result, empty
 from attnplug._operator import arguments_of, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
@@ -150,7 +151,7 @@ def _example(facts: tuple[Any, ...], lengths: tuple[int, int, int] | None) -> SD
     device, dtype, size, value_size, heads, kv_heads, grad, mask, sinks = facts[:9]
     slopes, used, is_varlen, paged, square, dropout, is_causal, variant, window, softcap, lse, gqa = facts[9:]
     batch, queries, keys = lengths or (2, 16, 16 if square else 24)
-    with FakeTensorMode(), torch.set_grad_enabled(True):
+    with _disable_current_modes(), FakeTensorMode(), torch.set_grad_enabled(True):
 
         def make(*shape: int, dtype: torch.dtype = dtype, grad: bool = False) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device, requires_grad=grad)

@@ -102,7 +102,7 @@ class Capabilities:
     architectures: frozenset[str] | None = None
     head_sizes: range | frozenset[int] | None = None
     features: frozenset[Feature] = frozenset()
-    alternatives: tuple[Capabilities, ...] = field(default=(), repr=False)
+    alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -301,7 +301,7 @@ def _feature(item: Any) -> Feature:
         return item
     known = [feature.name for feature in Feature]
     raise SpecError(
-        f"Capabilities.features: {item!r} is not a Feature{did_you_mean(str(item).upper(), known)} "
+        f"Capabilities.features: {item!r} is not a Feature{did_you_mean(str(item).upper(), known) or ';'} "
         f"Known: {', '.join(known)}"
     )
 

@@ -1,0 +1,214 @@
+"""`attnplug explain` asks about a call that is only described: nothing runs, nothing is allocated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnplug
+from attnplug import Capabilities, Feature
+
+F = Feature
+PACKED = "--query 16,8,64 --varlen 5,3,8"
+ASKS = {
+    "": set(),
+    "--causal": {F.CAUSAL},
+    "--causal --key 1,8,256,64": {F.CAUSAL, F.UPPER_LEFT},
+    "--causal --key 1,8,256,64 --causal-variant lower-right": {F.CAUSAL, F.LOWER_RIGHT},
+    "--causal-variant lower-right": set(),
+    "--window 16,0": {F.WINDOW},
+    "--window -1,0": {F.WINDOW},
+    "--window -1,-1": set(),
+    "--mask bool": {F.BOOLEAN_MASK},
+    "--mask float": {F.ADDITIVE_MASK},
+    "--mask float:1,8,1,128": {F.ADDITIVE_MASK},
+    "--mask float --mask-grad": {F.ADDITIVE_MASK, F.MASK_GRADIENT},
+    "--dropout 0.1": {F.DROPOUT},
+    "--scale -1e-3": set(),
+    "--gqa": set(),
+    "--gqa --key 1,2,128,64": {F.GQA},
+    "--value 1,8,128,32": {F.VALUE_HEAD_SIZE},
+    "--softcap 30": {F.SOFTCAP},
+    "--sinks": {F.SINKS},
+    "--sinks-grad": {F.SINKS, F.SINKS_GRADIENT},
+    "--alibi": {F.ALIBI},
+    "--lse": {F.LSE},
+    "--seqused": {F.SEQUSED_K},
+    "--causal --seqused": {F.CAUSAL, F.SEQUSED_K, F.UPPER_LEFT},
+    "--query 2,3,8,128,64 --seqused --alibi --sinks": {F.SEQUSED_K, F.ALIBI, F.SINKS, F.UPPER_LEFT},
+    "--query 8,128,64 --mask bool:8,128,128": {F.BOOLEAN_MASK},
+    PACKED: {F.VARLEN},
+    f"{PACKED} --causal": {F.VARLEN, F.CAUSAL, F.LOWER_RIGHT},
+    f"{PACKED} --causal-variant lower-right": {F.VARLEN},
+    f"{PACKED} --seqused": {F.VARLEN, F.SEQUSED_K},
+    f"{PACKED} --paged 4": {F.VARLEN, F.PAGED},
+    f"{PACKED} --paged 4 --seqused": {F.VARLEN, F.PAGED, F.SEQUSED_K},
+    f"{PACKED} --key 16,2,64 --gqa --paged 4": {F.VARLEN, F.GQA, F.PAGED},
+    "--query 3,8,64 --varlen 1,1,1:7,8,9": {F.VARLEN},
+}
+
+
+def words(options: str) -> list[str]:
+    """Split `options`, with a query of (1, 8, 128, 64) if they name none."""
+    return (options if "--query" in options else f"--query 1,8,128,64 {options}").split()
+
+
+def verdict(data: dict, name: str) -> dict:
+    return next(candidate for candidate in data["candidates"] if candidate["name"] == name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("options", ASKS)
+def test_options_ask_for_exactly_these_features(cli, register, options, device):
+    register(name="bare")
+    data = cli("explain", *words(options), "--device", device, "--impl", "bare", "--json").data
+    assert verdict(data, "bare")["reasons"] == [
+        f"does not support {f.value}" for f in F if f in ASKS[options]
+    ]
+
+
+def test_grad_asks_for_a_backward(cli, register):
+    register(name="bare")
+    done = cli("explain", *words("--grad --impl bare --json"))
+    assert done.status == 1
+    assert verdict(done.data, "bare")["reasons"] == ["has no backward, and a gradient is needed"]
+
+
+@pytest.mark.parametrize("options", ["--mask float --mask-grad", "--query 2,3,8,128,64 --grad"])
+def test_gradients_can_be_asked_about_on_a_device_that_is_not_here(shell, options):
+    """In a fresh interpreter: where autograd records anything of such a tensor, PyTorch ends the process."""
+    done = shell("explain", *words(options), "--device", "cuda", "--impl", "torch")
+    assert (done.status, done.err) == (0, "") and done.out.endswith("torch would run.\n")
+
+
+@pytest.mark.parametrize(
+    "options", ["", "--causal", "--softcap 30", "--mask bool:1,1,128,128", "--lse --dtype float64"]
+)
+def test_the_table_is_that_of_explain_with_real_tensors(cli, options):
+    query = torch.zeros(1, 8, 128, 64, dtype=torch.float64 if "float64" in options else torch.float32)
+    call = {
+        "--causal": {"is_causal": True},
+        "--softcap": {"softcap": 30.0},
+        "--mask": {"attn_mask": torch.ones(1, 1, 128, 128, dtype=torch.bool)},
+        "--lse": {"return_lse": True},
+    }.get(options.partition(" ")[0], {})
+    explanation = attnplug.explain(query, query, query, **call)
+    done = cli("explain", *words(options))
+    assert done.out.startswith(str(explanation))
+    assert done.status == (0 if explanation.chosen else 1)
+
+
+def test_text_and_json_tell_the_same(cli):
+    options = words("--scope FLASH_ATTENTION,MATH --lse")
+    text, data = cli("explain", *options).out.splitlines(), cli("explain", *options, "--json").data
+    assert text[-1] == f"{data['chosen']} would run."
+    assert len(text) == len(data["candidates"]) + 3
+    for line, candidate in zip(text[1:], data["candidates"], strict=False):
+        answer = "runs" if candidate["name"] == data["chosen"] else "could" if candidate["accepted"] else "no"
+        assert line.split()[:3] == [candidate["name"], candidate["family"] or "-", answer]
+        assert line.endswith("; ".join(candidate["reasons"]))
+
+
+def test_nothing_runs_and_nothing_is_allocated(cli, register):
+    register(name="bare")
+    done = cli("explain", "--query", "64,128,1000000,256", "--mask", "bool", "--impl", "bare")
+    assert done.status == 1
+    done = cli("explain", "--query", "64,128,1000000,256", "--impl", "bare")
+    assert done.status == 0 and done.out.endswith("bare would run.\n")
+
+
+def test_a_device_that_is_not_here_can_be_asked_about(cli, register):
+    register(name="on_cpu", capabilities=Capabilities(devices=("cpu",)))
+    register(name="on_card", capabilities=Capabilities(devices=("cuda",)))
+    options = words("--device cuda:1 --dtype bfloat16 --scope on_cpu,on_card --json")
+    done = cli("explain", *options)
+    assert done.data["chosen"] == "on_card"
+    assert verdict(done.data, "on_cpu")["reasons"] == ["runs on cpu; the call is on cuda"]
+
+
+def test_an_architecture_that_is_not_here_is_a_reason(cli, register):
+    register(name="future", capabilities=Capabilities(devices=("cuda",), compute_capability=(99, 0)))
+    done = cli("explain", *words("--device cuda --impl future --json"))
+    assert done.status == 1
+    assert "needs compute capability 99.0" in verdict(done.data, "future")["reasons"][0]
+
+
+def test_status_1_and_a_sentence_when_nothing_would_run(cli, register):
+    register(name="bare")
+    done = cli("explain", *words("--impl bare --softcap 30"))
+    assert done.status == 1
+    assert done.out.splitlines()[-1].startswith("Nothing would run")
+    assert cli("explain", *words("--impl bare --softcap 30 --json")).data["chosen"] is None
+
+
+def test_scope_takes_families_and_names_and_their_order(cli):
+    assert cli("explain", *words("--scope MATH --json")).data["chosen"] == "aten_math"
+    both = words("--scope aten_math,aten_flash --json")
+    assert cli("explain", *both).data["chosen"] == "aten_flash"
+    assert cli("explain", *both, "--set-priority").data["chosen"] == "aten_math"
+    reasons = verdict(cli("explain", *both).data, "torch")["reasons"]
+    assert reasons == ["outside sdpa_kernel(['aten_math', 'aten_flash'])"]
+
+
+@pytest.mark.parametrize("option", ["--impl", "--scope"])
+def test_an_unknown_name_is_a_usage_error_with_the_closest(cli, option):
+    done = cli("explain", *words(f"{option} aten_mth"))
+    assert (done.status, done.out) == (2, "")
+    assert f"{option}: unknown implementation 'aten_mth'; did you mean 'aten_math'?" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--query 1,8,x", "--query: expected numbers such as 1,8,128,64, got '1,8,x'"),
+        ("--query 1,-8,2,2", "--query: expected numbers"),
+        ("--query 64", "query: expected at least 2 dimensions"),
+        ("--key 1,2,128,64", "enable_gqa"),
+        ("--key 1,8,128,32", "key: its head size 32"),
+        ("--mask int", "--mask: expected bool or float"),
+        ("--mask float:3,3", "attn_mask: shape (3, 3) does not broadcast"),
+        ("--mask bool --mask-grad", "--mask-grad: needs --mask float"),
+        ("--mask-grad", "--mask-grad: needs --mask float"),
+        ("--window 3", "--window: expected LEFT,RIGHT"),
+        ("--window -2,0", "window_size: expected sides of -1"),
+        ("--dropout 2", "dropout_p: expected a probability"),
+        ("--dtype int8", "--dtype: invalid choice"),
+        ("--device toaster", "--device: 'toaster' is no device of PyTorch"),
+        ("--set-priority", "--set-priority: is about the order of --scope"),
+        ("--paged 16", "--paged: needs --varlen"),
+        (f"{PACKED} --paged 0", "--paged: expected a number above 0"),
+        (f"{PACKED} --mask bool", "--mask: varlen_attn takes no attn_mask"),
+        (f"{PACKED} --causal-variant upper-left", "--causal-variant: varlen_attn is always lower-right"),
+        (f"{PACKED} --key 15,8,64", "--key: has 15 tokens, but the lengths of --varlen add up to 16"),
+        ("--query 12,8,64 --varlen 5,3", "--query: has 12 tokens, but the lengths of --varlen add up to 8"),
+        ("--varlen 5,3", "--query: with --varlen expected tokens,heads,head size"),
+        ("--query 8,8,64 --varlen 5,3:4", "--varlen: expected as many sequences of keys as of queries"),
+    ],
+)
+def test_a_call_without_meaning_is_a_usage_error_that_says_why(cli, options, said):
+    done = cli("explain", *words(options))
+    assert (done.status, done.out) == (2, "")
+    assert said in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_broken_kernel_is_a_reason_and_a_readable_warning(cli, register):
+    register(name="wreck", kernel="absent_module.kernel")
+    done = cli("explain", *words("--impl wreck"))
+    assert done.status == 1 and "is broken: ModuleNotFoundError" in done.out
+    assert done.err.startswith("attnplug: warning: the kernel of implementation 'wreck'")
+    assert done.err.count("\n") == 1
+
+
+def test_kernels_are_imported_outside_fake_mode(cli, register, tmp_path, monkeypatch):
+    """A tensor that a kernel makes when it is imported is a real one, and stays usable after."""
+    (tmp_path / "kernel_with_table.py").write_text(
+        "import torch\nTABLE = torch.arange(3)\n\ndef forward(params):\n    raise AssertionError\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    register(name="tabled", kernel="kernel_with_table")
+    assert cli("explain", *words("--impl tabled --device cuda")).status == 0
+    import kernel_with_table
+
+    assert kernel_with_table.TABLE.tolist() == [0, 1, 2]

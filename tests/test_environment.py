@@ -1,0 +1,277 @@
+"""The environment variables do what they say; a value that means nothing is an error naming the variable.
+
+Each case runs in a new interpreter, because the environment is read once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from packages import Site, of_plugins
+
+NAMES = "report['names'] = attnplug.list_flash_attention_impls()"
+FAILURE = "report['failure'] = failure(attnplug.list_impls)"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A folder that holds two healthy plugins, `healthy` and `other`, and one that raises."""
+    site = Site(tmp_path / "site")
+    site.install_healthy()
+    site.install_healthy("other")
+    site.install("fake-raises", {"raises": "raise RuntimeError('no luck today')"})
+    return site
+
+
+# ATTNPLUG_IMPL -----------------------------------------------------------------------------------------
+
+
+def test_impl_is_an_order_of_preference_below_scopes_and_arguments(site: Site) -> None:
+    report = site.run(
+        """
+        import torch
+        query = torch.randn(1, 2, 5, 8)
+        report["works"] = works()
+        with attnplug.record() as calls:
+            sdpa(softcap=2.0)
+            sdpa(dropout_p=0.5, softcap=2.0)
+            sdpa(impl="aten_math")
+            with attnplug.sdpa_kernel("torch"):
+                sdpa()
+            attnplug.activate_flash_attention_impl("aten_flash")
+            sdpa()
+            attnplug.restore_flash_attention_impl()
+            sdpa()
+        report["ran"] = [call.impl for call in calls]
+        report["chosen"] = attnplug.explain(query, query, query).chosen
+        """,
+        ATTNPLUG_IMPL=" other ,healthy",
+    )
+    assert report.works and report.chosen == "other"
+    assert report.ran == ["other", "other", "aten_math", "torch", "aten_flash", "other"]
+
+
+def test_preferred_implementation_that_cannot_take_a_call_is_passed_over_with_one_warning_a_reason(
+    site: Site,
+) -> None:
+    report = site.run(
+        """
+        with attnplug.record() as calls:
+            sdpa()
+            sdpa(softcap=2.0)
+            sdpa(softcap=2.0, seed=1)
+            sdpa(softcap=3.0)
+            sdpa(window_size=(1, 0))
+        report["ran"] = [call.impl for call in calls]
+        report["passed_over"] = calls[1].passed_over["aten_flash"]
+        """,
+        ATTNPLUG_IMPL="aten_flash,healthy",
+    )
+    assert report.ran == ["aten_flash", "healthy", "healthy", "healthy", "healthy"]
+    fallbacks = [message for category, message in report.warnings if category == "FallbackWarning"]
+    assert len(fallbacks) == 2, fallbacks
+    assert all("aten_flash" in message and "healthy" in message for message in fallbacks)
+    assert "softcap" in fallbacks[0] and "window_size" in fallbacks[1]
+    assert any("softcap" in reason for reason in report.passed_over)
+
+
+def test_unknown_preferred_implementation_is_an_error_of_every_call(site: Site) -> None:
+    report = site.run(
+        """
+        import torch
+        query = torch.randn(1, 2, 5, 8)
+        report["failures"] = [
+            failure(sdpa),
+            failure(sdpa),
+            failure(sdpa, impl="torch"),
+            failure(attnplug.explain, query, query, query),
+            failure(attnplug.activate_flash_attention_impl, "healthy"),
+        ]
+        """,
+        ATTNPLUG_IMPL="torch,helthy",
+    )
+    for failure in report.failures:
+        assert {"UnknownImplementationError", "AttnplugError", "ValueError"} <= set(failure["kinds"])
+        for part in ("ATTNPLUG_IMPL", "'helthy'", "'healthy'", "aten_math"):
+            assert part in failure["message"]
+
+
+def test_variables_set_to_nothing_change_nothing(site: Site) -> None:
+    report = site.run(
+        """
+        report["works"] = works()
+        with attnplug.record() as calls:
+            sdpa()
+        report["ran"] = [call.impl for call in calls]
+        report["records"] = listed()
+        """,
+        ATTNPLUG_IMPL=" ",
+        ATTNPLUG_DISABLE="",
+        ATTNPLUG_STRICT="",
+        ATTNPLUG_TRACE="",
+    )
+    assert report.works and report.ran == ["torch"] and report.stderr == ""
+    assert report.records["raises"]["status"] == "broken"
+    assert {"healthy", "other"} <= report.records.keys()
+
+
+# ATTNPLUG_LOAD and ATTNPLUG_DISABLE ---------------------------------------------------------------------
+
+BUILT_IN = ["aten_flash", "aten_math", "torch"]
+LOADED = NAMES + "; report['imported'] = sorted({'healthy', 'other', 'raises'} & set(sys.modules))"
+
+
+@pytest.mark.parametrize(
+    ("value", "loaded"),
+    [("healthy", ["healthy"]), ("other, healthy", ["healthy", "other"]), ("", []), (" ", [])],
+)
+def test_load_names_the_only_plugins_that_are_imported(site: Site, value: str, loaded: list[str]) -> None:
+    report = site.run(LOADED, ATTNPLUG_LOAD=value)
+    assert report.names == sorted(BUILT_IN + loaded) and report.imported == loaded
+    assert of_plugins(report.warnings) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "loaded"),
+    [("raises", ["healthy", "other"]), ("raises,other", ["healthy"]), ("other , healthy,raises", [])],
+)
+def test_disabled_plugin_is_never_imported(site: Site, value: str, loaded: list[str]) -> None:
+    report = site.run(LOADED, ATTNPLUG_DISABLE=value, ATTNPLUG_LOAD="healthy,other,raises")
+    assert report.names == sorted(BUILT_IN + loaded) and report.imported == loaded
+    assert of_plugins(report.warnings) == []
+
+
+def test_disabled_plugin_is_not_imported_by_calls_either(site: Site) -> None:
+    report = site.run(
+        """
+        report["works"] = works(), works(impl="other"), works(softcap=2.0)
+        report["failure"] = failure(sdpa, impl="healthy")
+        report["imported"] = "healthy" in sys.modules or "healthy_kernel" in sys.modules
+        """,
+        ATTNPLUG_DISABLE="healthy,raises",
+        ATTNPLUG_LOAD="healthy,other",
+    )
+    assert all(report.works) and not report.imported
+    assert "UnknownImplementationError" in report.failure["kinds"]
+
+
+def test_unknown_name_in_load_is_an_error_with_the_closest_match(site: Site) -> None:
+    report = site.run(FAILURE, ATTNPLUG_LOAD="other,helthy")
+    assert {"ConfigError", "AttnplugError", "ValueError"} <= set(report.failure["kinds"])
+    for part in ("ATTNPLUG_LOAD", "'helthy'", "mean 'healthy'", "installed", "other", "raises"):
+        assert part in report.failure["message"]
+
+
+def test_load_means_entry_points_not_implementations(site: Site) -> None:
+    report = site.run(FAILURE, ATTNPLUG_LOAD="torch")
+    assert "ConfigError" in report.failure["kinds"] and "'torch'" in report.failure["message"]
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_unknown_name_in_disable_is_one_warning_with_the_closest_match(site: Site, strict: str) -> None:
+    values = {
+        "ATTNPLUG_DISABLE": "raises,helthy",
+        "ATTNPLUG_LOAD": "healthy,other",
+        "ATTNPLUG_STRICT": strict,
+    }
+    report = site.run(f"attnplug.list_impls(); {NAMES}", **values)
+    (warning,) = of_plugins(report.warnings)
+    assert all(part in warning for part in ("ATTNPLUG_DISABLE", "'helthy'", "'healthy'"))
+    assert report.names == sorted([*BUILT_IN, "healthy", "other"])
+
+
+# ATTNPLUG_STRICT and ATTNPLUG_TRACE ---------------------------------------------------------------------
+
+
+def test_strict_0_is_as_unset(site: Site) -> None:
+    report = site.run("report['records'] = listed()", ATTNPLUG_STRICT="0", ATTNPLUG_TRACE="0")
+    assert report.records["raises"]["status"] == "broken" and len(of_plugins(report.warnings)) == 1
+
+
+def test_strict_raises_at_the_first_call_and_at_the_next(site: Site) -> None:
+    report = site.run(
+        "report['failures'] = [failure(sdpa), failure(sdpa, impl='torch'), failure(attnplug.list_impls)]",
+        ATTNPLUG_STRICT="1",
+    )
+    for failure in report.failures:
+        assert {"PluginError", "AttnplugError", "RuntimeError"} <= set(failure["kinds"])
+        assert failure["cause"] == "RuntimeError" and "no luck today" in failure["message"]
+
+
+def test_strict_says_nothing_when_all_plugins_are_sound(site: Site) -> None:
+    report = site.run(NAMES, ATTNPLUG_STRICT="1", ATTNPLUG_LOAD="healthy,other")
+    assert {"healthy", "other"} <= set(report.names) and report.warnings == []
+
+
+def test_trace_logs_each_decision_on_stderr_with_who_was_passed_over(site: Site) -> None:
+    report = site.run(
+        """
+        sdpa()
+        sdpa()
+        sdpa(softcap=2.0)
+        sdpa(impl="aten_math")
+        """,
+        ATTNPLUG_TRACE="1",
+        ATTNPLUG_LOAD="healthy",
+    )
+    lines = [line for line in report.stderr.splitlines() if "attnplug" in line]
+    assert len(lines) == 4, report.stderr
+    for line, ran in zip(lines, ("torch", "torch", "healthy", "aten_math"), strict=True):
+        assert ran in line and "(1, 2, 5, 8)" in line and "float32" in line
+    assert "softcap" in lines[2] and "aten_flash" in lines[2]
+
+
+# Values that mean nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ATTNPLUG_STRICT", "yes"),
+        ("ATTNPLUG_STRICT", "2"),
+        ("ATTNPLUG_STRICT", " "),
+        ("ATTNPLUG_TRACE", "on"),
+        ("ATTNPLUG_TRACE", "-1"),
+        ("ATTNPLUG_IMPL", "torch,,healthy"),
+        ("ATTNPLUG_IMPL", ","),
+        ("ATTNPLUG_LOAD", "healthy,"),
+        ("ATTNPLUG_LOAD", "healthy;other"),
+        ("ATTNPLUG_DISABLE", ",healthy"),
+    ],
+)
+def test_meaningless_value_is_an_error_naming_variable_and_value(
+    site: Site, variable: str, value: str
+) -> None:
+    report = site.run(
+        "report['failures'] = [failure(attnplug.list_impls), failure(attnplug.list_impls)]",
+        **{variable: value},
+    )
+    for failure in report.failures:
+        assert {"ConfigError", "AttnplugError", "ValueError"} <= set(failure["kinds"])
+        assert failure["message"].startswith(variable) and repr(value) in failure["message"]
+
+
+@pytest.mark.parametrize(
+    "wrong, right", [("ATTNPLUG_DISABEL", "ATTNPLUG_DISABLE"), ("ATTNPLUG_IMPLS", "ATTNPLUG_IMPL")]
+)
+def test_misspelt_variable_is_an_error_with_the_closest_match(site: Site, wrong: str, right: str) -> None:
+    report = site.run(FAILURE, **{wrong: "healthy"})
+    assert "ConfigError" in report.failure["kinds"]
+    assert wrong in report.failure["message"] and repr(right) in report.failure["message"]
+
+
+def test_wrong_environment_is_an_error_of_every_call_too(site: Site) -> None:
+    report = site.run(
+        """
+        report["failures"] = [
+            failure(sdpa),
+            failure(sdpa, impl="torch"),
+            failure(attnplug.sdpa_kernel, "torch"),
+            failure(attnplug.activate_flash_attention_impl, "torch"),
+        ]
+        """,
+        ATTNPLUG_TRACE="on",
+    )
+    for failure in report.failures:
+        assert "ConfigError" in failure["kinds"] and "ATTNPLUG_TRACE" in failure["message"]
