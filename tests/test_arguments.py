@@ -67,7 +67,10 @@ DENSE = [
 # Whatever aten_flash does not take at all, right or wrong, it declines for that reason.
 EXTENDED = {"softcap", "sinks", "alibi_slopes", "seqused_k", "window_size"}
 CASES = [
-    (impl, *case) for impl in (None, "aten_flash", "math_ref") for case in DENSE if impl != "aten_flash" or not EXTENDED & set(case[0])
+    (impl, *case)
+    for impl in (None, "aten_flash", "math_ref")
+    for case in DENSE
+    if impl != "aten_flash" or not EXTENDED & set(case[0])
 ]
 
 
@@ -97,11 +100,21 @@ PAGES: dict[str, Any] = VALID | dict(
     key=torch.randn(4, 3, 2, 8), value=torch.randn(4, 3, 2, 8), block_table=ints(0, 3, 1, 2).reshape(2, 2)
 )
 VARLEN = [
-    (VALID, {"query": torch.randn(1, 8, 4, 8)}, ValueError, r"query: expected 3 dimensions \(tokens, heads, head size\)"),
+    (
+        VALID,
+        {"query": torch.randn(1, 8, 4, 8)},
+        ValueError,
+        r"query: expected 3 dimensions \(tokens, heads, head size\)",
+    ),
     (VALID, {"value": torch.randn(8, 2, 8)}, ValueError, r"value: .* must agree with the key"),
     (VALID, {"enable_gqa": False}, ValueError, r"key: has 2 heads, the query 4"),
     (VALID, {"cu_seq_q": [0, 5, 8]}, TypeError, r"cu_seq_q: expected a torch.Tensor, got list"),
-    (VALID, {"cu_seq_q": torch.tensor([0, 5, 8])}, ValueError, r"cu_seq_q: expected dtype torch.int32, got torch.int64"),
+    (
+        VALID,
+        {"cu_seq_q": torch.tensor([0, 5, 8])},
+        ValueError,
+        r"cu_seq_q: expected dtype torch.int32, got torch.int64",
+    ),
     (VALID, {"cu_seq_q": ints(1, 5, 8)}, ValueError, r"cu_seq_q: expected values that start at 0 and never fall"),
     (VALID, {"cu_seq_q": ints(0, 5, 4)}, ValueError, r"cu_seq_q: expected values that start at 0 and never fall"),
     (VALID, {"cu_seq_q": ints(0, 5, 9)}, ValueError, r"cu_seq_q: ends at 9, beyond the 8 tokens"),

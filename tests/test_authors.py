@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import attnplug
-from attnplug import Capabilities, Feature, ImplSpec, SDPBackend, SDPAParams
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
 
 SHAPE = (1, 2, 4, 8)
 

@@ -22,7 +22,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
 import attnplug
-from attnplug import ImplSpec, SDPBackend, SDPAParams
+from attnplug import ImplSpec, SDPBackend
 
 Q = torch.randn(1, 2, 4, 8)
 ORIGINAL = F.scaled_dot_product_attention

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import GRADIENT, assert_lse_right, assert_right, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import attention
 from torch.testing._internal.common_methods_invocations import op_db
 
 import attnplug
+from accuracy import GRADIENT, assert_lse_right, assert_right, plain
+from reference import attention
 
 BUILTIN = ("torch", "aten_flash", "aten_math")
 # PyTorch's samples reach 9, so that their logits, and with them the rounding of any other order, reach 200.
@@ -160,7 +160,9 @@ def test_pytorch_s_own_samples_give_pytorch_s_results(impl: str, requires_grad: 
         if requires_grad:
             grad = torch.randn_like(expected)
             for one, other in zip(
-                torch.autograd.grad(actual, arguments, grad), torch.autograd.grad(expected, arguments, grad), strict=True
+                torch.autograd.grad(actual, arguments, grad),
+                torch.autograd.grad(expected, arguments, grad),
+                strict=True,
             ):
                 torch.testing.assert_close(one, other, **CLOSE)
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.attention as torch_attention
-from test_authors import WithBackward
 from torch import Tensor
 
 import attnplug
-from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, SDPBackend, SDPAParams
+from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, SDPAParams, SDPBackend
+from test_authors import WithBackward
 
 SHAPE = (1, 2, 4, 8)
 
@@ -303,7 +303,9 @@ def test_fake_tensors_see_an_opaque_kernel() -> None:
 
 
 def test_an_opaque_kernel_that_saves_must_say_what() -> None:
-    spec = ImplSpec(name="secretive", kernel=WithBackward, backend=None, capabilities=Capabilities(features={Feature.LSE}))
+    spec = ImplSpec(
+        name="secretive", kernel=WithBackward, backend=None, capabilities=Capabilities(features={Feature.LSE})
+    )
     attnplug.register_impl(spec)
     with pytest.raises(attnplug.KernelError, match=r"'secretive' saves tensors.* give the kernel fake\(params\)"):
         torch.compile(call, backend="aot_eager", fullgraph=True)(*tensors(), impl="secretive")

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from packages import HEAD, HOOK, Site, of_plugins, plugin, spec
 
 RAISING_MODULES = {
@@ -77,11 +78,7 @@ BAD_SPECS = {
     "unknown_field": (spec("x", speed="3"), "TypeError: .*'speed'"),
 }
 
-BROKEN = (
-    RAISING_MODULES
-    | BAD_HOOKS
-    | {name: (plugin(source), reason) for name, (source, reason) in BAD_SPECS.items()}
-)
+BROKEN = RAISING_MODULES | BAD_HOOKS | {name: (plugin(source), reason) for name, (source, reason) in BAD_SPECS.items()}
 
 LISTING = "report['records'] = listed(); listed()"
 FAILURE = "report['failure'] = failure(attnplug.list_impls)"
@@ -151,9 +148,7 @@ def test_exception_that_cannot_be_printed_hides_nothing(site: Site) -> None:
     assert report.records["healthy"]["status"] == "available" and len(of_plugins(report.warnings)) == 1
 
 
-@pytest.mark.parametrize(
-    "value", ["missing_module", "healthy:missing_attribute", "healthy.missing", "1 2 3", ""]
-)
+@pytest.mark.parametrize("value", ["missing_module", "healthy:missing_attribute", "healthy.missing", "1 2 3", ""])
 def test_entry_point_that_leads_nowhere_is_broken(site: Site, value: str) -> None:
     site.install("fake-lost", {}, {"lost": value})
     report = site.run(LISTING)
@@ -173,9 +168,7 @@ def test_plugin_whose_metadata_is_gone_hides_nothing(site: Site) -> None:
 def test_keyboard_interrupt_in_a_plugin_reaches_the_user_and_the_next_call_starts_anew(site: Site) -> None:
     slow = "import os\nif os.environ.pop('INTERRUPT', None): raise KeyboardInterrupt\n"
     site.install("fake-slow", {"slow": slow + plugin(spec("slow"))})
-    report = site.run(
-        "report['failure'] = failure(attnplug.list_impls); report['records'] = listed()", INTERRUPT="1"
-    )
+    report = site.run("report['failure'] = failure(attnplug.list_impls); report['records'] = listed()", INTERRUPT="1")
     assert report.failure["kinds"][0] == "KeyboardInterrupt"
     assert report.records["slow"]["status"] == report.records["healthy"]["status"] == "available"
     assert of_plugins(report.warnings) == []
@@ -190,9 +183,7 @@ def test_contested_name_stays_with_the_first_distribution_and_both_are_named(sit
     assert (loser["status"], loser["distribution"]) == ("broken", "fake-b")
     (warning,) = of_plugins(report.warnings)
     for text in (loser["reason"], warning):
-        assert all(
-            part in text for part in ("DuplicateImplementationError", "contested", "fake-a", "fake-b")
-        ), text
+        assert all(part in text for part in ("DuplicateImplementationError", "contested", "fake-a", "fake-b")), text
     for own in ("first_own", "second_own", "healthy"):
         assert report.records[own]["status"] == "available"
 
@@ -201,9 +192,7 @@ def test_strict_raises_for_a_contested_name(site: Site) -> None:
     site.install("fake-b", {"loser": plugin(spec("contested"))})
     site.install("fake-a", {"winner": plugin(spec("contested"))})
     report = site.run(FAILURE, ATTNPLUG_STRICT="1")
-    assert (
-        "PluginError" in report.failure["kinds"] and report.failure["cause"] == "DuplicateImplementationError"
-    )
+    assert "PluginError" in report.failure["kinds"] and report.failure["cause"] == "DuplicateImplementationError"
     assert "fake-a" in report.failure["message"] and "fake-b" in report.failure["message"]
 
 
@@ -252,9 +241,7 @@ def test_plugin_may_ask_the_registry_while_it_loads(site: Site) -> None:
 
 def test_missing_requirement_makes_an_implementation_unavailable_not_broken(site: Site) -> None:
     needy = spec("needy", requires="('a_module_that_nobody_has', 'json', 'nobody.has.this')")
-    site.install(
-        "fake-needy", {"needs": plugin(needy), "needy_kernel": "raise RuntimeError('imported in vain')"}
-    )
+    site.install("fake-needy", {"needs": plugin(needy), "needy_kernel": "raise RuntimeError('imported in vain')"})
     report = site.run(
         """
         report["records"] = listed()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from packages import Site, of_plugins
 
 NAMES = "report['names'] = attnplug.list_flash_attention_impls()"
@@ -240,9 +241,7 @@ def test_trace_logs_each_decision_on_stderr_with_who_was_passed_over(site: Site)
         ("ATTNPLUG_DISABLE", ",healthy"),
     ],
 )
-def test_meaningless_value_is_an_error_naming_variable_and_value(
-    site: Site, variable: str, value: str
-) -> None:
+def test_meaningless_value_is_an_error_naming_variable_and_value(site: Site, variable: str, value: str) -> None:
     report = site.run(
         "report['failures'] = [failure(attnplug.list_impls), failure(attnplug.list_impls)]",
         **{variable: value},

@@ -39,9 +39,7 @@ def registered(kernels: dict[str, Forward], *features: Feature) -> Iterator[None
     for name, forward in kernels.items():
         capabilities = Capabilities(features=frozenset(features))
         attnplug.register_impl(
-            ImplSpec(
-                name=name, kernel=forward, backend=SDPBackend.MATH, capabilities=capabilities, priority=-1000
-            )
+            ImplSpec(name=name, kernel=forward, backend=SDPBackend.MATH, capabilities=capabilities, priority=-1000)
         )
     try:
         yield
@@ -115,9 +113,7 @@ def test_semantic_search_gives_the_reason_of_an_implementation_that_declines(goo
         ("saving money for later", "index fund"),
     ],
 )
-def test_semantic_search_finds_the_sentence_that_is_meant(
-    good: tuple[int, str], query: str, hit: str
-) -> None:
+def test_semantic_search_finds_the_sentence_that_is_meant(good: tuple[int, str], query: str, hit: str) -> None:
     lines = good[1].splitlines()
     assert hit in lines[lines.index(query) + 1]
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from packages import KERNEL, Site, of_plugins, plugin, spec
 
 NO_IMPORT = {
@@ -108,9 +109,7 @@ def strictly_chosen(site: Site) -> SimpleNamespace:
 def reason_of(name: str) -> str:
     if name in NO_IMPORT:
         return NO_IMPORT[name][1]
-    return {"not_there": "ModuleNotFoundError: .*not_there", "no_attribute": "AttributeError: .*missing"}[
-        name
-    ]
+    return {"not_there": "ModuleNotFoundError: .*not_there", "no_attribute": "AttributeError: .*missing"}[name]
 
 
 @pytest.mark.parametrize("name", NAMES)

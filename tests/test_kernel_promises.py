@@ -32,9 +32,7 @@ def formula(params: Any) -> tuple[Tensor, Tensor]:
 def inputs(requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, 5, 8)
-    query, key, value = (
-        torch.randn(shape, generator=generator, requires_grad=requires_grad) for _ in range(3)
-    )
+    query, key, value = (torch.randn(shape, generator=generator, requires_grad=requires_grad) for _ in range(3))
     return query, key, value
 
 
@@ -121,9 +119,7 @@ def test_wrong_result_is_an_error_that_names_the_implementation(register: Any, n
 
 @pytest.mark.parametrize("kind", [{"composite": True}, {"backward": no_backward_yet}])
 @pytest.mark.parametrize("name", WRONG_RESULTS)
-def test_wrong_result_is_an_error_when_gradients_are_wanted(
-    register: Any, name: str, kind: dict[str, Any]
-) -> None:
+def test_wrong_result_is_an_error_when_gradients_are_wanted(register: Any, name: str, kind: dict[str, Any]) -> None:
     returned, reason = WRONG_RESULTS[name]
     register("wrong", SimpleNamespace(forward=lambda params: returned(*formula(params)), **kind))
     with pytest.raises(KernelError, match=f"(?s)'wrong'.*{reason}"):
@@ -221,9 +217,7 @@ def test_wrong_gradient_is_an_error_that_names_the_implementation(register: Any,
     returned, reason = WRONG_GRADIENTS[name]
     register("wrong", with_backward(returned))
     mask, sinks = torch.zeros(5, 5, requires_grad=True), torch.zeros(2, requires_grad=True)
-    out = attnplug.scaled_dot_product_attention(
-        *inputs(requires_grad=True), attn_mask=mask, sinks=sinks, impl="wrong"
-    )
+    out = attnplug.scaled_dot_product_attention(*inputs(requires_grad=True), attn_mask=mask, sinks=sinks, impl="wrong")
     with pytest.raises(KernelError, match=f"(?s)'wrong'.*{reason}"):
         out.sum().backward()
     assert mask.grad is None and sinks.grad is None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.attention as torch_attention
 
 import attnplug
-from attnplug import Capabilities, Feature, ImplSpec, SDPBackend, SDPAParams
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
 
 Q = torch.randn(1, 2, 4, 8)
 
@@ -138,7 +138,10 @@ def test_a_scope_never_falls_back_outside_itself() -> None:
 
 
 def test_a_family_without_implementations_says_that_there_are_no_candidates() -> None:
-    with attnplug.sdpa_kernel(SDPBackend.OVERRIDEABLE), pytest.raises(attnplug.NoImplementationError, match="no candid"):
+    with (
+        attnplug.sdpa_kernel(SDPBackend.OVERRIDEABLE),
+        pytest.raises(attnplug.NoImplementationError, match="no candid"),
+    ):
         attnplug.scaled_dot_product_attention(Q, Q, Q)
 
 

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
         register_flash_attention_impl,
         restore_flash_attention_impl,
     )
+    from attnplug._api import scaled_dot_product_attention, varlen_attn
     from attnplug._binding import BindingHandle, bind, checkpoint_contexts
     from attnplug._bridge import PatchHandle, patch_torch
-    from attnplug._api import scaled_dot_product_attention, varlen_attn
     from attnplug._explain import Explanation, can_use_impl, explain
     from attnplug._recording import RecordedCall, record
     from attnplug._scopes import sdpa_kernel

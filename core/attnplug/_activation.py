@@ -167,5 +167,3 @@ def _redo(active: _Active | None) -> _Active | None:
     if active is None or active.provider is None:
         return active
     return replace(active, handle=_register(active.provider))
-
-

@@ -164,9 +164,7 @@ class _Refuse(torch.autograd.Function):
         raise GradientError(ctx.message)
 
 
-def _refuse_second_derivatives(
-    entry: Entry, grads: list[Tensor | None], inputs: list[Tensor]
-) -> list[Tensor | None]:
+def _refuse_second_derivatives(entry: Entry, grads: list[Tensor | None], inputs: list[Tensor]) -> list[Tensor | None]:
     message = (
         f"implementation {entry.name!r} has no second derivatives; use one of the MATH family for them, "
         f"for example inside sdpa_kernel(SDPBackend.MATH)"
@@ -190,4 +188,3 @@ def no_lse_gradient(entry: Entry) -> str:
 
 def _declares(entry: Entry, feature: Feature) -> bool:
     return feature in entry.spec.capabilities.features
-

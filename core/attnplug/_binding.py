@@ -12,7 +12,6 @@ from attnplug._recording import Replay, record
 from attnplug._scopes import sdpa_kernel
 from attnplug._selection import process, start, thread
 
-
 _lock = threading.Lock()
 
 

@@ -23,8 +23,8 @@ from attnplug._autocast import any_autocast, no_autocast
 from attnplug._autograd import run
 from attnplug._operator import is_watched, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
-from attnplug._registry import Registry
 from attnplug._recording import observe, replayed, unfused_warnings_wanted, warn_unfused
+from attnplug._registry import Registry
 from attnplug._requirements import is_aligned, needs_grad
 from attnplug._resolver import Decision, resolve
 from attnplug._selection import current_selection, process, start, thread

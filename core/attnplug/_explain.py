@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._autograd import DIFFERENTIABLE
 from attnplug._api import scaled_dot_product_attention, varlen_attn
+from attnplug._autograd import DIFFERENTIABLE
 from attnplug._prepare import prepare_dense, prepare_varlen
 from attnplug._requirements import requirements
 from attnplug._resolver import explain_all, refusals
@@ -98,7 +98,7 @@ def _prepared(params: SDPAParams) -> SDPAParams:
     """
     with torch.no_grad():
         prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
-    wanting = {}
+    wanting: dict[str, Any] = {}
     for name in DIFFERENTIABLE:
         given, view = getattr(params, name), getattr(prepared, name)
         if isinstance(view, Tensor) and given.requires_grad and not view.requires_grad:

@@ -62,7 +62,7 @@ class Kernel:
     def refusals(self, params: SDPAParams) -> tuple[str, ...]:
         """Return the reasons of `supports` for declining `params`; none means accepted."""
         answer = self.supports(params) if self.supports is not None else None
-        if not answer or answer is True:
+        if not answer:
             return ()
         return (answer,) if isinstance(answer, str) else tuple(str(reason) for reason in answer)
 

@@ -33,7 +33,7 @@ def _torch_build_has_cuda() -> bool:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return False
-    version = os.path.join(list(spec.submodule_search_locations)[0], "version.py")
+    version = os.path.join(next(iter(spec.submodule_search_locations)), "version.py")
     values = runpy.run_path(version) if os.path.exists(version) else {}
     return bool(values.get("cuda") or values.get("hip"))
 

@@ -199,7 +199,8 @@ def _wanting(params: SDPAParams, wanted: list[bool]) -> SDPAParams:
     """Return `params` whose tensors say by `requires_grad` what `wanted` says: below autograd they do not."""
     named = zip(DIFFERENTIABLE, wanted, strict=True)
     present = {name: want for name, want in named if getattr(params, name) is not None}
-    return replace(params, **{name: getattr(params, name).detach().requires_grad_(want) for name, want in present.items()})
+    tensors: dict[str, Any] = {name: getattr(params, name).detach() for name in present}
+    return replace(params, **{name: tensor.requires_grad_(present[name]) for name, tensor in tensors.items()})
 
 
 def _fresh(grad: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -215,4 +216,5 @@ def _declares(entry: Entry, feature: Feature) -> bool:
     return feature in entry.spec.capabilities.features
 
 
-assert _NAMES[: len(TENSORS)] == TENSORS and set(_NAMES[len(TENSORS) :]) == set(CONSTANTS)
+assert _NAMES[: len(TENSORS)] == TENSORS
+assert set(_NAMES[len(TENSORS) :]) == set(CONSTANTS)

@@ -52,7 +52,7 @@ def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
         value=_flatten(value, leading, kv_heads),
         attn_mask=_four_dimensions(params.attn_mask, leading),
         scale=_scale(params),
-        window_size=tuple(params.window_size),
+        window_size=(params.window_size[0], params.window_size[1]),
     )
     full = (*leading, heads, query.shape[-2])
     return params, full[len(full) - rank + 1 :]
@@ -66,7 +66,7 @@ def prepare_varlen(params: SDPAParams) -> SDPAParams:
     """
     params = _autocast(_own_enums(params))
     check_varlen(params)
-    return replace(params, scale=_scale(params), window_size=tuple(params.window_size))
+    return replace(params, scale=_scale(params), window_size=(params.window_size[0], params.window_size[1]))
 
 
 def is_empty(params: SDPAParams) -> bool:
@@ -92,7 +92,9 @@ def _causal_bias(params: SDPAParams) -> SDPAParams:
         raise ValueError("attn_mask: a CausalBias already says what is_causal=True says; pass one of them")
     lengths = (params.query.shape[-2], params.key.shape[-2])
     if (mask.seq_len_q, mask.seq_len_kv) != lengths:
-        raise ValueError(f"attn_mask: CausalBias for lengths {(mask.seq_len_q, mask.seq_len_kv)}, the call has {lengths}")
+        raise ValueError(
+            f"attn_mask: CausalBias for lengths {(mask.seq_len_q, mask.seq_len_kv)}, the call has {lengths}"
+        )
     variant = CausalVariant(int(mask.variant))
     return replace(params, attn_mask=None, is_causal=True, causal_variant=variant)
 
@@ -153,4 +155,3 @@ def _scale(params: SDPAParams) -> float:
 def default_scale(query: Tensor) -> float:
     """Return `1 / sqrt(E)`, rounded as PyTorch rounds it."""
     return 1.0 / math.sqrt(index(query.shape[-1]))
-

@@ -61,7 +61,7 @@ class Entry:
     def unavailable(self) -> str:
         """Return why no call on this machine can use this; empty if one may."""
         devices = self.spec.capabilities.devices
-        if devices is not None and devices <= {"cpu", "cuda"} and not devices & device_types():
+        if devices is not None and {"cpu", "cuda"}.issuperset(devices) and device_types().isdisjoint(devices):
             return self.missing() or f"needs a {' or '.join(sorted(devices))} device, and this machine has none"
         return self.missing()
 

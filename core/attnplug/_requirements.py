@@ -6,6 +6,7 @@ requirements get equal answers, whatever their lengths.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -108,13 +109,17 @@ def _lacking_one(part: Capabilities, call: Requirements) -> tuple[str, ...]:
         reasons.append(f"does not support {call.dtype} (only {', '.join(sorted(part.dtypes))})")
     if call.head_size is not None and part.head_sizes is not None:
         reasons += _head_size(call.head_size, part.head_sizes)
-    reasons += [f"does not support {feature.value}" for feature in Feature if feature in call.features - part.features]
+    reasons += [
+        f"does not support {feature.value}"
+        for feature in Feature
+        if feature in call.features - frozenset(part.features)
+    ]
     if call.device.type == "cuda":
         reasons += _architecture(part, call.device)
     return tuple(reasons)
 
 
-def _head_size(size: int, accepted: range | frozenset[int]) -> list[str]:
+def _head_size(size: int, accepted: Collection[int]) -> list[str]:
     if size in accepted:
         return []
     if isinstance(accepted, range) and len(accepted):

@@ -110,4 +110,6 @@ def _report_fallback(selection: Selection, refused: Mapping[str, tuple[str, ...]
         if name in refused and (name, refused[name]) not in _reported:
             _reported.add((name, refused[name]))
             reasons = "; ".join(refused[name])
-            warnings.warn(FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"), stacklevel=2)
+            warnings.warn(
+                FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"), stacklevel=2
+            )

@@ -26,7 +26,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.scopes: tuple[Scope, ...] = ()
         self.scope: Scope | None = None  # the innermost of `scopes`
-        self.recordings: tuple[list[Any], ...] = ()
+        self.recordings: tuple[Any, ...] = ()  # lists and replays
 
 
 class _ProcessState:
@@ -145,4 +145,3 @@ def _covers(item: Any, entry: Entry) -> bool:
     if isinstance(item, str):
         return item == entry.name
     return entry.spec.backend is not None and int(entry.spec.backend) == item
-

@@ -109,7 +109,7 @@ def _facts(params: SDPAParams) -> tuple[Any, ...]:
         params.seqused_k is not None,
         params.cu_seq_q is not None,
         params.block_table is not None,
-        False if is_aligned(params) and not is_square(params) else True,  # branches: a symbolic bool is no constant
+        True if not is_aligned(params) or is_square(params) else False,  # noqa: SIM210 a symbolic bool is no constant
         params.dropout > 0,
         params.is_causal,
         int(params.causal_variant),

@@ -6,7 +6,7 @@ Nothing here imports torch: a plugin's light module and `attnplug list` need onl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
@@ -79,9 +79,11 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*")
 class Capabilities:
     """What a kernel supports, stated so that it can be read without importing the kernel.
 
-    `None` means no limit. Two statements joined with `|` mean "either": a kernel that does one thing
-    on CPU and another on CUDA says `on_cpu | on_cuda`; the fields of the union are then the unions of
-    the parts' fields, and `alternatives` holds the parts.
+    `None` means no limit. Collections are kept as frozen sets, `head_sizes` as a range if it is one.
+
+    Two statements joined with `|` mean "either": a kernel that does one thing on CPU and another on CUDA
+    says `on_cpu | on_cuda`; the fields of the union are then the unions of the parts' fields, and
+    `alternatives` holds the parts.
 
     Args:
         devices: torch device types, such as `("cpu", "cuda")`.
@@ -96,12 +98,12 @@ class Capabilities:
         SpecError: a field has a wrong type or an unknown value.
     """
 
-    devices: frozenset[str] | None = None
-    dtypes: frozenset[str] | None = None
+    devices: Collection[str] | None = None
+    dtypes: Collection[str] | None = None
     compute_capability: tuple[int, int] | None = None
-    architectures: frozenset[str] | None = None
-    head_sizes: range | frozenset[int] | None = None
-    features: frozenset[Feature] = frozenset()
+    architectures: Collection[str] | None = None
+    head_sizes: Collection[int] | None = None
+    features: Collection[Feature] = frozenset()
     alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +139,7 @@ class Capabilities:
             compute_capability=_least(self.compute_capability, other.compute_capability),
             architectures=_either(self.architectures, other.architectures),
             head_sizes=_either(self.head_sizes, other.head_sizes),
-            features=self.features | other.features,
+            features=frozenset(self.features) | frozenset(other.features),
             alternatives=self.alternatives + other.alternatives,
         )
 
@@ -167,17 +169,19 @@ class ImplSpec:
     backend: SDPBackend | None
     capabilities: Capabilities = field(default_factory=Capabilities)
     priority: int = 0
-    requires: tuple[str, ...] = ()
+    requires: Collection[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise SpecError(
-                f"ImplSpec.name: {self.name!r} is not a name; start with a letter and use letters, digits, '_', '-', '.'"
+                f"ImplSpec.name: {self.name!r} is not a name; "
+                f"start with a letter and use letters, digits, '_', '-', '.'"
             )
         where = f"ImplSpec {self.name!r}"
         if self.kernel is None or (isinstance(self.kernel, str) and not is_dotted_path(self.kernel)):
             raise SpecError(
-                f"{where}.kernel: {self.kernel!r} is not a dotted path; write 'package.module' or 'package.module:attribute'"
+                f"{where}.kernel: {self.kernel!r} is not a dotted path; "
+                f"write 'package.module' or 'package.module:attribute'"
             )
         if self.backend is not None:
             object.__setattr__(self, "backend", as_backend(self.backend, f"{where}.backend"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def _check_keys(params: SDPAParams, batch: int) -> None:
     if lengths is None or not can_look(lengths):
         return
     if params.seqused_k is not None:
-        check_range("seqused_k", lengths, 0, params.max_k)
+        check_range("seqused_k", lengths, 0, int(params.max_k or 0))
         if params.cu_seq_k is not None and not paged and bool((lengths > params.cu_seq_k.diff()).any()):
             raise ValueError("seqused_k: exceeds the length that cu_seq_k gives a sequence")
     if paged:
@@ -80,9 +81,7 @@ def _check_pages(params: SDPAParams, lengths: Tensor) -> None:
     blocks = params.block_table.shape[1]
     longest = int(lengths.max()) if lengths.numel() else 0
     if longest > blocks * page_size:
-        raise ValueError(
-            f"block_table: {blocks} pages of {page_size} keys cannot hold a sequence of {longest} keys"
-        )
+        raise ValueError(f"block_table: {blocks} pages of {page_size} keys cannot hold a sequence of {longest} keys")
     used = torch.arange(blocks) * page_size < lengths[:, None]
     check_range("block_table", params.block_table[used], 0, pages - 1)
 
@@ -96,7 +95,7 @@ def _cumulative(name: str, cumulative: Tensor, total: int | None, limit: str, lo
     if not can_look(cumulative):
         return
     values = cumulative.tolist()
-    lengths = [after - before for before, after in zip(values, values[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(values)]
     if values[0] != 0 or any(length < 0 for length in lengths):
         raise ValueError(f"{name}: expected values that start at 0 and never fall, got {values}")
     if total is not None and values[-1] > total:

@@ -24,7 +24,7 @@ _TORCH = Capabilities(
 _MATH = Capabilities(
     devices=("cpu", "cuda"),
     dtypes=_TORCH.dtypes,
-    features=_TORCH.features - {Feature.NESTED} | {Feature.SECOND_DERIVATIVES},
+    features=frozenset(_TORCH.features) - {Feature.NESTED} | {Feature.SECOND_DERIVATIVES},
 )
 _FLASH_CPU = Capabilities(
     devices=("cpu",),

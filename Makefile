@@ -1,0 +1,50 @@
+# Two commands: `make demo` and `make test`. Each makes .venv when it is not there, or when what it holds
+# is out of date, and is quick otherwise.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PLUGINS := plugins/math_ref plugins/flash_triton plugins/efficient_cuda
+PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+EDITABLE := --editable . $(PLUGINS:%=--editable %)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint gpu bench clean
+
+help:  ## show what there is to make
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+demo: $(VENV)/demo  ## a real model, semantic search, once with each implementation
+	$(BIN)/python examples/semantic_search.py
+
+test: $(VENV)/dev  ## every test that needs no card
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev  ## formatting, types, and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+gpu:  ## everything that needs a card, with the Python that has torch
+	$(PYTHON) -m pytest -m gpu
+
+bench: $(VENV)/dev  ## what the core costs, against what a user would call instead
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## take the environment away
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by itself: it is what everything else must agree with.
+$(VENV)/demo: $(VENV)/bin/python constraints.txt requirements-demo.txt $(PROJECTS)
+	$(INSTALL) torch
+	$(INSTALL) $(EDITABLE) --requirement requirements-demo.txt
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo requirements-dev.txt
+	$(INSTALL) $(EDITABLE) --requirement requirements-dev.txt
+	touch $@
