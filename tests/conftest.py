@@ -22,11 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     torch.manual_seed(0)
-    before = set(attnplug.list_flash_attention_impls())
     yield
     if attnplug.current_flash_attention_impl() is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             attnplug.restore_flash_attention_impl()
-    for name in set(attnplug.list_flash_attention_impls()) - before:
-        attnplug.unregister_impl(name)
+    for record in attnplug.list_impls():
+        if record.distribution == "this program":
+            attnplug.unregister_impl(record.name)

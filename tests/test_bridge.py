@@ -379,3 +379,49 @@ def test_an_activation_holds_in_every_thread() -> None:
     thread.start()
     thread.join()
     assert seen == ["aten_math"]
+
+
+# --- PyTorch's own registry, both ways ---
+
+
+def test_implementations_can_be_activated_through_pytorch_s_registry() -> None:
+    from torch.nn import attention as theirs
+
+    attnplug.scaled_dot_product_attention(Q, Q, Q)
+    assert set(attnplug.list_flash_attention_impls()) <= set(theirs.list_flash_attention_impls())
+    theirs.activate_flash_attention_impl("aten_math")
+    assert attnplug.current_flash_attention_impl() == theirs.current_flash_attention_impl() == "aten_math"
+    assert ran(lambda: Model()(Q)) == ["aten_math"]
+    theirs.restore_flash_attention_impl()
+    assert attnplug.current_flash_attention_impl() is None
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_providers_of_pytorch_s_registry_appear_and_can_be_activated() -> None:
+    from torch.nn import attention as theirs
+
+    provider = Provider(2.0)
+    theirs.register_flash_attention_impl("from_torch", register_fn=provider)
+    attnplug.register_impl(ImplSpec(name="any_change", kernel=lambda params: None, backend=None))
+    assert "from_torch" in attnplug.list_flash_attention_impls()
+    attnplug.activate_flash_attention_impl("from_torch")
+    assert theirs.current_flash_attention_impl() == "from_torch"
+    with torch.no_grad():
+        assert torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 2)
+    attnplug.restore_flash_attention_impl()
+    assert theirs.current_flash_attention_impl() is None and provider.removed == 1
+
+
+def test_what_pytorch_has_built_in_says_what_it_needs() -> None:
+    records = {record.name: record for record in attnplug.list_impls()}
+    assert records["FA3"].reason == "needs flash_attn_interface, not installed"
+    assert records["FA4"].reason == "needs flash_attn, not installed"
+    with pytest.raises(attnplug.NoImplementationError, match="needs flash_attn, not installed"):
+        attnplug.activate_flash_attention_impl("FA4")
+
+
+def test_what_is_active_cannot_be_unregistered() -> None:
+    attnplug.register_impl(ImplSpec(name="mine", kernel=lambda params: (params.value, None), backend=None))
+    attnplug.activate_flash_attention_impl("mine")
+    with pytest.raises(ValueError, match="'mine' is active"):
+        attnplug.unregister_impl("mine")

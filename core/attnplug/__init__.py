@@ -126,6 +126,7 @@ def __getattr__(name: str) -> Any:
     module = _NEEDS_TORCH.get(name)
     if module is None:
         raise AttributeError(f"module 'attnplug' has no attribute {name!r}")
+    importlib.import_module("attnplug._torch_registry")
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value  # the next access is an ordinary one
     return value

@@ -13,33 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attnplug import builtin
 from attnplug._bridge import PatchHandle, patch_torch
 from attnplug._errors import DuplicateImplementationError, NoImplementationError, PluginError
 from attnplug._registry import PROGRAM
 from attnplug._selection import process, start
-from attnplug._types import ImplSpec, SDPAParams, SDPBackend
+from attnplug.builtin.torch_providers import Provider, provider_spec
 
 _lock = threading.RLock()
-
-
-@dataclass(frozen=True)
-class _Provider:
-    """The kernel behind a `register_fn`: PyTorch's flash operator, once the provider has overridden it."""
-
-    name: str
-    register_fn: Callable[[], Any]
-    composite: bool = True
-
-    def forward(self, params: SDPAParams) -> Any:
-        from attnplug.builtin import aten_flash
-
-        return aten_flash.forward(params)
-
-    def supports(self, params: SDPAParams) -> str | None:
-        if process.activation == self.name:
-            return None
-        return f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({self.name!r})"
 
 
 @dataclass(frozen=True)
@@ -48,7 +28,7 @@ class _Active:
 
     name: str
     patch: PatchHandle
-    provider: _Provider | None = None
+    register_fn: Callable[[], Any] | None = None
     handle: Any = None
 
 
@@ -74,22 +54,12 @@ def register_flash_attention_impl(impl: str, *, register_fn: Callable[[], Any]) 
         registry = start()
         if impl in registry:
             entry = registry.get(impl)
-            if not isinstance(entry.spec.kernel, _Provider):
+            if not isinstance(entry.spec.kernel, Provider) or entry.distribution != PROGRAM:
                 raise DuplicateImplementationError(impl, entry.distribution, PROGRAM)
             if process.activation == impl:
                 raise ValueError(f"impl: {impl!r} is active; restore_flash_attention_impl() first")
             registry.remove(impl)
-        capabilities = next(spec.capabilities for spec in builtin.SPECS if spec.name == "aten_flash")
-        registry.add(
-            ImplSpec(
-                name=impl,
-                kernel=_Provider(impl, register_fn),
-                backend=SDPBackend.FLASH_ATTENTION,
-                capabilities=capabilities,
-                priority=-10,
-            ),
-            PROGRAM,
-        )
+        registry.add(provider_spec(impl, Provider(impl, register_fn)), PROGRAM)
 
 
 def activate_flash_attention_impl(impl: str) -> None:
@@ -110,16 +80,17 @@ def activate_flash_attention_impl(impl: str) -> None:
         entry = start().get(impl, "impl")
         if reason := entry.unavailable():
             raise NoImplementationError({impl: (reason,)}, "activate_flash_attention_impl")
-        if entry.load() is None:
+        kernel = entry.load()
+        if kernel is None:
             raise PluginError(f"implementation {impl!r} cannot be activated: {entry.broken}")
-        before, provider = _active, entry.spec.kernel if isinstance(entry.spec.kernel, _Provider) else None
+        before, register_fn = _active, kernel.register_fn
         _undo(before)
         try:
-            handle = _register(provider) if provider is not None else None
+            handle = _register(impl, register_fn) if register_fn is not None else None
         except BaseException:
             _active = _redo(before)
             raise
-        _active = _Active(impl, patch_torch(), provider, handle)
+        _active = _Active(impl, patch_torch(), register_fn, handle)
         process.activate(impl)
         if before is not None:
             before.patch.remove()
@@ -143,15 +114,15 @@ def current_flash_attention_impl() -> str | None:
     return process.activation
 
 
-def _register(provider: _Provider) -> Any:
-    handle = provider.register_fn()
+def _register(name: str, register_fn: Callable[[], Any]) -> Any:
+    handle = register_fn()
     if handle is not None and not callable(getattr(handle, "remove", None)):
-        raise TypeError(f"register_fn of {provider.name!r}: expected None or a handle with remove(), got {handle!r}")
+        raise TypeError(f"register_fn of {name!r}: expected None or a handle with remove(), got {handle!r}")
     return handle
 
 
 def _undo(active: _Active | None) -> None:
-    if active is None or active.provider is None:
+    if active is None or active.register_fn is None:
         return
     if active.handle is not None:
         active.handle.remove()
@@ -164,6 +135,6 @@ def _undo(active: _Active | None) -> None:
 
 def _redo(active: _Active | None) -> _Active | None:
     """Put back what `_undo` undid."""
-    if active is None or active.provider is None:
+    if active is None or active.register_fn is None:
         return active
-    return replace(active, handle=_register(active.provider))
+    return replace(active, handle=_register(active.name, active.register_fn))

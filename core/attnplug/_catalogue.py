@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attnplug._discovery import get_registry
 from attnplug._registry import PROGRAM
+from attnplug._selection import process, start
 from attnplug._types import ImplRecord, ImplSpec
 
 
@@ -28,7 +28,7 @@ def register_impl(spec: ImplSpec) -> None:
     """
     if not isinstance(spec, ImplSpec):
         raise TypeError(f"spec: expected an ImplSpec, got {type(spec).__name__}")
-    get_registry().add(spec, PROGRAM)
+    start().add(spec, PROGRAM)
 
 
 def unregister_impl(name: str) -> None:
@@ -38,14 +38,16 @@ def unregister_impl(name: str) -> None:
         UnknownImplementationError: there is none of this name.
         ValueError: it is built in, comes from an installed package, or is active.
     """
-    get_registry().remove(name)
+    if name == process.activation:
+        raise ValueError(f"name: {name!r} is active; restore_flash_attention_impl() first")
+    start().remove(name)
 
 
 def list_impls() -> list[ImplRecord]:
     """Return a record for each implementation, in the order of preference, broken plugins last."""
-    return get_registry().records()
+    return start().records()
 
 
 def list_flash_attention_impls() -> list[str]:
     """Return the sorted names of all registered implementations: built in, discovered and registered."""
-    return get_registry().names()
+    return start().names()

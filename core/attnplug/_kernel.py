@@ -43,6 +43,8 @@ class Kernel:
             if forward saves tensors, and useful if `out` is not contiguous, which otherwise is copied.
         family: `family(params) -> SDPBackend or None`: what a kernel that delegates really runs, for
             `record()`.
+        register_fn: for providers of `torch.nn.attention`: called on activation, it overrides PyTorch's
+            operators and may return a handle whose `remove()` undoes that.
     """
 
     forward: Callable[[SDPAParams], Any]
@@ -53,6 +55,7 @@ class Kernel:
     any_form: bool = False
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
+    register_fn: Callable[[], Any] | None = None
 
     @property
     def differentiable(self) -> bool:
@@ -89,6 +92,7 @@ def load_kernel(spec: ImplSpec) -> Kernel:
         any_form=bool(getattr(target, "any_form", False)),
         fake=getattr(target, "fake", None),
         family=getattr(target, "family", None),
+        register_fn=getattr(target, "register_fn", None),
     )
     _check_signature(spec, "forward", kernel.forward, ("params",))
     _check_signature(spec, "supports", kernel.supports, ("params",))

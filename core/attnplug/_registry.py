@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from attnplug._config import get_config
@@ -98,6 +98,8 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._names: tuple[str, ...] = ()
         self._failed: list[ImplRecord] = []
+        self.on_change: Callable[[Registry], None] | None = None
+        """Called after each change, by whoever keeps another registry in step with this one."""
 
     def add(self, spec: ImplSpec, distribution: str, version: str = "") -> None:
         """Add an implementation.
@@ -167,6 +169,8 @@ class Registry:
         with self._lock:
             self._names = tuple(sorted(self._entries))
             self.generation += 1
+        if self.on_change is not None:
+            self.on_change(self)
 
 
 def describe(error: BaseException) -> str:

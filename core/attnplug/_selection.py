@@ -10,6 +10,7 @@ of a `threading.local` go stale in silence.)
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ class _ProcessState:
         self.plain = False  # whether `torch` runs whatever it supports, outside any scope
         self.trace = False
         self.bindings = 0  # how many modules are bound
+        self.on_start: Callable[[Registry], None] | None = None  # told about the registry when it is there
 
     def activate(self, name: str | None) -> None:
         """Make `name`, or nothing, the first choice of the process."""
@@ -64,6 +66,8 @@ def start() -> Registry:
         process.trace = config.trace
         process.plain = process.activation is None and not process.preferred and not config.trace
         process.registry = registry
+        if process.on_start is not None:
+            process.on_start(registry)
     return process.registry
 
 

@@ -1,4 +1,5 @@
-"""The implementations that come with the core: PyTorch's own function, and two of its leaf kernels.
+"""The implementations that come with the core: PyTorch's own function, two of its leaf kernels, and the
+providers that its registry has built in.
 
 This module is light, like a plugin's: the kernels beside it import torch, it does not.
 """
@@ -26,7 +27,7 @@ _MATH = Capabilities(
     dtypes=_TORCH.dtypes,
     features=frozenset(_TORCH.features) - {Feature.NESTED} | {Feature.SECOND_DERIVATIVES},
 )
-_FLASH_CPU = Capabilities(
+FLASH_CPU = Capabilities(
     devices=("cpu",),
     dtypes=_TORCH.dtypes,
     features={
@@ -38,7 +39,7 @@ _FLASH_CPU = Capabilities(
         Feature.LSE,
     },
 )
-_FLASH_CUDA = Capabilities(
+FLASH_CUDA = Capabilities(
     devices=("cuda",),
     dtypes=("float16", "bfloat16"),
     compute_capability=(8, 0),
@@ -58,8 +59,24 @@ SPECS = (
         name="aten_flash",
         kernel="attnplug.builtin.aten_flash",
         backend=SDPBackend.FLASH_ATTENTION,
-        capabilities=_FLASH_CPU | _FLASH_CUDA,
+        capabilities=FLASH_CPU | FLASH_CUDA,
         priority=0,
+    ),
+    ImplSpec(
+        name="FA3",
+        kernel="attnplug.builtin.torch_providers:FA3",
+        backend=SDPBackend.FLASH_ATTENTION,
+        capabilities=FLASH_CUDA,
+        priority=-10,
+        requires=("flash_attn_interface",),
+    ),
+    ImplSpec(
+        name="FA4",
+        kernel="attnplug.builtin.torch_providers:FA4",
+        backend=SDPBackend.FLASH_ATTENTION,
+        capabilities=FLASH_CUDA,
+        priority=-10,
+        requires=("flash_attn",),
     ),
     ImplSpec(
         name="aten_math",
