@@ -98,9 +98,7 @@ class Site:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def install(
-        self, name: str, modules: Mapping[str, str], entry_points: Mapping[str, str] | None = None
-    ) -> None:
+    def install(self, name: str, modules: Mapping[str, str], entry_points: Mapping[str, str] | None = None) -> None:
         """Write distribution `name` 1.0 with these sources; without entry points, its first module is one."""
         for module, source in modules.items():
             (self.folder / f"{module}.py").write_text(source)

@@ -102,6 +102,17 @@ def test_gradients_are_right(impl: str, dtype: torch.dtype, is_causal: bool) -> 
             assert_right(actual, right, plainly, GRADIENT)
 
 
+@pytest.mark.parametrize("impl", [None, "torch", "aten_math"])
+def test_a_mask_may_be_a_parameter(impl: str | None) -> None:
+    query = torch.randn(1, 2, 4, 8)
+    mask = torch.nn.Parameter(torch.randn(4, 4))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, mask)
+    for _ in range(2):
+        torch.testing.assert_close(
+            attnplug.scaled_dot_product_attention(query, query, query, mask, impl=impl), expected
+        )
+
+
 @pytest.mark.parametrize("impl", ["torch", "aten_math"])
 def test_the_mask_gets_its_gradient(impl: str) -> None:
     query, key, value = (torch.randn(2, 2, 4, 8, dtype=torch.float64) for _ in range(3))

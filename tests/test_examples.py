@@ -128,7 +128,8 @@ def test_semantic_search_finds_each_wrong_kernel(search: Any) -> None:
     assert "WRONG" not in row(output, "aten_math")
 
 
-def test_semantic_search_refuses_arguments_that_mean_nothing(search: Any) -> None:
+@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--device", "abacus"], ["--dtype", "int8"]])
+def test_semantic_search_refuses_arguments_that_mean_nothing(search: Any, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        search.main(["--repeats", "0"])
+        search.main(arguments)
     assert stopped.value.code == 2

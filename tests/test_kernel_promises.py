@@ -79,8 +79,8 @@ WRONG_RESULTS: dict[str, tuple[Returned, str]] = {
     "nothing": (lambda out, lse: None, "NoneType"),
     "no_tuple": (lambda out, lse: out, "Tensor"),
     "a_list": (lambda out, lse: [out, lse], "tuple"),
-    "no_value": (lambda out, lse: (), "0 values"),
-    "one_value": (lambda out, lse: (out,), "1 value"),
+    "no_value": (lambda out, lse: (), "tuple of 0"),
+    "one_value": (lambda out, lse: (out,), "tuple of 1"),
     "no_out": (lambda out, lse: (None, lse), "out .*NoneType"),
     "an_array": (lambda out, lse: (out.detach().numpy(), lse), "out .*ndarray"),
     "another_layout": (

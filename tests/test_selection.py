@@ -395,3 +395,32 @@ def test_the_first_parameters_are_pytorch_s_in_pytorch_s_order() -> None:
     mask = torch.zeros(4, 4)
     expected = torch.nn.functional.scaled_dot_product_attention(Q, Q, Q, mask, 0.0, False, scale=0.5, enable_gqa=False)
     assert torch.equal(attnplug.scaled_dot_product_attention(Q, Q, Q, mask, 0.0, False, 0.5, False), expected)
+
+
+def test_errors_survive_pickling() -> None:
+    import pickle
+
+    errors: list[attnplug.AttnplugError] = [
+        attnplug.UnknownImplementationError("x", ["y", "z"], "impl"),
+        attnplug.DuplicateImplementationError("x", "one", "another"),
+        attnplug.NoImplementationError({"x": ("a", "b")}, "impl='x'"),
+    ]
+    for error in errors:
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error)
+
+
+def test_a_kernel_may_ask_about_calls_while_it_is_imported(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "curious_kernel.py").write_text(
+        "import torch, attnplug\n"
+        "query = torch.zeros(1, 1, 2, 8)\n"
+        "told = attnplug.explain(query, query, query, impl='curious')\n"
+        "def forward(params):\n"
+        "    return params.value, None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    attnplug.register_impl(ImplSpec(name="curious", kernel="curious_kernel", backend=None))
+    assert ran(impl="curious") == "curious"
+    import curious_kernel  # type: ignore[import-not-found]
+
+    assert curious_kernel.told.candidates[-1].name and "is still being imported" in str(curious_kernel.told)

@@ -15,6 +15,8 @@ from attnplug._selection import process, thread
 from attnplug._types import CausalVariant, SDPAParams
 from attnplug.builtin.torch_sdpa import sdpa as _torch_sdpa
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -92,7 +94,7 @@ def scaled_dot_product_attention(
         and softcap == 0.0
         and window_size == OPEN_WINDOW
         and causal_variant == UPPER_LEFT
-        and (attn_mask is None or (type(attn_mask) is Tensor and not is_causal and attn_mask.device == query.device))
+        and (attn_mask is None or (type(attn_mask) in _PLAIN and not is_causal and attn_mask.device == query.device))
         and (scale is None or (type(scale) is float and -inf < scale < inf))
         and is_bool(enable_gqa)
         and regular_form(query, key, value, enable_gqa) is not None

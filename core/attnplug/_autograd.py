@@ -59,8 +59,11 @@ def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
 def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
     """Raise KernelError unless `returned` is `(out, lse, *saved)` as a forward must return it."""
     if not isinstance(returned, tuple) or len(returned) < 2:
-        got = f"{len(returned)} values" if isinstance(returned, (tuple, list)) else type(returned).__name__
+        got = type(returned).__name__ + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
         raise KernelError(f"implementation {name!r}: forward must return a tuple (out, lse, *saved), got {got}")
+    for item in returned[2:]:
+        if item is not None and not isinstance(item, Tensor):
+            raise KernelError(f"implementation {name!r}: forward must save tensors, got {type(item).__name__}")
     query, value = params.query, params.value
     out, lse = returned[0], returned[1]
     if query.is_nested:
@@ -144,10 +147,21 @@ def checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Tens
         if grad is None:
             raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which was asked for")
         if field == "attn_mask":
-            grad = grad.sum_to_size(tensor.shape).to(tensor.dtype)
+            grad = _summed(name, grad, tensor)
         check_output(name, f"the gradient of {field}", grad, tuple(tensor.shape), tensor.dtype, tensor.device)
         grads.append(grad)
     return grads
+
+
+def _summed(name: str, grad: Any, mask: Tensor) -> Tensor:
+    """Sum the gradient of a broadcast mask to the mask's shape."""
+    try:
+        return grad.sum_to_size(mask.shape).to(mask.dtype)  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError):
+        got = tuple(grad.shape) if isinstance(grad, Tensor) else type(grad).__name__
+        raise KernelError(
+            f"implementation {name!r}: the gradient of attn_mask must broadcast from {tuple(mask.shape)}, got {got}"
+        ) from None
 
 
 class _Refuse(torch.autograd.Function):

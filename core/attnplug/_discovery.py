@@ -60,7 +60,7 @@ def discover(registry: Registry) -> None:
         ConfigError: `ATTNPLUG_LOAD` names an entry point that is not installed.
     """
     for entry_point in _allowed(installed_plugins()):
-        distribution, version = entry_point.dist.name, entry_point.dist.version
+        distribution, version = _origin(entry_point)
         try:
             specs = _ask(entry_point)
         except (Exception, SystemExit) as error:  # sys.exit in a plugin must not end the host
@@ -78,7 +78,15 @@ def discover(registry: Registry) -> None:
 def installed_plugins() -> list[Any]:
     """Return the entry points of group `attnplug`, by distribution and name; nothing is imported."""
     found = importlib_metadata.entry_points(group=GROUP)
-    return sorted(found, key=lambda entry_point: (entry_point.dist.name, entry_point.name))
+    return sorted(found, key=lambda entry_point: (*_origin(entry_point), entry_point.name))
+
+
+def _origin(entry_point: Any) -> tuple[str, str]:
+    """Return the name and version of the distribution; an interrupted uninstall leaves one without metadata."""
+    try:
+        return entry_point.dist.name or "unknown", entry_point.dist.version or ""
+    except Exception:  # what importlib_metadata raises for it depends on its version
+        return "unknown", ""
 
 
 def _allowed(entry_points: list[Any]) -> list[Any]:

@@ -1,13 +1,14 @@
 """Every error that attnplug raises on purpose, in one hierarchy, so that a caller can catch them all.
 
 Each also derives from the built-in exception that the same mistake raises in PyTorch, so that code
-written for `torch.nn.attention` keeps working.
+written for `torch.nn.attention` keeps working. Each survives pickling, because data-loader workers raise.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class AttnplugError(Exception):
@@ -24,13 +25,16 @@ class UnknownImplementationError(AttnplugError, ValueError):
     """
 
     def __init__(self, name: str, available: Iterable[str], where: str = "") -> None:
-        self.name = name
+        self.name, self.where = name, where
         self.available = tuple(sorted(available))
         prefix = f"{where}: " if where else ""
         super().__init__(
             f"{prefix}unknown implementation {name!r}{did_you_mean(name, self.available) or '.'} "
             f"Available: {', '.join(self.available) or 'none'}"
         )
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.name, self.available, self.where)
 
 
 class DuplicateImplementationError(AttnplugError, ValueError):
@@ -49,6 +53,9 @@ class DuplicateImplementationError(AttnplugError, ValueError):
             f"rename one of them or uninstall one distribution"
         )
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.name, self.owner, self.claimant)
+
 
 class NoImplementationError(AttnplugError, RuntimeError):
     """No allowed implementation supports a call.
@@ -60,9 +67,13 @@ class NoImplementationError(AttnplugError, RuntimeError):
 
     def __init__(self, reasons: Mapping[str, Sequence[str]], selection: str = "") -> None:
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
+        self.selection = selection
         head = "no implementation supports this call" + (f" ({selection})" if selection else "")
         lines = [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
         super().__init__("\n".join([head + ":", *lines] if lines else [head + ": no candidates"]))
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.reasons, self.selection)
 
 
 class ConfigError(AttnplugError, ValueError):

@@ -64,10 +64,17 @@ class Kernel:
 
     def refusals(self, params: SDPAParams) -> tuple[str, ...]:
         """Return the reasons of `supports` for declining `params`; none means accepted."""
-        answer = self.supports(params) if self.supports is not None else None
-        if not answer:
+        if self.supports is None:
             return ()
-        return (answer,) if isinstance(answer, str) else tuple(str(reason) for reason in answer)
+        try:
+            answer = self.supports(params)
+        except Exception as error:  # a call that does not need this kernel must not see its mistakes
+            return (f"supports() raised {type(error).__name__}: {error}",)
+        if answer is None or isinstance(answer, str):
+            return (answer,) if answer else ()
+        if isinstance(answer, (list, tuple)):
+            return tuple(str(reason) for reason in answer)
+        return (f"supports() returned {answer!r}, which is neither reasons nor None",)
 
 
 def load_kernel(spec: ImplSpec) -> Kernel:
@@ -118,6 +125,7 @@ def _check_signature(spec: ImplSpec, role: str, function: Any, arguments: tuple[
     except (TypeError, ValueError):  # built-in functions may have none
         return
     try:
-        signature.bind_partial(*arguments)  # there may be more: what forward saves
+        # backward gets more than these: the tensors that forward saves
+        (signature.bind_partial if role == "backward" else signature.bind)(*arguments)
     except TypeError as error:
         raise SpecError(f"{where}{signature} cannot be called as {role}({', '.join(arguments)}): {error}") from None

@@ -32,7 +32,8 @@ class Entry:
     version: str = ""
     broken: str = ""
     loaded: Kernel | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _loading: bool = False
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
     def name(self) -> str:
@@ -66,18 +67,23 @@ class Entry:
         return self.missing()
 
     def load(self) -> Kernel | None:
-        """Return the kernel, importing it at the first call; None if it is broken, which `broken` explains.
+        """Return the kernel, importing it at the first call.
+
+        None if it is broken, which `broken` explains, or if it asks for itself while it is imported.
 
         Raises:
             PluginError: the import failed, and `ATTNPLUG_STRICT` is set. Without it the first failure warns.
         """
         with self._lock:
-            if self.loaded is None and not self.broken:
+            if self.loaded is None and not self.broken and not self._loading:
+                self._loading = True
                 try:
                     self.loaded = load_kernel(self.spec)
                 except (Exception, SystemExit) as error:  # sys.exit in a kernel must not end the host
                     self.broken = describe(error)
                     report_broken(f"the kernel of implementation {self.name!r} ({self.distribution})", error)
+                finally:
+                    self._loading = False
         return self.loaded
 
     def record(self) -> ImplRecord:
@@ -175,7 +181,11 @@ class Registry:
 
 def describe(error: BaseException) -> str:
     """Return an exception in one line, with the innermost place in which it was raised."""
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # an exception of a plugin may be anything, and must not break its own report
+        message = "its message cannot be shown"
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:
         return text

@@ -68,7 +68,7 @@ def refusals(entry: Entry, call: Requirements, params: SDPAParams) -> tuple[str,
         return reasons
     kernel = entry.load()
     if kernel is None:
-        return (f"is broken: {entry.broken}",)
+        return (f"is broken: {entry.broken}" if entry.broken else "is still being imported",)
     if call.needs_grad and not kernel.differentiable:
         reasons += ("has no backward, and a gradient is needed",)
     return reasons + kernel.refusals(params)

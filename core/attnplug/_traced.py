@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._autocast import no_autocast
+from attnplug._autograd import check_outputs
 from attnplug._dispatch import Result, empty
 from attnplug._operator import arguments_of, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
@@ -83,7 +84,9 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
 
 def _run(params: SDPAParams, name: str, composite: bool) -> Result:
     if composite:
-        out, lse = getattr(_composite, name).forward(params)[:2]
+        returned = getattr(_composite, name).forward(params)
+        check_outputs(name, params, returned)
+        out, lse = returned[:2]
     else:
         out, lse, _ = getattr(_operators, name)(*arguments_of(params))
     return out, lse if params.return_lse else None

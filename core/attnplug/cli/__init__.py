@@ -25,7 +25,7 @@ from typing import Any
 
 from attnplug import AttnplugError, PluginError, __version__
 
-COMMANDS = ("list", "explain", "info")
+COMMANDS = ("list", "explain", "info", "check")
 
 DONE, NO, USAGE = 0, 1, 2
 

@@ -38,9 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_rest(parser.add_argument_group("the rest of the call"))
     choice = parser.add_argument_group("selection")
     choice.add_argument("--impl", metavar="NAME", help="as impl= of the call")
-    choice.add_argument(
-        "--scope", type=names, metavar="NAMES", help="as inside sdpa_kernel: families or names"
-    )
+    choice.add_argument("--scope", type=names, metavar="NAMES", help="as inside sdpa_kernel: families or names")
     choice.add_argument("--set-priority", action="store_true", help="the order of --scope is the preference")
 
 
@@ -66,9 +64,7 @@ def _configure_mask(group: Any) -> None:
         metavar="LENGTHS[:LENGTHS]",
         help="varlen_attn: lengths of the sequences, such as 5,3,8; the keys' after a colon if they differ",
     )
-    group.add_argument(
-        "--paged", type=size, metavar="PAGE_SIZE", help="block_table: keys in pages; with --varlen"
-    )
+    group.add_argument("--paged", type=size, metavar="PAGE_SIZE", help="block_table: keys in pages; with --varlen")
 
 
 def _configure_rest(group: Any) -> None:

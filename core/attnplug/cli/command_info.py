@@ -58,9 +58,7 @@ def _report() -> dict[str, Any]:
                 **{name: _version(name) for name in _PACKAGES},
             },
             "cards": _attempt(_cards, lambda error: [{"name": error}]),
-            "environment": {
-                name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
-            },
+            "environment": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
             "implementations": _attempt(_implementations, _no_implementation),
         }
     return {**report, "warnings": list(dict.fromkeys(str(warning.message) for warning in caught))}
@@ -70,7 +68,7 @@ def _attempt(ask: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
     """Return what `ask` returns, or, where it raises, `otherwise` of the error: a report is for such days."""
     try:
         return ask()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return otherwise(f"failed: {type(error).__name__}: {error}")
 
 
@@ -107,9 +105,7 @@ def _cards() -> list[dict[str, str]]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(index) for index in range(count)]
-    return [
-        {"name": card.name, **_kind(card), "memory": f"{card.total_memory / 2**30:.1f} GiB"} for card in cards
-    ]
+    return [{"name": card.name, **_kind(card), "memory": f"{card.total_memory / 2**30:.1f} GiB"} for card in cards]
 
 
 def _kind(card: Any) -> dict[str, str]:

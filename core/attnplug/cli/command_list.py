@@ -30,9 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("available", "unavailable", "broken"),
         help="only those of this status; exit status 1 if there is none",
     )
-    parser.add_argument(
-        "--verbose", "-v", action="store_true", help="show all that each implementation supports"
-    )
+    parser.add_argument("--verbose", "-v", action="store_true", help="show all that each implementation supports")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,9 +60,7 @@ def _row(record: ImplRecord) -> tuple[str, ...]:
 
 
 def _summary(capabilities: Capabilities) -> tuple[str, str, str]:
-    dtypes = (
-        "any" if capabilities.dtypes is None else " ".join(_SHORT[name] for name in _dtypes(capabilities))
-    )
+    dtypes = "any" if capabilities.dtypes is None else " ".join(_SHORT[name] for name in _dtypes(capabilities))
     return _joined(capabilities.devices), dtypes, f"{len(capabilities.features)} of {len(Feature)}"
 
 
@@ -78,9 +74,7 @@ def _described(record: ImplRecord) -> str:
     if record.status != "broken":
         fields += [field for part in record.capabilities.alternatives for field in _fields(part)]
     wrapped = [
-        textwrap.fill(
-            value, _WIDTH, initial_indent=f"  {name:14}", subsequent_indent=" " * 16, break_long_words=False
-        )
+        textwrap.fill(value, _WIDTH, initial_indent=f"  {name:14}", subsequent_indent=" " * 16, break_long_words=False)
         for name, value in fields
     ]
     return "\n".join([record.name, *wrapped])

@@ -36,9 +36,7 @@ def _dense(arguments: argparse.Namespace) -> dict[str, Any]:
     shapes = [tensor.shape for tensor in (query, key, value)]
     batch = math.prod(max(sizes) for sizes in _leading([tuple(shape[:-3]) for shape in shapes]))
     heads = max(shape[-3] if len(shape) > 2 else 1 for shape in shapes)
-    variant = (
-        CausalVariant.LOWER_RIGHT if arguments.causal_variant == "lower-right" else CausalVariant.UPPER_LEFT
-    )
+    variant = CausalVariant.LOWER_RIGHT if arguments.causal_variant == "lower-right" else CausalVariant.UPPER_LEFT
     call = {
         "query": query,
         "key": key,
@@ -87,13 +85,9 @@ def _varlen(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check_tokens(arguments: argparse.Namespace, option: str, shape: Lengths, lengths: Lengths) -> None:
     if len(shape) != 3:
-        arguments.fail(
-            f"{option}: with --varlen expected tokens,heads,head size, got {','.join(map(str, shape))}"
-        )
+        arguments.fail(f"{option}: with --varlen expected tokens,heads,head size, got {','.join(map(str, shape))}")
     if shape[0] != sum(lengths):
-        arguments.fail(
-            f"{option}: has {shape[0]} tokens, but the lengths of --varlen add up to {sum(lengths)}"
-        )
+        arguments.fail(f"{option}: has {shape[0]} tokens, but the lengths of --varlen add up to {sum(lengths)}")
 
 
 def _cumulative(lengths: Lengths) -> Tensor:

@@ -23,6 +23,10 @@ _STYLES = {
     "unavailable": "yellow",
     "no": "yellow",
     "broken": "bold red",
+    "passed": "green",
+    "failed": "bold red",
+    "declined": "yellow",
+    "not applicable": "dim",
 }
 
 
@@ -54,9 +58,7 @@ def print_table(
         print(table(headers, rows))
 
 
-def _print_rich(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], status: int, expendable: Sequence[str]
-) -> None:
+def _print_rich(headers: Sequence[str], rows: Sequence[Sequence[str]], status: int, expendable: Sequence[str]) -> None:
     """Print a table as wide as the terminal, its last column wrapped. `Text` is not read as markup."""
     from rich.console import Console
     from rich.table import Table
@@ -75,9 +77,7 @@ def _print_rich(
         console.print(Text(f"\nNot shown for want of width: {', '.join(missing)}; --verbose shows all."))
 
 
-def _fitting(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], width: int, expendable: Sequence[str]
-) -> list[int]:
+def _fitting(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int, expendable: Sequence[str]) -> list[int]:
     """Return the columns that fit into `width` beside a last one of which at least `_LAST` is seen."""
     needed = [max(len(line[column]) for line in (headers, *rows)) for column in range(len(headers))]
     needed[-1] = min(needed[-1], _LAST)

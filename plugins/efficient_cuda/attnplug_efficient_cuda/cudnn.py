@@ -1,0 +1,202 @@
+"""`cudnn`: cuDNN's attention through PyTorch's operator, with its limits as reasons.
+
+The operator keeps cuDNN's layout: `(B, H, S, E)`, grouped heads as they are, a causal mask that starts at
+the upper left. What cuDNN makes of a row whose keys are all masked has changed from release to release, so
+none is ever given to it: masks hide by a large negative number, and such rows are cleared afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnplug import SDPAParams
+from attnplug_efficient_cuda import hardware, layout, operators
+from attnplug_efficient_cuda.efficient import wants_grad
+
+shape_dependent = True
+MINUS_INFINITY = float("-inf")
+LARGEST_DIMENSION = 65535
+Card = tuple[int, int]
+
+
+def forward(params: SDPAParams) -> tuple[Tensor, ...]:
+    """Return `out`, `lse`, the operator's own lse as its backward wants it, and with dropout seed and offset."""
+    query, key, value, mask = _kernel_tensors(params)
+    nothing_left = params.dropout == 1  # cuDNN would divide by what is
+    found = operators.cudnn_forward(
+        *(query, key, value, mask),
+        *(None, None, query.shape[2], key.shape[2]),
+        True,
+        0.0 if nothing_left else params.dropout,
+        params.is_causal,
+        False,
+        scale=params.scale,
+    )
+    out, kernel_lse, seeds = found[0], found[1], found[6:8]
+    lse = kernel_lse.reshape(query.shape[:-1])
+    if params.attn_mask is None:
+        lse = lse.clone()  # an operator's results must not share memory, and both are
+    else:
+        blind = _blind(params.attn_mask)
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, MINUS_INFINITY)
+    out, lse = laid_out_like(query, out), layout.compact(lse)
+    if nothing_left:
+        out = torch.zeros_like(out)
+    return (out, lse, kernel_lse, *seeds) if 0 < params.dropout < 1 else (out, lse, kernel_lse)
+
+
+def backward(
+    params: SDPAParams,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_lse: Tensor,
+    *seeds: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value.
+
+    Raises:
+        RuntimeError: `torch.use_deterministic_algorithms(True)` is in force, which this backward cannot honour.
+    """
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError("cudnn: the backward has no deterministic form; use 'efficient_cuda' or another one")
+    if params.dropout == 1:
+        return torch.zeros_like(params.query), torch.zeros_like(params.key), torch.zeros_like(params.value)
+    query, key, value, mask = _kernel_tensors(params)
+    if mask is not None:
+        grad_out = grad_out.masked_fill((lse == MINUS_INFINITY).unsqueeze(-1), 0.0)
+    seed, offset = seeds or (torch.zeros((), dtype=torch.long, device=query.device),) * 2
+    return operators.cudnn_backward(  # type: ignore[no-any-return]
+        laid_out_like(query, grad_out),
+        *(query, key, value),
+        laid_out_like(query, out),
+        kernel_lse,
+        *(seed, offset, mask),
+        *(None, None, query.shape[2], key.shape[2]),
+        params.dropout,
+        params.is_causal,
+        scale=params.scale,
+    )
+
+
+def supports(params: SDPAParams) -> list[str]:
+    """Return each reason against this call: PyTorch's, cuDNN's, and this card's."""
+    reasons = list(operators.changed("_cudnn_attention_forward", "_cudnn_attention_backward"))
+    version, card = hardware.cudnn_version(), hardware.compute_capability(params.query.device)
+    if too_new := hardware.too_new(params.query.device):
+        reasons.append(too_new)
+    if version is None or version < 90000:
+        reasons.append(f"needs cuDNN 9.0 or later in PyTorch {torch.__version__}, found {_shown(version)}")
+    else:
+        reasons += _version_reasons(params, version, card)
+    reasons += _call_reasons(params)
+    if not reasons and (refused := hardware.cudnn_refuses(params)):
+        reasons.append(refused)
+    return reasons
+
+
+def fake(params: SDPAParams) -> tuple[Tensor, ...]:
+    """Return tensors of the shapes and strides of forward's.
+
+    The shape of the operator's own lse differs between releases; PyTorch's meta kernel knows it.
+    """
+    query, key, value, mask = _kernel_tensors(params)
+    with torch.no_grad():
+        kernel_lse = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, mask, True)[1]
+    out = laid_out_like(query, query.new_empty((*query.shape[:-1], value.shape[-1])))
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    seeds = 2 if 0 < params.dropout < 1 else 0
+    return out, lse, kernel_lse, *(query.new_empty((), dtype=torch.long) for _ in range(seeds))
+
+
+def _kernel_tensors(params: SDPAParams) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    query, key, value = (_dense(tensor) for tensor in (params.query, params.key, params.value))
+    return query, key, value, _mask(params.attn_mask, query.dtype, key.shape[2])
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return `tensor` aligned, and with memory of its own for every element."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return layout.aligned(layout.compact(tensor) if expanded else tensor)
+
+
+def _mask(mask: Tensor | None, dtype: torch.dtype, keys: int) -> Tensor | None:
+    """Return the mask in `dtype`, to be added, with no infinities; the operator expands all but the heads and keys."""
+    if mask is None:
+        return None
+    floor = max(torch.finfo(dtype).min, -1e30)
+    additive = layout.additive(mask.detach(), dtype).clamp(min=floor)
+    return layout.compact(additive.expand(*mask.shape[:-1], keys))
+
+
+def _blind(mask: Tensor) -> Tensor:
+    """Return `(b, h, Sq or 1)`, True for rows that the mask leaves without a key."""
+    allowed = mask if mask.dtype == torch.bool else mask != MINUS_INFINITY
+    return allowed.any(-1).logical_not()
+
+
+def laid_out_like(query: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` with its dimensions in memory in the order of the query's.
+
+    PyTorch keeps cuDNN's plans by the layout of query, key and value; some releases run a plan made for one
+    layout of the gradient on another. So the layout here follows from the query's alone.
+    """
+    order = sorted(range(4), key=lambda dim: (-query.stride()[dim], dim))
+    return layout.packed(tensor.permute(order)).permute([order.index(dim) for dim in range(4)])
+
+
+def _version_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
+    """Return what this cuDNN gets wrong or lacks; the limits are those of PyTorch's `sdp_utils.cpp`."""
+    queries, size, value_size = params.query.shape[2], params.query.shape[3], params.value.shape[3]
+    shown, reasons = _shown(version), []
+    if params.dropout > 0 and 91100 < version < 91400:
+        reasons.append(f"has no working dropout in cuDNN {shown} (9.11 to 9.13)")
+    if version < 91501 and queries % 128:
+        reasons.append(f"needs cuDNN 9.15.1 for {queries} queries, not a multiple of 128; found {shown}")
+    if card is not None and queries == 1 and card[0] in (10, 11) and 91900 <= version <= 92500 and version != 92401:
+        reasons.append(f"does not decode with cuDNN {shown} on compute capability {card[0]}.{card[1]}")
+    large = card is not None and (card == (9, 0) or card[0] == 10) and not (card == (10, 7) and version <= 92500)
+    limit = 128
+    if large and version > 92200:
+        limit = 256
+    elif large and version >= 91100 and (size, value_size) == (192, 128):
+        limit = 192
+    if max(size, value_size) > limit:
+        where = "an unknown card" if card is None else f"compute capability {card[0]}.{card[1]}"
+        reasons.append(f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {shown} on {where}")
+    elif max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
+        reasons.append(f"has no backward for head sizes {size} and {value_size}")
+    return reasons
+
+
+def _call_reasons(params: SDPAParams) -> list[str]:
+    """Return what no cuDNN does through PyTorch's operator."""
+    query, key, value = params.query, params.key, params.value
+    reasons = []
+    if value.shape[3] % 8:
+        reasons.append(f"value head size {value.shape[3]} is not a multiple of 8")
+    if key.shape[2] == 1:
+        reasons.append("does not take a single key")
+    if query.shape[2] == 1 and (params.dropout > 0 or wants_grad(params)):
+        reasons.append("does not take a single query with dropout or gradients")
+    if max(query.shape[:2]) > LARGEST_DIMENSION:
+        reasons.append(f"takes at most {LARGEST_DIMENSION} batches and heads, got {tuple(query.shape[:2])}")
+    if params.dropout * 16 != int(params.dropout * 16):
+        reasons.append(f"has dropout only in steps of 1/16, got {params.dropout}")
+    if params.attn_mask is not None and key.shape[2] % 128 == 64 and wants_grad(params):
+        reasons.append(
+            f"may have NaN in its backward with an attn_mask and {key.shape[2]} keys, 64 more than a multiple of 128 "
+            f"(pytorch#196678)"
+        )
+    if params.is_causal and params.attn_mask is not None:
+        reasons.append("takes no attn_mask together with is_causal")
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict and wants_grad(params):
+        reasons.append("has no deterministic backward, which torch.use_deterministic_algorithms asks for")
+    return reasons
+
+
+def _shown(version: int | None) -> str:
+    return "none" if version is None else f"{version // 10000}.{version // 100 % 100}.{version % 100}"

@@ -1,0 +1,248 @@
+"""Dense calls of the CUTLASS kernel: what is given to it, and what becomes of what it gives.
+
+Layouts: the core hands over `(B, H, S, E)`; the kernel takes and returns `(B, S, H, E)`, `lse` as
+`(B, H, S rounded up to 32)` in natural units, 0 in rows whose logits are all minus infinity and plus
+infinity in the padding, and a full `(B, H, Sq, Sk)` gradient of the bias whose skipped blocks are not
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnplug import SDPAParams
+from attnplug_efficient_cuda import geometry, layout, operators
+from attnplug_efficient_cuda.geometry import Span
+
+GRID = 65535
+LSE_ROWS = 32
+MINUS_INFINITY = float("-inf")
+Region = tuple[slice, slice]
+
+
+def forward(params: SDPAParams) -> tuple[Tensor, ...]:
+    """Return `out (B, Hq, Sq, Ev)`, `lse (B, Hq, Sq)` and, with dropout, a seed and an offset for each launch."""
+    parts = list(regions(params))
+    if len(parts) == 1:
+        return _forward(params)
+    out, lse, *_ = empty_result(params)
+    saved: list[Tensor] = []
+    for part in parts:
+        rows = _query_region(params, part)
+        out[rows], lse[rows], *seeds = _forward(_cut_region(params, part))
+        saved += seeds
+    return out, lse, *saved
+
+
+def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *saved: Tensor) -> tuple[Any, ...]:
+    """Return the gradients of query, key, value and, if it wants one, of the mask, `(B, Hq, Sq, Sk)`."""
+    parts = list(regions(params))
+    if len(parts) == 1:
+        return _backward(params, grad_out, out, lse, *saved)
+    grads = [torch.empty_like(tensor) for tensor in (params.query, params.key, params.value)]
+    wants_mask = params.attn_mask is not None and params.attn_mask.requires_grad
+    full = (*params.query.shape[:3], params.key.shape[2])
+    grad_mask = params.query.new_empty(full) if wants_mask else None
+    for number, part in enumerate(parts):
+        rows = _query_region(params, part)
+        seeds = saved[2 * number : 2 * number + 2]
+        found = _backward(_cut_region(params, part), grad_out[rows], out[rows], lse[rows], *seeds)
+        for whole, piece, region in zip(grads, found, (rows, part, part), strict=False):
+            whole[region] = piece
+        if grad_mask is not None:
+            grad_mask[rows] = found[3]
+    return *grads, grad_mask
+
+
+def regions(params: SDPAParams) -> Iterator[Region]:
+    """Yield slices of batch and key/value heads, each of which one launch can take.
+
+    A grid holds 65535 batches and as many heads. With dropout, forward numbers its draws modulo 2^32
+    and backward does not, so their masks differ in a launch of more probabilities than 2^31.
+    """
+    query, key = params.query, params.key
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    heads_at_once, batch_at_once = max(1, min(kv_heads, GRID // group)), GRID
+    if params.dropout > 0:
+        room = (layout.INT32 - 1) // (queries * keys * group)
+        if room == 0:
+            raise ValueError(
+                f"efficient_cuda: dropout over {queries} x {keys} probabilities and {group} query heads to a key head "
+                f"is beyond the 2^31 draws that the kernel can number; use another implementation for this call"
+            )
+        heads_at_once = min(heads_at_once, room)
+        batch_at_once = max(1, room // heads_at_once) if heads_at_once == kv_heads else 1
+    if group > 1:
+        batch_at_once = min(batch_at_once, max(1, GRID // heads_at_once))
+    batch_at_once = min(batch_at_once, GRID)
+    for first in range(0, batch, batch_at_once):
+        for head in range(0, kv_heads, heads_at_once):
+            yield slice(first, first + batch_at_once), slice(head, head + heads_at_once)
+
+
+def _query_region(params: SDPAParams, part: Region) -> Region:
+    group = params.query.shape[1] // params.key.shape[1]
+    return part[0], slice(part[1].start * group, part[1].stop * group)
+
+
+def _cut_region(params: SDPAParams, part: Region) -> SDPAParams:
+    rows, mask = _query_region(params, part), params.attn_mask
+    if mask is not None:
+        cut = mask[tuple(taken if size > 1 else slice(None) for taken, size in zip(rows, mask.shape, strict=False))]
+        mask = cut.detach().requires_grad_(mask.requires_grad) if mask.requires_grad else cut
+    tensors = {
+        "query": params.query[rows],
+        "key": params.key[part],
+        "value": params.value[part],
+        "attn_mask": mask,
+    }
+    return replace(params, **tensors)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One launch: the kernel's view of the part of a call that can be seen."""
+
+    heads: layout.Heads
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, params: SDPAParams, part: Span) -> _Call:
+        query, key, value, mask = _cut(params, part)
+        heads = layout.Heads.of(query, key, mask)
+        shape = (*heads.kernel_shape, query.shape[2], key.shape[2])
+        q = heads.rows(layout.aligned(query)).transpose(1, 2)
+        k, v = (heads.keys(layout.aligned(tensor)).transpose(1, 2) for tensor in (key, value))
+        k, v = (layout.reachable(tensor, key.shape[2]) for tensor in (k, v))
+        return cls(heads, q, k, v, layout.bias(heads.mask(mask), query.dtype, shape))
+
+
+def _cut(params: SDPAParams, part: Span) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    mask = params.attn_mask
+    if mask is not None:
+        for dim, bounds in ((2, part.queries), (3, part.keys)):
+            mask = layout.part(mask, dim, bounds) if mask.shape[dim] > 1 else mask
+    query = layout.part(params.query, 2, part.queries)
+    key, value = (layout.part(tensor, 2, part.keys) for tensor in (params.key, params.value))
+    return query, key, value, mask
+
+
+def _forward(params: SDPAParams) -> tuple[Tensor, ...]:
+    query, value = params.query, params.value
+    part = geometry.span(params, query.shape[2], params.key.shape[2])
+    if part.empty:
+        return _nothing(params)
+    call = _Call.of(params, part)
+    out, lse, *seeds = operators.efficient_forward(
+        *(call.query, call.key, call.value, call.bias),
+        *(None, None, None, None),
+        params.dropout,
+        part.mask_type,
+        True,  # without an lse, a single query that shares its keys takes a path that is wrong (pytorch#192138)
+        scale=params.scale,
+        window_size=part.window,
+    )[:4]
+    length = part.queries[1] - part.queries[0]
+    out = call.heads.out_back(layout.first(out, value.shape[-1]))
+    lse = call.heads.rows_back(layout.first(lse, length))
+    if params.attn_mask is not None:
+        lse = lse.masked_fill(_blind(params, part), MINUS_INFINITY)
+    if length != query.shape[2]:
+        around = (part.queries[0], query.shape[2] - part.queries[1])
+        out = layout.compact(pad(out.transpose(1, 2), (0, 0, 0, 0, *around))).transpose(1, 2)
+        lse = pad(lse, around, value=MINUS_INFINITY)
+    lse = layout.compact(lse)
+    return (out, lse, *seeds) if params.dropout > 0 else (out, lse)
+
+
+def empty_result(params: SDPAParams) -> tuple[Tensor, ...]:
+    """Return tensors of the shapes and strides of forward's; the seeds lie on the CPU outside of graph captures."""
+    query, value = params.query, params.value
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)
+    seeds = 2 * sum(1 for _ in regions(params)) if 0 < params.dropout < 1 else 0
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return out, lse, *(torch.empty((), dtype=torch.long, device="cpu") for _ in range(seeds))
+
+
+def _nothing(params: SDPAParams) -> tuple[Tensor, ...]:
+    out, lse, *seeds = empty_result(params)
+    return out.zero_(), lse.fill_(MINUS_INFINITY), *seeds
+
+
+def _blind(params: SDPAParams, part: Span) -> Tensor:
+    """Return `(b, h, Sq or 1)`, True for rows of the part that the mask leaves without a key."""
+    mask = _cut(params, part)[3]
+    assert mask is not None
+    allowed = mask if mask.dtype == torch.bool else mask != MINUS_INFINITY
+    return geometry.blind_rows(allowed.expand(*allowed.shape[:-1], part.keys[1] - part.keys[0]), part)
+
+
+def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *seeds: Tensor) -> tuple[Any, ...]:
+    query, key, value, mask = params.query, params.key, params.value, params.attn_mask
+    wants_mask = mask is not None and mask.requires_grad
+    part = geometry.span(params, query.shape[2], key.shape[2])
+    if part.empty:
+        full = query.new_zeros((*query.shape[:3], key.shape[2])) if wants_mask else None
+        return *(torch.zeros_like(tensor) for tensor in (query, key, value)), full
+    call = _Call.of(params, part)
+    grad_out, out, lse = (call.heads.rows(layout.part(tensor, 2, part.queries)) for tensor in (grad_out, out, lse))
+    seed, offset = seeds or (torch.zeros((), dtype=torch.long),) * 2
+    grads = operators.efficient_backward(
+        layout.packed(grad_out.transpose(1, 2)),
+        *(call.query, call.key, call.value, call.bias),
+        layout.packed(out.transpose(1, 2)),
+        *(None, None),
+        *(call.query.shape[1], call.key.shape[1]),
+        kernel_lse(lse, mask is not None),
+        params.dropout,
+        *(seed, offset),
+        part.mask_type,
+        wants_mask,
+        scale=params.scale,
+        num_splits_key=1 if torch.are_deterministic_algorithms_enabled() else None,
+        window_size=part.window,
+    )
+    grad_query = layout.first(call.heads.rows_back(grads[0].transpose(1, 2)), query.shape[-1])
+    grad_key, grad_value = (
+        layout.first(call.heads.keys_back(grad.transpose(1, 2)), tensor.shape[-1])
+        for grad, tensor in zip(grads[1:3], (key, value), strict=True)
+    )
+    grad_mask = call.heads.rows_back(_written(grads[3], part)) if wants_mask else None
+    return _uncut(params, part, grad_query, grad_key, grad_value, grad_mask)
+
+
+def kernel_lse(lse: Tensor, maybe_blind: bool) -> Tensor:
+    """Return `(b, h, S)` in the form in which the kernel's forward wrote it and its backward reads it."""
+    if maybe_blind:
+        lse = lse.masked_fill(lse == MINUS_INFINITY, 0.0)
+    missing = -lse.shape[-1] % LSE_ROWS
+    return layout.compact(pad(lse, (0, missing), value=float("inf")) if missing else lse)
+
+
+def _written(grad_mask: Tensor, part: Span) -> Tensor:
+    """Clear what the kernel left as it found it: the blocks that the causal mask or the window hides."""
+    outside = geometry.hidden(part, grad_mask.device)
+    return grad_mask if outside is None else grad_mask.masked_fill(outside, 0.0)
+
+
+def _uncut(params: SDPAParams, part: Span, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Put zeros where the call was cut off."""
+    queries, keys = params.query.shape[2], params.key.shape[2]
+    above = (part.queries[0], queries - part.queries[1])
+    beside = (part.keys[0], keys - part.keys[1])
+    if not any(above + beside):
+        return grads
+    around = ((0, 0, *above), (0, 0, *beside), (0, 0, *beside), (*beside, *above))
+    return tuple(grad if grad is None else pad(grad, sides) for grad, sides in zip(grads, around, strict=True))

