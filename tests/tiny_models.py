@@ -80,6 +80,11 @@ def pegasus_x() -> Any:
     return hf.PegasusXConfig(**_encoder_decoder(), num_global_tokens=4, block_size=4)
 
 
+def bigbird_pegasus() -> Any:
+    """A model whose encoder computes attention itself and adds the mask to logits."""
+    return hf.BigBirdPegasusConfig(**_encoder_decoder(), max_position_embeddings=64)
+
+
 def t5() -> Any:
     return hf.T5Config(
         vocab_size=67,

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from attnplug._autocast import any_autocast, no_autocast
 from attnplug._autograd import run
@@ -156,7 +157,7 @@ def _dense_key(params: SDPAParams, impl: str | None) -> Hashable | None:
 def _mask_key(params: SDPAParams, grad: bool) -> Hashable:
     """Return what a decision depends on of the mask, which becomes four-dimensional if it is not."""
     query, key, mask = params.query, params.key, params.attn_mask
-    if not isinstance(mask, Tensor) or mask.dim() > 4 or mask.device != query.device:
+    if not isinstance(mask, Tensor) or isinstance(mask, CausalBias) or mask.dim() > 4 or mask.device != query.device:
         raise TypeError
     if mask.dim() < 4:
         mask = mask[(None,) * (4 - mask.dim())]
