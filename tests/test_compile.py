@@ -309,3 +309,13 @@ def test_an_opaque_kernel_that_saves_must_say_what() -> None:
     attnplug.register_impl(spec)
     with pytest.raises(attnplug.KernelError, match=r"'secretive' saves tensors.* give the kernel fake\(params\)"):
         torch.compile(call, backend="aot_eager", fullgraph=True)(*tensors(), impl="secretive")
+
+
+def test_dynamic_numbers_are_traced() -> None:
+    def function(query: Tensor, numbers: dict[str, float]) -> Tensor:
+        return call(query, query, query, scale=numbers["scale"], impl="aten_math")
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+    query = torch.randn(SHAPE)
+    for scale in (0.5, 0.25):
+        torch.testing.assert_close(compiled(query, {"scale": scale}), function(query, {"scale": scale}))

@@ -83,6 +83,10 @@ def not_a_number(params: SDPAParams) -> tuple[Tensor, None]:
     return pytorch(params) * float("nan"), None
 
 
+def crashes(params: SDPAParams) -> tuple[Tensor, None]:
+    raise RuntimeError("out of registers\nat line 1")
+
+
 @pytest.fixture(scope="module")
 def good(search: Any) -> tuple[int, str]:
     with registered({"right": right}, Feature.BOOLEAN_MASK), registered({"maskless": right}):
@@ -119,12 +123,13 @@ def test_semantic_search_finds_the_sentence_that_is_meant(good: tuple[int, str],
 
 
 def test_semantic_search_finds_each_wrong_kernel(search: Any) -> None:
-    wrong: dict[str, Forward] = {f.__name__: f for f in (without_the_mask, slightly_off, not_a_number)}
+    wrong: dict[str, Forward] = {f.__name__: f for f in (without_the_mask, slightly_off, not_a_number, crashes)}
     with registered(wrong, Feature.BOOLEAN_MASK):
         status, output = run(search)
     assert status == 1, output
     for name in wrong:
         assert "WRONG" in row(output, name)
+    assert "out of registers" in row(output, "crashes")
     assert "WRONG" not in row(output, "aten_math")
 
 

@@ -94,7 +94,7 @@ def scaled_dot_product_attention(
         and softcap == 0.0
         and window_size == OPEN_WINDOW
         and causal_variant == UPPER_LEFT
-        and (attn_mask is None or (type(attn_mask) in _PLAIN and not is_causal and attn_mask.device == query.device))
+        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (scale is None or (type(scale) is float and -inf < scale < inf))
         and is_bool(enable_gqa)
         and regular_form(query, key, value, enable_gqa) is not None
@@ -198,6 +198,15 @@ def varlen_attn(
     )
     out, lse = (_traced.varlen if torch.compiler.is_compiling() else varlen)(params, impl)
     return (out, lse) if return_lse else out
+
+
+def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
+    """Whether PyTorch's function takes this mask as it is; it also takes some that it then misreads."""
+    return (
+        type(mask) in _PLAIN
+        and mask.device == query.device
+        and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
+    )
 
 
 def _record_of(**fields: Any) -> SDPAParams:

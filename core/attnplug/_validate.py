@@ -218,7 +218,7 @@ def _floating(name: str, tensor: Any, device: torch.device) -> None:
 def _number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # a symbolic float of a trace can be compared, and no more
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 

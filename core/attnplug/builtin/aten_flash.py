@@ -26,9 +26,8 @@ def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
     mask = as_additive(params.attn_mask, params.query.dtype)
     if mask is not None:
         mask = mask.detach()  # the operator rejects a mask that could have a gradient, wanted or not
-    out, lse = _flash_cpu(
-        params.query, params.key, params.value, 0.0, params.is_causal, attn_mask=mask, scale=params.scale
-    )
+    query, key, value = _with_dense_rows(params)
+    out, lse = _flash_cpu(query, key, value, 0.0, params.is_causal, attn_mask=mask, scale=params.scale)
     if mask is not None and params.return_lse:
         # The kernel writes 0 for a row that sees no key, where the logarithm of an empty sum is -inf.
         blind = (mask == float("-inf")).all(-1)
@@ -38,14 +37,19 @@ def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def _with_dense_rows(params: SDPAParams) -> tuple[Tensor, ...]:
+    """Return query, key and value with a last stride of 1: the CPU kernel assumes it, and does not look."""
+    tensors = params.query, params.key, params.value
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+
+
 def _blind_under_causal(mask: Tensor, queries: int, keys: int) -> Tensor:
     hidden = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(1)
     return ((mask == float("-inf")) | hidden).all(-1)
 
 
 def _forward_cuda(params: SDPAParams) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = _flash_cuda(
-        params.query, params.key, params.value, params.dropout, params.is_causal, scale=params.scale
-    )
+    query, key, value = _with_dense_rows(params)
+    out, lse, *_ = _flash_cuda(query, key, value, params.dropout, params.is_causal, scale=params.scale)
     # FlashAttention-2 marks a row that sees no key with +inf.
     return out, lse.masked_fill(lse == float("inf"), float("-inf")) if params.return_lse else lse

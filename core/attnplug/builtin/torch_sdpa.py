@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnplug._types import SDPAParams, SDPBackend
+from attnplug.builtin.masks import as_wide
 
 composite = True
 any_form = True
@@ -14,15 +15,19 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 
 
 def supports(params: SDPAParams) -> str | None:
-    """Decline the combination that PyTorch's function refuses."""
+    """Decline the combinations that PyTorch's function refuses."""
     if params.is_causal and params.attn_mask is not None:
         return "PyTorch's function refuses attn_mask together with is_causal"
+    query = params.query
+    if params.is_causal and query.is_nested and query.layout is torch.strided and query.device.type == "cpu":
+        return "PyTorch has no kernel for strided nested tensors with is_causal on CPU"
     return None
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call PyTorch's function; it gives no lse."""
-    arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
+    mask = as_wide(params.attn_mask, params.query.dtype)
+    arguments = params.query, params.key, params.value, mask, params.dropout, params.is_causal
     return sdpa(*arguments, scale=params.scale, enable_gqa=params.enable_gqa), None
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from attnplug import AttnplugError, PluginError, __version__
 
-COMMANDS = ("list", "explain", "info", "check")
+COMMANDS = ("list", "explain", "info", "check", "new")
 
 DONE, NO, USAGE = 0, 1, 2
 

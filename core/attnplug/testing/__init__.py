@@ -1,0 +1,31 @@
+"""Conformance: whether a kernel is right, learnt before any user does.
+
+Three ways in, one list of checks:
+
+* `check_impl("my_kernel")` from Python returns a report;
+* `@parametrize_with_checks("my_kernel")` makes each check a case of a test of your own;
+* `attnplug check my_kernel` needs no code at all.
+
+What is checked follows from what the implementation declares, and when a result is right from the
+contract; no implementation has a tolerance of its own. attnplug itself never imports this package.
+"""
+
+from attnplug.testing._call import Call, Inputs, Outcome
+from attnplug.testing._checks import Check, all_checks
+from attnplug.testing._compare import CheckFailure
+from attnplug.testing._pytest import parametrize_with_checks
+from attnplug.testing._report import Report, Result
+from attnplug.testing._runner import check_impl
+
+__all__ = [
+    "Call",
+    "Check",
+    "CheckFailure",
+    "Inputs",
+    "Outcome",
+    "Report",
+    "Result",
+    "all_checks",
+    "check_impl",
+    "parametrize_with_checks",
+]

@@ -1,0 +1,165 @@
+"""One call as plain data: whatever fails can be written as one line of Python and run again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnplug
+from attnplug._types import CausalVariant
+from attnplug.testing import _inputs
+
+DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
+
+
+@dataclass
+class Inputs:
+    """The tensors of a call, as its arguments.
+
+    Attributes:
+        arguments: for `attnplug.scaled_dot_product_attention`, or `varlen_attn` if `cu_seq_q` is among them.
+        grad_out: the gradient of out that backward starts from.
+        grad_lse: the same of lse.
+    """
+
+    arguments: dict[str, Any]
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+@dataclass
+class Outcome:
+    """What a call returned, and the gradients of what was asked for."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Call:
+    """A call with random inputs, the same ones for the same fields.
+
+    Attributes:
+        queries, keys: lengths; with `lengths_q` and `lengths_k`, one for each sequence, a call of `varlen_attn`.
+        mask: `boolean` or `additive`; with `blind` rows that see nothing; `-inf` entries in an additive one.
+        mask_dims: its dimensions, each a letter of `bhqk`, or 1 where it broadcasts.
+        alibi: `h` for slopes `(Hq,)`, `bh` for `(B, Hq)`.
+        used: `seqused_k`.
+        page_size: keys and values in shuffled pages of so many.
+        gradients: the arguments whose gradients are wanted; `lse_gradient` puts lse in the loss.
+        values: what the numbers are like, a name of `attnplug.testing._inputs.VALUES`.
+        layout, mask_layout: how query, key and value, and the mask, lie in memory, names of
+            `attnplug.testing._inputs.LAYOUTS`.
+        poison: NaN in all memory that the call must not read.
+
+    Example:
+        >>> from attnplug.testing import Call
+        >>> Call(queries=4, keys=6, heads=2).check("torch")
+    """
+
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int | None = None
+    queries: int = 40
+    keys: int = 40
+    head_size: int = 32
+    value_head_size: int | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    mask: str = ""
+    mask_dims: str = "bhqk"
+    mask_dtype: str = ""
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    causal_variant: str = "UPPER_LEFT"
+    scale: float | None = None
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sinks: bool = False
+    alibi: str = ""
+    used: tuple[int, ...] | None = None
+    lengths_q: tuple[int, ...] | None = None
+    lengths_k: tuple[int, ...] | None = None
+    page_size: int | None = None
+    lse: bool = False
+    gradients: tuple[str, ...] = ()
+    lse_gradient: bool = False
+    values: str = "normal"
+    layout: str = "contiguous"
+    mask_layout: str = "contiguous"
+    poison: bool = False
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        given = [
+            (item.name, getattr(self, item.name)) for item in fields(self) if getattr(self, item.name) != item.default
+        ]
+        return f"Call({', '.join(f'{name}={value!r}' for name, value in given)})"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def is_varlen(self) -> bool:
+        return self.lengths_q is not None
+
+    def but(self, **changes: Any) -> Call:
+        """Return this call with some fields changed."""
+        return replace(self, **changes)
+
+    def make(self) -> Inputs:
+        """Make the tensors."""
+        return Inputs(*_inputs.make(self))
+
+    def run(self, impl: str, inputs: Inputs | None = None) -> Outcome:
+        """Run the call with the implementation `impl`, backward too if `gradients` are wanted."""
+        inputs = self.make() if inputs is None else inputs
+        arguments, leaves = self.with_leaves(inputs)
+        function = attnplug.varlen_attn if self.is_varlen else attnplug.scaled_dot_product_attention
+        with torch.set_grad_enabled(bool(leaves)):
+            returned = function(**arguments, impl=impl)
+            out, lse = returned if self.lse else (returned, None)
+            return Outcome(out.detach(), None if lse is None else lse.detach(), self.backward(inputs, out, lse, leaves))
+
+    def with_leaves(self, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the arguments, those whose gradients are wanted as leaves of a graph; and these leaves."""
+        leaves = {name: inputs.arguments[name].detach().requires_grad_() for name in self.gradients}
+        return {**inputs.arguments, **leaves}, leaves
+
+    def backward(self, inputs: Inputs, out: Tensor, lse: Tensor | None, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of `leaves`, given the call's results."""
+        if not leaves:
+            return {}
+        outputs, grads = [out], [inputs.grad_out.to(out.dtype)]
+        if self.lse_gradient:
+            assert lse is not None
+            outputs.append(lse)
+            grads.append(inputs.grad_lse.to(lse.dtype))
+        found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+        }
+
+    def params(self, inputs: Inputs) -> attnplug.SDPAParams:
+        """Return the call as the record that kernels and selection read; gradients wanted are marked in it."""
+        given = dict(self.with_leaves(inputs)[0])
+        given["dropout"] = given.pop("dropout_p")
+        if self.is_varlen:
+            given["causal_variant"] = CausalVariant.LOWER_RIGHT
+        return attnplug.SDPAParams(**given)
+
+    def check(self, impl: str) -> None:
+        """Run the call with `impl` and compare everything that it returns.
+
+        Raises:
+            CheckFailure: something is further from the formula than the contract allows.
+        """
+        from attnplug.testing._compare import compare
+
+        compare(impl, self)

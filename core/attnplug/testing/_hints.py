@@ -1,0 +1,124 @@
+"""What a known mistake would have given: if a wrong result is exactly that, the report says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug.testing._call import Call, Inputs
+from attnplug.testing._compare import LSE, lows, part, ref, tolerance
+
+Arguments = dict[str, Any]
+
+
+def hint(call: Call, inputs: Inputs, name: str, actual: Tensor) -> str:
+    """Return what the author probably did, or an empty string."""
+    if actual.isnan().any():
+        return _nan(call)
+    if name == "lse":
+        found = _lse(call, inputs, actual)
+        if found:
+            return found
+    for text, arguments in _mistakes(call, inputs.arguments):
+        mistaken = replace(inputs, arguments=arguments)
+        try:
+            exact = part(ref(call, mistaken), name)
+            rounded = [part(low, name) for low in lows(call, mistaken)]
+        except (RuntimeError, IndexError, TypeError):  # the mistake makes no sense for these shapes
+            continue
+        allowed = LSE[call.dtype] * 10 if name == "lse" else tolerance(name, exact, rounded)
+        if exact.shape == actual.shape and _near(actual.double(), exact, allowed):
+            return f"this is what comes out with {text}"
+    return ""
+
+
+def _near(actual: Tensor, ref: Tensor, allowed: float) -> bool:
+    return bool(((actual - ref).abs().nan_to_num(nan=0.0) <= allowed).all())
+
+
+def _nan(call: Call) -> str:
+    if call.poison or not {call.layout, call.mask_layout}.isdisjoint(_SURROUNDED):
+        return "memory outside the tensors, or a key that does not exist, was read; 0 * NaN is NaN"
+    return "not a number: a row that sees no key (-inf - -inf), an overflow, or memory that was never written"
+
+
+def _lse(call: Call, inputs: Inputs, actual: Tensor) -> str:
+    """Recognise the other things that kernels call lse."""
+    exact = ref(call, inputs).lse
+    assert exact is not None
+    finite = exact.isfinite()
+    values, exact = actual.double()[finite], exact[finite]
+    allowed = 1e-3 * max(1.0, exact.abs().max().item() if exact.numel() else 1.0)
+    if _near(values * math.log(2), exact, allowed):
+        return "lse is in base 2; multiply it by ln 2"
+    if _near(values, exact.exp(), allowed):
+        return "this is the denominator itself, not its logarithm"
+    if _near(values, -exact, allowed):
+        return "the sign of lse is wrong"
+    if _near(values, exact, allowed):
+        return "rows that see no key must have lse = -inf"
+    return ""
+
+
+def _mistakes(call: Call, arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
+    """Yield calls whose right answer is what a known mistake gives."""
+    if arguments["scale"] is not None:
+        yield "the default scale: the argument scale is ignored", {**arguments, "scale": None}
+    yield "no scale: multiply the products by params.scale", {**arguments, "scale": 1.0}
+    for name, neutral in _NEUTRAL.items():
+        given = arguments.get(name)
+        if given is not None and name not in call.gradients and (isinstance(given, Tensor) or given != neutral):
+            yield f"{name} ignored", {**arguments, name: neutral}
+    if not call.is_varlen:
+        other = 3 - int(arguments["causal_variant"])
+        text = "the diagonal aligned to the other corner: see params.causal_variant"
+        yield text, {**arguments, "causal_variant": other}
+    yield from _other_windows(arguments)
+    if arguments["enable_gqa"]:
+        yield "query head h reading key/value head h % Hkv, not h // (Hq / Hkv)", _modulo_heads(call, arguments)
+    if "attn_mask" in arguments and arguments["attn_mask"].dtype == torch.bool:
+        yield (
+            "the boolean mask's meaning inverted: True takes part",
+            {**arguments, "attn_mask": ~arguments["attn_mask"]},
+        )
+
+
+_SURROUNDED = ("guarded", "framed", "offset", "misaligned")
+
+_NEUTRAL: Arguments = {
+    "softcap": 0.0,
+    "sinks": None,
+    "alibi_slopes": None,
+    "attn_mask": None,
+    "is_causal": False,
+    "seqused_k": None,
+    "window_size": (-1, -1),
+}
+
+
+def _other_windows(arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
+    left, right = arguments["window_size"]
+    if arguments["is_causal"]:
+        yield "a causal mask that shows one key too many", {**arguments, "is_causal": False, "window_size": (left, 1)}
+    for side in (1, -1):
+        if left >= 0:
+            yield f"a window {abs(side)} {_word(side)} on the left", {**arguments, "window_size": (left + side, right)}
+        if right >= 0:
+            yield f"a window {abs(side)} {_word(side)} on the right", {**arguments, "window_size": (left, right + side)}
+
+
+def _word(side: int) -> str:
+    return "too wide" if side > 0 else "too narrow"
+
+
+def _modulo_heads(call: Call, arguments: Arguments) -> Arguments:
+    """Repeat the key/value heads one after the other rather than each for its group."""
+    axis = 1 if not call.is_varlen else -2
+    repeats = call.heads // (call.kv_heads or call.heads)
+    repeated = {name: torch.cat([arguments[name]] * repeats, axis) for name in ("key", "value")}
+    return {**arguments, **repeated}

@@ -1,0 +1,129 @@
+"""The implementation under test, as checks see it: what it declares, and whether it takes a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import attnplug
+from attnplug import Capabilities, Feature
+from attnplug._prepare import prepare_dense, prepare_varlen
+from attnplug._requirements import lacking, requirements
+from attnplug._types import ImplRecord
+from attnplug.testing._call import Call, Inputs
+from attnplug.testing._compare import Declined, compare
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""In the order in which a check that needs only one takes the first that is declared."""
+
+
+@dataclass
+class Subject:
+    """An implementation on one device, for one dtype.
+
+    Attributes:
+        ran: how many calls of the current check it took.
+        declined: calls of the current check that it declined, with its reasons.
+        uncovered: calls that its capabilities do not cover, and which it therefore need not take.
+    """
+
+    record: ImplRecord
+    device: str
+    dtype: str
+    full: bool
+    ran: int = 0
+    declined: list[str] = field(default_factory=list)
+    uncovered: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @cached_property
+    def parts(self) -> list[Capabilities]:
+        """The alternatives of its capabilities for this device and dtype."""
+        kind = self.device.partition(":")[0]
+        return [
+            part
+            for part in self.record.capabilities.alternatives
+            if (part.devices is None or kind in part.devices) and (part.dtypes is None or self.dtype in part.dtypes)
+        ]
+
+    @cached_property
+    def features(self) -> frozenset[Feature]:
+        return frozenset().union(*(part.features for part in self.parts))
+
+    def has(self, *features: Feature) -> bool:
+        return self.features.issuperset(features)
+
+    @cached_property
+    def head_sizes(self) -> Any:
+        """The head sizes of the first alternative; None if any will do."""
+        return self.parts[0].head_sizes if self.parts else None
+
+    def head_size(self, wanted: int) -> int:
+        """Return the smallest declared head size from `wanted` on, else the largest."""
+        if self.head_sizes is None:
+            return wanted
+        above = [size for size in self.head_sizes if size >= wanted]
+        return min(above) if above else max(self.head_sizes)
+
+    @cached_property
+    def gradients(self) -> tuple[str, ...]:
+        """The names of the gradients to ask for in an ordinary call; none if it has no backward."""
+        wanted = ("query", "key", "value")
+        return wanted if not self.refusals(self.call(gradients=wanted)) or self.refusals(self.call()) else ()
+
+    def call(self, **fields: Any) -> Call:
+        """Return a call with this device, dtype and a declared head size; `fields` change it."""
+        return Call(**{"device": self.device, "dtype": self.dtype, "head_size": self.head_size(32), **fields})
+
+    def refusals(self, call: Call, inputs: Inputs | None = None) -> tuple[str, ...]:
+        """Return each reason why the implementation does not take the call."""
+        params = call.params(inputs or call.make())
+        return attnplug.can_use_impl(self.name, params).reasons
+
+    def covers(self, call: Call, inputs: Inputs) -> tuple[str, ...]:
+        """Return what the call asks that the capabilities do not state."""
+        params = call.params(inputs)
+        prepared = prepare_varlen(params) if call.is_varlen else prepare_dense(params)[0]
+        return lacking(self.record.capabilities, requirements(prepared))
+
+    def takes(self, call: Call, inputs: Inputs) -> bool:
+        """Whether the implementation takes the call; why not is remembered for the report."""
+        if missing := self.covers(call, inputs):
+            self.uncovered.append("; ".join(missing))
+            return False
+        if reasons := self.refusals(call, inputs):
+            self.declined.append(f"{'; '.join(reasons)} -- {call!r}")
+            return False
+        self.ran += 1
+        return True
+
+    def compare(self, *calls: Call) -> None:
+        """Compare each call that the implementation takes with the formulas.
+
+        Raises:
+            CheckFailure: a result is further from the formula than the contract allows.
+        """
+        for call in calls:
+            inputs = call.make()
+            if self.takes(call, inputs):
+                compare(self.name, call, inputs)
+
+    def taken(self, calls: Iterable[Call]) -> list[tuple[Call, Inputs]]:
+        """Return those calls that the implementation takes, with their inputs."""
+        made = [(call, call.make()) for call in calls]
+        return [(call, inputs) for call, inputs in made if self.takes(call, inputs)]
+
+    def one(self, call: Call) -> tuple[Call, Inputs]:
+        """Return the call and its inputs.
+
+        Raises:
+            Declined: the implementation does not take it.
+        """
+        for taken in self.taken([call]):
+            return taken
+        raise Declined

@@ -1,0 +1,1 @@
+"""The checks, one module for each group. Adding one: a decorated function whose docstring says what it proves."""

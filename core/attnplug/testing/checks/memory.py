@@ -1,0 +1,151 @@
+"""How tensors lie in memory, what may be read and written, and what must be left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnplug import Feature
+from attnplug.testing._call import Call
+from attnplug.testing._checks import check
+from attnplug.testing._compare import compare, failure, run
+from attnplug.testing._memory import GuardedAllocator, Snapshot
+from attnplug.testing._subject import Subject
+from attnplug.testing.checks.varlen import LENGTHS, packed
+
+ODD: dict[str, Any] = {"queries": 37, "keys": 53}
+
+
+def _laid(subject: Subject, layout: str, **fields: Any) -> None:
+    subject.compare(subject.call(layout=layout, gradients=subject.gradients, **{**ODD, **fields}))
+
+
+@check(may_decline=True)
+def check_transposed_inputs(subject: Subject) -> None:
+    """Inputs whose heads lie inside positions, as a projection leaves them, give the same."""
+    _laid(subject, "transposed")
+    if subject.has(Feature.GQA):
+        _laid(subject, "transposed", heads=4, kv_heads=2)
+
+
+@check(may_decline=True)
+def check_strided_inputs(subject: Subject) -> None:
+    """Inputs whose head size is not dense in memory, or is the slow dimension, give the same."""
+    _laid(subject, "strided")
+    _laid(subject, "column-major")
+
+
+@check(may_decline=True)
+def check_expanded_inputs(subject: Subject) -> None:
+    """Inputs with strides of 0 give what their copies give."""
+    _laid(subject, "expanded")
+
+
+@check(may_decline=True)
+def check_offset_inputs(subject: Subject) -> None:
+    """Inputs that do not start where their memory starts are read from where they start."""
+    _laid(subject, "offset")
+
+
+@check(may_decline=True)
+def check_misaligned_inputs(subject: Subject) -> None:
+    """Inputs that start at an odd element give the same, or are declined."""
+    _laid(subject, "misaligned")
+
+
+@check(Feature.ADDITIVE_MASK, may_decline=True)
+def check_strided_masks(subject: Subject) -> None:
+    """A mask is read by its strides."""
+    for layout in ("column-major", "transposed", "strided", "offset"):
+        _laid(subject, "contiguous", mask="additive", mask_layout=layout)
+
+
+@check(Feature.BOOLEAN_MASK, may_decline=True)
+def check_strided_boolean_masks(subject: Subject) -> None:
+    """A boolean mask is read by its strides."""
+    for layout in ("column-major", "transposed", "strided", "offset"):
+        _laid(subject, "contiguous", mask="boolean", mask_layout=layout)
+
+
+@check(may_decline=True)
+def check_nothing_outside_is_read(subject: Subject) -> None:
+    """NaN in front of, behind and between the rows of the inputs never reaches a result or a gradient."""
+    for layout in ("guarded", "framed"):
+        for fields in (ODD, {"queries": 65, "keys": 17}, {"queries": 1, "keys": 129}):
+            _laid(subject, layout, **fields)
+
+
+@check(Feature.SEQUSED_K)
+def check_unused_keys_are_not_felt(subject: Subject) -> None:
+    """NaN in the keys and values past seqused_k never reaches a result or a gradient."""
+    subject.compare(subject.call(used=(7, 33), poison=True), subject.call(used=(1, 0), poison=True, keys=70))
+    if subject.gradients:
+        subject.compare(subject.call(used=(7, 33), poison=True, gradients=subject.gradients))
+    if subject.has(Feature.VARLEN):
+        subject.compare(packed(subject, *LENGTHS[0], used=(3, 33, 50), poison=True))
+
+
+@check(Feature.PAGED)
+def check_unused_pages_are_not_felt(subject: Subject) -> None:
+    """NaN in pages of nobody, and past the last key of a page, never reaches a result."""
+    subject.compare(*(packed(subject, *lengths, page_size=16, poison=True) for lengths in LENGTHS))
+    if subject.has(Feature.SEQUSED_K):
+        subject.compare(packed(subject, *LENGTHS[0], page_size=16, used=(3, 33, 50), poison=True))
+
+
+def _calls(subject: Subject) -> list[Call]:
+    """Calls that reach different stores: forward, gradients, and, where declared, packed sequences."""
+    lse = subject.has(Feature.LSE)
+    calls = [subject.call(**ODD, lse=lse, gradients=subject.gradients), subject.call(queries=1, keys=70)]
+    if subject.has(Feature.VARLEN):
+        calls.append(packed(subject, (5, 0, 17), (9, 33, 0), lse=lse, gradients=subject.gradients))
+    if subject.has(Feature.LOWER_RIGHT, Feature.CAUSAL):
+        calls.append(subject.call(queries=90, keys=20, is_causal=True, causal_variant="LOWER_RIGHT", lse=lse))
+    if subject.has(Feature.SEQUSED_K):
+        calls.append(subject.call(used=(0, 9), gradients=subject.gradients))
+    return calls
+
+
+@check()
+def check_outputs_are_fully_written(subject: Subject) -> None:
+    """Every element of out, lse and the gradients is written: new memory full of NaN leaves no trace."""
+    for call, inputs in subject.taken(_calls(subject)):
+        with GuardedAllocator():
+            outcome = run(subject.name, call, inputs)
+        compare(subject.name, call, inputs, outcome)
+
+
+@check()
+def check_nothing_outside_is_written(subject: Subject) -> None:
+    """Nothing is written before or after a tensor that the kernel allocates."""
+    for call, inputs in subject.taken(_calls(subject)):
+        with GuardedAllocator() as allocator:
+            run(subject.name, call, inputs)
+        if allocator.overrun():
+            raise failure(subject.name, call, "memory next to a tensor that the kernel allocated was written")
+
+
+@check()
+def check_inputs_are_unchanged(subject: Subject) -> None:
+    """Forward and backward leave their inputs as they were, and the memory around them."""
+    fields: dict[str, Any] = {"layout": "guarded", "mask_layout": "guarded", "gradients": subject.gradients, **ODD}
+    calls = [subject.call(**fields), subject.call(**fields, scale=0.3)]
+    for feature, extra in _EXTRAS.items():
+        if subject.has(feature):
+            calls.append(subject.call(**fields, **extra))
+    if subject.has(Feature.VARLEN):
+        calls.append(packed(subject, *LENGTHS[0], layout="guarded", gradients=subject.gradients))
+    for call, inputs in subject.taken(calls):
+        snapshot = Snapshot({**inputs.arguments, "the gradient of out": inputs.grad_out})
+        run(subject.name, call, inputs)
+        for name, itself in snapshot.changed():
+            raise failure(subject.name, call, f"{name if itself else 'memory next to ' + name} was written to")
+
+
+_EXTRAS: dict[Feature, dict[str, Any]] = {
+    Feature.BOOLEAN_MASK: {"mask": "boolean"},
+    Feature.ADDITIVE_MASK: {"mask": "additive"},
+    Feature.SINKS: {"sinks": True},
+    Feature.ALIBI: {"alibi": "h"},
+    Feature.SEQUSED_K: {"used": (9, 31)},
+    Feature.DROPOUT: {"dropout_p": 0.2},
+}

@@ -1,0 +1,211 @@
+"""`attnplug new` writes a package that works at once, or nothing.
+
+What it writes is found as an installed package is: its metadata, made by its own build backend, lies beside its
+modules on the path of a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packages import Site
+
+FLAVOURS = ("torch", "triton", "cuda")
+METADATA = "import sys, setuptools.build_meta as backend; backend.prepare_metadata_for_build_wheel(sys.argv[1])"
+
+RUN = """
+import contextlib, io, json, pytest
+from attnplug.cli import main
+
+def run(*arguments, function=lambda arguments: main([*arguments, "--json"])):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = function([*arguments])
+    return int(status), printed.getvalue()
+
+"""
+
+# All in one interpreter, so that torch is imported once. Of the package's tests a few, since `check` makes the same
+# checks; they come first, and choose Triton's interpreter by themselves.
+LIST_TEST_AND_CHECK = (
+    RUN
+    + """
+listed = run("list")
+tested = run("-q", "-k", "check_values or agrees", function=pytest.main)
+print(json.dumps([listed, tested, run("check", "my_kernel", "--dtype", "float32")]))
+"""
+)
+
+WHY_NOT = RUN + (
+    "calls = [('--query', '1,2,8,16', '--device', device) for device in DEVICES]\n"
+    "print(json.dumps([json.loads(run('explain', *call)[1]) for call in calls]))"
+)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def installed(folder: Path) -> Site:
+    """Make the package's metadata, with the backend that it names, where an interpreter finds it."""
+    pytest.importorskip("setuptools", minversion="77", reason="the generated package is built with setuptools")
+    made = subprocess.run([sys.executable, "-c", METADATA, folder], cwd=folder, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return Site(folder)
+
+
+@pytest.fixture
+def write(cli, tmp_path):
+    def new(*arguments: str) -> Path:
+        done = cli("new", *arguments, "--directory", str(tmp_path))
+        assert (done.status, done.err) == (0, "")
+        return tmp_path / arguments[0]
+
+    return new
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_new_package_is_listed_and_passes_the_checks_and_its_own_tests(write, flavour):
+    if flavour == "triton":
+        pytest.importorskip("triton")
+    if flavour == "cuda" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
+    folder = write("my_kernel", f"--{flavour}")
+    site = installed(folder)
+    done = site.python(LIST_TEST_AND_CHECK, XDG_CACHE_HOME=str(folder / "cache"), TRITON_INTERPRET="")
+    assert done.returncode == 0, done.stderr
+    listed, tested, checked = json.loads(done.stdout)
+
+    (record,) = (record for record in json.loads(listed[1]) if record["name"] == "my_kernel")
+    assert (record["distribution"], record["version"]) == ("my-kernel", "0.1.0")
+    assert record["status"] == "available"
+    assert tested[0] == 0 and " passed" in tested[1], tested[1]
+    report = json.loads(checked[1])
+    assert [result for result in report["results"] if result["status"] == "failed"] == []
+    assert (checked[0], report["passed"]) == (0, True)
+
+
+def why_not(site: Site, *devices: str, **environment: str) -> list[str]:
+    """Return, for a call on each device, why the package's kernel does not take it."""
+    done = site.python(WHY_NOT.replace("DEVICES", repr(devices)), **environment)
+    assert done.returncode == 0, done.stderr
+    return [
+        "; ".join(verdict["reasons"])
+        for explanation in json.loads(done.stdout)
+        for verdict in explanation["candidates"]
+        if verdict["name"] == "my_kernel"
+    ]
+
+
+def test_triton_on_the_cpu_without_its_interpreter_is_declined_with_the_reason(write):
+    pytest.importorskip("triton")
+    site = installed(write("my_kernel", "--triton"))
+    (reason,) = why_not(site, "cpu", TRITON_INTERPRET="")
+    assert "TRITON_INTERPRET=1" in reason
+
+
+def test_cuda_without_a_compiler_is_declined_with_the_reason(write):
+    folder = write("my_kernel", "--cuda")
+    site, bare = installed(folder), {"PATH": str(folder / "nothing"), "CXX": "", "CUDA_HOME": str(folder)}
+    on_cpu, on_card = why_not(site, "cpu", "cuda", **bare)
+    assert "needs a C++ compiler" in on_cpu and "needs nvcc" in on_card
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_all_that_publishing_takes_is_written(write, flavour):
+    folder = write("my_kernel", f"--{flavour}")
+    assert files(folder) >= {
+        *("pyproject.toml", "README.md", "LICENSE", ".gitignore", ".github/workflows/test.yml"),
+        *("my_kernel/__init__.py", "my_kernel/impl.py", "tests/test_conformance.py"),
+    }
+    named = re.findall(r"^\| `(\S+)`", (folder / "README.md").read_text(), re.MULTILINE)
+    assert named and files(folder).issuperset(named)
+    assert re.search(r"Copyright \(c\) 20\d\d, the my_kernel authors", (folder / "LICENSE").read_text())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_only_the_given_name_is_in_it(write, flavour):
+    folder = write("Swift_2", f"--{flavour}")
+    for path in files(folder):
+        text = path + (folder / path).read_text()
+        assert "my_kernel" not in text and "my-kernel" not in text and "-tpl" not in text, path
+    assert 'name = "Swift-2"' in (folder / "pyproject.toml").read_text()
+
+
+def test_torch_is_what_is_written_if_nothing_is_said(write):
+    assert "composite = True" in (write("my_kernel") / "my_kernel/impl.py").read_text()
+
+
+def test_json_names_what_was_written(cli, tmp_path):
+    written = cli("new", "my_kernel", "--triton", "--directory", str(tmp_path), "--json").data
+    assert (written["name"], written["flavour"]) == ("my_kernel", "triton")
+    assert set(written["files"]) == files(Path(written["folder"])) == files(tmp_path / "my_kernel")
+
+
+def refused(cli, folder: Path, *arguments: str) -> str:
+    """Return the error of a command that may write nothing."""
+    before = files(folder)
+    done = cli("new", *arguments)
+    assert (done.status, done.out) == (2, "")
+    assert files(folder) == before
+    return done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["my-kernel", "2fast", "class", "", "kernel_", "_kernel", "noyau_é", "a.b", "a/b", ".."]
+)
+def test_what_cannot_name_a_module_is_refused(cli, tmp_path, name):
+    error = refused(cli, tmp_path, name, "--directory", str(tmp_path))
+    assert repr(name) in error and "cannot name a module" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "holder"), [("aten_math", "attnplug"), ("mine", "this program")])
+def test_the_name_of_an_implementation_is_refused(cli, tmp_path, register, name, holder):
+    register(name="mine")
+    error = refused(cli, tmp_path, name, "--directory", str(tmp_path))
+    assert f"{name!r} is taken: {holder} has an implementation" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["json", "sys", "pluggy", "attnplug"])
+def test_the_name_of_a_module_is_refused(cli, tmp_path, name):
+    assert f"{name!r} is taken" in refused(cli, tmp_path, name, "--directory", str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_left_alone(cli, tmp_path):
+    (tmp_path / "my_kernel").mkdir()
+    (tmp_path / "my_kernel/notes").write_text("mine")
+    error = refused(cli, tmp_path, "my_kernel", "--directory", str(tmp_path))
+    assert "exists" in error
+    assert files(tmp_path) == {"my_kernel/notes"}
+
+
+def test_a_directory_that_does_not_exist_is_refused(cli, tmp_path):
+    error = refused(cli, tmp_path, "my_kernel", "--directory", str(tmp_path / "nowhere"))
+    assert "nowhere" in error and "--directory" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_kernel_is_written_in_one_language(cli, tmp_path):
+    assert "not allowed with" in refused(cli, tmp_path, "my_kernel", "--cuda", "--triton", "--directory", str(tmp_path))
+
+
+def test_nothing_is_left_of_a_package_that_could_not_be_written_whole(cli, tmp_path, monkeypatch):
+    written = []
+
+    def full(path: Path, *text: str, **options: str) -> None:
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(path.write_bytes(b""))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space left on device" in refused(cli, tmp_path, "my_kernel", "--directory", str(tmp_path))
+    assert len(written) == 3 and list(tmp_path.iterdir()) == []

@@ -1,0 +1,88 @@
+"""Wrong only now and then: order of sums, threads, memory of earlier calls; and what is declared but declined."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug import SDPAParams
+from mutants import wrong
+from mutants.kernel import Kernel
+
+
+@wrong("check_deterministic")
+class SumsInAnyOrder(Kernel):
+    """Adds the gradients of a group in the order in which they arrive, as atomic additions do."""
+
+    def summed_over_group(self, gradient: Tensor, kv_heads: int) -> Tensor:
+        group = gradient.unflatten(0, (kv_heads, gradient.shape[0] // kv_heads))
+        noise = 1 + (random.random() - 0.5) * 1e-6
+        return group.sum(1) * noise
+
+
+@wrong("check_two_threads_at_once")
+class SharedWorkspace(Kernel):
+    """Keeps what it works on in one place for all threads."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        self.current = params
+        time.sleep(1e-3)
+        query = self.current.query
+        if query.shape != params.query.shape:
+            out, *rest = super().forward(params)
+            return (out + query.flatten()[0], *rest)
+        return super().forward(params)
+
+
+@wrong("check_calls_do_not_depend_on_earlier_calls")
+class RemembersShapes(Kernel):
+    """Keeps a sum of weights per shape and does not clear it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Tensor] = {}
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        out, *rest = super().forward(params)
+        shape = (params.query.shape, params.key.shape, params.query.dtype)
+        return (out + 0 * out + (out - self.kept.setdefault(shape, out)) * 0.01, *rest)
+
+
+@wrong("check_softcap")
+class DeclinesSoftcap(Kernel):
+    """Declares softcap, and declines every call that asks for it."""
+
+    def supports(self, params: SDPAParams) -> str | None:
+        return "softcap is not there yet" if params.softcap > 0 else None
+
+
+@wrong("check_paged")
+class RaisesForPages(Kernel):
+    """Declares pages, and raises when they come."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        if params.block_table is not None:
+            raise NotImplementedError("pages")
+        return super().forward(params)
+
+
+@wrong("check_values", dtype="bfloat16")
+class ReturnsFloat32(Kernel):
+    """Returns out in the dtype of its sums."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        out, *rest = super().forward(params)
+        return (out.float(), *rest)
+
+
+@wrong("check_autocast")
+class HalvesBfloat16Gradients(Kernel):
+    """Halves the gradients of bfloat16 calls, which autocast makes of float32 ones."""
+
+    def backward(self, params: SDPAParams, grad_out: Tensor, *given: Any) -> tuple[Any, ...]:
+        if params.query.dtype == torch.bfloat16:
+            grad_out = grad_out * 0.5
+        return super().backward(params, grad_out, *given)

@@ -1,0 +1,209 @@
+"""The conformance kit itself: its three ways in, its report, and what it says to an author."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from mutants.kernel import CAPABILITIES, Kernel
+from mutants.logits import SoftcapIgnored
+from mutants.masks import AlwaysUpperLeft
+from mutants.running import DeclinesSoftcap, SharedWorkspace
+from mutants.softmax import LseInBaseTwo, MissingScale
+
+import attnplug
+from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
+from attnplug.testing import Call, CheckFailure, all_checks, check_impl, parametrize_with_checks
+from attnplug.testing._runner import find, run_check
+from attnplug.testing._subject import Subject
+
+
+@pytest.fixture
+def register():
+    """Register a kernel for the length of a test and return its name."""
+
+    def add(kernel, capabilities=CAPABILITIES, name="mine"):
+        attnplug.register_impl(ImplSpec(name=name, kernel=kernel, backend=SDPBackend.MATH, capabilities=capabilities))
+        return name
+
+    return add
+
+
+def result_of(name, check, dtype="float32"):
+    (found,) = [each for each in all_checks() if each.name == check]
+    return run_check(found, Subject(find(name), "cpu", dtype, False))
+
+
+def forward_only(params):
+    logits = params.scale * params.query.float() @ params.key.float().mT
+    return (torch.softmax(logits, -1) @ params.value.float()).to(params.query.dtype), None
+
+
+def unscaled(params):
+    return torch.softmax(params.query @ params.key.mT, -1) @ params.value, None
+
+
+def test_importing_attnplug_does_not_import_the_kit():
+    script = "import sys, attnplug, attnplug.cli; assert 'attnplug.testing' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_importing_the_kit_does_not_import_pytest():
+    script = "import sys, attnplug.testing; assert 'pytest' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_check_says_what_it_proves():
+    checks = all_checks()
+    assert len({check.name for check in checks}) == len(checks)
+    for check in checks:
+        assert check.name.startswith("check_")
+        assert check.claim.endswith((".", ":")), check.name
+
+
+def test_every_declared_feature_is_checked():
+    asked = {feature for check in all_checks() for feature in check.features}
+    assert asked == set(Feature)
+
+
+def test_what_is_not_declared_is_not_applicable(register):
+    name = register(forward_only, Capabilities(dtypes=("float32", "bfloat16")))
+    report = check_impl(name, device="cpu")
+    assert report.passed, str(report)
+    assert {result.dtype for result in report.results} == {"float32", "bfloat16"}
+    assert [result.status for result in report["check_softcap"]] == ["not applicable"]
+    assert [result.reason for result in report["check_gradients[float32]"]] == ["has no backward"]
+
+
+def test_a_declared_feature_that_is_declined_is_a_failure(register):
+    result = result_of(register(DeclinesSoftcap()), "check_softcap")
+    assert result.status == "failed"
+    assert "declares SOFTCAP" in result.reason
+    assert "softcap is not there yet" in result.reason
+
+
+def test_a_declared_pair_that_is_declined_is_reported_but_no_failure(register):
+    class NoSinksUnderCausalMasks(Kernel):
+        def supports(self, params):
+            return "no sinks under causal masks" if params.is_causal and params.sinks is not None else None
+
+    result = result_of(register(NoSinksUnderCausalMasks()), "check_feature_pairs")
+    assert result.status == "passed"
+    assert result.declined
+    assert all("no sinks under causal masks" in text for text in result.declined)
+
+
+def test_a_failure_can_be_seen_again_by_the_line_that_it_prints(register):
+    name = register(MissingScale())
+    reason = result_of(name, "check_values").reason
+    line = reason.rpartition("again: ")[2]
+    with pytest.raises(CheckFailure, match="largest error"):
+        exec(line)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "check", "hint"),
+    [
+        (MissingScale, "check_values", "no scale"),
+        (LseInBaseTwo, "check_lse", "base 2"),
+        (AlwaysUpperLeft, "check_causal_lower_right", "other corner"),
+        (SoftcapIgnored, "check_softcap", "softcap ignored"),
+    ],
+)
+def test_a_known_mistake_gets_a_hint(register, kernel, check, hint):
+    reason = result_of(register(kernel()), check).reason
+    assert "hint: " in reason
+    assert hint in reason
+
+
+def test_a_failure_names_size_place_and_tolerance(register):
+    reason = result_of(register(MissingScale()), "check_values").reason
+    for part in ("largest error", " at [", "allowed", "expected", "are too far off"):
+        assert part in reason
+
+
+def test_the_report_is_a_table_with_failures_in_full(register):
+    report = check_impl(register(unscaled), device="cpu", dtype="float32")
+    assert not report.passed
+    text = str(report)
+    assert text.splitlines()[0].split() == ["check", "dtype", "result", "why"]
+    assert "check_scale[float32]: The scale of the call is used" in text
+    assert text.splitlines()[-1].startswith("mine on cpu, quick: ")
+    assert json.loads(json.dumps(report.as_dict()))["passed"] is False
+
+
+def test_an_unknown_name_dtype_device_or_level_is_an_error():
+    with pytest.raises(attnplug.UnknownImplementationError, match="did you mean 'torch'"):
+        check_impl("torhc")
+    with pytest.raises(ValueError, match="dtype: 'torch' declares"):
+        check_impl("torch", dtype="int8")
+    with pytest.raises(ValueError, match="device: 'nowhere'"):
+        check_impl("torch", device="nowhere")
+    with pytest.raises(ValueError, match="level: expected one of quick, full"):
+        check_impl("torch", device="cpu", level="slow")
+
+
+def test_expected_failures_must_name_checks():
+    with pytest.raises(ValueError, match="did you mean 'check_values'"):
+        parametrize_with_checks("torch", {"check_value": "a typing error"}, device="cpu")
+
+
+def test_parametrized_tests_pass_fail_skip_and_hold_expected_failures_to_their_word(pytester_run):
+    outcomes = pytester_run(
+        {"check_softcap": "known", "check_scale": "passes by now"}, ("check_softcap", "check_scale", "check_values")
+    )
+    assert outcomes == {"check_softcap": "XFAIL", "check_scale": "FAILED", "check_values": "PASSED"}
+
+
+@pytest.fixture
+def pytester_run(tmp_path):
+    """Run the kit in a test file of its own, for some checks, and return what became of each."""
+
+    def run(expected, names):
+        (tmp_path / "test_mine.py").write_text(_TEST.format(folder=str(_FOLDER), expected=expected))
+        wanted = " or ".join(names)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "-k", wanted, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        found = {}
+        for line in done.stdout.splitlines():
+            for name in names:
+                if line.startswith(("PASSED", "FAILED", "XFAIL")) and f"[{name}[float32]]" in line:
+                    found[name] = line.split()[0]
+        return found
+
+    return run
+
+
+_FOLDER = __file__.rpartition("/")[0]
+_TEST = """
+import sys
+sys.path.insert(0, {folder!r})
+import attnplug
+from attnplug.testing import parametrize_with_checks
+from mutants.kernel import CAPABILITIES
+from mutants.logits import SoftcapIgnored
+
+attnplug.register_impl(attnplug.ImplSpec(
+    name="mine", kernel=SoftcapIgnored(), backend=attnplug.SDPBackend.MATH, capabilities=CAPABILITIES))
+
+@parametrize_with_checks("mine", expected_failures={expected!r}, dtype="float32")
+def test_mine(check):
+    check()
+"""
+
+
+def test_a_call_is_the_same_for_the_same_fields_and_prints_only_what_is_not_usual():
+    call = Call(queries=3, mask="additive", gradients=("query",))
+    assert repr(call) == "Call(queries=3, mask='additive', gradients=('query',))"
+    first, second = call.make(), call.make()
+    assert torch.equal(first.arguments["query"], second.arguments["query"])
+    assert not torch.equal(first.arguments["query"], call.but(seed=1).make().arguments["query"])
+
+
+def test_threads_that_fail_are_reported(register):
+    result = result_of(register(SharedWorkspace()), "check_two_threads_at_once")
+    assert result.status == "failed"
+    assert "with two threads at once" in result.reason
