@@ -19,7 +19,7 @@ demo: $(VENV)/demo  ## a real model, semantic search, once with each implementat
 	$(BIN)/python examples/semantic_search.py
 
 test: $(VENV)/dev  ## every test that needs no card
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .

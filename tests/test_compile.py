@@ -319,3 +319,16 @@ def test_dynamic_numbers_are_traced() -> None:
     query = torch.randn(SHAPE)
     for scale in (0.5, 0.25):
         torch.testing.assert_close(compiled(query, {"scale": scale}), function(query, {"scale": scale}))
+
+
+def test_dynamic_shapes_are_traced_in_every_scope() -> None:
+    for scope in ("torch", SDPBackend.MATH, [SDPBackend.FLASH_ATTENTION, "opaque"]):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=True)
+        with attnplug.sdpa_kernel(scope):
+            for length in (4, 6):
+                query = torch.randn(1, 2, length, 8)
+                torch.testing.assert_close(
+                    compiled(query, query, query, is_causal=scope == "torch"),
+                    call(query, query, query, is_causal=scope == "torch"),
+                )

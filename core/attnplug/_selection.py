@@ -1,10 +1,10 @@
 """Who decides: the thread's scopes, and what the process prefers.
 
-A scope is a plain tuple, `(set_priority, (entry, ...))` with backends as ints and implementations as
-names, held in a `threading.local` whose attributes are set in `__init__`: that is the form of thread
+A scope is a plain tuple, `(set_priority, (entry, ...))`, its entries strings: `aten_math`, or `:MATH` for a
+family. It is held in a `threading.local` whose attributes are set in `__init__`: that is the form of thread
 state on which `torch.compile` places guards, so that a compiled function sees a change of scope and
-recognises a scope that it has seen before. (`contextvars` cannot be traced, and class-level defaults
-of a `threading.local` go stale in silence.)
+recognises a scope that it has seen before. (`contextvars` cannot be traced, class-level defaults of a
+`threading.local` go stale in silence, and numbers may be taken for symbolic ones.)
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from attnplug._config import get_config
 from attnplug._discovery import get_registry
 from attnplug._errors import SpecError
 from attnplug._registry import Entry, Registry
-from attnplug._types import SDPBackend, as_backend
+from attnplug._types import as_backend
 
-Scope = tuple[bool, tuple[Any, ...]]
+Scope = tuple[bool, tuple[str, ...]]
+FAMILY = ":"  # begins the entry of a family; no implementation's name begins so
 
 
 class _ThreadState(threading.local):
@@ -126,13 +127,13 @@ def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:
     items = list(backends) if isinstance(backends, (list, tuple, set, frozenset)) else [backends]
     if not items:
         raise ValueError("backends: got an empty list; name at least one SDPBackend or implementation")
-    entries: list[Any] = []
+    entries: list[str] = []
     for item in items:
         if isinstance(item, str):
             entries.append(registry.get(item, "backends").name)
         else:
             try:
-                entries.append(int(as_backend(item, "backends")))
+                entries.append(FAMILY + as_backend(item, "backends").name)
             except SpecError as error:
                 raise TypeError(f"{error}; or the name of an implementation") from None
     return (set_priority, tuple(dict.fromkeys(entries)))
@@ -141,11 +142,11 @@ def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:
 def describe_scope(scope: Scope) -> str:
     """Return a scope as the user would write it."""
     set_priority, entries = scope
-    shown = ", ".join(repr(item) if isinstance(item, str) else SDPBackend(item).name for item in entries)
+    shown = ", ".join(item.removeprefix(FAMILY) if item.startswith(FAMILY) else repr(item) for item in entries)
     return f"sdpa_kernel([{shown}]{', set_priority=True' if set_priority else ''})"
 
 
-def _covers(item: Any, entry: Entry) -> bool:
-    if isinstance(item, str):
+def _covers(item: str, entry: Entry) -> bool:
+    if not item.startswith(FAMILY):
         return item == entry.name
-    return entry.spec.backend is not None and int(entry.spec.backend) == item
+    return entry.spec.backend is not None and entry.spec.backend.name == item.removeprefix(FAMILY)

@@ -75,7 +75,7 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
     registry = process.registry
     assert registry is not None
     facts = _facts(params)
-    selected = (thread.scope, impl, process.activation, registry.generation)
+    selected = (thread.scope, impl, process.activation, index(registry.generation))
     if _shape_matters(*selected, facts):
         lengths = tuple(index(size) for size in (params.query.shape[0], params.query.shape[-2], params.key.shape[-2]))
         return _choose(*selected, facts, lengths)
@@ -112,15 +112,22 @@ def _facts(params: SDPAParams) -> tuple[Any, ...]:
         params.seqused_k is not None,
         params.cu_seq_q is not None,
         params.block_table is not None,
-        True if not is_aligned(params) or is_square(params) else False,  # noqa: SIM210 a symbolic bool is no constant
-        params.dropout > 0,
+        _settled(not is_aligned(params) or is_square(params)),
+        _settled(params.dropout > 0),
         params.is_causal,
         int(params.causal_variant),
         (index(params.window_size[0]), index(params.window_size[1])),
-        params.softcap > 0,
+        _settled(params.softcap > 0),
         params.return_lse,
         params.enable_gqa,
     )
+
+
+def _settled(condition: bool) -> bool:
+    """Branch on a condition, which under a trace may be symbolic, so that it becomes a constant with a guard."""
+    if condition:  # noqa: SIM103
+        return True
+    return False
 
 
 def _tensor_facts(tensor: Tensor | None, recording: bool) -> Any:

@@ -17,6 +17,7 @@ from tiny_models import (
     assert_same,
     bart,
     bert,
+    bigbird_pegasus,
     build,
     gemma2,
     gpt_oss,
@@ -69,7 +70,7 @@ def test_vit_gives_the_outputs_and_gradients_of_eager_attention() -> None:
 
 
 @pytest.mark.parametrize("side", ["none", "right"])
-@pytest.mark.parametrize("config", [bart, pegasus_x, t5])
+@pytest.mark.parametrize("config", [bart, bigbird_pegasus, pegasus_x, t5])
 def test_encoder_and_decoder_give_the_outputs_and_gradients_of_eager_attention(config: Any, side: str) -> None:
     model = build(config())
     inputs = {"input_ids": tokens(2, 11)} if side == "none" else padded(side)

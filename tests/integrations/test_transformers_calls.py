@@ -92,6 +92,12 @@ def test_queries_dropped_after_the_mask_was_made_are_the_last_ones() -> None:
     torch.testing.assert_close(found, formula(*heads(2, 6), visible))
 
 
+def test_in_a_model_with_eager_masks_a_missing_one_hides_nothing() -> None:
+    name = hf.AutoModel.from_config(gpt_oss(), attn_implementation="attnplug").config._attn_implementation
+    found, _ = hf.AttentionInterface()[name](layer(is_causal=True), *heads(6, 6), None)
+    torch.testing.assert_close(found, formula(*heads(6, 6), torch.ones(6, 6, dtype=torch.bool)))
+
+
 def test_a_window_without_a_mask_is_applied() -> None:
     found, _ = bridge.attention_forward(layer(), *heads(6, 6), None, sliding_window=2)
     places = torch.arange(6)
