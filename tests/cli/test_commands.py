@@ -14,18 +14,14 @@ COMMANDS = {"list": (), "explain": ("--query", "1,8,128,64"), "info": ()}
 
 def imported(stderr: str) -> set[str]:
     """Return the modules that `python -X importtime` saw."""
-    return {
-        line.rpartition("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")
-    }
+    return {line.rpartition("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")}
 
 
 def test_listing_imports_neither_torch_nor_a_kernel(shell):
     done = shell("list", options=("-X", "importtime"))
     modules = imported(done.err)
     assert done.status == 0 and "attnplug.cli" in modules
-    heavy = {"torch", "numpy", "triton", "rich.console"} | {
-        f"attnplug.builtin.{kernel}" for kernel in KERNELS
-    }
+    heavy = {"torch", "numpy", "triton", "rich.console"} | {f"attnplug.builtin.{kernel}" for kernel in KERNELS}
     assert not modules & heavy
 
 
@@ -54,9 +50,7 @@ def test_data_goes_to_stdout_and_nothing_else_does(cli, name):
     assert done.status == 0 and done.out.endswith("\n") and not done.err
 
 
-@pytest.mark.parametrize(
-    "arguments", [(), ("lst",), ("list", "--colour"), ("list", "--stat", "broken"), ("explain",)]
-)
+@pytest.mark.parametrize("arguments", [(), ("lst",), ("list", "--colour"), ("list", "--stat", "broken"), ("explain",)])
 def test_a_usage_error_is_status_2_and_says_so_on_stderr(cli, arguments):
     done = cli(*arguments)
     assert (done.status, done.out) == (2, "")

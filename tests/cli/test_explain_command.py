@@ -62,9 +62,7 @@ def verdict(data: dict, name: str) -> dict:
 def test_options_ask_for_exactly_these_features(cli, register, options, device):
     register(name="bare")
     data = cli("explain", *words(options), "--device", device, "--impl", "bare", "--json").data
-    assert verdict(data, "bare")["reasons"] == [
-        f"does not support {f.value}" for f in F if f in ASKS[options]
-    ]
+    assert verdict(data, "bare")["reasons"] == [f"does not support {f.value}" for f in F if f in ASKS[options]]
 
 
 def test_grad_asks_for_a_backward(cli, register):

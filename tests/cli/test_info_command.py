@@ -22,9 +22,7 @@ def test_the_report_holds_versions_and_every_implementation(cli):
     assert versions["torch"] == torch.__version__
     assert versions["torch commit"] == torch.version.git_version
     assert versions["cuda runtime"] == torch.version.cuda
-    assert [item["name"] for item in data["implementations"]] == [
-        record.name for record in attnplug.list_impls()
-    ]
+    assert [item["name"] for item in data["implementations"]] == [record.name for record in attnplug.list_impls()]
 
 
 def test_text_and_json_tell_the_same(cli, register):
@@ -34,11 +32,7 @@ def test_text_and_json_tell_the_same(cli, register):
         shown = "none" if value is None else value
         assert re.search(rf"^ *{re.escape(name)} +{re.escape(shown)}$", text, re.MULTILINE), name
     for item in data["implementations"]:
-        line = next(
-            line
-            for line in text.splitlines()
-            if line.split()[:1] == [item["name"]] and item["status"] in line
-        )
+        line = next(line for line in text.splitlines() if line.split()[:1] == [item["name"]] and item["status"] in line)
         assert item["distribution"] in line and item["version"] in line and line.endswith(item["reason"])
 
 
@@ -105,9 +99,7 @@ def test_a_reason_does_not_show_the_home_directory(cli, register, tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path / "ada"))
     register(name="wreck", kernel="kernel_that_fails")
     cli("explain", "--query", "1,1,4,8", "--impl", "wreck")
-    reason = next(item for item in cli("info", "--json").data["implementations"] if item["name"] == "wreck")[
-        "reason"
-    ]
+    reason = next(item for item in cli("info", "--json").data["implementations"] if item["name"] == "wreck")["reason"]
     assert reason == "OSError: no such driver (in ~/kernel_that_fails.py, line 1)"
 
 
@@ -152,9 +144,7 @@ def test_a_torch_that_cannot_be_imported_is_reported_and_the_rest_still_comes(sh
 def test_a_meaningless_variable_is_reported_and_the_rest_still_comes(shell):
     done = shell("info", ATTNPLUG_STRIC="1")
     assert done.status == 0
-    assert (
-        "failed: ConfigError: ATTNPLUG_STRIC: no such variable" in done.out and torch.__version__ in done.out
-    )
+    assert "failed: ConfigError: ATTNPLUG_STRIC: no such variable" in done.out and torch.__version__ in done.out
 
 
 def test_warnings_are_part_of_the_report(shell):

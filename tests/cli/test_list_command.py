@@ -17,9 +17,7 @@ def unavailable(register):
         name="rocket",
         backend=SDPBackend.MATH,
         requires=("absent_module",),
-        capabilities=Capabilities(
-            devices=("cpu",), dtypes=("float32",), head_sizes=(64, 32), features={Feature.CAUSAL}
-        )
+        capabilities=Capabilities(devices=("cpu",), dtypes=("float32",), head_sizes=(64, 32), features={Feature.CAUSAL})
         | Capabilities(
             devices=("cuda",),
             dtypes=("bfloat16",),

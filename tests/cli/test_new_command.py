@@ -37,7 +37,7 @@ LIST_TEST_AND_CHECK = (
     RUN
     + """
 listed = run("list")
-tested = run("-q", "-k", "check_values or agrees", function=pytest.main)
+tested = run("-q", "-k", "check_scale or agrees", function=pytest.main)
 print(json.dumps([listed, tested, run("check", "my_kernel", "--dtype", "float32")]))
 """
 )

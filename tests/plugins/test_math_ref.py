@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accuracy import GRADIENT, assert_lse_right, assert_right, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import attention as expected
 from torch import Tensor
 from torch.nn import functional as F
 
 import attnplug
+from accuracy import GRADIENT, assert_lse_right, assert_right, plain
 from attnplug import CausalVariant, Feature
+from reference import attention as expected
 
 LOWER_RIGHT = CausalVariant.LOWER_RIGHT
 INF = float("inf")

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accuracy import assert_lse_right
-from reference import attention as expected
 from torch import Tensor
 
 import attnplug
+from accuracy import assert_lse_right
 from attnplug import CausalVariant
+from reference import attention as expected
 
 INF = float("inf")
 
@@ -138,9 +138,7 @@ def test_no_pages_at_all_are_sequences_without_keys() -> None:
     key, value, table, _ = pages()
     none = int32(0, 0, 0, 0)
     query = packed()[0]
-    out = varlen(
-        query, key, value, CU_Q, None, 3, 0, enable_gqa=True, seqused_k=none, block_table=table[:, :0]
-    )
+    out = varlen(query, key, value, CU_Q, None, 3, 0, enable_gqa=True, seqused_k=none, block_table=table[:, :0])
     assert not out.any()
 
 

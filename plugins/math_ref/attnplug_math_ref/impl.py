@@ -7,9 +7,9 @@ kept.
 from __future__ import annotations
 
 import torch
-from attnplug import SDPAParams
 from torch import Tensor
 
+from attnplug import SDPAParams
 from attnplug_math_ref.blocks import accumulation_dtype, parts, take
 from attnplug_math_ref.dropout import draw_seed
 from attnplug_math_ref.formulas import attention, attention_backward

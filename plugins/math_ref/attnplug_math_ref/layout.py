@@ -12,9 +12,9 @@ gathers is replaced by zero (a probability of 0 is not enough, since 0 times NaN
 from __future__ import annotations
 
 import torch
-from attnplug import CausalVariant, SDPAParams
 from torch import Tensor
 
+from attnplug import CausalVariant, SDPAParams
 from attnplug_math_ref.formulas import Problem
 
 

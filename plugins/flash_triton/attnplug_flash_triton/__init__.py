@@ -1,0 +1,58 @@
+"""Tells attnplug about `flash_triton`.
+
+This module is read whenever implementations are listed, so it imports neither torch nor triton.
+"""
+
+from attnplug import Capabilities, Feature, ImplSpec, SDPBackend, hookimpl
+
+HEAD_SIZES = range(8, 257)
+
+FEATURES = frozenset(
+    {
+        Feature.BOOLEAN_MASK,
+        Feature.ADDITIVE_MASK,
+        Feature.MASK_GRADIENT,
+        Feature.CAUSAL,
+        Feature.UPPER_LEFT,
+        Feature.LOWER_RIGHT,
+        Feature.WINDOW,
+        Feature.SOFTCAP,
+        Feature.SINKS,
+        Feature.SINKS_GRADIENT,
+        Feature.ALIBI,
+        Feature.DROPOUT,
+        Feature.VARLEN,
+        Feature.SEQUSED_K,
+        Feature.PAGED,
+        Feature.GQA,
+        Feature.VALUE_HEAD_SIZE,
+        Feature.LSE,
+        Feature.LSE_GRADIENT,
+        Feature.DETERMINISTIC,
+    }
+)
+
+
+@hookimpl
+def attnplug_register_impls() -> list[ImplSpec]:
+    """Return the one implementation of this distribution: on a card, or on the CPU in Triton's interpreter."""
+    on_card = Capabilities(
+        devices=("cuda",),
+        dtypes=("float16", "bfloat16", "float32"),
+        compute_capability=(8, 0),
+        architectures=("gfx942",),
+        head_sizes=HEAD_SIZES,
+        features=FEATURES,
+    )
+    on_cpu = Capabilities(
+        devices=("cpu",), dtypes=("float16", "bfloat16", "float32"), head_sizes=HEAD_SIZES, features=FEATURES
+    )
+    return [
+        ImplSpec(
+            name="flash_triton",
+            kernel="attnplug_flash_triton.impl",
+            backend=SDPBackend.FLASH_ATTENTION,
+            capabilities=on_cpu | on_card,
+            requires=("triton",),
+        )
+    ]

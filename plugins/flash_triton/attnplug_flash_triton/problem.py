@@ -1,0 +1,190 @@
+"""From the record of a call to the arguments that all kernels begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs, next_power_of_2
+
+from attnplug import CausalVariant, SDPAParams
+from attnplug_flash_triton import config
+from attnplug_flash_triton.decode import MOST_PARTS
+from attnplug_flash_triton.tiles import ADDITIVE, BOOLEAN, LOG2E, NO_MASK
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether the kernels run in Triton's interpreter: Triton asks TRITON_INTERPRET when they are defined."""
+
+LONGEST = 2**28
+"""Positions, and windows around them, are counted in 32 bits."""
+FURTHEST = 2**23
+CACHED_BYTES = 24 * 2**20
+"""Keys and values that programs at work share should fit the L2 cache; about half of it on an H200."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, in the kernels' words.
+
+    Attributes:
+        leading: the arguments before `tiles`, in the order of every kernel's signature.
+        strides: those of batch, head and row of each of `others`.
+        flags: the compile-time arguments that every kernel has.
+        batch, heads, group: numbers of sequences, of query heads, and of query heads for each head of keys.
+        longest_q, longest_k: the longest sequences.
+        rows: the shape of lse, `(B, Hq, Sq)` or `(Hq, Tq)`.
+        factor: the scale; what kernels get may have log2(e) in it.
+    """
+
+    params: SDPAParams
+    leading: tuple[Any, ...]
+    strides: tuple[tuple[int, ...], ...]
+    flags: dict[str, Any]
+    batch: int
+    heads: int
+    group: int
+    longest_q: int
+    longest_k: int
+    rows: tuple[int, ...]
+    factor: float
+
+    @property
+    def packed(self) -> bool:
+        return self.params.cu_seq_q is not None
+
+    @property
+    def additive(self) -> bool:
+        return self.flags["MASK"] == ADDITIVE.value
+
+    def tiles(self, kernel: str) -> config.Tiles:
+        """Return the configured tiles of one kernel."""
+        query, flags = self.params.query, self.flags
+        if INTERPRETED:
+            return config.INTERPRETER
+        extra = flags["MASK"] != NO_MASK.value or flags["SOFTCAP"] or flags["ALIBI"] or flags["DROPOUT"]
+        size = max(flags["BLOCK_D"], flags["BLOCK_DV"])
+        return config.choose(architecture(query.device), kernel, query.element_size(), size, bool(extra))
+
+    def splits(self, programs: int, block_n: int) -> int:
+        """Return into how many parts the keys are split, so that few programs make two for each multiprocessor."""
+        wanted = 2 * processors(self.params.query.device) // programs
+        return max(1, min(wanted, self.longest_k // (2 * block_n), MOST_PARTS))
+
+    def section(self, columns_of_keys: int) -> int:
+        """Return how many columns, which read as many heads of keys, run together."""
+        flags, key = self.flags, self.params.key
+        size = self.longest_k * (flags["SIZE"] + flags["SIZE_V"]) * key.element_size()
+        return max(1, min(columns_of_keys, CACHED_BYTES // max(size, 1)))
+
+
+def keeps_statistics(params: SDPAParams) -> bool:
+    """Whether backward gets the maximum and the sum of each row, since lse has too few digits for both."""
+    mask = params.attn_mask
+    return params.query.dtype == torch.float32 or (mask is not None and mask.is_floating_point())
+
+
+def read(params: SDPAParams, seed: Tensor | None, *others: Tensor) -> Problem:
+    """Return the problem that `params` states; `others` are what kernels read or write rows of besides."""
+    packed, paged = params.cu_seq_q is not None, params.block_table is not None
+    row_dim = -3 if packed else -2
+    query, key, value = (with_dense_rows(tensor, row_dim) for tensor in (params.query, params.key, params.value))
+    batch = params.cu_seq_q.shape[0] - 1 if packed else query.shape[0]
+    heads = query.shape[1]
+    kv_heads = key.shape[2] if paged else key.shape[1]
+    num_q, num_k = query.shape[0 if packed else 2], params.max_k if packed else key.shape[2]
+    longest_q, longest_k = (params.max_q, params.max_k) if packed else (num_q, num_k)
+    assert params.scale is not None
+    longest_q, longest_k, num_k = int(longest_q or 0), int(longest_k or 0), int(num_k or 0)
+    if max(longest_q, longest_k) >= LONGEST:
+        raise ValueError(f"query, key: flash_triton counts up to {LONGEST} positions, got {max(longest_q, longest_k)}")
+    low, high = params.window_size
+    if params.is_causal:
+        high = 0
+    mask, mask_strides = _mask(params.attn_mask)
+    slopes = params.alibi_slopes
+    factor = float(params.scale)
+    additive = mask is not None and mask.is_floating_point()
+    single = query.dtype == torch.float32
+    folded = not (single or params.softcap or slopes is not None or additive) and factor != 0  # -inf * 0 is NaN
+    strides = (*_strides(query, packed, False), *_strides(key, packed, paged), *_strides(value, packed, paged))
+    steps_of_others = [_strides(tensor, packed, False) for tensor in others]
+    aligned = 16 // query.element_size()
+    align = aligned if all(step % aligned == 0 for step in (*strides, *chain(*steps_of_others))) else 1
+    leading = (
+        *(query, key, value, mask, slopes, params.seqused_k, params.cu_seq_q, params.cu_seq_k),
+        *(params.block_table, seed),
+        *(step // align for step in strides),
+        *mask_strides,
+        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        params.block_table.stride(0) if paged else 0,
+        *(heads, heads // kv_heads, num_q, num_k),
+        factor * LOG2E.value if folded else factor,
+        float(params.softcap),
+        float(params.dropout),
+        *(min(max(side, 0), 2 * LONGEST) for side in (low, high)),
+    )
+    flags = dict(
+        LOWER_RIGHT=params.causal_variant == CausalVariant.LOWER_RIGHT,
+        HAS_LOW=low >= 0,
+        HAS_HIGH=high >= 0,
+        MASK=(NO_MASK if mask is None else ADDITIVE if additive else BOOLEAN).value,
+        MASK_ROWS=mask is not None and mask.shape[2] > 1,
+        MASK_UNIT=mask_strides[3] == 1,
+        SOFTCAP=params.softcap > 0,
+        ALIBI=slopes is not None,
+        DROPOUT=params.dropout > 0,
+        FOLDED=folded,
+        ALIGN=align,
+        SIZE=query.shape[-1],
+        SIZE_V=value.shape[-1],
+        BLOCK_D=max(16, next_power_of_2(query.shape[-1])),
+        BLOCK_DV=max(16, next_power_of_2(value.shape[-1])),
+        PRECISION="tf32" if single and _tf32_allowed() else "ieee",
+    )
+    rows = (heads, num_q) if packed else (batch, heads, num_q)
+    scaled = tuple(tuple(step // align for step in steps) for steps in steps_of_others)
+    return Problem(params, leading, scaled, flags, batch, heads, heads // kv_heads, longest_q, longest_k, rows, factor)
+
+
+def with_dense_rows(tensor: Tensor, rows: int = -2) -> Tensor:
+    """Return `tensor`, copied only if its rows are not contiguous, or further apart than 32 bits count in a tile."""
+    dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if dense and tensor.stride(rows) < FURTHEST else tensor.contiguous()
+
+
+def _strides(tensor: Tensor, packed: bool, paged: bool) -> tuple[int, int, int]:
+    steps = [step if size > 1 else 0 for step, size in zip(tensor.stride(), tensor.shape, strict=True)]
+    if paged and tensor.dim() == 4:
+        return steps[0], steps[2], steps[1]
+    return (0, steps[1], steps[0]) if packed else (steps[0], steps[1], steps[2])
+
+
+def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Return the mask as numbers, and strides that are 0 where it is broadcast."""
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    steps = tuple(step if size > 1 else 0 for step, size in zip(mask.stride(), mask.shape, strict=True))
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, steps
+
+
+def _tf32_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Return which of the configured architectures a card belongs to."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a card; on the CPU, enough to try what cards do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
