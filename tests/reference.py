@@ -75,8 +75,8 @@ def softmax(logits: np.ndarray, sink: float) -> tuple[np.ndarray, float]:
     top = everything.max()
     if top == -np.inf:
         return np.zeros(len(logits)), -np.inf
-    lse = top + np.log(np.exp(everything - top).sum())
-    return np.exp(logits - lse), lse
+    total = np.exp(everything - top).sum()
+    return np.exp(logits - top) / total, top + np.log(total)
 
 
 def as_array(tensor: Any) -> np.ndarray:

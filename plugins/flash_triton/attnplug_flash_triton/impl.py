@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -165,15 +164,16 @@ def _mask_gradient(problem: Problem, shared: tuple[Any, ...]) -> Tensor:
     return grad
 
 
-def fake_saved(params: SDPAParams) -> Sequence[Tensor]:
-    """Return tensors like those that `forward` saves."""
-    query, saved = params.query, []
+def fake(params: SDPAParams) -> tuple[Tensor, ...]:
+    """Return empty tensors like those that `forward` returns."""
+    query = params.query
+    rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
+    returned = [query.new_empty(*query.shape[:-1], params.value.shape[-1]), query.new_empty(rows, dtype=torch.float32)]
     if keeps_statistics(params):
-        rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
-        saved.append(query.new_empty((2, *rows), dtype=torch.float32))
+        returned.append(query.new_empty((2, *rows), dtype=torch.float32))
     if params.dropout > 0:
-        saved.append(query.new_empty((1,), dtype=torch.int64))
-    return saved
+        returned.append(query.new_empty((1,), dtype=torch.int64))
+    return tuple(returned)
 
 
 def _sinks_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
