@@ -74,7 +74,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("impl", "wrong", "error", "message"), CASES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("impl", "wrong", "error", "message"), CASES, ids=[f"{case[0]}-{case[3]}" for case in CASES])
 def test_wrong_argument_is_named(impl: str | None, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments: dict[str, Any] = {"query": Q, "key": K, "value": K, "impl": impl}
     attnplug.scaled_dot_product_attention(**arguments)  # a decision is cached: the hot path must notice too
@@ -131,7 +131,7 @@ VARLEN = [
 ]
 
 
-@pytest.mark.parametrize(("base", "wrong", "error", "message"), VARLEN, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("base", "wrong", "error", "message"), VARLEN, ids=[case[3] for case in VARLEN])
 def test_wrong_argument_of_a_variable_length_call_is_named(
     base: dict[str, Any], wrong: dict[str, Any], error: type[Exception], message: str
 ) -> None:

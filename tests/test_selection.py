@@ -298,9 +298,15 @@ def test_equal_lengths_need_neither_alignment(register: Callable[..., None]) -> 
 
 
 def test_supports_may_look_at_lengths_if_it_says_so(register: Callable[..., None]) -> None:
+    marked: list[int] = []
+
     class Short:
-        forward = staticmethod(formula)
         shape_dependent = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[torch.Tensor, None]:
+            marked.append(params.key.shape[2])
+            return formula(params)
 
         @staticmethod
         def supports(params: SDPAParams) -> str | None:
@@ -315,6 +321,12 @@ def test_supports_may_look_at_lengths_if_it_says_so(register: Callable[..., None
             assert calls[0].impl == expected
             reasons = {"short": ("takes up to 8 keys, got 9",)} if expected == "aten_math" else {}
             assert calls[0].passed_over == reasons
+        # Calls that nobody records go a shorter way.
+        for keys, runs in ((9, True), (4, False), (9, True)):
+            key = torch.randn(1, 2, keys, 8)
+            marked.clear()
+            attnplug.scaled_dot_product_attention(Q, key, key)
+            assert (marked == []) is runs
 
 
 def test_record_says_what_ran_and_who_was_passed_over() -> None:
@@ -385,10 +397,12 @@ def test_a_missing_module_makes_an_implementation_unavailable(register: Callable
 
 
 def test_enums_have_pytorch_s_values() -> None:
+    from torch.nn.attention.bias import CausalVariant
+
     for member in SDPBackend:
         assert int(member) == int(getattr(torch_attention.SDPBackend, member.name))
     for variant in attnplug.CausalVariant:
-        assert int(variant) == int(torch_attention.bias.CausalVariant[variant.name])
+        assert int(variant) == int(CausalVariant[variant.name])
 
 
 def test_the_first_parameters_are_pytorch_s_in_pytorch_s_order() -> None:

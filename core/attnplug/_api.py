@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from attnplug import _traced
-from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, is_bool, regular_form, varlen
+from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, regular_form, varlen
 from attnplug._prepare import prepare_dense
 from attnplug._selection import process, thread
 from attnplug._types import CausalVariant, SDPAParams
@@ -79,25 +80,28 @@ def scaled_dot_product_attention(
         >>> attnplug.scaled_dot_product_attention(query, query, query, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    # With nothing selected, a call that PyTorch's own function can take goes straight to it: the
-    # comparisons cost about 1 us. They include the shapes, which PyTorch's CPU kernel does not check.
+    # Where `torch` comes first, a call that PyTorch's own function can take goes straight to it: the
+    # comparisons cost about 2 us. They include the shapes, which PyTorch's CPU kernel does not check.
+    form = None
     if (
-        process.plain
-        and not torch.compiler.is_compiling()
-        and impl is None
-        and thread.scope is None
-        and not thread.recordings
-        and sinks is None
+        sinks is None
         and alibi_slopes is None
         and seqused_k is None
         and not return_lse
         and softcap == 0.0
         and window_size == OPEN_WINDOW
-        and causal_variant == UPPER_LEFT
+        and causal_variant is UPPER_LEFT
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (scale is None or (type(scale) is float and -inf < scale < inf))
-        and is_bool(enable_gqa)
-        and regular_form(query, key, value, enable_gqa) is not None
+        and (enable_gqa is False or enable_gqa is True)
+        and not is_compiling()
+    ):
+        form = regular_form(query, key, value, enable_gqa)
+    if (
+        form is not None
+        and process.plain
+        and (thread.torch_first if impl is None else impl == "torch")
+        and not thread.recordings
     ):
         try:
             if scale is None and not enable_gqa:  # keyword arguments cost PyTorch's parser 0.8 us
@@ -107,6 +111,8 @@ def scaled_dot_product_attention(
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise
+    if form is not None:
+        return ordinary(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale, impl, form)
     params = _record_of(
         query=query,
         key=key,
@@ -124,7 +130,7 @@ def scaled_dot_product_attention(
         seqused_k=seqused_k,
         return_lse=return_lse,
     )
-    out, lse = (_traced.dense if torch.compiler.is_compiling() else dense)(params, impl)
+    out, lse = (_traced.dense if is_compiling() else dense)(params, impl)
     return (out, lse) if return_lse else out
 
 
@@ -196,7 +202,7 @@ def varlen_attn(
         max_k=max_k,
         block_table=block_table,
     )
-    out, lse = (_traced.varlen if torch.compiler.is_compiling() else varlen)(params, impl)
+    out, lse = (_traced.varlen if is_compiling() else varlen)(params, impl)
     return (out, lse) if return_lse else out
 
 
@@ -214,7 +220,7 @@ def _record_of(**fields: Any) -> SDPAParams:
 
     Fields that are not given read as the class's defaults.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return SDPAParams(**fields)
     params = object.__new__(SDPAParams)
     object.__setattr__(params, "__dict__", fields)

@@ -11,21 +11,20 @@ grow by one each step, decides once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 from attnplug._autocast import any_autocast, no_autocast
 from attnplug._autograd import run
 from attnplug._operator import is_watched, operator_of
-from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._prepare import default_scale, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._recording import observe, replayed, unfused_warnings_wanted, warn_unfused
-from attnplug._registry import Registry
+from attnplug._registry import BUILTIN, Registry
 from attnplug._requirements import is_aligned, needs_grad
 from attnplug._resolver import Decision, resolve
 from attnplug._selection import current_selection, process, start, thread
@@ -33,10 +32,13 @@ from attnplug._types import CausalVariant, SDPAParams, SDPBackend
 from attnplug._validate import check_extras
 
 Result = tuple[Tensor, Tensor | None]
+Form = tuple[int, int, bool, bool]
 
 OPEN_WINDOW = (-1, -1)
 UPPER_LEFT = CausalVariant.UPPER_LEFT
 PLANS_KEPT = 4096
+_ORDINARY = (None, None, UPPER_LEFT)
+_any_autocast, _grad_enabled = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 
 
 @dataclass
@@ -47,6 +49,10 @@ class Plan:
     grad: bool
     unfused: bool
     by_shape: dict[Hashable, Plan] | None = None
+    scale: float | None = None
+    """The default, which depends on the head size alone."""
+    direct: Callable[[SDPAParams], Any] | None = None
+    """The kernel's forward, if nothing has to be done around it: no autograd, no check, no warning."""
 
     def run(self, params: SDPAParams) -> Result:
         if thread.recordings or process.trace:
@@ -59,6 +65,100 @@ class Plan:
 
 
 _plans: dict[Hashable, Plan] = {}
+
+
+def ordinary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    enable_gqa: bool,
+    scale: float | None,
+    impl: str | None,
+    form: Form,
+) -> Tensor:
+    """Run a dense call of a regular form with PyTorch's own arguments, of which `dense` would check more.
+
+    About 3 us on top of the kernel; what is not decided yet, or not so simple, goes to `dense`.
+    """
+    dtype, device, registry = query.dtype, query.device, process.registry
+    if (
+        registry is not None
+        and attn_mask is None
+        and (is_causal is False or is_causal is True)
+        and not _any_autocast()
+        and key.dtype is dtype is value.dtype
+        and key.device == device == value.device
+        and not thread.recordings
+    ):
+        recorded = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        try:
+            plan = _plans.get(_key(registry, impl, dtype, device, form, recorded, dropout, is_causal))
+        except TypeError:  # something unhashable, which the cold path has words for
+            plan = None
+        if plan is not None and plan.direct is not None:
+            params = _ordinary_record(
+                query, key, value, None, dropout, is_causal, enable_gqa, plan.scale if scale is None else scale
+            )
+            return plan.direct(params)[0]
+    params = _ordinary_record(query, key, value, attn_mask, dropout, is_causal, enable_gqa, scale)
+    return dense(params, impl)[0]
+
+
+def _key(
+    registry: Registry,
+    impl: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: tuple[Any, ...],
+    recorded: bool,
+    dropout: float,
+    is_causal: bool,
+    *others: Hashable,
+) -> Hashable:
+    """Return the key of a decision; `others` only if they ask for more than PyTorch's own arguments, without a mask."""
+    form = form if is_causal or others else form[:3]
+    return (
+        thread.scope,
+        impl,
+        process.activation,
+        registry.generation,
+        dtype,
+        device,
+        form,
+        recorded,
+        dropout,
+        is_causal,
+        *others,
+    )
+
+
+def _ordinary_record(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    enable_gqa: bool,
+    scale: float | None,
+) -> SDPAParams:
+    """Build the record of a call with PyTorch's own arguments; the other fields read as the class's defaults.
+
+    The frozen dataclass's `__init__` would cost more than the rest of a call.
+    """
+    params = object.__new__(SDPAParams)
+    fields = params.__dict__
+    fields["query"], fields["key"], fields["value"], fields["attn_mask"] = query, key, value, attn_mask
+    fields["dropout"], fields["is_causal"], fields["enable_gqa"], fields["scale"] = (
+        dropout,
+        is_causal,
+        enable_gqa,
+        scale,
+    )
+    return params
 
 
 def dense(params: SDPAParams, impl: str | None) -> Result:
@@ -91,7 +191,7 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
         return plan.run(prepared)
 
 
-def regular_form(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int, bool, bool] | None:
+def regular_form(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Form | None:
     """Return `(E, Ev, Hq == Hkv, Sq == Sk)` if the tensors have four fitting dimensions and none is empty.
 
     None sends the call to the cold path, which broadcasts, or says what is wrong. About 0.7 us.
@@ -137,27 +237,18 @@ def _dense_key(params: SDPAParams, impl: str | None) -> Hashable | None:
     if params.sinks is not None or params.alibi_slopes is not None or params.seqused_k is not None:
         check_extras(params, query.shape[1], query.shape[0], query.shape[:1])
     grad = torch.is_grad_enabled()
-    return (
-        thread.scope,
-        impl,
-        process.activation,
-        registry.generation,
-        dtype,
-        device,
-        form if is_aligned(params) else form[:3],
-        grad and (query.requires_grad or key.requires_grad or value.requires_grad),
-        params.dropout,
-        params.is_causal,
-        params.causal_variant,
-        mask if mask is None else _mask_key(params, grad),
-        _extensions(params, grad),
-    )
+    others = (mask if mask is None else _mask_key(params, grad), _extensions(params, grad), params.causal_variant)
+    recorded = grad and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if others == _ORDINARY:
+        return _key(registry, impl, dtype, device, form, recorded, params.dropout, params.is_causal)
+    lengths = form if is_aligned(params) else form[:3]
+    return _key(registry, impl, dtype, device, lengths, recorded, params.dropout, params.is_causal, *others)
 
 
 def _mask_key(params: SDPAParams, grad: bool) -> Hashable:
     """Return what a decision depends on of the mask, which becomes four-dimensional if it is not."""
     query, key, mask = params.query, params.key, params.attn_mask
-    if not isinstance(mask, Tensor) or isinstance(mask, CausalBias) or mask.dim() > 4 or mask.device != query.device:
+    if not isinstance(mask, Tensor) or is_causal_bias(mask) or mask.dim() > 4 or mask.device != query.device:
         raise TypeError
     if mask.dim() < 4:
         mask = mask[(None,) * (4 - mask.dim())]
@@ -176,7 +267,7 @@ def _extensions(params: SDPAParams, grad: bool) -> Hashable:
         sinks is None
         and slopes is None
         and used is None
-        and window is OPEN_WINDOW
+        and (window is OPEN_WINDOW or _is_open(window))
         and params.softcap == 0.0
         and params.return_lse is False
     ):
@@ -188,6 +279,11 @@ def _extensions(params: SDPAParams, grad: bool) -> Hashable:
         sinks is not None and grad and sinks.requires_grad,
         (sinks is None, slopes is None, used is None),
     )
+
+
+def _is_open(window: Any) -> bool:
+    """Whether `window` is `OPEN_WINDOW` in another tuple, as the cold path makes one; -1.0 is not -1."""
+    return type(window) is tuple and window == OPEN_WINDOW and type(window[0]) is int is type(window[1])
 
 
 def is_bool(value: Any) -> bool:
@@ -262,9 +358,18 @@ def _plan(params: SDPAParams, impl: str | None, key: Hashable | None) -> Plan:
         decision = resolve(start(), current_selection(impl), params)
         unfused = decision.backend is SDPBackend.MATH and bool(decision.passed_over)
         plan = Plan(decision, needs_grad(params), unfused)
+        if key is not None and _is_simple(plan):
+            plan.scale, plan.direct = default_scale(params.query), decision.kernel.forward
         if key is not None:
             _keep(key, shape, plan)
     return plan
+
+
+def _is_simple(plan: Plan) -> bool:
+    """Whether nothing has to be done around the kernel's forward. The built-in ones are taken at their word."""
+    entry, kernel = plan.decision.entry, plan.decision.kernel
+    ours = entry.distribution == BUILTIN and kernel.composite and not plan.decision.shape_dependent
+    return ours and not (plan.unfused or process.trace or (plan.grad and kernel.backward is not None))
 
 
 def _keep(key: Hashable, shape: Hashable, plan: Plan) -> None:

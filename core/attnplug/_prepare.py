@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import bias as torch_bias
 
 from attnplug._autocast import autocasts
 from attnplug._types import CausalVariant, SDPAParams
@@ -77,16 +76,26 @@ def is_empty(params: SDPAParams) -> bool:
     return 0 in params.query.shape[:-1] or params.key.shape[-2] == 0
 
 
+def is_causal_bias(mask: Any) -> bool:
+    """Whether `mask` is PyTorch's way to write a causal mask of some alignment."""
+    return _is_from_torch(mask, "CausalBias")
+
+
+def _is_from_torch(value: Any, name: str) -> bool:
+    """Whether `value` is of this class of `torch.nn.attention.bias`; to import it would import Dynamo."""
+    return type(value).__name__ == name and type(value).__module__ == "torch.nn.attention.bias"
+
+
 def _own_enums(params: SDPAParams) -> SDPAParams:
     variant = params.causal_variant
-    if isinstance(variant, torch_bias.CausalVariant):
+    if _is_from_torch(variant, "CausalVariant"):
         return replace(params, causal_variant=CausalVariant(int(variant)))
     return params
 
 
 def _causal_bias(params: SDPAParams) -> SDPAParams:
     mask = params.attn_mask
-    if not isinstance(mask, torch_bias.CausalBias):
+    if not is_causal_bias(mask):
         return params
     if params.is_causal:
         raise ValueError("attn_mask: a CausalBias already says what is_causal=True says; pass one of them")

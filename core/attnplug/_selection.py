@@ -28,6 +28,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.scopes: tuple[Scope, ...] = ()
         self.scope: Scope | None = None  # the innermost of `scopes`
+        self.torch_first = True  # whether, unless the process prefers another, `torch` is the first that it allows
         self.recordings: tuple[Any, ...] = ()  # lists and replays
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._autocast import no_autocast
 from attnplug._autograd import check_outputs
+from attnplug._constant import constant_in_traces
 from attnplug._dispatch import Result, empty
 from attnplug._operator import arguments_of, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
@@ -64,7 +65,7 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
         return _run(prepared, name, composite)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def start_outside() -> None:
     """Fill the registry outside the graph."""
     start()
@@ -134,13 +135,13 @@ def _tensor_facts(tensor: Tensor | None, recording: bool) -> Any:
     return None if tensor is None else (tensor.dtype, recording and tensor.requires_grad)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def _shape_matters(scope: Any, impl: str | None, activation: str | None, generation: int, facts: Any) -> bool:
     decision = resolve(start(), Selection(impl, scope, activation, process.preferred), _example(facts, None))
     return decision.shape_dependent
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_traces
 def _choose(
     scope: Any, impl: str | None, activation: str | None, generation: int, facts: Any, lengths: Any
 ) -> tuple[str, bool]:

@@ -39,8 +39,10 @@ def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
 
 def _with_dense_rows(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return query, key and value with a last stride of 1: the CPU kernel assumes it, and does not look."""
-    tensors = params.query, params.key, params.value
-    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+    query, key, value = params.query, params.key, params.value
+    if query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        return query, key, value
+    return query.contiguous(), key.contiguous(), value.contiguous()
 
 
 def _blind_under_causal(mask: Tensor, queries: int, keys: int) -> Tensor:
