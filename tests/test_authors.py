@@ -168,7 +168,7 @@ def test_the_kernel_sees_one_form_whatever_the_call_looked_like(register: Callab
         ((2, 4, 8), (2, 6, 8), (4, 6)),
         ((2, 4, 8), (3, 2, 6, 8), (3, 1, 4, 6)),
         ((3, 1, 2, 4, 8), (5, 2, 6, 8), (3, 5, 2, 4, 6)),
-        ((3, 5, 1, 4, 8), (3, 5, 2, 6, 8), (6,)),
+        ((3, 5, 1, 4, 8), (3, 5, 2, 6, 8), (1, 6)),
     ]
     for query_shape, key_shape, mask_shape in shapes:
         query, key = torch.randn(query_shape), torch.randn(key_shape)

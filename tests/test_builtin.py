@@ -272,6 +272,15 @@ def test_a_float32_mask_is_added_to_float64_logits(impl: str | None) -> None:
 
 
 @pytest.mark.parametrize("impl", [None, *BUILTIN])
+@pytest.mark.parametrize("rank", [3, 4])
+def test_a_mask_may_have_one_dimension(impl: str | None, rank: int) -> None:
+    query = torch.randn((1, 2, 4, 8)[4 - rank :])
+    mask = torch.tensor([True, False, True, True])
+    out = attnplug.scaled_dot_product_attention(query, query, query, mask, impl=impl)
+    torch.testing.assert_close(out, attnplug.scaled_dot_product_attention(query, query, query, mask[None], impl=impl))
+
+
+@pytest.mark.parametrize("impl", [None, *BUILTIN])
 def test_the_last_dimension_may_be_strided(impl: str | None) -> None:
     """PyTorch's CPU kernel assumes that it is not, and does not look."""
     query, key, value = (torch.randn(1, 2, 4, 16)[..., ::2] for _ in range(3))

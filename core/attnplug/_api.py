@@ -210,6 +210,7 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
     """Whether PyTorch's function takes this mask as it is; it also takes some that it then misreads."""
     return (
         type(mask) in _PLAIN
+        and mask.dim() > 1
         and mask.device == query.device
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )

@@ -53,7 +53,7 @@ class sdpa_kernel:
 
     def __exit__(self, *exception: object) -> None:
         scopes = thread.scopes
-        if not scopes or scopes[-1] != self._scope:
+        if not scopes or (scopes[-1] is not self._scope and scopes[-1] != self._scope):
             raise ScopeError(
                 f"{describe_scope(self._scope)} is left out of order, or in another thread than it was entered in; "
                 f"the innermost scope of this thread is {describe_scope(scopes[-1]) if scopes else 'none'}"
@@ -98,10 +98,8 @@ def _parsed(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
         plain = tuple(item if isinstance(item, str) else int(item) for item in _listed(backends))
         return _parsed_outside(plain, set_priority)
     registry = process.registry or start()
-    if type(backends) is list:
-        backends = tuple(backends)
-    kind = tuple(map(type, backends)) if type(backends) is tuple else type(backends)
-    key: Hashable = (backends, kind, set_priority, type(set_priority), registry.generation)
+    items = backends if type(backends) is list or type(backends) is tuple else (backends,)
+    key: Hashable = (set_priority, type(set_priority), registry.generation, *items, *map(type, items))
     try:
         found = _seen.get(key)
     except TypeError:  # something unhashable, which parse_scope has words for

@@ -27,6 +27,8 @@ def supports(params: SDPAParams) -> str | None:
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call PyTorch's function; it gives no lse."""
     mask = as_wide(params.attn_mask, params.query.dtype)
+    if mask is not None and mask.dim() < 2:  # which broadcasts, but PyTorch's function trips over it
+        mask = torch.atleast_2d(mask)
     arguments = params.query, params.key, params.value, mask, params.dropout, params.is_causal
     return sdpa(*arguments, scale=params.scale, enable_gqa=params.enable_gqa), None
 

@@ -101,7 +101,7 @@ _HALF: dict[tuple[str, str], tuple[tuple[Tiles, Tiles], tuple[Tiles, Tiles], tup
     ),
     ("gfx942", QUERY): (
         (Tiles(128, 64, 8, 1), Tiles(64, 32, 4, 1)),
-        (Tiles(128, 64, 8, 1), Tiles(32, 32, 4, 1)),
+        (Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 1)),
         (Tiles(64, 16, 8, 1), Tiles(16, 16, 8, 1)),
     ),
     ("gfx942", KEYS): (
