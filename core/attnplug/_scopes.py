@@ -98,8 +98,14 @@ def _parsed(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
         plain = tuple(item if isinstance(item, str) else int(item) for item in _listed(backends))
         return _parsed_outside(plain, set_priority)
     registry = process.registry or start()
-    items = backends if type(backends) is list or type(backends) is tuple else (backends,)
-    key: Hashable = (set_priority, type(set_priority), registry.generation, *items, *map(type, items))
+    kind, key = type(backends), None
+    if set_priority is False or set_priority is True:
+        several = kind is list or kind is tuple
+        key = (
+            (set_priority, registry.generation, *backends, *map(type, backends))
+            if several
+            else (set_priority, registry.generation, backends, kind)
+        )
     try:
         found = _seen.get(key)
     except TypeError:  # something unhashable, which parse_scope has words for
