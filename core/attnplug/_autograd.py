@@ -42,7 +42,13 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | 
     if kernel.backward is not None:
         inputs = [getattr(params, name) for name in DIFFERENTIABLE]
         return _Attention.apply(entry, params, *inputs)  # type: ignore[no-any-return, no-untyped-call]
-    out, lse = run_forward(entry, params)[:2]
+    return refusing_lse_gradient(entry, params, *run_forward(entry, params)[:2])
+
+
+def refusing_lse_gradient(
+    entry: Entry, params: SDPAParams, out: Tensor, lse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return `out`, and `lse` such that asking for its gradient raises unless the kernel declares one."""
     if lse is not None and params.return_lse and not _declares(entry, Feature.LSE_GRADIENT):
         lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *_inputs(params))  # type: ignore[no-untyped-call]
     return out, lse
@@ -167,11 +173,16 @@ def _summed(name: str, grad: Any, mask: Tensor) -> Tensor:
 class _Refuse(torch.autograd.Function):
     """Pass `count` tensors through, and raise where someone asks for their gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> Any:
-        ctx.message = message
+    def forward(message: str, count: int, *tensors: Tensor) -> Any:
         passed = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
         return passed[0] if count == 1 else passed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

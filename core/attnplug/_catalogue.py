@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from operator import index  # under a trace it makes a symbolic size a constant, with a guard
+
+from attnplug._constant import constant_in_traces
 from attnplug._registry import PROGRAM
-from attnplug._selection import process, start
+from attnplug._selection import process, start, start_outside
 from attnplug._types import ImplRecord, ImplSpec
 
 
@@ -14,7 +17,7 @@ def register_impl(spec: ImplSpec) -> None:
         TypeError: `spec` is not an `ImplSpec`.
         DuplicateImplementationError: its name is taken.
 
-    Example:
+    Examples:
         >>> import torch, attnplug
         >>> def forward(params):
         ...     weights = torch.softmax(params.scale * params.query @ params.key.mT, -1)
@@ -45,9 +48,19 @@ def unregister_impl(name: str) -> None:
 
 def list_impls() -> list[ImplRecord]:
     """Return a record for each implementation, in the order of preference, broken plugins last."""
-    return start().records()
+    start_outside()
+    assert process.registry is not None
+    return list(_records(index(process.registry.generation)))
+
+
+@constant_in_traces
+def _records(generation: int) -> tuple[ImplRecord, ...]:
+    """Return the records; in a trace they are a constant of this generation, on which it has a guard."""
+    return tuple(start().records())
 
 
 def list_flash_attention_impls() -> list[str]:
     """Return the sorted names of all registered implementations: built in, discovered and registered."""
-    return start().names()
+    start_outside()
+    assert process.registry is not None
+    return process.registry.names()

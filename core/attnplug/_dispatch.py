@@ -28,6 +28,7 @@ from attnplug._registry import BUILTIN, Registry
 from attnplug._requirements import is_aligned, needs_grad
 from attnplug._resolver import Decision, resolve
 from attnplug._selection import current_selection, process, start, thread
+from attnplug._transforms import is_transformed, run_transformed
 from attnplug._types import CausalVariant, SDPAParams, SDPBackend
 from attnplug._validate import check_extras
 
@@ -61,6 +62,8 @@ class Plan:
             warn_unfused(self.decision)
         if not self.decision.kernel.composite and is_watched(params.query):
             return operator_of(self.decision.entry).run(params)
+        if is_transformed():
+            return run_transformed(self.decision.entry, params)
         return run(self.decision.entry, params, self.grad)
 
 

@@ -39,8 +39,9 @@ class Kernel:
         any_form: forward takes dense calls as PyTorch's function does, of any rank and with broadcasting, and
             is given them as the user wrote them.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
-            forward returns. Only `torch.compile` asks, and only for a kernel that is not composite: needed
-            if forward saves tensors, and useful if `out` is not contiguous, which otherwise is copied.
+            forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
+            `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
+            runs forward once more if forward saves anything, and `out` is copied if it is not contiguous.
         family: `family(params) -> SDPBackend or None`: what a kernel that delegates really runs, for
             `record()`.
         register_fn: for providers of `torch.nn.attention`: called on activation, it overrides PyTorch's

@@ -4,20 +4,27 @@
 opaque operator `attnplug::<name>`, with a fake kernel and autograd, made here from the same forward and
 backward that eager calls use. Eager calls do not pass through it: a call through PyTorch's dispatcher
 costs more than the rest of the path.
+
+A graph has to know the shapes of what forward saves for backward before it runs. A kernel that saves and
+has no `fake` to say so is not asked: its backward runs forward once more, under the same random state.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._autograd import CONSTANTS, DIFFERENTIABLE, TENSORS, checked_gradients, run_forward
-from attnplug._errors import KernelError
+from attnplug._constant import constant_in_traces
 from attnplug._registry import Entry
 from attnplug._types import CausalVariant, Feature, SDPAParams
 
@@ -25,7 +32,7 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
     "Tensor? seqused_k, Tensor? cu_seq_q, Tensor? cu_seq_k, Tensor? block_table, float dropout, bool is_causal, "
     "bool enable_gqa, float scale, int causal_variant, int[] window_size, float softcap, bool return_lse, "
-    "SymInt? max_q, SymInt? max_k"
+    "SymInt? max_q, SymInt? max_k, int draw"
 )
 _FORWARD = f"({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
 _BACKWARD = (
@@ -35,6 +42,7 @@ _BACKWARD = (
 _NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
 
 _defined: set[str] = set()
+_draws = itertools.count(1)
 
 
 @cache
@@ -50,12 +58,10 @@ def operator_of(entry: Entry) -> Operator:
 
 
 def is_watched(query: Tensor) -> bool:
-    """Whether something (a trace, fake tensors, a functorch transform) must see a kernel as an operator."""
+    """Whether something (a trace, fake tensors, a dispatch mode) must see a kernel as an operator."""
     return (
-        (type(query) is not Tensor and type(query) is not torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+        type(query) is not Tensor and type(query) is not torch.nn.Parameter
+    ) or torch._C._len_torch_dispatch_stack() > 0
 
 
 class Operator:
@@ -65,12 +71,15 @@ class Operator:
         self._entry = entry
         self.kernel = entry.kernel
         self._gives_lse = _declares(entry, Feature.LSE)
+        self._saves = False
+        """Whether forward has ever saved something that it has no `fake` to describe."""
         name = _free_name(entry.name)
+        tags = (torch.Tag.nondeterministic_seeded,) if _declares(entry, Feature.DROPOUT) else ()
         for suffix, schema, real, fake in (
             ("", _FORWARD, self._forward, self._fake_forward),
             ("_backward", _BACKWARD, self._backward, self._fake_backward),
         ):
-            _library().define(f"{name}{suffix}{schema}")
+            _library().define(f"{name}{suffix}{schema}", tags=() if suffix else tags)
             _library().impl(f"{name}{suffix}", real, "CompositeExplicitAutograd")
             torch.library.register_fake(f"attnplug::{name}{suffix}", fake, lib=_library())
         torch.library.register_autograd(
@@ -86,14 +95,11 @@ class Operator:
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         params = self._params(arguments)
+        before = self._random_state(params)
         out, lse, *saved = run_forward(self._entry, params)
         if self.kernel.fake is None:
-            if saved:
-                raise KernelError(
-                    f"implementation {self._entry.name!r} saves tensors for its backward; torch.compile needs "
-                    f"to know them: give the kernel fake(params) -> (out, lse, *saved)"
-                )
-            out = out.contiguous()
+            self._saves |= bool(saved)
+            out, saved = out.contiguous(), before
         return out, self._no_lse(params) if lse is None else lse, saved
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -103,10 +109,11 @@ class Operator:
             out, lse, *saved = self.kernel.fake(params)
             return out, self._no_lse(params) if lse is None else lse, saved
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(params)]
         if not self._gives_lse:
-            return out, self._no_lse(params), []
+            return out, self._no_lse(params), before
         rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
-        return out, query.new_empty(rows, dtype=_lse_dtype(query)), []
+        return out, query.new_empty(rows, dtype=_lse_dtype(query)), before
 
     def _backward(
         self,
@@ -122,6 +129,11 @@ class Operator:
         backward = self._entry.kernel.backward
         assert backward is not None
         with torch.no_grad():
+            if self.kernel.fake is None and self._saves:
+                with _random_state(saved, params.query.device):
+                    _, _, *saved = run_forward(self._entry, params)
+            elif self.kernel.fake is None:
+                saved = []
             returned = backward(params, grad_out, grad_lse, out, lse, *saved)
         grads = checked_gradients(self._entry.name, params, returned)
         return [_fresh(grad, arguments) for grad in grads if grad is not None]
@@ -156,8 +168,16 @@ class Operator:
         given = [next(grads) if want else None for want in wanted]
         return (*given, *(None for _ in _NAMES[len(given) :]))
 
+    def _random_state(self, params: SDPAParams) -> list[Tensor]:
+        """Return what backward needs to run forward again: the random state, if forward draws numbers."""
+        if self.kernel.fake is not None or self.kernel.backward is None or not params.dropout:
+            return []
+        with _disable_current_modes():
+            return [_generator_state(params.query.device)]
+
     def _params(self, arguments: tuple[Any, ...]) -> SDPAParams:
         values = dict(zip(_NAMES, arguments, strict=True))
+        del values["draw"]
         values["causal_variant"] = CausalVariant(values["causal_variant"])
         values["window_size"] = tuple(values["window_size"])
         # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
@@ -182,7 +202,39 @@ def arguments_of(params: SDPAParams) -> tuple[Any, ...]:
         params.return_lse,
         params.max_q,
         params.max_k,
+        _next_draw() if params.dropout > 0 else 0,
     )
+
+
+@constant_in_traces
+def _next_draw() -> int:
+    """Return another number at each call: a graph merges operators whose arguments are equal, random ones too."""
+    return next(_draws)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """Return the state of the device's default generator."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    module = torch.get_device_module(device)
+    if not module.is_available():  # fake tensors of a device that is not there: seed and offset, 8 bytes each
+        return torch.empty(16, dtype=torch.uint8)
+    return module.get_rng_state(device)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _random_state(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Put the device's default generator into the state in `states`, if there is one, and back afterwards."""
+    if not states:
+        yield
+        return
+    others = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(others, device_type="cuda" if device.type == "cpu" else device.type):
+        if others:
+            torch.get_device_module(device).set_rng_state(states[0], device)
+        else:
+            torch.set_rng_state(states[0])
+        yield
 
 
 def _free_name(name: str) -> str:
@@ -217,4 +269,4 @@ def _declares(entry: Entry, feature: Feature) -> bool:
 
 
 assert _NAMES[: len(TENSORS)] == TENSORS
-assert set(_NAMES[len(TENSORS) :]) == set(CONSTANTS)
+assert set(_NAMES[len(TENSORS) :]) == {*CONSTANTS, "draw"}

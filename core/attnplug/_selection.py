@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnplug._config import get_config
+from attnplug._constant import constant_in_traces
 from attnplug._discovery import get_registry
 from attnplug._errors import SpecError
 from attnplug._registry import Entry, Registry
@@ -71,6 +72,12 @@ def start() -> Registry:
         if process.on_start is not None:
             process.on_start(registry)
     return process.registry
+
+
+@constant_in_traces
+def start_outside() -> None:
+    """Fill the registry; in a trace, outside the graph, which could not take the locks."""
+    start()
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,14 @@ from attnplug._autocast import no_autocast
 from attnplug._autograd import check_outputs
 from attnplug._constant import constant_in_traces
 from attnplug._dispatch import Result, empty
+from attnplug._errors import AttnplugError
 from attnplug._operator import arguments_of, operator_of
 from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._recording import unfused_warnings_wanted, warn_unfused
 from attnplug._requirements import is_aligned, is_square
 from attnplug._resolver import resolve
-from attnplug._selection import Selection, process, start, thread
+from attnplug._selection import Selection, process, start, start_outside, thread
+from attnplug._transforms import is_transformed
 from attnplug._types import CausalVariant, SDPAParams, SDPBackend
 
 
@@ -65,22 +67,19 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
         return _run(prepared, name, composite)
 
 
-@constant_in_traces
-def start_outside() -> None:
-    """Fill the registry outside the graph."""
-    start()
-
-
 def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
     """Return, as constants, the name of the chosen implementation and whether it is traced into."""
     registry = process.registry
     assert registry is not None
     facts = _facts(params)
     selected = (thread.scope, impl, process.activation, index(registry.generation))
+    lengths = None
     if _shape_matters(*selected, facts):
         lengths = tuple(index(size) for size in (params.query.shape[0], params.query.shape[-2], params.key.shape[-2]))
-        return _choose(*selected, facts, lengths)
-    return _choose(*selected, facts, None)
+    name, composite, error = _choose(*selected, facts, lengths)
+    if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
+        raise AttnplugError(error)
+    return name, composite
 
 
 def _run(params: SDPAParams, name: str, composite: bool) -> Result:
@@ -137,24 +136,38 @@ def _tensor_facts(tensor: Tensor | None, recording: bool) -> Any:
 
 @constant_in_traces
 def _shape_matters(scope: Any, impl: str | None, activation: str | None, generation: int, facts: Any) -> bool:
-    decision = resolve(start(), Selection(impl, scope, activation, process.preferred), _example(facts, None))
+    try:
+        decision = resolve(start(), Selection(impl, scope, activation, process.preferred), _example(facts, None))
+    except AttnplugError:
+        return True  # another shape may do, and if not then `_choose` says so
     return decision.shape_dependent
 
 
 @constant_in_traces
 def _choose(
     scope: Any, impl: str | None, activation: str | None, generation: int, facts: Any, lengths: Any
-) -> tuple[str, bool]:
-    """Return the name under which the chosen kernel is kept, and whether it is traced into."""
+) -> tuple[str, bool, str]:
+    """Return the name under which the chosen kernel is kept, whether it is traced into, and what went wrong."""
     selection = Selection(impl, scope, activation, process.preferred)
-    decision = resolve(start(), selection, _example(facts, lengths))
+    try:
+        decision = resolve(start(), selection, _example(facts, lengths))
+    except AttnplugError as error:
+        return "", False, str(error)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
     if decision.kernel.composite:
         setattr(_composite, decision.name, decision.kernel)
+    elif is_transformed():
+        return (
+            "",
+            False,
+            f"implementation {decision.name!r} cannot be seen through by torch.func transforms inside torch.compile; "
+            f"leave the transformed function uncompiled, or use an implementation made of PyTorch operators, for "
+            f"example inside sdpa_kernel(SDPBackend.MATH)",
+        )
     else:
         setattr(_operators, decision.name, operator_of(decision.entry).forward)
-    return decision.name, decision.kernel.composite
+    return decision.name, decision.kernel.composite, ""
 
 
 def _example(facts: tuple[Any, ...], lengths: tuple[int, int, int] | None) -> SDPAParams:

@@ -11,10 +11,19 @@ from torch import Tensor
 
 from attnplug._types import SDPAParams
 from attnplug.builtin.masks import as_additive
+from attnplug.builtin.operators import operator
 
 composite = True
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention.default
+_flash_cpu = operator(
+    "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
+    "bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"
+)
+_flash_cuda = operator(
+    "aten::_scaled_dot_product_flash_attention(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
+    "bool is_causal=False, bool return_debug_mask=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp, "
+    "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, Tensor rng_state, Tensor unused, "
+    "Tensor debug_attn_mask)"
+)
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,18 @@ Calling the leaf itself leaves PyTorch's process-wide backend flags, which other
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from attnplug._types import SDPAParams
 from attnplug.builtin.masks import as_additive
+from attnplug.builtin.operators import operator
 
 composite = True
-_math = torch.ops.aten._scaled_dot_product_attention_math.default
+_math = operator(
+    "aten::_scaled_dot_product_attention_math(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0., bool is_causal=False, Tensor? dropout_mask=None, *, float? scale=None, "
+    "bool enable_gqa=False) -> (Tensor, Tensor)"
+)
 
 
 def supports(params: SDPAParams) -> str | None:

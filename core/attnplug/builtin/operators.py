@@ -1,0 +1,47 @@
+"""PyTorch's private operators, taken only if this release still has them as they are called here.
+
+Their schemas change between releases. The comparison is made when a kernel is imported, which is when its
+implementation is first chosen or activated, so that a change is a reason that names operator and release.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnplug._errors import PluginError
+
+
+def operator(schema: str) -> Any:
+    """Return the operator that `schema` declares.
+
+    Raises:
+        PluginError: this release has no such operator, or one that calls written for `schema` do not fit.
+            Arguments that a release adds behind the others, with a default, are no change.
+    """
+    expected = torch._C.parse_schema(schema)
+    namespace, name = expected.name.split("::")
+    found = getattr(getattr(getattr(torch.ops, namespace), name, None), expected.overload_name or "default", None)
+    if found is None:
+        raise PluginError(f"torch {torch.__version__} has no operator {expected.name}")
+    if not _fits(found._schema, expected):
+        raise PluginError(
+            f"torch {torch.__version__} has another {expected.name} than the one known here: expected {expected}, "
+            f"found {found._schema}"
+        )
+    return found
+
+
+def _fits(found: Any, expected: Any) -> bool:
+    """Whether calls written for `expected` mean the same to `found`.
+
+    `FunctionSchema.is_backward_compatible_with` would refuse a new argument before keyword-only ones.
+    """
+    arguments = {argument.name: (position, argument) for position, argument in enumerate(found.arguments)}
+    for position, wanted in enumerate(expected.arguments):
+        at, argument = arguments.pop(wanted.name, (-1, None))
+        if argument is None or str(argument.type) != str(wanted.type) or (at != position and not wanted.kwarg_only):
+            return False
+    added = (argument for _, argument in arguments.values())
+    return all(argument.has_default_value() for argument in added) and len(found.returns) == len(expected.returns)

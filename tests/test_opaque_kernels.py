@@ -1,0 +1,206 @@
+"""Opaque kernels, which no trace can look into, given a forward and a backward alone: nothing else is asked.
+
+The kernel here saves what its backward needs, draws its own dropout, and says nothing of shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import attnplug
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams
+
+SHAPE = (2, 2, 5, 8)
+
+
+class Saving:
+    """Saves its weights and its dropout mask for backward, one of them only sometimes."""
+
+    @staticmethod
+    def forward(params: SDPAParams) -> tuple[Tensor | None, ...]:
+        query, key, value = (tensor.detach() for tensor in (params.query, params.key, params.value))
+        logits = params.scale * query @ key.mT
+        weights, keep = torch.softmax(logits, -1), None
+        if params.dropout:
+            keep = (torch.rand(weights.shape) >= params.dropout) / (1 - params.dropout)
+        out = (weights if keep is None else weights * keep) @ value
+        return torch.from_numpy(out.numpy().copy()), torch.logsumexp(logits, -1), weights, keep
+
+    @staticmethod
+    def backward(
+        params: SDPAParams, grad_out: Tensor, grad_lse: None, out: Tensor, lse: Tensor, *saved: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, keep = saved
+        keep = torch.ones_like(weights) if keep is None else keep
+        grad_weights = (grad_out @ params.value.mT) * keep
+        grad_logits = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
+        query, key = params.query, params.key
+        return params.scale * grad_logits @ key, params.scale * grad_logits.mT @ query, (weights * keep).mT @ grad_out
+
+
+@pytest.fixture(autouse=True)
+def _saving() -> Iterator[None]:
+    torch._dynamo.reset()
+    capabilities = Capabilities(features={Feature.LSE, Feature.DROPOUT})
+    attnplug.register_impl(ImplSpec(name="saving", kernel=Saving, backend=None, capabilities=capabilities))
+    yield
+    torch._dynamo.reset()
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
+    return attnplug.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, impl="saving")
+
+
+def step(function: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, ...]:
+    """Return the result and the gradients of one step that starts from the same inputs and the same seed."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(SHAPE, generator=generator, requires_grad=True) for _ in range(3)]
+    torch.manual_seed(0)
+    out = function(*inputs, *arguments)
+    return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_forward_saves_need_not_be_described(backend: str, dropout: float) -> None:
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    torch.testing.assert_close(step(compiled, dropout), step(attend, dropout))
+
+
+def test_a_compiled_backward_leaves_the_random_state_alone() -> None:
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    query = torch.randn(SHAPE, requires_grad=True)
+    out = compiled(query, query, query, 0.5)
+    before = torch.get_rng_state()
+    out.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_equal_calls_in_one_graph_draw_differently(backend: str) -> None:
+    def twice(query: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(query, query, query, 0.5), attend(query, query, query, 0.5)
+
+    first, second = torch.compile(twice, backend=backend, fullgraph=True)(torch.randn(SHAPE, requires_grad=True))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_checkpoint_draws_the_same_mask_again(backend: str) -> None:
+    def block(*inputs: Tensor) -> Tensor:
+        return checkpoint(lambda *tensors: attend(*tensors, 0.5).sin(), *inputs, use_reentrant=False)
+
+    torch.testing.assert_close(step(torch.compile(block, backend=backend, fullgraph=True)), step(block))
+
+
+def test_lengths_may_change_without_a_description() -> None:
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (4, 6, 9):
+        query = torch.randn(1, 2, length, 8, requires_grad=True)
+        (theirs,) = torch.autograd.grad(attend(query, query, query).square().sum(), query)
+        (ours,) = torch.autograd.grad(compiled(query, query, query).square().sum(), query)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_operator_passes_opcheck_with_dropout() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
+    query = torch.randn(SHAPE, requires_grad=True)
+    torch.compile(attend, backend=counter, fullgraph=True)(query, query, query, 0.5)
+    node = next(node for node in counter.graphs[0].graph.nodes if "attnplug" in str(node.target))
+    arguments = [torch.randn(SHAPE, requires_grad=True) if hasattr(item, "meta") else item for item in node.args]
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")  # the fourth compares random numbers
+    torch.library.opcheck(node.target, tuple(arguments), test_utils=utilities)
+
+
+# torch.func -------------------------------------------------------------------------------------------------
+
+reference = torch.nn.functional.scaled_dot_product_attention
+
+
+def batches(*leading: int) -> list[Tensor]:
+    return [torch.randn(*leading, *SHAPE) for _ in range(3)]
+
+
+@pytest.mark.parametrize("impl", ["saving", "math_ref", "aten_math", "aten_flash"])
+def test_func_grad_and_vmap_give_what_they_give_for_pytorch(impl: str) -> None:
+    def loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *inputs: function(*inputs).square().sum()
+
+    def ours(*inputs: Tensor) -> Tensor:
+        return attnplug.scaled_dot_product_attention(*inputs, impl=impl)
+
+    query, key, value = batches(3)
+    theirs_vmap = torch.stack([reference(*each) for each in zip(query, key, value, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(ours)(query, key, value), theirs_vmap)
+    shared = torch.func.vmap(ours, in_dims=(0, None, None))(query, key[0], value[0])
+    torch.testing.assert_close(shared, torch.stack([reference(each, key[0], value[0]) for each in query]))
+
+    one = (query[0], key[0], value[0])
+    everything = (0, 1, 2)
+    torch.testing.assert_close(
+        torch.func.grad(loss(ours), everything)(*one), torch.func.grad(loss(reference), everything)(*one)
+    )
+    per_sample = torch.func.vmap(torch.func.grad(loss(ours), everything))(query, key, value)
+    theirs = [torch.func.grad(loss(reference), everything)(*each) for each in zip(query, key, value, strict=True)]
+    torch.testing.assert_close(per_sample, tuple(torch.stack(column) for column in zip(*theirs, strict=True)))
+
+
+def test_vmap_draws_anew_for_each_element_or_says_why_not() -> None:
+    query = torch.randn(SHAPE).expand(4, *SHAPE)
+
+    def drop(each: Tensor) -> Tensor:
+        return attend(each, each, each, 0.5)
+
+    out = torch.func.vmap(drop, randomness="different")(query)
+    assert not any(torch.equal(out[0], other) for other in out[1:])
+    for randomness in ("error", "same"):
+        with pytest.raises(RuntimeError, match=r"'saving' with dropout_p > 0 .*randomness='different'"):
+            torch.func.vmap(drop, randomness=randomness)(query)
+
+
+def test_forward_mode_and_second_derivatives_are_errors_and_never_zeros() -> None:
+    query = torch.randn(SHAPE)
+
+    def loss(each: Tensor) -> Tensor:
+        return attend(each, each, each).square().sum()
+
+    with pytest.raises(attnplug.GradientError, match=r"'saving' has no forward-mode derivatives.*SDPBackend\.MATH"):
+        torch.func.jvp(loss, (query,), (query,))
+    with pytest.raises(attnplug.GradientError, match="'saving' has no second derivatives"):
+        torch.func.grad(lambda each: torch.func.grad(loss)(each).square().sum())(query)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(attnplug.GradientError, match="'saving' has no forward-mode derivatives"),
+    ):
+        loss(torch.autograd.forward_ad.make_dual(query, query))
+
+
+@pytest.mark.parametrize("impl", ["math_ref", "aten_math"])
+def test_the_math_family_has_forward_mode_derivatives(impl: str) -> None:
+    query, tangent = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+
+    def function(each: Tensor) -> Tensor:
+        return attnplug.scaled_dot_product_attention(each, each, each, impl=impl)
+
+    def formula(each: Tensor) -> Tensor:
+        return torch.softmax(each @ each.mT / SHAPE[-1] ** 0.5, -1) @ each
+
+    torch.testing.assert_close(
+        torch.func.jvp(function, (query,), (tangent,)), torch.func.jvp(formula, (query,), (tangent,))
+    )
+
+
+def test_a_transform_that_is_compiled_gives_what_it_gives_uncompiled() -> None:
+    def gradient(query: Tensor) -> Tensor:
+        return torch.func.grad(lambda each: attend(each, query, query).square().sum())(query)
+
+    query = torch.randn(SHAPE)
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(query), gradient(query))
