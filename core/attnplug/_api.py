@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from attnplug import _traced
-from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, regular_form, varlen
+from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, record_of, regular_form, varlen
 from attnplug._prepare import prepare_dense
 from attnplug._selection import process, thread
 from attnplug._types import CausalVariant, SDPAParams
@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
         NoImplementationError: nothing that is allowed supports the call; the message gives all reasons.
         UnknownImplementationError: `impl` names no implementation.
 
-    Example:
+    Examples:
         >>> import torch, attnplug
         >>> query = torch.randn(2, 8, 16, 64)
         >>> attnplug.scaled_dot_product_attention(query, query, query, is_causal=True).shape
@@ -113,7 +113,7 @@ def scaled_dot_product_attention(
             raise
     if form is not None:
         return ordinary(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale, impl, form)
-    params = _record_of(
+    params = record_of(
         query=query,
         key=key,
         value=value,
@@ -158,8 +158,8 @@ def varlen_attn(
 ) -> Any:
     """Compute attention over sequences of different lengths, packed one after the other.
 
-    Causal masks, windows and ALiBi distances are aligned to the lower right of each sequence. The
-    remaining arguments mean what they mean in `scaled_dot_product_attention`.
+    Causal masks, windows and ALiBi distances are aligned to the lower right of each sequence: for a sequence of
+    `Sq` queries and `Sk` keys, `off`, below, is `Sk - Sq`.
 
     Args:
         query: `(Tq, Hq, E)`, all queries of all sequences.
@@ -169,19 +169,39 @@ def varlen_attn(
         cu_seq_k: the same for keys; None if `block_table` and `seqused_k` say where and how many.
         max_q: the longest sequence of queries.
         max_k: the longest sequence of keys.
+        is_causal: query `i` of a sequence sees its keys `j <= i + off`.
+        scale: factor of the logits; `1 / sqrt(E)` if None.
+        enable_gqa: allows `Hq` to be a multiple of `Hkv`; query head `h` reads head `h // (Hq / Hkv)`.
+        window_size: `(left, right)`: query `i` sees `i + off - left <= j <= i + off + right`; -1 leaves
+            a side open.
+        softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
+        sinks: `(Hq,)`, one more logit in each row's denominator, with no value.
+        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits.
         seqused_k: int32 `(B,)`; only so many keys of each sequence exist.
         block_table: int32 `(B, blocks)`; the pages that hold each sequence's keys, in order.
+        dropout_p: probability with which a probability is zeroed; the others are scaled by
+            `1 / (1 - dropout_p)`.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        impl: the implementation that must run; stronger than any scope or activation.
 
     Returns:
-        `out (Tq, Hq, Ev)`; with `return_lse`, `(out, lse)` with `lse (Hq, Tq)`.
+        `out (Tq, Hq, Ev)` in the query's dtype; with `return_lse`, `(out, lse)` with `lse (Hq, Tq)` in
+        float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it. Values of `cu_seq_*`,
             `seqused_k` and `block_table` are checked where that needs no synchronisation with a card.
         NoImplementationError: nothing that is allowed supports the call.
         UnknownImplementationError: `impl` names no implementation.
+
+    Examples:
+        >>> import torch, attnplug
+        >>> packed = torch.randn(16, 8, 64)  # sequences of 5, 3 and 8 tokens
+        >>> starts = torch.tensor([0, 5, 8, 16], dtype=torch.int32)
+        >>> attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8, is_causal=True).shape
+        torch.Size([16, 8, 64])
     """
-    params = _record_of(
+    params = record_of(
         query=query,
         key=key,
         value=value,
@@ -214,15 +234,3 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
         and mask.device == query.device
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
-
-
-def _record_of(**fields: Any) -> SDPAParams:
-    """Build a record without the frozen dataclass's `__init__`, which costs more than the rest of a call.
-
-    Fields that are not given read as the class's defaults.
-    """
-    if is_compiling():
-        return SDPAParams(**fields)
-    params = object.__new__(SDPAParams)
-    object.__setattr__(params, "__dict__", fields)
-    return params

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from attnplug._autocast import any_autocast, no_autocast
 from attnplug._autograd import run
@@ -102,11 +103,28 @@ def ordinary(
         except TypeError:  # something unhashable, which the cold path has words for
             plan = None
         if plan is not None and plan.direct is not None:
-            params = _ordinary_record(
-                query, key, value, None, dropout, is_causal, enable_gqa, plan.scale if scale is None else scale
-            )
-            return plan.direct(params)[0]
-    params = _ordinary_record(query, key, value, attn_mask, dropout, is_causal, enable_gqa, scale)
+            scale = plan.scale if scale is None else scale
+            return plan.direct(
+                record_of(
+                    query=query,
+                    key=key,
+                    value=value,
+                    dropout=dropout,
+                    is_causal=is_causal,
+                    enable_gqa=enable_gqa,
+                    scale=scale,
+                )
+            )[0]
+    params = record_of(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=attn_mask,
+        dropout=dropout,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        scale=scale,
+    )
     return dense(params, impl)[0]
 
 
@@ -138,29 +156,15 @@ def _key(
     )
 
 
-def _ordinary_record(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout: float,
-    is_causal: bool,
-    enable_gqa: bool,
-    scale: float | None,
-) -> SDPAParams:
-    """Build the record of a call with PyTorch's own arguments; the other fields read as the class's defaults.
+def record_of(**fields: Any) -> SDPAParams:
+    """Build a record without the frozen dataclass's `__init__`, which costs more than the rest of a call.
 
-    The frozen dataclass's `__init__` would cost more than the rest of a call.
+    Fields that are not given read as the class's defaults.
     """
+    if is_compiling():
+        return SDPAParams(**fields)
     params = object.__new__(SDPAParams)
-    fields = params.__dict__
-    fields["query"], fields["key"], fields["value"], fields["attn_mask"] = query, key, value, attn_mask
-    fields["dropout"], fields["is_causal"], fields["enable_gqa"], fields["scale"] = (
-        dropout,
-        is_causal,
-        enable_gqa,
-        scale,
-    )
+    object.__setattr__(params, "__dict__", fields)
     return params
 
 
