@@ -41,16 +41,16 @@ def _count(change: int) -> None:
 class _Enter:
     """A hook as an object, because a model that carries it may be pickled or copied."""
 
-    def __init__(self, backends: Any, set_priority: bool) -> None:
-        self.backends, self.set_priority = backends, set_priority
+    def __init__(self, scope: sdpa_kernel) -> None:
+        self.scope = scope
 
     def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        sdpa_kernel(self.backends, self.set_priority).__enter__()
+        self.scope.__enter__()
 
 
 class _Leave(_Enter):
     def __call__(self, module: torch.nn.Module, args: Any, output: Any = None) -> None:
-        sdpa_kernel(self.backends, self.set_priority).__exit__()
+        self.scope.__exit__()
 
 
 def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> BindingHandle:
@@ -60,17 +60,25 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     Calls of `torch.nn.functional.scaled_dot_product_attention` follow while `patch_torch()`, or an
     activation, is in place.
 
+    Args:
+        module: whose forward it is for, and that of everything that it calls.
+        backends: as for `sdpa_kernel`.
+        set_priority: as for `sdpa_kernel`.
+
+    Returns:
+        A handle; its `remove()` undoes the binding.
+
     Raises:
         TypeError: `module` is no `torch.nn.Module`.
         TypeError, ValueError, UnknownImplementationError: as `sdpa_kernel`.
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    sdpa_kernel(backends, set_priority)  # a mistake is an error here, not in the middle of a forward
+    scope = sdpa_kernel(backends, set_priority)  # a mistake is an error here, not in the middle of a forward
     start()
     return BindingHandle(
-        module.register_forward_pre_hook(_Enter(backends, set_priority)),
-        module.register_forward_hook(_Leave(backends, set_priority), always_call=True),
+        module.register_forward_pre_hook(_Enter(scope)),
+        module.register_forward_hook(_Leave(scope), always_call=True),
     )
 
 
@@ -111,7 +119,7 @@ def checkpoint_contexts() -> tuple[Any, Any]:
     A `context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: without it a
     recomputation, which runs during backward and so outside every scope, may choose other kernels.
 
-    Example:
+    Examples:
         >>> import torch, attnplug
         >>> from torch.utils.checkpoint import checkpoint
         >>> query = torch.randn(1, 2, 4, 8, requires_grad=True)
