@@ -112,6 +112,7 @@ class Cutlass:
         )
         check_call(query, key, value, bias, cu_q=cu_q, cu_k=cu_k)
         assert lse_wanted and dropout < 1 and (cu_q is None or dropout == 0)
+        assert scale > 0, "keys are hidden before logits are scaled"
         batches = sequences(query, key, cu_q, cu_k)
         heads, length = query.shape[2], max_q if cu_q is not None else query.shape[1]
         out = torch.full((*query.shape[:3], value.shape[3]), NAN, dtype=torch.float64)
@@ -229,6 +230,7 @@ class Cudnn:
         return tuple(grad.to(query.dtype) for grad in grads)
 
     def _run(self, query, key, value, bias, dropout, is_causal, scale, seed, grad=False):  # type: ignore[no-untyped-def]
+        assert scale > 0, "keys are hidden before logits are scaled"
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dtype != torch.float64:
                 check_layout(name, tensor)
@@ -247,3 +249,67 @@ class Cudnn:
             logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -INF)
         probabilities = logits.softmax(-1) * keep(seed, dropout, tuple(logits.shape))
         return probabilities @ v, logits.logsumexp(-1), (query, key, value)
+
+
+class CudnnSequences:
+    """The same operators on packed sequences, as PyTorch 2.15 has them; what meets nobody is left unwritten."""
+
+    def forward(
+        self, query, key, value, bias, cu_q, cu_k, max_q, max_k, lse_wanted, dropout, is_causal, debug,
+        *, scale, seqused_k=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        assert bias is None and lse_wanted and dropout == 0 and not debug
+        self._check(query, key, value, cu_q, cu_k, max_q, max_k, scale)
+        out = torch.full((*query.shape[:2], value.shape[2]), NAN, dtype=torch.float64)
+        lse = torch.full((query.shape[1], query.shape[0]), NAN)
+        for number, (_, rows, columns) in enumerate(sequences(query, key, cu_q, cu_k)):
+            queries, keys = rows.stop - rows.start, columns.stop - columns.start
+            assert queries <= max_q and keys <= max_k
+            offset = 0 if seqused_k is None else keys - queries
+            assert seqused_k is None or int(seqused_k[number]) == keys
+            visible = torch.ones(queries, keys, dtype=torch.bool)
+            if is_causal:
+                visible = visible.tril(offset)
+            logits = self._logits(query[rows], key[columns], scale).masked_fill(~visible, -INF)
+            blind = ~visible.any(-1)[:, None]
+            v = self._each_head(value[columns], query.shape[1])
+            out[rows] = (logits.softmax(-1) @ v).masked_fill(blind, NAN).transpose(0, 1)
+            lse[:, rows] = logits.logsumexp(-1).float().masked_fill(blind[:, 0], NAN)
+        return out.to(query.dtype), lse, None, None, max_q, max_k, None, None, None
+
+    def backward(
+        self, grad_out, query, key, value, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, is_causal,
+        *, scale,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        assert bias is None and dropout == 0 and not is_causal, "causal from the upper left, which no call means"
+        self._check(query, key, value, cu_q, cu_k, max_q, max_k, scale)
+        assert grad_out.is_contiguous() and out.is_contiguous() and lse.shape == (query.shape[1], query.shape[0])
+        grads = [torch.full(tensor.shape, NAN, dtype=torch.float64) for tensor in (query, key, value)]
+        for _, rows, columns in sequences(query, key, cu_q, cu_k):
+            parts = [t.double().requires_grad_() for t in (query[rows], key[columns], value[columns])]
+            if not parts[0].numel() or not parts[1].numel():
+                continue
+            with torch.enable_grad():
+                logits = self._logits(parts[0], parts[1], scale)
+                assert torch.allclose(logits.logsumexp(-1).float(), lse[:, rows], atol=1e-3)
+                again = (logits.softmax(-1) @ self._each_head(parts[2], query.shape[1])).transpose(0, 1)
+            found = torch.autograd.grad(again, parts, grad_out[rows].double())
+            for grad, piece, region in zip(grads, found, (rows, columns, columns), strict=True):
+                grad[region] = piece
+        return tuple(grad.to(query.dtype) for grad in grads)
+
+    def _check(self, query, key, value, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
+        assert scale > 0 and 1 < max_q <= query.shape[0] and 0 < max_k <= key.shape[0]
+        for tensor in (query, key, value):
+            every = 16 // tensor.element_size()
+            assert tensor.dim() == 3 and tensor.stride(2) == 1 and tensor.storage_offset() % every == 0
+            assert all(stride > 0 and stride % every == 0 for stride in tensor.stride()[:2])
+        for starts in (cu_q, cu_k):
+            assert starts.dtype == torch.int32 and starts.is_contiguous() and starts.storage_offset() % 4 == 0
+
+    def _logits(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        heads = query.shape[1]
+        return scale * query.double().transpose(0, 1) @ self._each_head(key, heads).mT
+
+    def _each_head(self, tensor: Tensor, heads: int) -> Tensor:
+        return tensor.double().transpose(0, 1).repeat_interleave(heads // tensor.shape[1], 0)

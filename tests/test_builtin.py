@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.common_methods_invocations import op_db
 
 import attnplug
@@ -290,6 +291,36 @@ def test_the_last_dimension_may_be_strided(impl: str | None) -> None:
     query, key, value = (torch.randn(1, 2, 4, 16)[..., ::2] for _ in range(3))
     out = attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
     torch.testing.assert_close(out.double(), torch.from_numpy(attention(query, key, value)[0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("card", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize(("size", "dropout"), [(192, 0.1), (200, 0.0), (224, 0.1), (256, 0.0), (256, 0.1)])
+def test_flash_declines_the_backward_that_small_cards_do_not_have(
+    card: tuple[int, int], size: int, dropout: float
+) -> None:
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 16, size, dtype=torch.float16, device="cuda", requires_grad=True)
+    params = attnplug.SDPAParams(query, query, query, dropout=dropout)
+    small = card in ((8, 6), (8, 9), (12, 0))
+    lacks = small and (192 < size <= 224 or (size == 256 and dropout > 0))
+    verdict = attnplug.can_use_impl("aten_flash", params, compute_capability=card)
+    assert verdict.accepted != lacks
+    if lacks:
+        assert verdict.reasons[0].startswith(f"has no backward for head size {size}")
+    with torch.no_grad():
+        assert attnplug.can_use_impl("aten_flash", params, compute_capability=card)
+
+
+@pytest.mark.parametrize("impl", ["aten_flash", "aten_math"])
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_of_zero_or_below_hides_what_a_causal_mask_hides(impl: str, scale: float) -> None:
+    """PyTorch's flash kernel on CPU hides keys before it scales, and gives NaN."""
+    query, key, value = (torch.randn(1, 2, 7, 8, requires_grad=True) for _ in range(3))
+    out = attnplug.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, impl=impl)
+    expected = torch.nn.functional.scaled_dot_product_attention(scale * query, key, value, is_causal=True, scale=1.0)
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out.square().sum(), (query, key, value))
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), (query, key, value)))
 
 
 def test_nested_tensors_that_pytorch_cannot_run_are_declined_with_a_reason() -> None:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from attnplug._api import scaled_dot_product_attention, varlen_attn
     from attnplug._binding import BindingHandle, bind, checkpoint_contexts
     from attnplug._bridge import PatchHandle, patch_torch
+    from attnplug._card import compute_capability
     from attnplug._explain import Explanation, can_use_impl, explain
     from attnplug._recording import RecordedCall, record
     from attnplug._scopes import sdpa_kernel
@@ -61,6 +62,7 @@ _NEEDS_TORCH = {
     "restore_flash_attention_impl": "attnplug._activation",
     "scaled_dot_product_attention": "attnplug._api",
     "varlen_attn": "attnplug._api",
+    "compute_capability": "attnplug._card",
     "Explanation": "attnplug._explain",
     "can_use_impl": "attnplug._explain",
     "explain": "attnplug._explain",
@@ -105,6 +107,7 @@ __all__ = [
     "bind",
     "can_use_impl",
     "checkpoint_contexts",
+    "compute_capability",
     "current_flash_attention_impl",
     "explain",
     "hookimpl",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attnplug._api import scaled_dot_product_attention, varlen_attn
 from attnplug._autograd import DIFFERENTIABLE
-from attnplug._prepare import prepare_dense, prepare_varlen
+from attnplug._card import described
+from attnplug._prepare import is_empty, prepare_dense, prepare_varlen
 from attnplug._requirements import requirements
 from attnplug._resolver import explain_all, refusals
 from attnplug._selection import current_selection, start
@@ -23,11 +24,16 @@ from attnplug._types import CausalVariant, SDPAParams, Verdict
 class Explanation:
     """What would run, and a verdict for every implementation; `str()` is a table.
 
-    `chosen` is None where nothing that is allowed supports the call.
+    Attributes:
+        chosen: the implementation that would run; None where nothing that is allowed supports the call, and
+            where the call is empty.
+        candidates: a verdict for every implementation, the chosen one first.
+        empty: whether some size is zero, so that the call returns what the formulas say and no kernel runs.
     """
 
     chosen: str | None
     candidates: tuple[Verdict, ...]
+    empty: bool = False
 
     def __str__(self) -> str:
         rows = [
@@ -46,17 +52,36 @@ _DENSE = inspect.signature(scaled_dot_product_attention)
 _VARLEN = inspect.signature(varlen_attn)
 
 
-def explain(query: Any, key: Any, value: Any, *args: Any, impl: str | None = None, **kwargs: Any) -> Explanation:
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    *args: Any,
+    impl: str | None = None,
+    compute_capability: tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> Explanation:
     """Say which implementation would run a call, and for every other each reason why not.
 
     Takes the arguments of `scaled_dot_product_attention`, or, if `cu_seq_q` is given by name, those of
     `varlen_attn`. Nothing runs; but what the kernels themselves must be asked makes them be imported.
 
+    Args:
+        query: as for the call. Fake tensors will do, on a device that is not here too.
+        key: likewise.
+        value: likewise.
+        *args: the rest of the call, by position.
+        **kwargs: the rest of the call, by name.
+        impl: as `impl=` of the call.
+        compute_capability: answer for an NVIDIA card of this compute capability, such as `(9, 0)`, in the place
+            of the one that is here, if any; everything but the card is what is installed here.
+
     Raises:
-        TypeError, ValueError: what the call itself would raise for its arguments.
+        TypeError, ValueError: what the call itself would raise for its arguments; `compute_capability` is none,
+            or is given for a query that is on no CUDA device.
         UnknownImplementationError: `impl` names no implementation.
 
-    Example:
+    Examples:
         >>> import torch, attnplug
         >>> query = torch.randn(1, 2, 4, 8)
         >>> attnplug.explain(query, query, query, softcap=30.0, impl="aten_flash").chosen is None
@@ -71,22 +96,36 @@ def explain(query: Any, key: Any, value: Any, *args: Any, impl: str | None = Non
     if signature is _VARLEN:
         given["causal_variant"] = CausalVariant.LOWER_RIGHT
     params = _prepared(SDPAParams(**given))
-    chosen, verdicts = explain_all(start(), current_selection(impl), params)
+    registry, selection = start(), current_selection(impl)
+    with described(compute_capability, params.query.device):
+        if not params.query.is_nested and is_empty(params):
+            reason = ("is not asked: the call is empty, and no kernel runs",)
+            return Explanation(
+                None, tuple(Verdict(entry.name, entry.spec.backend, False, reason) for entry in registry), empty=True
+            )
+        chosen, verdicts = explain_all(registry, selection, params)
     return Explanation(chosen, tuple(verdicts))
 
 
-def can_use_impl(name: str, params: SDPAParams) -> Verdict:
+def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int, int] | None = None) -> Verdict:
     """Return whether an implementation supports a call, whatever is selected; truthy if so.
+
+    Args:
+        name: of the implementation.
+        params: the call.
+        compute_capability: as in `explain`: answer for a card that is not here.
 
     Raises:
         UnknownImplementationError: no implementation has this name.
-        TypeError, ValueError: `params` is no `SDPAParams`, or describes no valid call.
+        TypeError, ValueError: `params` is no `SDPAParams`, or describes no valid call; `compute_capability` is
+            none, or is given for a query that is on no CUDA device.
     """
     if not isinstance(params, SDPAParams):
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
     entry = start().get(name, "name")
     prepared = _prepared(params)
-    reasons = refusals(entry, requirements(prepared), prepared)
+    with described(compute_capability, prepared.query.device):
+        reasons = refusals(entry, requirements(prepared), prepared)
     return Verdict(entry.name, entry.spec.backend, not reasons, reasons)
 
 

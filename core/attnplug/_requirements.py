@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 
+from attnplug._card import architecture_name, compute_capability
 from attnplug._types import Capabilities, CausalVariant, Feature, SDPAParams
 
 
@@ -92,14 +91,15 @@ def is_square(params: SDPAParams) -> bool:
 def lacking(capabilities: Capabilities, call: Requirements) -> tuple[str, ...]:
     """Return each reason why `capabilities` does not cover `call`; none means that it does.
 
-    Of several alternatives, the one for the call's device speaks.
+    Of several alternatives, the one for the call's device and dtype speaks.
     """
     parts = capabilities.alternatives
     here = [part for part in parts if part.devices is None or call.device.type in part.devices]
     if not here:
         devices = sorted(capabilities.devices or ())
         return (f"runs on {', '.join(devices)}; the call is on {call.device.type}",)
-    answers = [_lacking_one(part, call) for part in here]
+    fitting = [part for part in here if part.dtypes is None or call.dtype in part.dtypes]
+    answers = [_lacking_one(part, call) for part in fitting or here]
     return min(answers, key=len)
 
 
@@ -153,15 +153,3 @@ def _architecture(part: Capabilities, device: torch.device) -> list[str]:
     if any(name.startswith(wanted) for wanted in part.architectures):
         return []
     return [f"needs architecture {' or '.join(sorted(part.architectures))}, found {name or 'none'}"]
-
-
-@cache
-def compute_capability(device: Any) -> tuple[int, int] | None:
-    """Return the compute capability of a CUDA device, or None where it does not exist."""
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
-
-
-@cache
-def architecture_name(device: Any) -> str:
-    """Return the architecture of a ROCm device, such as `gfx942:sramecc+:xnack-`, or an empty string."""
-    return torch.cuda.get_device_properties(device).gcnArchName if torch.cuda.is_available() else ""

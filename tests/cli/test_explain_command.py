@@ -131,6 +131,31 @@ def test_an_architecture_that_is_not_here_is_a_reason(cli, register):
     assert "needs compute capability 99.0" in verdict(done.data, "future")["reasons"][0]
 
 
+def test_a_card_that_is_not_here_can_be_asked_about(cli, register):
+    register(name="hopper", capabilities=Capabilities(devices=("cuda",), compute_capability=(9, 0)))
+    options = words("--device cuda --dtype bfloat16 --impl hopper --json")
+    assert cli("explain", *options, "--capability", "9.0").data["chosen"] == "hopper"
+    done = cli("explain", *options, "--capability", "8.9")
+    assert done.status == 1
+    assert verdict(done.data, "hopper")["reasons"] == ["needs compute capability 9.0 or later, found 8.9"]
+
+
+@pytest.mark.parametrize("card", ["7.5", "8.0", "9.0", "10.0", "12.0"])
+def test_every_implementation_answers_for_a_card_that_is_not_here(cli, card):
+    data = cli("explain", *words(f"--device cuda --dtype float16 --capability {card} --grad --causal --json")).data
+    assert data["chosen"] == "torch"
+    assert {candidate["name"] for candidate in data["candidates"]} == set(attnplug.list_flash_attention_impls())
+    said = str([candidate["reasons"] for candidate in data["candidates"]])
+    assert "raised" not in said and "no such device" not in said
+
+
+def test_an_empty_call_needs_no_kernel_and_is_no_failure(cli):
+    done = cli("explain", "--query", "1,8,0,64", "--softcap", "30")
+    assert done.status == 0 and done.out.endswith("the result follows from the formulas.\n")
+    data = cli("explain", "--query", "1,8,0,64", "--json").data
+    assert data["empty"] is True and data["chosen"] is None
+
+
 def test_status_1_and_a_sentence_when_nothing_would_run(cli, register):
     register(name="bare")
     done = cli("explain", *words("--impl bare --softcap 30"))
@@ -173,6 +198,10 @@ def test_an_unknown_name_is_a_usage_error_with_the_closest(cli, option):
         ("--dropout 2", "dropout_p: expected a probability"),
         ("--dtype int8", "--dtype: invalid choice"),
         ("--device toaster", "--device: 'toaster' is no device of PyTorch"),
+        ("--capability 9.0", "--capability: is that of an NVIDIA card, and --device is cpu; add --device cuda"),
+        ("--capability 90 --device cuda", "--capability: expected a compute capability such as 9.0"),
+        ("--capability sm_90 --device cuda", "--capability: expected a compute capability such as 9.0"),
+        ("--capability 0.3 --device cuda", "compute_capability: no card has 0.3"),
         ("--set-priority", "--set-priority: is about the order of --scope"),
         ("--paged 16", "--paged: needs --varlen"),
         (f"{PACKED} --paged 0", "--paged: expected a number above 0"),

@@ -2,51 +2,132 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import attnplug
-
-plugin = pytest.importorskip("attnplug_efficient_cuda", reason="attnplug-efficient-cuda is not installed")
-from attnplug.testing import check_impl  # noqa: E402
+from attnplug.testing import check_impl
+from cuda_calls import LOWER_RIGHT, SPECS, pytorch, register_both, seen_by, wrong
 
 pytestmark = pytest.mark.gpu
-SPECS = {spec.name: spec for spec in plugin.attnplug_register_impls()}
+NAMES = sorted(SPECS)
+attend = attnplug.scaled_dot_product_attention
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    for name, spec in SPECS.items():
-        if name not in attnplug.list_flash_attention_impls():
-            attnplug.register_impl(spec)
+    register_both()
 
 
-def make(*shape: int, dtype: torch.dtype = torch.float16, grad: bool = True) -> torch.Tensor:
+def make(*shape: int, dtype: torch.dtype = torch.float16, grad: bool = True) -> Tensor:
     return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=grad)
 
 
-@pytest.mark.parametrize("name", sorted(SPECS))
+def needs(name: str, *tensors: Tensor, **options: Any) -> None:
+    """Skip, with the implementation's own reasons, where it declines such a call on this card."""
+    if not (verdict := attnplug.can_use_impl(name, attnplug.SDPAParams(*tensors, **options))):
+        pytest.skip("; ".join(verdict.reasons))
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    try:
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_conformance_in_full(name: str) -> None:
     report = check_impl(name, device="cuda", level="full")
-    assert report.passed, str(report)
+    assert not wrong(report), str(report)
 
 
-@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_out_and_gradients_are_those_of_pytorch_over_whole_blocks(name: str, is_causal: bool) -> None:
-    query, key, value = (make(2, 8, 512, 64) for _ in range(3))
-    call = attnplug.SDPAParams(query, key, value, is_causal=is_causal)
-    if not (verdict := attnplug.can_use_impl(name, call)):
-        pytest.skip("; ".join(verdict.reasons))
-    out = attnplug.scaled_dot_product_attention(query, key, value, is_causal=is_causal, impl=name)
-    wide = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    inputs = [make(2, 8, 512, 64) for _ in range(3)]
+    needs(name, *inputs, is_causal=is_causal)
+    out = attend(*inputs, is_causal=is_causal, impl=name)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=is_causal)
     grad = torch.randn_like(out)
-    found = torch.autograd.grad(out, (query, key, value), grad)
+    found = torch.autograd.grad(out, inputs, grad)
     right = torch.autograd.grad(expected, wide, grad.double())
     torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=4e-3)
     for got, want in zip(found, right, strict=True):
         torch.testing.assert_close(got.double(), want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+def test_scales_that_the_kernels_cannot_take_are_converted(name: str, scale: float) -> None:
+    inputs = [make(1, 2, 256, 64) for _ in range(3)]
+    needs(name, *inputs, is_causal=True)
+    out = attend(*inputs, is_causal=True, scale=scale, impl=name)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = torch.nn.functional.scaled_dot_product_attention(scale * wide[0], *wide[1:], is_causal=True, scale=1.0)
+    torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=4e-3)
+    found = torch.autograd.grad(out.sum(), inputs)
+    for got, want in zip(found, torch.autograd.grad(expected.sum(), wide), strict=True):
+        torch.testing.assert_close(got.double(), want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize(("is_causal", "grad"), [(False, True), (True, True), (False, False), (True, False)])
+def test_each_packed_sequence_is_as_by_itself(name: str, kv_heads: int, is_causal: bool, grad: bool) -> None:
+    lengths_q, lengths_k = [130, 0, 257, 40, 1, 64], [200, 64, 90, 40, 0, 300]
+    starts_q, starts_k = (
+        torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32) for lengths in (lengths_q, lengths_k)
+    )
+    query = make(sum(lengths_q) + 2, 4, 64, grad=grad)
+    key, value = (make(sum(lengths_k) + 3, kv_heads, 64, grad=grad) for _ in range(2))
+    lengths: dict[str, Any] = {"cu_seq_q": starts_q, "cu_seq_k": starts_k, "max_q": 257, "max_k": 300}
+    options: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": True}
+    needs(name, query, key, value, causal_variant=LOWER_RIGHT, **lengths, **options)
+    out = attnplug.varlen_attn(query, key, value, **lengths, **options, impl=name)
+    pieces = []
+    for (begin, end), (first, last) in zip(pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True):
+        q, k, v = (
+            tensor.cpu().transpose(0, 1)[None] for tensor in (query[begin:end], key[first:last], value[first:last])
+        )
+        seen = seen_by(end - begin, last - first, is_causal=is_causal, causal_variant=LOWER_RIGHT)
+        piece = pytorch(q, k, v, None, seen) if last > first else torch.zeros(q.shape, dtype=torch.float64)
+        pieces.append(piece[0].transpose(0, 1))
+    expected = torch.cat([*pieces, torch.zeros(2, 4, 64, dtype=torch.float64)]).cuda()
+    torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=4e-3)
+    if grad:
+        grad_out = torch.randn_like(out)
+        found = torch.autograd.grad(out, (query, key, value), grad_out)
+        right = torch.autograd.grad(expected, (query, key, value), grad_out.double())
+        for got, want in zip(found, right, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_of_backward_is_that_of_forward_and_follows_the_seed(name: str) -> None:
+    query, key = make(2, 4, 128, 128), make(2, 4, 128, 128)
+    one = torch.eye(128, dtype=torch.float16, device="cuda").expand(2, 4, -1, -1).contiguous()
+    value = one.clone().requires_grad_()
+    needs(name, query, key, value, dropout=0.25)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(attend(query, key, value, dropout_p=0.25, impl=name))
+    kept = outs[0]  # with the identity as values, out is what dropout left of the probabilities
+    assert torch.equal(kept, outs[1]) and not torch.equal(kept, outs[2])
+    assert 0.22 < (kept == 0).double().mean() < 0.28
+    (found,) = torch.autograd.grad(kept, value, one)  # and this its transpose
+    assert torch.equal(found.mT == 0, kept == 0)
+    torch.testing.assert_close(found.mT, kept, atol=1e-3, rtol=1e-3)
 
 
 def test_masks_shared_by_all_queries_are_not_copied_to_each() -> None:
@@ -55,33 +136,107 @@ def test_masks_shared_by_all_queries_are_not_copied_to_each() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    attnplug.scaled_dot_product_attention(query, key, value, mask, impl="efficient_cuda")
+    attend(query, key, value, mask, impl="efficient_cuda")
     used = torch.cuda.max_memory_allocated() - before
     assert used < 2 * query.numel() * query.element_size()
 
 
-def test_deterministic_mode_gives_equal_bits() -> None:
-    query, key, value = (make(1, 2, 2048, 64) for _ in range(3))
-    try:
-        torch.use_deterministic_algorithms(True)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_deterministic_mode_gives_equal_bits(packed: bool) -> None:
+    shape = (4096, 2, 64) if packed else (1, 2, 4096, 64)
+    inputs = [make(*shape) for _ in range(3)]
+    starts = torch.tensor([0, 1000, 4096], dtype=torch.int32, device="cuda")
+    with deterministic():
         runs = []
         for _ in range(3):
-            out = attnplug.scaled_dot_product_attention(query, key, value, impl="efficient_cuda")
-            runs.append((out, *torch.autograd.grad(out.sum(), (query, key, value))))
-    finally:
-        torch.use_deterministic_algorithms(False)
+            if packed:
+                out = attnplug.varlen_attn(*inputs, starts, starts, 3096, 3096, is_causal=True, impl="efficient_cuda")
+            else:
+                out = attend(*inputs, impl="efficient_cuda")
+            runs.append((out, *torch.autograd.grad(out.sum(), inputs)))
     for again in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(runs[0], again, strict=True))
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
-def test_compiled_calls_are_those_of_eager_mode(size: int) -> None:
-    query, key, value = (make(2, 4, 128, size) for _ in range(3))
+def test_deterministic_mode_passes_cudnn_over_where_a_gradient_is_needed() -> None:
+    inputs = [make(1, 2, 128, 64) for _ in range(3)]
+    with deterministic(), pytest.raises(attnplug.NoImplementationError, match="no deterministic backward"):
+        attend(*inputs, impl="cudnn")
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return attnplug.scaled_dot_product_attention(query, key, value, is_causal=True, impl="efficient_cuda")
 
-    compiled = torch.compile(attend, fullgraph=True)(query, key, value)
-    torch.testing.assert_close(compiled, attend(query, key, value))
-    compiled.sum().backward()
-    assert query.grad is not None and query.grad.isfinite().all()
+COMPILED = [
+    pytest.param(name, options, dropout, id=f"{name}-{options.get('mode', 'default')}-dropout {dropout}")
+    for name in NAMES
+    for options in ({}, {"mode": "reduce-overhead"})
+    for dropout in (0.0, 0.25)
+]
+
+
+@pytest.mark.parametrize(("name", "options", "dropout"), COMPILED)
+def test_compiled_calls_are_those_of_eager_mode(name: str, options: dict[str, Any], dropout: float) -> None:
+    inputs = [make(2, 4, 128, 128) for _ in range(3)]
+    needs(name, *inputs, is_causal=True, dropout=dropout)
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query * 1.0, key, value, is_causal=True, dropout_p=dropout, impl=name) * 1.0
+
+    compiled = torch.compile(attended, fullgraph=True, **options)
+    for _ in range(4):  # the first runs of reduce-overhead warm up and record; what comes then is replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        fresh = [make(2, 4, 128, 128) for _ in range(3)]
+        out = compiled(*fresh)
+        grads = torch.autograd.grad(out.sum(), fresh)
+        assert all(grad.isfinite().all() for grad in grads)
+        if dropout == 0:
+            right = attended(*fresh)
+            torch.testing.assert_close(out, right)
+            for got, want in zip(grads, torch.autograd.grad(right.sum(), fresh), strict=True):
+                torch.testing.assert_close(got, want, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_captured_graph_of_forward_and_backward_replays_on_new_inputs(name: str, dropout: float) -> None:
+    static = [make(2, 4, 128, 128) for _ in range(3)]
+    needs(name, *static, is_causal=True, dropout=dropout)
+
+    def step() -> tuple[Tensor, ...]:
+        out = attend(*static, is_causal=True, dropout_p=dropout, impl=name)
+        return out, *torch.autograd.grad(out.sum(), static)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = []
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in static:
+                tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        seen.append([tensor.clone() for tensor in captured])
+        assert all(tensor.isfinite().all() for tensor in captured)
+        if dropout == 0:
+            for got, want in zip(captured, step(), strict=True):
+                torch.testing.assert_close(got, want, atol=4e-3, rtol=4e-3)
+    assert not torch.equal(seen[0][0], seen[1][0])
+    if dropout > 0:  # replayed on the same inputs, it draws anew
+        graph.replay()
+        assert not torch.equal(captured[0], seen[1][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_this_card_asked_about_as_another_gets_the_same_answer(name: str) -> None:
+    query = make(2, 4, 128, 64)
+    params = attnplug.SDPAParams(query, query, query, is_causal=True)
+    card = attnplug.compute_capability(query.device)
+    assert card == torch.cuda.get_device_capability()
+    assert attnplug.can_use_impl(name, params) == attnplug.can_use_impl(name, params, compute_capability=card)
+    for other in ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0)):
+        said = str(attnplug.can_use_impl(name, params, compute_capability=other).reasons)
+        assert "raised" not in said

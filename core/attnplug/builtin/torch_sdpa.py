@@ -33,7 +33,9 @@ def forward(params: SDPAParams) -> tuple[Tensor, None]:
     return sdpa(*arguments, scale=params.scale, enable_gqa=params.enable_gqa), None
 
 
-def family(params: SDPAParams) -> SDPBackend:
-    """Return the family of the kernel that PyTorch chooses for this call."""
+def family(params: SDPAParams) -> SDPBackend | None:
+    """Return the family of the kernel that PyTorch chooses for this call; None where it cannot say."""
+    if params.query.layout is torch.jagged:
+        return None
     arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
     return SDPBackend(torch._fused_sdp_choice(*arguments, scale=params.scale, enable_gqa=params.enable_gqa))

@@ -1,12 +1,15 @@
 """Say which implementation would run a call, and for every other each reason why not.
 
-Nothing runs and nothing is allocated, so a call on a device that is not here can be asked about too.
+Nothing runs and nothing is allocated, so a call on a device that is not here can be asked about too; with
+--capability, what an NVIDIA card of that compute capability would run, with what is installed here. Where
+neither --impl nor --scope says otherwise, torch comes first, until there are measurements.
 Shapes are those of scaled_dot_product_attention, (..., heads, length, head size); with --varlen those
 of varlen_attn, (tokens, heads, head size). Exit status 1: nothing would run.
 
 examples:
   attnplug explain --query 1,8,128,64 --causal
   attnplug explain --query 2,32,1,128 --key 2,8,4096,128 --gqa --dtype bfloat16 --device cuda
+  attnplug explain --query 2,8,1024,128 --dtype bfloat16 --device cuda --capability 9.0 --softcap 30
   attnplug explain --query 16,8,64 --varlen 5,3,8 --paged 16 --seqused --scope FLASH_ATTENTION
 """
 
@@ -33,6 +36,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     tensors.add_argument("--value", type=sizes, metavar="SHAPE", help="as the key if not given")
     tensors.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
     tensors.add_argument("--device", default="cpu", help="cpu (default), cuda, ...; need not be here")
+    tensors.add_argument(
+        "--capability",
+        type=capability,
+        metavar="X.Y",
+        help="answer for an NVIDIA card of this compute capability, here or not; with --device cuda",
+    )
     tensors.add_argument("--grad", action="store_true", help="query, key and value need gradients")
     _configure_mask(parser.add_argument_group("who sees whom"))
     _configure_rest(parser.add_argument_group("the rest of the call"))
@@ -86,7 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     with attnplug.sdpa_kernel(scope, arguments.set_priority) if scope else nullcontext():
         try:
-            explanation = attnplug.explain(**fake_call(arguments), impl=arguments.impl)
+            explanation = attnplug.explain(
+                **fake_call(arguments), impl=arguments.impl, compute_capability=arguments.capability
+            )
         except (TypeError, ValueError) as error:  # the message names the argument
             arguments.fail(str(error))
     if arguments.json:
@@ -94,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         render.print_table(_HEADERS, [_row(verdict, explanation) for verdict in explanation.candidates], 2)
         print(f"\n{_conclusion(explanation)}")
-    return 0 if explanation.chosen is not None else 1
+    return 1 if explanation.chosen is None and not explanation.empty else 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -103,6 +114,10 @@ def _check(arguments: argparse.Namespace) -> None:
         known = attnplug.list_flash_attention_impls()
         if arguments.impl not in known:
             raise UnknownImplementationError(arguments.impl, known, "--impl")
+    if arguments.capability is not None and arguments.device.partition(":")[0] != "cuda":
+        arguments.fail(
+            f"--capability: is that of an NVIDIA card, and --device is {arguments.device}; add --device cuda"
+        )
     if arguments.set_priority and not arguments.scope:
         arguments.fail("--set-priority: is about the order of --scope, which is not given")
     if arguments.mask_grad and (arguments.mask is None or arguments.mask[0] == "bool"):
@@ -132,6 +147,8 @@ def _row(verdict: attnplug.Verdict, explanation: attnplug.Explanation) -> tuple[
 
 
 def _conclusion(explanation: attnplug.Explanation) -> str:
+    if explanation.empty:
+        return "No kernel would run: some size is zero, and the result follows from the formulas."
     if explanation.chosen is None:
         return "Nothing would run: no implementation that is allowed supports this call."
     return f"{explanation.chosen} would run."
@@ -140,6 +157,7 @@ def _conclusion(explanation: attnplug.Explanation) -> str:
 def _as_json(explanation: attnplug.Explanation) -> dict[str, Any]:
     return {
         "chosen": explanation.chosen,
+        "empty": explanation.empty,
         "candidates": [
             {
                 "name": verdict.name,
@@ -161,6 +179,14 @@ def sizes(text: str) -> tuple[int, ...]:
     if min(read) < 0:
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,8,128,64, got {text!r}")
     return read
+
+
+def capability(text: str) -> tuple[int, int]:
+    """Read a compute capability such as `9.0`; which there may be, the library checks."""
+    major, dot, minor = text.partition(".")
+    if not (dot and major.isdecimal() and minor.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected a compute capability such as 9.0 or 12.0, got {text!r}")
+    return int(major), int(minor)
 
 
 def size(text: str) -> int:

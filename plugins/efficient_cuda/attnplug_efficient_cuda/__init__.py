@@ -28,7 +28,21 @@ _CUTLASS = Capabilities(
     devices=("cuda",), dtypes=("float16", "float32"), compute_capability=(7, 0), features=_CUTLASS_FEATURES
 ) | Capabilities(devices=("cuda",), dtypes=("bfloat16",), compute_capability=(8, 0), features=_CUTLASS_FEATURES)
 
-_CUDNN = Capabilities(
+_CUDNN_SEQUENCES = Capabilities(
+    devices=("cuda",),
+    dtypes=("float16", "bfloat16"),
+    compute_capability=(8, 0),
+    head_sizes=range(8, 257, 8),
+    features={
+        Feature.CAUSAL,
+        Feature.LOWER_RIGHT,
+        Feature.GQA,
+        Feature.VALUE_HEAD_SIZE,
+        Feature.LSE,
+        Feature.VARLEN,
+    },
+)
+_CUDNN_DENSE = Capabilities(
     devices=("cuda",),
     dtypes=("float16", "bfloat16"),
     compute_capability=(8, 0),
@@ -38,6 +52,8 @@ _CUDNN = Capabilities(
         Feature.ADDITIVE_MASK,
         Feature.CAUSAL,
         Feature.UPPER_LEFT,
+        Feature.LOWER_RIGHT,
+        Feature.WINDOW,
         Feature.DROPOUT,
         Feature.GQA,
         Feature.VALUE_HEAD_SIZE,
@@ -61,7 +77,7 @@ def attnplug_register_impls() -> list[ImplSpec]:
             name="cudnn",
             kernel="attnplug_efficient_cuda.cudnn",
             backend=SDPBackend.CUDNN_ATTENTION,
-            capabilities=_CUDNN,
+            capabilities=_CUDNN_SEQUENCES | _CUDNN_DENSE,
             priority=-10,
         ),
     ]

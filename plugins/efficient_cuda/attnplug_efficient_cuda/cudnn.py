@@ -1,17 +1,21 @@
 """`cudnn`: cuDNN's attention through PyTorch's operator, with its limits as reasons.
 
-The operator keeps cuDNN's layout: `(B, H, S, E)`, grouped heads as they are, a causal mask that starts at
-the upper left. What cuDNN makes of a row whose keys are all masked has changed from release to release, so
-none is ever given to it: masks hide by a large negative number, and such rows are cleared afterwards.
+Of dense calls the operator keeps cuDNN's layout: `(B, H, S, E)`, grouped heads as they are, a causal mask that
+starts at the upper left; packed sequences have a module of their own. What cuDNN makes of a row whose keys are all
+masked has changed from release to release, so none is ever given to it: masks hide by a large negative number, and
+such rows are cleared afterwards.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams
-from attnplug_efficient_cuda import hardware, layout, operators
+from attnplug import CausalVariant, SDPAParams, compute_capability
+from attnplug_efficient_cuda import cudnn_packed, geometry, hardware, layout, operators
+from attnplug_efficient_cuda.cudnn_packed import shown
 from attnplug_efficient_cuda.efficient import wants_grad
 
 shape_dependent = True
@@ -21,7 +25,11 @@ Card = tuple[int, int]
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
-    """Return `out`, `lse`, the operator's own lse as its backward wants it, and with dropout seed and offset."""
+    """Return `out`, `lse`, of dense calls the operator's own lse as its backward wants it, and seeds of dropout."""
+    params, _ = layout.positive_scale(params)
+    if params.cu_seq_q is not None:
+        return cudnn_packed.forward(params)
+    params = _with_band_in_mask(params)
     query, key, value, mask = _kernel_tensors(params)
     nothing_left = params.dropout == 1  # cuDNN would divide by what is
     found = operators.cudnn_forward(
@@ -52,8 +60,7 @@ def backward(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    kernel_lse: Tensor,
-    *seeds: Tensor,
+    *saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
 
@@ -62,6 +69,18 @@ def backward(
     """
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError("cudnn: the backward has no deterministic form; use 'efficient_cuda' or another one")
+    params, sign = layout.positive_scale(params)
+    if params.cu_seq_q is not None:
+        grad_query, *others = cudnn_packed.backward(params, grad_out, out, lse)
+    else:
+        grad_query, *others = _dense_backward(params, grad_out, out, lse, *saved)
+    return grad_query if sign == 1 else grad_query * sign, *others  # type: ignore[return-value]
+
+
+def _dense_backward(
+    params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, kernel_lse: Tensor, *seeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    params = _with_band_in_mask(params)
     if params.dropout == 1:
         return torch.zeros_like(params.query), torch.zeros_like(params.key), torch.zeros_like(params.value)
     query, key, value, mask = _kernel_tensors(params)
@@ -81,17 +100,28 @@ def backward(
     )
 
 
+def unavailable() -> tuple[str, ...]:
+    """Return how PyTorch's operators differ from those that this plugin was written for."""
+    return operators.changed("_cudnn_attention_forward", "_cudnn_attention_backward")
+
+
 def supports(params: SDPAParams) -> list[str]:
     """Return each reason against this call: PyTorch's, cuDNN's, and this card's."""
-    reasons = list(operators.changed("_cudnn_attention_forward", "_cudnn_attention_backward"))
-    version, card = hardware.cudnn_version(), hardware.compute_capability(params.query.device)
+    reasons: list[str] = []
+    version, card = torch.backends.cudnn.version(), compute_capability(params.query.device)
     if too_new := hardware.too_new(params.query.device):
         reasons.append(too_new)
-    if version is None or version < 90000:
-        reasons.append(f"needs cuDNN 9.0 or later in PyTorch {torch.__version__}, found {_shown(version)}")
-    else:
+    packed = params.cu_seq_q is not None
+    if version is None:
+        reasons.append(f"needs cuDNN 9, which PyTorch {torch.__version__} is built without; ask where a CUDA build is")
+    elif version < 90000:
+        reasons.append(f"needs cuDNN 9.0 or later in PyTorch {torch.__version__}, found {shown(version)}")
+    elif not packed:
         reasons += _version_reasons(params, version, card)
-    reasons += _call_reasons(params)
+    reasons += _common_reasons(params)
+    if packed:
+        return reasons + cudnn_packed.reasons(params, version, card, wants_grad(params))
+    reasons += _dense_reasons(params)
     if not reasons and (refused := hardware.cudnn_refuses(params)):
         reasons.append(refused)
     return reasons
@@ -102,7 +132,11 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
 
     The shape of the operator's own lse differs between releases; PyTorch's meta kernel knows it.
     """
-    query, key, value, mask = _kernel_tensors(params)
+    if params.cu_seq_q is not None:
+        query, value = params.query, params.value
+        lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+        return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
+    query, key, value, mask = _kernel_tensors(layout.positive_scale(params)[0])
     with torch.no_grad():
         kernel_lse = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, mask, True)[1]
     out = laid_out_like(query, query.new_empty((*query.shape[:-1], value.shape[-1])))
@@ -112,14 +146,22 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
 
 
 def _kernel_tensors(params: SDPAParams) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    query, key, value = (_dense(tensor) for tensor in (params.query, params.key, params.value))
+    query, key, value = (layout.unshared(tensor) for tensor in (params.query, params.key, params.value))
     return query, key, value, _mask(params.attn_mask, query.dtype, key.shape[2])
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """Return `tensor` aligned, and with memory of its own for every element."""
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return layout.aligned(layout.compact(tensor) if expanded else tensor)
+def _band_in_mask(params: SDPAParams) -> bool:
+    """Whether the operator has no causal mask for a dense call: it has one from the upper left, with no other mask."""
+    lengths = params.query.shape[2], params.key.shape[2]
+    shifted = params.causal_variant == CausalVariant.LOWER_RIGHT and lengths[0] != lengths[1]
+    return params.window_size != geometry.OPEN or (params.is_causal and (shifted or params.attn_mask is not None))
+
+
+def _with_band_in_mask(params: SDPAParams) -> SDPAParams:
+    """Return a dense call with the same result that the operator has a mask for, which may take `(Sq, Sk)` numbers."""
+    if not _band_in_mask(params):
+        return params
+    return geometry.window_as_mask(replace(params, is_causal=False, window_size=geometry.band(params)))
 
 
 def _mask(mask: Tensor | None, dtype: torch.dtype, keys: int) -> Tensor | None:
@@ -150,13 +192,13 @@ def laid_out_like(query: Tensor, tensor: Tensor) -> Tensor:
 def _version_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
     """Return what this cuDNN gets wrong or lacks; the limits are those of PyTorch's `sdp_utils.cpp`."""
     queries, size, value_size = params.query.shape[2], params.query.shape[3], params.value.shape[3]
-    shown, reasons = _shown(version), []
+    found, reasons = shown(version), []
     if params.dropout > 0 and 91100 < version < 91400:
-        reasons.append(f"has no working dropout in cuDNN {shown} (9.11 to 9.13)")
+        reasons.append(f"has no working dropout in cuDNN {found} (9.11 to 9.13)")
     if version < 91501 and queries % 128:
-        reasons.append(f"needs cuDNN 9.15.1 for {queries} queries, not a multiple of 128; found {shown}")
+        reasons.append(f"needs cuDNN 9.15.1 for {queries} queries, not a multiple of 128; found {found}")
     if card is not None and queries == 1 and card[0] in (10, 11) and 91900 <= version <= 92500 and version != 92401:
-        reasons.append(f"does not decode with cuDNN {shown} on compute capability {card[0]}.{card[1]}")
+        reasons.append(f"does not decode with cuDNN {found} on compute capability {card[0]}.{card[1]}")
     large = card is not None and (card == (9, 0) or card[0] == 10) and not (card == (10, 7) and version <= 92500)
     limit = 128
     if large and version > 92200:
@@ -165,18 +207,27 @@ def _version_reasons(params: SDPAParams, version: int, card: Card | None) -> lis
         limit = 192
     if max(size, value_size) > limit:
         where = "an unknown card" if card is None else f"compute capability {card[0]}.{card[1]}"
-        reasons.append(f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {shown} on {where}")
+        reasons.append(f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {found} on {where}")
     elif max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
         reasons.append(f"has no backward for head sizes {size} and {value_size}")
     return reasons
 
 
-def _call_reasons(params: SDPAParams) -> list[str]:
-    """Return what no cuDNN does through PyTorch's operator."""
-    query, key, value = params.query, params.key, params.value
+def _common_reasons(params: SDPAParams) -> list[str]:
+    """Return what no cuDNN does through PyTorch's operator, neither dense nor with sequences."""
     reasons = []
-    if value.shape[3] % 8:
-        reasons.append(f"value head size {value.shape[3]} is not a multiple of 8")
+    if params.value.shape[-1] % 8:
+        reasons.append(f"value head size {params.value.shape[-1]} is not a multiple of 8")
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict and wants_grad(params):
+        reasons.append("has no deterministic backward, which torch.use_deterministic_algorithms asks for")
+    return reasons
+
+
+def _dense_reasons(params: SDPAParams) -> list[str]:
+    """Return what no cuDNN does of dense calls through PyTorch's operator."""
+    query, key = params.query, params.key
+    reasons = []
     if key.shape[2] == 1:
         reasons.append("does not take a single key")
     if query.shape[2] == 1 and (params.dropout > 0 or wants_grad(params)):
@@ -185,18 +236,10 @@ def _call_reasons(params: SDPAParams) -> list[str]:
         reasons.append(f"takes at most {LARGEST_DIMENSION} batches and heads, got {tuple(query.shape[:2])}")
     if params.dropout * 16 != int(params.dropout * 16):
         reasons.append(f"has dropout only in steps of 1/16, got {params.dropout}")
-    if params.attn_mask is not None and key.shape[2] % 128 == 64 and wants_grad(params):
+    masked = params.attn_mask is not None or _band_in_mask(params)
+    if masked and key.shape[2] % 128 == 64 and wants_grad(params):
         reasons.append(
             f"may have NaN in its backward with an attn_mask and {key.shape[2]} keys, 64 more than a multiple of 128 "
             f"(pytorch#196678)"
         )
-    if params.is_causal and params.attn_mask is not None:
-        reasons.append("takes no attn_mask together with is_causal")
-    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if strict and wants_grad(params):
-        reasons.append("has no deterministic backward, which torch.use_deterministic_algorithms asks for")
     return reasons
-
-
-def _shown(version: int | None) -> str:
-    return "none" if version is None else f"{version // 10000}.{version // 100 % 100}.{version % 100}"

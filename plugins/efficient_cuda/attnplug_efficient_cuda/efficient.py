@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams
-from attnplug_efficient_cuda import dense, geometry, hardware, operators, packed
-from attnplug_efficient_cuda.layout import compact
+from attnplug_efficient_cuda import dense, geometry, hardware, layout, operators, packed
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return `out`, `lse` and, with dropout, the seed and offset of each launch."""
+    params, _ = layout.positive_scale(params)
     if params.cu_seq_q is not None:
         return packed.forward(params)
     if params.seqused_k is not None:
         out, lse = packed.forward(packed.from_dense(params))
         batch = params.query.shape[0]
-        return packed.to_dense(out, batch), compact(lse.reshape(lse.shape[0], batch, -1).transpose(0, 1))
-    if not geometry.causal_or_open(params):
-        params = geometry.window_as_mask(params)
+        return packed.to_dense(out, batch), layout.compact(lse.reshape(lse.shape[0], batch, -1).transpose(0, 1))
+    if not geometry.causal_or_open(params) or (params.dropout > 0 and geometry.shifted_window(params)):
+        params = geometry.window_as_mask(params)  # as backward does, which numbers its draws by what it is given
     if params.dropout == 1:  # nothing is left, and the kernel would divide by what is
         out, lse = dense.forward(replace(params, dropout=0.0))
         return torch.zeros_like(out), lse
@@ -38,6 +38,12 @@ def backward(
     params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *saved: Tensor
 ) -> tuple[Any, ...]:
     """Return the gradients of query, key, value and, of a dense call, the mask; lse has none here."""
+    params, sign = layout.positive_scale(params)
+    grad_query, *others = _backward(params, grad_out, out, lse, *saved)
+    return grad_query if sign == 1 else grad_query * sign, *others
+
+
+def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *saved: Tensor) -> tuple[Any, ...]:
     if params.cu_seq_q is not None:
         return packed.backward(params, grad_out, out, lse)
     if params.seqused_k is not None:
@@ -53,9 +59,14 @@ def backward(
     return dense.backward(params, grad_out, out, lse, *saved)
 
 
+def unavailable() -> tuple[str, ...]:
+    """Return how PyTorch's operators differ from those that this plugin was written for."""
+    return operators.changed("_efficient_attention_forward", "_efficient_attention_backward")
+
+
 def supports(params: SDPAParams) -> list[str]:
     """Return each reason why the kernel cannot take this call, or would take it wrongly."""
-    reasons = list(operators.changed("_efficient_attention_forward", "_efficient_attention_backward"))
+    reasons: list[str] = []
     if too_new := hardware.too_new(params.query.device):
         reasons.append(too_new)
     if params.cu_seq_q is not None or params.seqused_k is not None:

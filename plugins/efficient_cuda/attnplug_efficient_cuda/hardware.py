@@ -1,4 +1,4 @@
-"""What the kernels' `supports` ask of the machine, in one place so that a card can be described that is not there."""
+"""What the kernels' `supports` ask of the machine: the card, PyTorch's own word on cuDNN, and the latter's version."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 
+from attnplug import compute_capability
+
 LAST_KNOWN = (12, 1)
 """The last compute capability for which PyTorch's CUTLASS and cuDNN kernels are dispatched."""
-
-
-def compute_capability(device: Any) -> tuple[int, int] | None:
-    """Return the compute capability of `device`, or None where there is no such card to ask."""
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def too_new(device: Any) -> str:
@@ -24,19 +21,15 @@ def too_new(device: Any) -> str:
     return f"needs compute capability {LAST_KNOWN[0]}.{LAST_KNOWN[1]} or earlier, found {found[0]}.{found[1]}"
 
 
-def cudnn_version() -> int | None:
-    """Return the version of the loaded cuDNN, such as 91501 for 9.15.1, or None without cuDNN."""
-    return torch.backends.cudnn.version()  # type: ignore[no-any-return]
-
-
 def cudnn_refuses(params: Any) -> str:
-    """Return why PyTorch itself would not give this call to cuDNN, or nothing.
+    """Return why PyTorch itself would not give this dense call to cuDNN, or nothing.
 
     `torch.backends.cuda.can_use_cudnn_attention` knows what it was compiled with, which nothing else
     tells. It also looks at the process-wide switch of `torch.nn.attention.sdpa_kernel`, which is no
-    reason here: its first complaint is then the switch, and says nothing of the call.
+    reason here: its first complaint is then the switch, and says nothing of the call. Of a card that is only
+    asked about it knows nothing.
     """
-    if not torch.cuda.is_available() or not torch.backends.cuda.cudnn_sdp_enabled():
+    if not _is_here(params.query.device) or not torch.backends.cuda.cudnn_sdp_enabled():
         return ""
     tensors = params.query, params.key, params.value, params.attn_mask
     call = torch.backends.cuda.SDPAParams(*tensors, params.dropout, params.is_causal, params.enable_gqa)
@@ -46,3 +39,13 @@ def cudnn_refuses(params: Any) -> str:
             return ""
     said = [str(item.message).split(" (Triggered internally")[0] for item in told]
     return f"PyTorch {torch.__version__} does not give this call to cuDNN: {' '.join(said) or 'no reason told'}"
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether the card that is asked about is the one that `device` stands for on this machine."""
+    if not torch.cuda.is_available():
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        return False
+    return torch.cuda.get_device_capability(index) == compute_capability(device)

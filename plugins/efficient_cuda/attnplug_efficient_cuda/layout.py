@@ -7,11 +7,13 @@ allow, and a copy where they do not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from attnplug import SDPAParams
 
 READ_BYTES = 16
 INT32 = 2**31
@@ -69,6 +71,12 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def unshared(tensor: Tensor) -> Tensor:
+    """Return `tensor` aligned, and with memory of its own for every element."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return aligned(compact(tensor) if expanded else tensor)
+
+
 def reachable(tensor: Tensor, length: int) -> Tensor:
     """Return `(b, s, h, e)` such that `length` rows lie within what the forward kernel can index.
 
@@ -77,6 +85,19 @@ def reachable(tensor: Tensor, length: int) -> Tensor:
     if length * tensor.stride(1) < INT32:
         return tensor
     return compact(tensor.transpose(1, 2)).transpose(1, 2)
+
+
+def positive_scale(params: SDPAParams) -> tuple[SDPAParams, int]:
+    """Return a call of the same logits whose scale is above 0, and what the query's gradient is to be multiplied by.
+
+    The kernels hide keys before they scale, so a negative scale would turn minus infinity into plus infinity, and
+    0 would turn it into NaN.
+    """
+    assert params.scale is not None
+    if params.scale > 0:
+        return params, 1
+    sign = -1 if params.scale < 0 else 0
+    return replace(params, query=params.query * sign, scale=-params.scale or 1.0), sign
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -61,6 +61,15 @@ def cudnn_backward(*args: Any, **kwargs: Any) -> Any:
     return torch.ops.aten._cudnn_attention_backward.default(*args, **kwargs)
 
 
+def cudnn_takes_sequences() -> bool:
+    """Whether cuDNN's path for sequences is the one that PyTorch's own `varlen_attn` takes.
+
+    The operator that is looked for came with the last of its repairs, in PyTorch 2.15
+    (https://github.com/pytorch/pytorch/pull/195650).
+    """
+    return find_schema("_cudnn_attention_forward_no_dropout_inplace") is not None
+
+
 @cache
 def changed(*names: str) -> tuple[str, ...]:
     """Return a reason for each of these operators that is not what this plugin was written for."""

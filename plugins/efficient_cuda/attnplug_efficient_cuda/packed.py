@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from attnplug import CausalVariant, SDPAParams
-from attnplug_efficient_cuda import geometry, layout, operators
+from attnplug_efficient_cuda import geometry, layout, operators, sequences
 from attnplug_efficient_cuda.dense import GRID, LSE_ROWS, MINUS_INFINITY
+from attnplug_efficient_cuda.sequences import Tokens
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class _Sequences:
         starts_q, starts_k = cu_q, cu_k
         if (right == 0 and lower_right) or params.seqused_k is not None:
             leading = (lengths_q - used).clamp(min=0) if right == 0 and lower_right else torch.zeros_like(used)
-            starts_q = _joined(cu_q, _starts(cu_q) + leading, _ends(cu_q))
-            starts_k = _joined(cu_k, _starts(cu_k), _starts(cu_k) + used)
+            starts_q = _joined(cu_q, sequences.starts(cu_q) + leading, sequences.ends(cu_q))
+            starts_k = _joined(cu_k, sequences.starts(cu_k), sequences.starts(cu_k) + used)
         if starts_q.shape[0] - 1 > GRID:
             raise ValueError(
                 f"efficient_cuda: {lengths_q.shape[0]} sequences make {starts_q.shape[0] - 1} in the kernel's grid, "
@@ -72,13 +73,13 @@ class _Sequences:
             max(1, min(params.max_k, tokens_k)),
             causal_type if right == 0 else geometry.NO_MASK,
             None if left < 0 else left + 1,
-            _blind(_Tokens.of(cu_q, tokens_q), used, shift, (left, right)),
-            _unused(_Tokens.of(cu_k, tokens_k), used, lengths_q),
+            sequences.blind(Tokens.of(cu_q, tokens_q), used, shift, (left, right)),
+            sequences.unused(Tokens.of(cu_k, tokens_k), used, lengths_q),
         )
 
     def rows(self, longest: int) -> Tensor:
         """Return the row of each query among the `(sequences, longest)` of an lse; some row for a query of none."""
-        tokens = _Tokens.of(self.starts_q, self.blind.shape[0])
+        tokens = Tokens.of(self.starts_q, self.blind.shape[0])
         return tokens.sequence * longest + tokens.position.clamp(max=longest - 1)
 
 
@@ -97,7 +98,7 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     )[:2]
     lse = lse.transpose(1, 2).flatten(0, 1).index_select(0, told.rows(lse.shape[2])).transpose(0, 1)
     out = layout.first(out.squeeze(0), params.value.shape[-1])
-    return layout.compact(_clear(out, told.blind)), layout.compact(lse.masked_fill(told.blind, MINUS_INFINITY))
+    return layout.compact(sequences.clear(out, told.blind)), layout.compact(lse.masked_fill(told.blind, MINUS_INFINITY))
 
 
 def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
@@ -105,10 +106,10 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> 
     told = _Sequences.of(params)
     query, key, value = _kernel_tensors(params, told.max_k)
     longest = -(-(told.max_q + 1) // LSE_ROWS) * LSE_ROWS  # with a row to spare for queries of no sequence
-    sequences, heads = told.starts_q.shape[0] - 1, query.shape[2]
-    kernel_lse = lse.new_full((sequences * longest, heads), float("inf"))
+    count, heads = told.starts_q.shape[0] - 1, query.shape[2]
+    kernel_lse = lse.new_full((count * longest, heads), float("inf"))
     kernel_lse.index_copy_(0, told.rows(longest), lse.masked_fill(told.blind, float("inf")).transpose(0, 1))
-    kernel_lse = layout.compact(kernel_lse.view(sequences, longest, heads).transpose(1, 2))
+    kernel_lse = layout.compact(kernel_lse.view(count, longest, heads).transpose(1, 2))
     unused = torch.zeros((), dtype=torch.long)
     grads = operators.efficient_backward(
         layout.packed(grad_out.unsqueeze(0)),
@@ -126,7 +127,7 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> 
         window_size=told.window,
     )[:3]
     outside = (told.blind, told.unused, told.unused)
-    cleared = [_clear(grad.squeeze(0), nothing) for grad, nothing in zip(grads, outside, strict=True)]
+    cleared = [sequences.clear(grad.squeeze(0), nothing) for grad, nothing in zip(grads, outside, strict=True)]
     return (
         layout.first(cleared[0], params.query.shape[-1]),
         _sum_groups(cleared[1], params.key),
@@ -187,61 +188,7 @@ def _sum_groups(grad: Tensor, tensor: Tensor) -> Tensor:
     return grad.reshape(grad.shape[0], tensor.shape[1], -1, grad.shape[2]).sum(2)
 
 
-def _clear(tensor: Tensor, nothing: Tensor) -> Tensor:
-    """Return `(T, H, E)` with zeros for the tokens of which `nothing (T,)` is True."""
-    return tensor.masked_fill(nothing.view(-1, 1, 1), 0.0)
-
-
-def _starts(cumulative: Tensor) -> Tensor:
-    return cumulative.narrow(0, 0, cumulative.shape[0] - 1)
-
-
-def _ends(cumulative: Tensor) -> Tensor:
-    return cumulative.narrow(0, 1, cumulative.shape[0] - 1)
-
-
 def _joined(cumulative: Tensor, middle: Tensor, last: Tensor) -> Tensor:
     """Return cumulative lengths with three sequences for each: up to `middle`, up to `last`, up to the next."""
     end = cumulative.narrow(0, cumulative.shape[0] - 1, 1)
-    return torch.cat([torch.stack([_starts(cumulative), middle, last], 1).flatten(), end])
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """The sequence of each token, its position there, and whether it lies beyond the last one.
-
-    A token of no sequence has the last one's number, and a position beyond its end.
-    """
-
-    sequence: Tensor
-    position: Tensor
-    outside: Tensor
-
-    @classmethod
-    def of(cls, cumulative: Tensor, count: int) -> _Tokens:
-        token = torch.arange(count, dtype=torch.int32, device=cumulative.device)
-        sequences = cumulative.shape[0] - 1
-        sequence = torch.searchsorted(layout.compact(_ends(cumulative)), token, right=True)
-        outside = sequence == sequences
-        sequence = sequence.clamp(max=sequences - 1)
-        return cls(sequence, token - cumulative.index_select(0, sequence), outside)
-
-    def each(self, of_sequence: Tensor) -> Tensor:
-        """Return what `of_sequence` says of each token's sequence."""
-        return of_sequence.index_select(0, self.sequence)
-
-
-def _blind(tokens: _Tokens, used: Tensor, shift: Tensor, band: tuple[int, int]) -> Tensor:
-    left, right = band
-    last = tokens.each(used) - 1
-    first = torch.zeros_like(last)
-    diagonal = tokens.position + tokens.each(shift)
-    if right == 0:
-        last = torch.minimum(last, diagonal)
-    if left >= 0:
-        first = (diagonal - left).clamp(min=0)
-    return (last < first) | tokens.outside
-
-
-def _unused(tokens: _Tokens, used: Tensor, queries: Tensor) -> Tensor:
-    return (tokens.position >= tokens.each(used)) | (tokens.each(queries) == 0) | tokens.outside
+    return torch.cat([torch.stack([sequences.starts(cumulative), middle, last], 1).flatten(), end])
