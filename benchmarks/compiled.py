@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def measure(quick: bool) -> Iterator[Result]:
     spec = ImplSpec(name="opaque", kernel=Opaque, backend=None, capabilities=capabilities, priority=-999)
     attnplug.register_impl(spec)
     yield from extra_nodes()
+    yield from extra_nodes_of_the_drop_in()
     yield from compiles(steps=4 if quick else 64)
 
 
@@ -70,6 +72,18 @@ def extra_nodes() -> Iterator[Result]:
         yield Result(f"compiled graph, {impl}: nodes beyond the kernel's own", found - expected, "nodes", 0, 0, details)
 
 
+def extra_nodes_of_the_drop_in() -> Iterator[Result]:
+    """Yield the nodes of a model that asks for PyTorch's function, beyond those of the kernel that it gets."""
+    query = torch.randn(1, 2, 8, 16)
+    for scope, expected in (None, 1), ("torch", 1), ("aten_flash", 2), ("opaque", 2):
+        with attnplug.patch_torch(), sdpa_kernel(scope) if scope else nullcontext():
+            found = Graphs(lambda query: torch.nn.functional.scaled_dot_product_attention(query, query, query)).nodes(
+                query
+            )
+        name = f"compiled graph, patched, {scope or 'plain'}: nodes beyond the kernel's own"
+        yield Result(name, found - expected, "nodes", 0, 0, {"kernel's own": expected})
+
+
 def compiles(steps: int) -> Iterator[Result]:
     """Yield how often a compiled function is compiled again."""
     query, key, value = torch.randn(3, 1, 2, steps + 8, 16)
@@ -83,6 +97,18 @@ def compiles(steps: int) -> Iterator[Result]:
         counts.append(len(compiled.graphs))
     yield Result("compiles, each new scope", counts[0] / len(families), "each", 1, 1)
     yield Result("compiles, coming back to a scope", (counts[-1] - counts[0]) / 4, "each", 0, 0)
+
+    compiled = Graphs(lambda query: torch.nn.functional.scaled_dot_product_attention(query, query, query))
+    counts = []
+    for _ in range(3):
+        for name in ("aten_flash", "aten_math"):
+            attnplug.activate_flash_attention_impl(name)
+            compiled.call(query)
+            attnplug.restore_flash_attention_impl()
+            compiled.call(query)
+        counts.append(len(compiled.graphs))
+    yield Result("compiles, each new activation of F.sdpa, and none", counts[0] / 3, "each", 1, 1)
+    yield Result("compiles, coming back to an activation", (counts[-1] - counts[0]) / 8, "each", 0, 0)
 
     compiled = Graphs(attention)
     for step in range(8, steps + 8):

@@ -14,7 +14,18 @@ from pathlib import Path
 
 import harness
 
-PROGRAMS = ("calls", "registered", "decoding", "scopes", "compiled", "encoder", "startup", "discovery", "memory")
+PROGRAMS = (
+    "calls",
+    "registered",
+    "decoding",
+    "scopes",
+    "compiled",
+    "encoder",
+    "startup",
+    "discovery",
+    "memory",
+    "launching",
+)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.nn import attention
@@ -50,11 +51,20 @@ def scope(make: Callable[[], Any]) -> Callable[[], None]:
 
 
 def switching(turns: int) -> Iterator[Result]:
-    """Yield what a whole cycle costs; most of it is the search for modules that hold PyTorch's function."""
+    """Yield what switching costs; most of it is the search for modules that hold PyTorch's function."""
 
-    def switch() -> None:
+    def activate() -> None:
         attnplug.activate_flash_attention_impl("aten_flash")
+
+    @contextmanager
+    def restored_after() -> Iterator[None]:
+        yield
         attnplug.restore_flash_attention_impl()
+
+    @contextmanager
+    def activated_before() -> Iterator[None]:
+        activate()
+        yield
 
     def patch() -> None:
         attnplug.patch_torch().remove()
@@ -66,11 +76,13 @@ def switching(turns: int) -> Iterator[Result]:
         attention.restore_flash_attention_impl()
 
     candidates = {
-        "activate and restore": switch,
+        "activate": activate,
+        "restore": attnplug.restore_flash_attention_impl,
         "patch_torch and remove": patch,
         "PyTorch's activate and restore, with a provider that does nothing": their_switch,
     }
-    times = alternate(candidates, turns, 1)
+    inside = {"activate": restored_after, "restore": activated_before}
+    times = alternate(candidates, turns, 1, inside)
     for name in candidates:
         yield Result(name, times.microseconds(name) / 1e3, "ms", details={"modules": len(sys.modules)})
 

@@ -8,7 +8,6 @@ import pickle
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -57,26 +56,6 @@ def test_with_nothing_selected_it_is_pytorch_s_function_bit_for_bit() -> None:
         with attnplug.patch_torch():
             actual = F.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
         assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("impl", ["torch", "aten_flash", "aten_math", "math_ref"])
-def test_pytorch_s_samples_through_an_activated_implementation(impl: str) -> None:
-    """Forward and gradient; what the implementation declines is PyTorch's own result."""
-    info = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
-    for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True):
-        if sample.kwargs["dropout_p"]:
-            continue
-        inputs = (sample.input, *sample.args)
-        results = []
-        for active in (False, True):
-            if active:
-                attnplug.activate_flash_attention_impl(impl)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", attnplug.FallbackWarning)
-                out = F.scaled_dot_product_attention(*inputs, **sample.kwargs)
-            results.append((out, *torch.autograd.grad(out.sum(), inputs)))
-        attnplug.restore_flash_attention_impl()
-        torch.testing.assert_close(*results)
 
 
 def test_a_name_imported_before_follows_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,21 +110,6 @@ def test_transformer_layers_follow_in_spite_of_their_fast_path(compiled: bool) -
                 if not compiled:
                     assert ran(lambda: model(inputs)) == ["aten_math"]
         assert torch.equal(model(inputs), expected)
-
-
-@pytest.mark.parametrize("impl", ["aten_flash", "aten_math", "math_ref"])
-def test_whole_transformers_of_pytorch_train_alike(impl: str) -> None:
-    model = torch.nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True).double()
-    source, target = torch.randn(2, 5, 16).double(), torch.randn(2, 4, 16).double()
-    mask = torch.nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
-
-    def gradients() -> list[Tensor]:
-        return list(torch.autograd.grad(model(source, target, tgt_mask=mask).sum(), list(model.parameters())))
-
-    expected = gradients()
-    attnplug.activate_flash_attention_impl(impl)
-    assert ran(gradients) == [impl] * 3
-    torch.testing.assert_close(gradients(), expected)
 
 
 # --- activation, and providers written for torch.nn.attention ---
@@ -289,18 +253,24 @@ def test_bindings_survive_copies_and_pickles() -> None:
 
 
 def test_compiled_models_follow_a_binding() -> None:
+    class Marked:
+        composite = True
+
+        @staticmethod
+        def forward(params: Any) -> Any:
+            return params.value + 100, None
+
+    attnplug.register_impl(ImplSpec(name="marked", kernel=Marked, backend=None))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     model = TwoLayers()
     with attnplug.patch_torch():
         compiled = torch.compile(model, backend=counter, fullgraph=True)
-        compiled(Q)
-        handle = attnplug.bind(model.second, "aten_math")
-        compiled(Q)
-        assert counter.graphs[-1].code.count("_scaled_dot_product_attention_math.default(") == 1
+        assert (compiled(Q) < 50).all()
+        handle = attnplug.bind(model.second, "marked")
+        assert (compiled(Q) > 50).all()
         handle.remove()
-        compiled(Q)
-        assert "attention_math" not in counter.graphs[-1].code
+        assert (compiled(Q) < 50).all() and counter.frame_count == 2  # coming back compiles nothing
 
 
 def test_a_wrong_binding_is_an_error_when_it_is_made() -> None:

@@ -255,3 +255,17 @@ def test_supports_that_fails_is_a_refusal_with_its_reason(register: Any, support
     assert explanation.chosen == "sound" and reason in str(explanation)
     with pytest.raises(attnplug.NoImplementationError, match=reason):
         attnplug.scaled_dot_product_attention(*tensors, impl="wrong")
+
+
+def test_what_is_unavailable_here_cannot_be_activated_and_declines_every_call(register: Any) -> None:
+    kernel = SimpleNamespace(forward=formula, composite=True, unavailable=lambda: "needs another compiler")
+    register("wrong", kernel, priority=2000)
+    for _ in range(2):
+        with pytest.raises(attnplug.NoImplementationError, match="needs another compiler"):
+            attnplug.activate_flash_attention_impl("wrong")
+        assert attnplug.current_flash_attention_impl() is None
+        with pytest.raises(attnplug.NoImplementationError, match="needs another compiler"):
+            attnplug.scaled_dot_product_attention(*inputs(), impl="wrong")
+    (record,) = (record for record in attnplug.list_impls() if record.name == "wrong")
+    assert (record.status, record.reason) == ("unavailable", "needs another compiler")
+    assert attnplug.explain(*inputs(), softcap=2.0).chosen == "sound"

@@ -69,6 +69,9 @@ def activate_flash_attention_impl(impl: str) -> None:
 
     All or nothing: if it fails, what was active before stays active.
 
+    Args:
+        impl: the name of an implementation, or of a provider of `torch.nn.attention`.
+
     Raises:
         UnknownImplementationError: no implementation has this name.
         NoImplementationError: it cannot work on this machine; the message says why.
@@ -83,6 +86,8 @@ def activate_flash_attention_impl(impl: str) -> None:
         kernel = entry.load()
         if kernel is None:
             raise PluginError(f"implementation {impl!r} cannot be activated: {entry.broken}")
+        if faults := kernel.faults():
+            raise NoImplementationError({impl: faults}, "activate_flash_attention_impl")
         before, register_fn = _active, kernel.register_fn
         _undo(before)
         try:

@@ -100,8 +100,8 @@ def scaled_dot_product_attention(
     if (
         form is not None
         and process.plain
-        and (thread.torch_first if impl is None else impl == "torch")
-        and not thread.recordings
+        and (thread.state.torch_first if impl is None else impl == "torch")
+        and not thread.state.recordings
     ):
         try:
             if scale is None and not enable_gqa:  # keyword arguments cost PyTorch's parser 0.8 us

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -12,30 +13,32 @@ from attnplug._recording import Replay, record
 from attnplug._scopes import sdpa_kernel
 from attnplug._selection import process, start, thread
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a module may be collected while it is held
 
 
 class BindingHandle:
     """Undoes one `bind()`."""
 
-    def __init__(self, *hooks: Any) -> None:
+    def __init__(self, module: torch.nn.Module, *hooks: Any) -> None:
         self._hooks = hooks
         _count(1)
+        self._counted = weakref.finalize(module, _count, -1)  # a module may go without its binding being removed
+        self._counted.atexit = False
+        start().changed()
 
     def remove(self) -> None:
         """Undo the binding; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-        if self._hooks:
-            self._hooks = ()
-            _count(-1)
+        if self._counted.alive:
+            self._counted()
+            start().changed()
 
 
 def _count(change: int) -> None:
-    """Keep count of the bindings. Compiled code has no guard on hooks, but it has guards on these."""
+    """Keep count of the bindings. Compiled code has no guard on hooks, but it has one on the registry's generation."""
     with _lock:
         process.bindings += change
-        start().changed()
 
 
 class _Enter:
@@ -77,6 +80,7 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     scope = sdpa_kernel(backends, set_priority)  # a mistake is an error here, not in the middle of a forward
     start()
     return BindingHandle(
+        module,
         module.register_forward_pre_hook(_Enter(scope)),
         module.register_forward_hook(_Leave(scope), always_call=True),
     )
@@ -105,12 +109,12 @@ class _Repeat:
 
     def __enter__(self) -> None:
         self._replay = Replay(self._remembered.names)
-        thread.recordings = (*thread.recordings, self._replay)
+        thread.state.recordings = (*thread.state.recordings, self._replay)
 
     def __exit__(self, *exception: object) -> None:
-        if not any(watcher is self._replay for watcher in thread.recordings):
+        if not any(watcher is self._replay for watcher in thread.state.recordings):
             raise ScopeError("a checkpoint's context was left in another thread than it was entered in")
-        thread.recordings = tuple(watcher for watcher in thread.recordings if watcher is not self._replay)
+        thread.state.recordings = tuple(watcher for watcher in thread.state.recordings if watcher is not self._replay)
 
 
 def checkpoint_contexts() -> tuple[Any, Any]:

@@ -16,19 +16,27 @@ from __future__ import annotations
 
 import sys
 import threading
+from itertools import repeat
+from operator import is_
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from attnplug._api import scaled_dot_product_attention
+from attnplug._prepare import is_causal_bias
 from attnplug._selection import process, start, thread
 from attnplug.builtin.torch_sdpa import sdpa as _original
 
+_is_mode_on = torch._C._is_torch_function_mode_enabled
 _lock = threading.RLock()
 _original_fastpath = torch.backends.mha.get_fastpath_enabled
 _original_mha = torch.nn.functional.multi_head_attention_forward
 _handles: set[PatchHandle] = set()
+_replaced: list[tuple[dict[str, Any], str]] = []
+_seen: set[str] = set()
 
 
 class PatchHandle:
@@ -54,7 +62,7 @@ def patch_torch() -> PatchHandle:
 
     Scopes, `bind`, `record` and the environment then apply to unmodified models too.
 
-    Example:
+    Examples:
         >>> import torch, attnplug
         >>> query = torch.randn(1, 2, 4, 8)
         >>> with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"), attnplug.record() as calls:
@@ -72,13 +80,16 @@ def patch_torch() -> PatchHandle:
 
 
 def _install() -> None:
-    _replace(_original, _routed)
+    _seen.clear()
+    _replaced[:] = _places(_original)
+    _put(_routed)
     torch.nn.functional.multi_head_attention_forward = _traceable_mha
     torch.backends.mha.get_fastpath_enabled = _fastpath_enabled
 
 
 def _uninstall() -> None:
-    _replace(_routed, _original)
+    _replaced.extend(_places(_routed))  # in modules that were imported since
+    _put(_original)
     torch.nn.functional.multi_head_attention_forward = _original_mha
     torch.backends.mha.get_fastpath_enabled = _original_fastpath
 
@@ -93,9 +104,24 @@ def _routed(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if _selected() and _handles:  # a module may keep this function beyond the patch
-        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if _handles:  # a module may keep this function beyond the patch
+        if _is_mode_on():  # a mode may look for PyTorch's function under the name that it has now
+            arguments = query, key, value, attn_mask, dropout_p, is_causal
+            return handle_torch_function(_routed, arguments[:4], *arguments, scale=scale, enable_gqa=enable_gqa)
+        if _selected() and not _answers_itself(query, key, value):
+            return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if attn_mask is not None and is_causal_bias(attn_mask):  # its class looks for that name too
+            return attn_mask._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _answers_itself(*tensors: Any) -> bool:
+    """Whether a tensor's class has its own answer to PyTorch's function; of nested ones attnplug knows."""
+    if not has_torch_function(tensors):
+        return False
+    default = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    overrides = (tensor for tensor in tensors if not getattr(tensor, "is_nested", False))
+    return any(getattr(type(tensor).__torch_function__, "__func__", None) is not default for tensor in overrides)
 
 
 _routed.__name__ = _routed.__qualname__ = "scaled_dot_product_attention"
@@ -118,14 +144,28 @@ def _fastpath_enabled() -> bool:
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread."""
-    return not process.plain or thread.scope is not None or bool(thread.recordings) or process.bindings > 0
+    return not process.plain or thread.state.scope is not None or bool(thread.state.recordings) or process.bindings > 0
 
 
-def _replace(old: Any, new: Any) -> None:
-    """Put `new` wherever a module holds `old`, apart from PyTorch's C++ bindings and attnplug itself."""
+def _places(function: Any) -> list[tuple[dict[str, Any], str]]:
+    """Find the names of `function` in the modules not yet seen, apart from PyTorch's C++ bindings and attnplug itself.
+
+    Runs in C for all but the few modules that hold it: there are some 100,000 names.
+    """
+    found = []
     for name, module in list(sys.modules.items()):
-        if module is None or name.partition(".")[0] == "attnplug" or name.startswith("torch._C"):
+        names = getattr(module, "__dict__", None)
+        if name in _seen or not names or name.partition(".")[0] == "attnplug" or name.startswith("torch._C"):
             continue
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if value is old:
-                setattr(module, attribute, new)
+        _seen.add(name)
+        if True in map(is_, list(names.values()), repeat(function)):
+            found += [(names, attribute) for attribute, value in list(names.items()) if value is function]
+    return found
+
+
+def _put(function: Any) -> None:
+    """Give all places this function, but for those that somebody else has given another since."""
+    for names, attribute in _replaced:
+        value = names.get(attribute)
+        if value is _original or value is _routed:
+            names[attribute] = function

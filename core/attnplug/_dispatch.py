@@ -57,11 +57,11 @@ class Plan:
     """The kernel's forward, if nothing has to be done around it: no autograd, no check, no warning."""
 
     def run(self, params: SDPAParams) -> Result:
-        if thread.recordings or process.trace:
+        if thread.state.recordings or process.trace:
             observe(self.decision, params)
         if self.unfused and unfused_warnings_wanted():
             warn_unfused(self.decision)
-        if not self.decision.kernel.composite and is_watched(params.query):
+        if not self.decision.kernel.composite and is_watched(params.query) and not params.query.is_nested:
             return operator_of(self.decision.entry).run(params)
         if is_transformed():
             return run_transformed(self.decision.entry, params)
@@ -95,7 +95,7 @@ def ordinary(
         and not _any_autocast()
         and key.dtype is dtype is value.dtype
         and key.device == device == value.device
-        and not thread.recordings
+        and not thread.state.recordings
     ):
         recorded = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         try:
@@ -142,7 +142,7 @@ def _key(
     """Return the key of a decision; `others` only if they ask for more than PyTorch's own arguments, without a mask."""
     form = form if is_causal or others else form[:3]
     return (
-        thread.scope,
+        thread.state.scope,
         impl,
         process.activation,
         registry.generation,
@@ -170,7 +170,7 @@ def record_of(**fields: Any) -> SDPAParams:
 
 def dense(params: SDPAParams, impl: str | None) -> Result:
     """Run one dense call; `params` is as the user gave it. Returns `out` and `lse` (None unless asked for)."""
-    if thread.recordings:
+    if thread.state.recordings:
         impl = replayed(impl)
     try:
         plan = _plans.get(_dense_key(params, impl))
@@ -187,7 +187,7 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
 
 def varlen(params: SDPAParams, impl: str | None) -> Result:
     """Run one variable-length call. Its checks read lengths, so they are made each time."""
-    if thread.recordings:
+    if thread.state.recordings:
         impl = replayed(impl)
     _check_impl(impl, start())
     prepared = prepare_varlen(params)
@@ -308,7 +308,7 @@ def _varlen_key(params: SDPAParams, impl: str | None) -> Hashable:
     registry, grad = start(), torch.is_grad_enabled()
     query, key, value = params.query, params.key, params.value
     return (
-        thread.scope,
+        thread.state.scope,
         impl,
         process.activation,
         registry.generation,
@@ -341,7 +341,7 @@ def _dense_cold(params: SDPAParams, impl: str | None) -> Result:
     else:
         key = None if prepared.query.is_nested else _dense_key(prepared, impl)
         plan = _plan(prepared, impl, key)
-        if plan.decision.kernel.any_form:
+        if plan.decision.kernel.any_form or prepared.query.is_nested:
             return plan.run(own_terms(params))
         with no_autocast(prepared.query):
             out, lse = plan.run(prepared)

@@ -10,10 +10,9 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
-from attnplug._errors import SpecError
+from attnplug._errors import SpecError, did_you_mean
 from attnplug._types import ImplSpec, SDPAParams
 
 Reasons = str | Sequence[str] | None
@@ -31,13 +30,16 @@ class Kernel:
             grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
             where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
         supports: `supports(params) -> reason, reasons or None`: what `Capabilities` cannot say. An empty
-            answer accepts.
+            answer accepts. What depends on the card asks `attnplug.compute_capability`.
+        unavailable: `unavailable() -> reason or None`: what keeps every call from running here, and shows only
+            once the kernel is imported: an operator of PyTorch's that has changed, a compiler that is missing.
+            Asked when it is activated, and with each decision.
         composite: forward is made of differentiable PyTorch operators, so `torch.compile` traces through
             it and, where there is no `backward`, autograd differentiates it.
         shape_dependent: `supports` looks at lengths, batch or strides; its answer is then kept for each
             shape, rather than for each combination of dtype, device, head sizes and features.
         any_form: forward takes dense calls as PyTorch's function does, of any rank and with broadcasting, and
-            is given them as the user wrote them.
+            is given them as the user wrote them, as every kernel is given nested tensors.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -51,6 +53,7 @@ class Kernel:
     forward: Callable[[SDPAParams], Any]
     backward: Callable[..., Any] | None = None
     supports: Callable[[SDPAParams], Reasons] | None = None
+    unavailable: Callable[[], Reasons] | None = None
     composite: bool = False
     shape_dependent: bool = False
     any_form: bool = False
@@ -63,19 +66,28 @@ class Kernel:
         """Whether a call that needs gradients can run here."""
         return self.composite or self.backward is not None
 
+    def faults(self) -> tuple[str, ...]:
+        """Return the reasons of `unavailable`; none means that some call may run here."""
+        return _reasons("unavailable", self.unavailable)
+
     def refusals(self, params: SDPAParams) -> tuple[str, ...]:
-        """Return the reasons of `supports` for declining `params`; none means accepted."""
-        if self.supports is None:
-            return ()
-        try:
-            answer = self.supports(params)
-        except Exception as error:  # a call that does not need this kernel must not see its mistakes
-            return (f"supports() raised {type(error).__name__}: {error}",)
-        if answer is None or isinstance(answer, str):
-            return (answer,) if answer else ()
-        if isinstance(answer, (list, tuple)):
-            return tuple(str(reason) for reason in answer)
-        return (f"supports() returned {answer!r}, which is neither reasons nor None",)
+        """Return the reasons of `unavailable` and `supports` for declining `params`; none means accepted."""
+        return self.faults() or _reasons("supports", self.supports, params)
+
+
+def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDPAParams) -> tuple[str, ...]:
+    """Ask a function of the author's for reasons, and take it for one if it fails."""
+    if function is None:
+        return ()
+    try:
+        answer = function(*arguments)
+    except Exception as error:  # a call that does not need this kernel must not see its mistakes
+        return (f"{role}() raised {type(error).__name__}: {error}",)
+    if answer is None or isinstance(answer, str):
+        return (answer,) if answer else ()
+    if isinstance(answer, (list, tuple)):
+        return tuple(str(reason) for reason in answer)
+    return (f"{role}() returned {answer!r}, which is neither reasons nor None",)
 
 
 def load_kernel(spec: ImplSpec) -> Kernel:
@@ -85,7 +97,7 @@ def load_kernel(spec: ImplSpec) -> Kernel:
         SpecError: it has no forward, or one of its functions cannot be called as documented.
         Exception: whatever the import raises.
     """
-    target = _import(spec.kernel) if isinstance(spec.kernel, str) else spec.kernel
+    target = _import(spec.name, spec.kernel) if isinstance(spec.kernel, str) else spec.kernel
     if isinstance(target, Kernel):
         return target
     forward = getattr(target, "forward", target)
@@ -95,6 +107,7 @@ def load_kernel(spec: ImplSpec) -> Kernel:
         forward=forward,
         backward=getattr(target, "backward", None),
         supports=getattr(target, "supports", None),
+        unavailable=getattr(target, "unavailable", None),
         composite=bool(getattr(target, "composite", False)),
         shape_dependent=bool(getattr(target, "shape_dependent", False)),
         any_form=bool(getattr(target, "any_form", False)),
@@ -104,15 +117,27 @@ def load_kernel(spec: ImplSpec) -> Kernel:
     )
     _check_signature(spec, "forward", kernel.forward, ("params",))
     _check_signature(spec, "supports", kernel.supports, ("params",))
+    _check_signature(spec, "unavailable", kernel.unavailable, ())
     _check_signature(spec, "fake", kernel.fake, ("params",))
     _check_signature(spec, "backward", kernel.backward, ("params", "grad_out", "grad_lse", "out", "lse"))
     return kernel
 
 
-def _import(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    imported = importlib.import_module(module)
-    return reduce(getattr, attribute.split("."), imported) if attribute else imported
+def _import(name: str, path: str) -> Any:
+    module, _, attributes = path.partition(":")
+    where = f"ImplSpec {name!r}.kernel: {path!r} does not resolve"
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # not the kernel's module, but one that it imports
+            raise
+        fix = "write 'package.module' or 'package.module:object'"
+        raise ModuleNotFoundError(f"{where}: {error}; {fix}", name=error.name) from error
+    for attribute in attributes.split(".") if attributes else ():
+        if not hasattr(found, attribute):
+            raise AttributeError(f"{where}: {module} has no {attribute!r}{did_you_mean(attribute, dir(found))}")
+        found = getattr(found, attribute)
+    return found
 
 
 def _check_signature(spec: ImplSpec, role: str, function: Any, arguments: tuple[str, ...]) -> None:

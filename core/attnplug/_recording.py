@@ -21,7 +21,10 @@ logger = logging.getLogger("attnplug")
 class RecordedCall:
     """One attention call: the implementation that ran, its family, and who was passed over for what reasons.
 
-    For `torch`, which belongs to no family, `backend` is the family of the kernel that PyTorch chose.
+    Attributes:
+        impl: the implementation that ran.
+        backend: its family; for `torch`, which belongs to none, that of the kernel that PyTorch chose.
+        passed_over: implementation to reasons, for each that was asked before.
     """
 
     impl: str
@@ -32,7 +35,7 @@ class RecordedCall:
 class record:
     """Collect the attention calls of this thread.
 
-    Example:
+    Examples:
         >>> import torch, attnplug
         >>> query = torch.randn(1, 2, 4, 8)
         >>> with attnplug.record() as calls:
@@ -43,13 +46,13 @@ class record:
 
     def __enter__(self) -> list[RecordedCall]:
         self._calls: list[RecordedCall] = []
-        thread.recordings = (*thread.recordings, self._calls)
+        thread.state.recordings = (*thread.state.recordings, self._calls)
         return self._calls
 
     def __exit__(self, *exception: object) -> None:
-        if not any(calls is self._calls for calls in thread.recordings):
+        if not any(calls is self._calls for calls in thread.state.recordings):
             raise ScopeError("record() was left in another thread than it was entered in, or twice")
-        thread.recordings = tuple(calls for calls in thread.recordings if calls is not self._calls)
+        thread.state.recordings = tuple(calls for calls in thread.state.recordings if calls is not self._calls)
 
 
 class Replay:
@@ -70,7 +73,7 @@ class Replay:
 
 def replayed(impl: str | None) -> str | None:
     """Return the implementation that a checkpoint's forward used for this call; `impl` if none is replayed."""
-    for watcher in thread.recordings:
+    for watcher in thread.state.recordings:
         if isinstance(watcher, Replay):
             return watcher.next()
     return impl
@@ -81,7 +84,7 @@ def observe(decision: Decision, params: SDPAParams) -> None:
     family = decision.kernel.family
     backend = family(params) if family is not None else decision.backend
     call = RecordedCall(decision.name, backend, dict(decision.passed_over))
-    for calls in thread.recordings:
+    for calls in thread.state.recordings:
         calls.append(call)
     if process.trace:
         _trace(call, params)

@@ -64,7 +64,7 @@ class Entry:
         devices = self.spec.capabilities.devices
         if devices is not None and {"cpu", "cuda"}.issuperset(devices) and device_types().isdisjoint(devices):
             return self.missing() or f"needs a {' or '.join(sorted(devices))} device, and this machine has none"
-        return self.missing()
+        return self.missing() or ("; ".join(self.loaded.faults()) if self.loaded is not None else "")
 
     def load(self) -> Kernel | None:
         """Return the kernel, importing it at the first call.

@@ -34,7 +34,7 @@ class sdpa_kernel:
         TypeError, ValueError: `backends` is empty, or holds something else.
         UnknownImplementationError: a name that no implementation has.
 
-    Example:
+    Examples:
         >>> import torch, attnplug
         >>> query = torch.randn(1, 2, 4, 8)
         >>> with attnplug.sdpa_kernel([attnplug.SDPBackend.MATH, "torch"]):
@@ -46,23 +46,25 @@ class sdpa_kernel:
         self._scope, self._torch_first = _parsed(backends, set_priority)
 
     def __enter__(self) -> sdpa_kernel:
-        thread.scopes = (*thread.scopes, self._scope)
-        thread.scope = self._scope
-        thread.torch_first = self._torch_first
+        state = thread.state
+        state.scopes = (*state.scopes, self._scope)
+        state.scope = self._scope
+        state.torch_first = self._torch_first
         return self
 
     def __exit__(self, *exception: object) -> None:
-        scopes = thread.scopes
+        state = thread.state
+        scopes = state.scopes
         if not scopes or (scopes[-1] is not self._scope and scopes[-1] != self._scope):
             raise ScopeError(
                 f"{describe_scope(self._scope)} is left out of order, or in another thread than it was entered in; "
                 f"the innermost scope of this thread is {describe_scope(scopes[-1]) if scopes else 'none'}"
             )
-        thread.scopes = outer = scopes[:-1]
+        state.scopes = outer = scopes[:-1]
         if outer:
-            thread.scope, thread.torch_first = outer[-1], _is_torch_first(outer[-1])
+            state.scope, state.torch_first = outer[-1], _is_torch_first(outer[-1])
         else:
-            thread.scope, thread.torch_first = None, True
+            state.scope, state.torch_first = None, True
 
     def __call__(self, function: _Function) -> _Function:
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):

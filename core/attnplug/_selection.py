@@ -25,12 +25,19 @@ Scope = tuple[bool, tuple[str, ...]]
 FAMILY = ":"  # begins the entry of a family; no implementation's name begins so
 
 
-class _ThreadState(threading.local):
+class _State:
+    """What holds in one thread. Plain, because a trace drops what it assigned to a `threading.local`."""
+
     def __init__(self) -> None:
         self.scopes: tuple[Scope, ...] = ()
         self.scope: Scope | None = None  # the innermost of `scopes`
         self.torch_first = True  # whether, unless the process prefers another, `torch` is the first that it allows
         self.recordings: tuple[Any, ...] = ()  # lists and replays
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.state = _State()
 
 
 class _ProcessState:
@@ -52,7 +59,7 @@ class _ProcessState:
         self.plain = name is None and not self.preferred and not self.trace
 
 
-thread = _ThreadState()
+thread = _Thread()
 process = _ProcessState()
 
 
@@ -120,7 +127,7 @@ class Selection:
 
 def current_selection(impl: str | None = None) -> Selection:
     """Return what decides in this thread now."""
-    return Selection(impl, thread.scope, process.activation, process.preferred)
+    return Selection(impl, thread.state.scope, process.activation, process.preferred)
 
 
 def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:

@@ -72,7 +72,7 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
     registry = process.registry
     assert registry is not None
     facts = _facts(params)
-    selected = (thread.scope, impl, process.activation, index(registry.generation))
+    selected = (thread.state.scope, impl, process.activation, index(registry.generation))
     lengths = None
     if _shape_matters(*selected, facts):
         lengths = tuple(index(size) for size in (params.query.shape[0], params.query.shape[-2], params.key.shape[-2]))

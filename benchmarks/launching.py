@@ -1,0 +1,112 @@
+"""What flash_triton's launch costs on the host, with one head of 16 queries and keys.
+
+On a card: against PyTorch's flash operator, called directly. Without one the card's driver is stubbed: real kernels
+are compiled for a Hopper card, and only what would load and launch them is replaced, so that what is timed is all
+that Python does, from attnplug's call on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import attnplug
+import harness
+from attnplug import Capabilities, ImplSpec
+from attnplug_flash_triton import impl, launches
+from attnplug_flash_triton.problem import Machine
+from harness import Result, alternate
+
+HOPPER = Machine("sm_90", 132)
+
+
+class Stub:
+    """Stands for Triton's driver of a Hopper card: loads nothing, launches nothing."""
+
+    def __init__(self) -> None:
+        self.utils = SimpleNamespace(
+            load_binary=lambda *args: (0, 0, 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232_448},
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        return lambda *args: None
+
+
+def measure(quick: bool) -> Iterator[Result]:
+    torch.set_num_threads(1)
+    yield from (on_card if torch.cuda.is_available() else stubbed)(3 if quick else 300)
+
+
+def on_card(turns: int) -> Iterator[Result]:
+    query, key, value = torch.randn(3, 1, 1, 16, 64, dtype=torch.bfloat16, device="cuda")
+    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
+    ours, theirs = "flash_triton", "PyTorch's flash operator"
+    candidates = {
+        ours: lambda: attnplug.scaled_dot_product_attention(query, key, value, impl="flash_triton"),
+        theirs: lambda: operator(query, key, value),
+    }
+    with torch.no_grad():
+        times = alternate(candidates, turns, 20, dict.fromkeys(candidates, finished))
+    details = {"us": times.microseconds(ours), "of it": times.microseconds(theirs)}
+    yield Result(f"{ours} / {theirs}, on the host", times.ratio(ours, theirs), "ratio", details=details)
+
+
+@contextmanager
+def finished() -> Iterator[None]:
+    """Wait for the card outside the clock, so that no call waits for those before it."""
+    yield
+    torch.cuda.synchronize()
+
+
+def stubbed(turns: int) -> Iterator[Result]:
+    driver.set_active(Stub())
+    impl.machine_of = lambda device: HOPPER  # CPU tensors, launched as if they were on the card
+    kernel = SimpleNamespace(forward=impl.forward, backward=impl.backward)
+    attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=Capabilities()))
+    query, key, value, grad = torch.randn(4, 1, 1, 16, 64, dtype=torch.bfloat16)
+    params = attnplug.SDPAParams(query, key, value, scale=0.125)
+    (launch,), _ = launches.forward(params, None, HOPPER)
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+
+    def with_backward() -> Any:
+        out = attnplug.scaled_dot_product_attention(*leaves, impl="stubbed")
+        return torch.autograd.grad(out, leaves, grad)
+
+    with torch.no_grad():
+        times = alternate(
+            {
+                "forward, to the driver": lambda: attnplug.scaled_dot_product_attention(
+                    query, key, value, impl="stubbed"
+                ),
+                "  of it, the kernel's arguments": lambda: launches.forward(params, None, HOPPER),
+                "  of it, Triton": launch.run,
+            },
+            turns,
+            20,
+        )
+    for name in times.seconds:
+        yield Result(name, times.microseconds(name), "us")
+    times = alternate({"forward and backward, to the driver": with_backward}, turns, 10)
+    for name in times.seconds:
+        yield Result(name, times.microseconds(name), "us")
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(measure, __doc__))
