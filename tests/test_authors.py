@@ -223,3 +223,27 @@ def test_a_path_may_name_a_module_or_something_in_it(tmp_path: Any, monkeypatch:
     for name, path in (("whole", "some_kernel"), ("part", "some_kernel:forward")):
         attnplug.register_impl(ImplSpec(name=name, kernel=path, backend=None))
         assert attnplug.scaled_dot_product_attention(query, query, query, impl=name).shape == SHAPE
+
+
+def test_a_feature_that_does_not_exist_is_an_error_with_the_closest_one() -> None:
+    with pytest.raises(AttributeError, match="Feature has no 'CAUSL'; did you mean 'CAUSAL'"):
+        Feature.CAUSL  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("no_such_module.impl", "No module named 'no_such_module'; write 'package.module' or 'package.module:object'"),
+        ("math:squirt", "math has no 'squirt'; did you mean 'sqrt'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::attnplug.PluginWarning")
+def test_a_dotted_path_that_does_not_resolve_names_plugin_field_and_fix(
+    register: Callable[..., None], path: str, said: str
+) -> None:
+    register("mine", path)
+    query = torch.randn(SHAPE)
+    with pytest.raises(attnplug.NoImplementationError) as raised:
+        attnplug.scaled_dot_product_attention(query, query, query, impl="mine")
+    assert f"ImplSpec 'mine'.kernel: {path!r} does not resolve" in str(raised.value)
+    assert said in str(raised.value)

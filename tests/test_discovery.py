@@ -46,7 +46,7 @@ BAD_HOOKS = {
     "unmarked_hook": ("def attnplug_register_impls(): return []", "SpecError: .* @attnplug.hookimpl"),
     "misspelt_hook": (
         f"{HEAD}@hookimpl\ndef attnplug_register_impl(): return []",
-        "PluginValidationError: .*attnplug_register_impl",
+        "SpecError: misspelt_hook: 'attnplug_register_impl' is no hook .*did you mean 'attnplug_register_impls'",
     ),
 }
 
@@ -155,6 +155,13 @@ def test_entry_point_that_leads_nowhere_is_broken(site: Site, value: str) -> Non
     assert report.records["lost"]["status"] == "broken" and report.records["lost"]["reason"]
     assert report.records["healthy"]["status"] == "available"
     assert len(of_plugins(report.warnings)) == 1
+
+
+def test_a_hook_of_a_later_release_may_be_answered_if_it_is_optional(site: Site) -> None:
+    later = "@hookimpl(optionalhook=True)\ndef attnplug_of_a_later_release(): return []\n"
+    site.install("fake-later", {"later": plugin(spec("later")) + later})
+    report = site.run(LISTING)
+    assert report.records["later"]["status"] == "available" and of_plugins(report.warnings) == []
 
 
 def test_plugin_whose_metadata_is_gone_hides_nothing(site: Site) -> None:

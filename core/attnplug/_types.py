@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import Enum, EnumMeta, IntEnum
 from typing import Any
 
 from attnplug._errors import SpecError, did_you_mean
@@ -40,7 +40,16 @@ class CausalVariant(IntEnum):
     LOWER_RIGHT = 2
 
 
-class Feature(Enum):
+class _Features(EnumMeta):
+    def __getattr__(cls, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            close = "" if name.startswith("_") else did_you_mean(name, cls.__members__)
+            raise AttributeError(f"Feature has no {name!r}{close}") from None
+
+
+class Feature(Enum, metaclass=_Features):
     """What a call may ask of a kernel beyond `softmax(scale * q @ k.T) @ v`.
 
     The one list of features: capabilities, reasons, command line and documentation all read it. The
@@ -204,6 +213,28 @@ class SDPAParams:
     * variable length: `query (Tq, Hq, E)`, `key (Tk, Hkv, E)`, `value (Tk, Hkv, Ev)`, or pages
       `(pages, page_size, Hkv, E)` with `block_table`; `cu_seq_q`, `cu_seq_k` int32 of length B + 1;
     * `scale` is a number, `alibi_slopes` float32, and no size among B, Hq, Sq, Sk is zero.
+
+    Attributes:
+        query: the queries.
+        key: the keys.
+        value: the values.
+        attn_mask: boolean, True takes part; or floating, added to the logits; or None.
+        dropout: `dropout_p` of the call.
+        is_causal: query `i` sees keys `j <= i + off`.
+        enable_gqa: whether `Hq` may be a multiple of `Hkv`; a kernel looks at the shapes.
+        scale: factor of the logits.
+        causal_variant: alignment of causal masks, windows and ALiBi distances.
+        window_size: `(left, right)`; -1 leaves a side open.
+        softcap: 0 is off.
+        sinks: `(Hq,)` or None.
+        alibi_slopes: `(Hq,)` or `(B, Hq)` or None.
+        seqused_k: int32 `(B,)` or None.
+        return_lse: whether the caller wants `lse`.
+        cu_seq_q: of a call of variable length; None in a dense one.
+        cu_seq_k: likewise.
+        max_q: the longest sequence of queries.
+        max_k: the longest sequence of keys.
+        block_table: int32 `(B, blocks)` or None.
     """
 
     query: Any
@@ -230,7 +261,14 @@ class SDPAParams:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an implementation takes a call, and each reason why not. Truthy if accepted."""
+    """Whether an implementation takes a call, and each reason why not. Truthy if accepted.
+
+    Attributes:
+        name: of the implementation.
+        backend: its family; None for `torch`.
+        accepted: whether it takes the call.
+        reasons: each reason why it would not run.
+    """
 
     name: str
     backend: SDPBackend | None
@@ -245,8 +283,18 @@ class Verdict:
 class ImplRecord:
     """What is known of one implementation, as `list_impls()` returns it.
 
-    `status` is `available`, `unavailable` (something it needs is not on this machine) or `broken` (it
-    failed to load); `reason` says what, and is empty when it is available.
+    A plugin that could not be loaded has one too, under its entry point's name.
+
+    Attributes:
+        name: of the implementation.
+        backend: its family; None for `torch`, and where nothing is known.
+        priority: higher is preferred, behind `torch`.
+        distribution: the installed package that it comes from, or `this program`.
+        version: of the distribution.
+        capabilities: what it supports.
+        status: `available`, `unavailable` (something it needs is not on this machine) or `broken` (it failed
+            to load).
+        reason: what is lacking or what failed; empty when it is available.
     """
 
     name: str

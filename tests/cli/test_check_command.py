@@ -30,6 +30,13 @@ def test_json_holds_every_result(cli):
     assert {"check", "dtype", "status", "reason"} <= done.data["results"][0].keys()
 
 
+def test_only_names_the_checks_to_make(cli):
+    done = cli("check", "torch", "--device", "cpu", "--only", "check_scale", "--only", "check_values", "--json")
+    assert done.status == 0
+    assert {result["check"] for result in done.data["results"]} == {"check_scale", "check_values"}
+    assert done.data["seconds"] > 0
+
+
 def test_one_that_is_not_available_is_status_1_with_the_reason(cli, register):
     register(name="lacking", requires=("a_module_that_is_nowhere",))
     done = cli("check", "lacking")
@@ -45,6 +52,8 @@ def test_one_that_is_not_available_is_status_1_with_the_reason(cli, register):
         (("torch", "--quick", "--full"), "not allowed with"),
         (("torch", "--dtype", "int8"), "invalid choice"),
         (("torch", "--device", "meta:x"), "device"),
+        (("torch", "--device", "meta"), "'meta' cannot be used here"),
+        (("torch", "--device", "cpu", "--only", "check_vales"), "did you mean 'check_values'"),
     ],
 )
 def test_what_cannot_be_asked_is_status_2(cli, arguments, said):

@@ -1,19 +1,25 @@
 """`attnplug new` writes a package that works at once, or nothing.
 
-What it writes is found as an installed package is: its metadata, made by its own build backend, lies beside its
-modules on the path of a fresh interpreter.
+What it writes is installed in an empty virtual environment and used there, as its author would. Where that is
+beside the point, its metadata, made by its own build backend, lies beside its modules on the path of a fresh
+interpreter.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
+import torch
 
 from packages import Site
 
@@ -21,26 +27,15 @@ FLAVOURS = ("torch", "triton", "cuda")
 METADATA = "import sys, setuptools.build_meta as backend; backend.prepare_metadata_for_build_wheel(sys.argv[1])"
 
 RUN = """
-import contextlib, io, json, pytest
+import contextlib, io, json
 from attnplug.cli import main
 
-def run(*arguments, function=lambda arguments: main([*arguments, "--json"])):
+def run(*arguments):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = function([*arguments])
-    return int(status), printed.getvalue()
+        status = main([*arguments, "--json"])
+    return status, printed.getvalue()
 
 """
-
-# All in one interpreter, so that torch is imported once. Of the package's tests a few, since `check` makes the same
-# checks; they come first, and choose Triton's interpreter by themselves.
-LIST_TEST_AND_CHECK = (
-    RUN
-    + """
-listed = run("list")
-tested = run("-q", "-k", "check_scale or agrees", function=pytest.main)
-print(json.dumps([listed, tested, run("check", "my_kernel", "--dtype", "float32")]))
-"""
-)
 
 WHY_NOT = RUN + (
     "calls = [('--query', '1,2,8,16', '--device', device) for device in DEVICES]\n"
@@ -52,9 +47,19 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def needs(distribution: str, version: int) -> None:
+    """Skip a test without this version, or newer, of a build tool; importing one would change this process."""
+    try:
+        found = int(importlib.metadata.version(distribution).partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        found = 0
+    if found < version:
+        pytest.skip(f"the generated package is built with {distribution}>={version}")
+
+
 def installed(folder: Path) -> Site:
     """Make the package's metadata, with the backend that it names, where an interpreter finds it."""
-    pytest.importorskip("setuptools", minversion="77", reason="the generated package is built with setuptools")
+    needs("setuptools", 77)
     made = subprocess.run([sys.executable, "-c", METADATA, folder], cwd=folder, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return Site(folder)
@@ -70,25 +75,66 @@ def write(cli, tmp_path):
     return new
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Make an empty virtual environment, and return how to run it; torch, attnplug and pytest are lent to it.
+
+    What is lent is everything that an environment of its own would have to download; the package itself is
+    installed for good, by pip, and is found by its own entry point.
+    """
+    needs("pip", 23)
+    needs("setuptools", 77)
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    python = str(programs / "python")
+    packages = subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True)
+    lent = [path for path in (*site.getsitepackages(), *sys.path) if Path(path).name.endswith("-packages")]
+    lines = [f"import site; site.addsitedir({path!r})" for path in dict.fromkeys(lent)]
+    Path(packages.strip(), "lent.pth").write_text("\n".join(lines))
+    for name, module in PROGRAMS.items():  # not `python -m`, which puts the current folder on the path
+        (programs / f"{name}.py").write_text(f"import sys\nfrom {module} import main\nsys.exit(main())\n")
+
+    def run(program: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+        command = [python, str(programs / f"{program}.py"), *arguments]
+        return subprocess.run(command, cwd=cwd, env=kept | variables, capture_output=True, text=True, check=False)
+
+    return run
+
+
+PROGRAMS = {"lent_pip": "pip._internal.cli.main", "lent_attnplug": "attnplug.cli", "lent_pytest": "pytest"}
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_new_package_is_listed_and_passes_the_checks_and_its_own_tests(write, flavour):
+def test_a_new_package_installs_is_listed_and_passes_the_checks_and_its_own_tests(write, environment, flavour):
     if flavour == "triton":
         pytest.importorskip("triton")
     if flavour == "cuda" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("needs a C++ compiler")
-    folder = write("my_kernel", f"--{flavour}")
-    site = installed(folder)
-    done = site.python(LIST_TEST_AND_CHECK, XDG_CACHE_HOME=str(folder / "cache"), TRITON_INTERPRET="")
-    assert done.returncode == 0, done.stderr
-    listed, tested, checked = json.loads(done.stdout)
+    name = f"my_{flavour}_kernel"
+    folder = write(name, f"--{flavour}")
+    cache = {"XDG_CACHE_HOME": str(folder.parent / "cache")}
+    interpreted = {"TRITON_INTERPRET": "1"} if flavour == "triton" and not torch.cuda.is_available() else {}
 
-    (record,) = (record for record in json.loads(listed[1]) if record["name"] == "my_kernel")
-    assert (record["distribution"], record["version"]) == ("my-kernel", "0.1.0")
+    installed = environment(
+        "lent_pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", ".", cwd=folder
+    )
+    assert installed.returncode == 0, installed.stderr
+
+    listed = environment("lent_attnplug", "list", "--json", cwd=folder.parent, **interpreted)
+    (record,) = (record for record in json.loads(listed.stdout) if record["name"] == name)
+    assert (record["distribution"], record["version"]) == (name.replace("_", "-"), "0.1.0")
     assert record["status"] == "available"
-    assert tested[0] == 0 and " passed" in tested[1], tested[1]
-    report = json.loads(checked[1])
+
+    checked = environment("lent_attnplug", "check", name, "--json", cwd=folder.parent, **interpreted, **cache)
+    report = json.loads(checked.stdout)
     assert [result for result in report["results"] if result["status"] == "failed"] == []
-    assert (checked[0], report["passed"]) == (0, True)
+    assert (checked.returncode, report["passed"]) == (0, True)
+
+    tested = environment("lent_pytest", "-q", cwd=folder, **cache)
+    assert tested.returncode == 0, tested.stdout
+    assert " passed" in tested.stdout
 
 
 def why_not(site: Site, *devices: str, **environment: str) -> list[str]:

@@ -13,5 +13,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())]
     tried = [report for report in reports if dict(report.user_properties).get("mutant")]
     if tried:
-        caught = sum(report.passed for report in tried)
-        terminalreporter.write_line(f"wrong kernels caught: {caught} of {len(tried)}")
+        caught = [report for report in tried if report.passed]
+        quick = sum(dict(report.user_properties)["quick"] for report in caught)
+        told = f"wrong kernels caught: by a quick run {quick}, by a full run {len(caught)}, of {len(tried)}"
+        terminalreporter.write_line(told)

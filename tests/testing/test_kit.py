@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -94,6 +95,63 @@ def test_a_declared_pair_that_is_declined_is_reported_but_no_failure(register):
     assert result.status == "passed"
     assert result.declined
     assert all("no sinks under causal masks" in text for text in result.declined)
+
+
+def test_windows_of_one_side_alone_pass_and_the_report_says_what_is_declined(register):
+    class LeftWindows(Kernel):
+        def supports(self, params):
+            return "no windows to the right" if params.window_size[1] > 0 else None
+
+    name = register(LeftWindows())
+    for check in ("check_window", "check_varlen_window", "check_window_lower_right", "check_rows_before_the_window"):
+        result = result_of(name, check)
+        assert result.status == "passed", result.reason
+        assert result.declined
+
+
+def test_a_quick_run_asks_for_any_two_declared_features_in_one_call(register):
+    asked = set()
+
+    class Recording(Kernel):
+        def forward(self, params):
+            seen = {
+                "softcap": params.softcap > 0,
+                "sinks": params.sinks is not None,
+                "alibi": params.alibi_slopes is not None,
+                "window": params.window_size != (-1, -1),
+                "causal": params.is_causal,
+                "dropout": params.dropout > 0,
+                "packed": params.cu_seq_q is not None,
+                "paged": params.block_table is not None,
+                "used": params.seqused_k is not None,
+                "lse": params.return_lse,
+                "grouped": params.enable_gqa,
+            }
+            asked.update(itertools.combinations(sorted(name for name, here in seen.items() if here), 2))
+            return super().forward(params)
+
+    assert result_of(register(Recording()), "check_feature_pairs").status == "passed"
+    names = ("alibi", "causal", "dropout", "grouped", "lse", "packed", "paged", "sinks", "softcap", "used", "window")
+    assert set(itertools.combinations(names, 2)) <= asked
+
+
+def test_supports_that_raises_is_a_failure_though_attnplug_would_take_it_for_a_reason(register):
+    class Careless(Kernel):
+        def supports(self, params):
+            return params.attn_mask.shape and None
+
+    result = result_of(register(Careless()), "check_scale")
+    assert result.status == "failed"
+    assert "supports() raised AttributeError" in result.reason
+
+
+def test_checks_leave_the_random_numbers_of_the_program_alone(register):
+    name = register(Kernel())
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    result_of(name, "check_dropout_follows_the_seed")
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_failure_can_be_seen_again_by_the_line_that_it_prints(register):

@@ -6,6 +6,7 @@ sequences. What fails is shown with a line of Python that does it again. Exit st
 examples:
   attnplug check math_ref
   attnplug check my_kernel --device cuda --dtype bfloat16 --full
+  attnplug check my_kernel --only check_causal
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="seconds; the default")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="everything")
     parser.set_defaults(level="quick")
+    parser.add_argument(
+        "--only", dest="checks", metavar="CHECK", action="append", help="make this check alone; may be repeated"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             dtype=arguments.dtype,
             level=arguments.level,
+            checks=arguments.checks,
             on_result=progress,
         )
     except (RuntimeError, ValueError) as error:  # torch has RuntimeError for a device that there is not

@@ -56,7 +56,7 @@ class Call:
             `attnplug.testing._inputs.LAYOUTS`.
         poison: NaN in all memory that the call must not read.
 
-    Example:
+    Examples:
         >>> from attnplug.testing import Call
         >>> Call(queries=4, keys=6, heads=2).check("torch")
     """

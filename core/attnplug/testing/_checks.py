@@ -23,8 +23,8 @@ class Check:
     Attributes:
         features: what an implementation must declare for the check to apply.
         gradients: whether it needs a backward.
-        every_dtype: whether a quick run makes it for each declared dtype; a full run does so always.
-        only_dtype: the dtype that it is about, if it is about one.
+        dtypes: which of the declared ones it is made for: `every`; `every in full`, where a quick run takes
+            the first; `first`, in a full run too; or the name of the one that it is about.
         full: whether only a full run makes it.
         may_decline: whether an implementation may decline all of its calls: they ask for something that
             no feature stands for, such as strides.
@@ -33,14 +33,23 @@ class Check:
     function: Callable[[Subject], None]
     features: tuple[Feature, ...] = ()
     gradients: bool = False
-    every_dtype: bool = False
-    only_dtype: str = ""
+    dtypes: str = "every in full"
     full: bool = False
     may_decline: bool = False
 
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    def dtypes_of(self, declared: list[str], level: str) -> list[str]:
+        """Return those of the `declared` dtypes, which are not none, that a run makes the check for.
+
+        A check of one dtype that is not declared is made for another, to say that it does not apply.
+        """
+        if self.dtypes in declared:
+            return [self.dtypes]
+        every = self.dtypes == "every" or (self.dtypes == "every in full" and level == "full")
+        return declared if every else declared[:1]
 
     @property
     def claim(self) -> str:
@@ -54,15 +63,14 @@ _registered: list[Check] = []
 def check(
     *features: Feature,
     gradients: bool = False,
-    every_dtype: bool = False,
-    only_dtype: str = "",
+    dtypes: str = "every in full",
     full: bool = False,
     may_decline: bool = False,
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Add a function to the list of checks; see `Check` for the arguments."""
 
     def add(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        _registered.append(Check(function, features, gradients, every_dtype, only_dtype, full, may_decline))
+        _registered.append(Check(function, features, gradients, dtypes, full, may_decline))
         return function
 
     return add

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,29 +10,28 @@ from torch import Tensor
 from attnplug.testing._call import Call, Inputs, Outcome
 from attnplug.testing._reference import LOWS, OPPOSITE, attention
 
+AGAIN = "again: "
 OUT, GRADIENT = 2.0, 3.0
 LSE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
 
 
 class CheckFailure(AssertionError):
-    """What a check found wrong; `str()` is what an author needs to see it again."""
+    """What a check found wrong; `str()` ends with what an author needs to see it again.
+
+    Attributes:
+        again: the call, or a line of Python that fails in the same way.
+    """
+
+    def __init__(self, message: str, again: str = "") -> None:
+        super().__init__(message)
+        self.again = again
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (super().__str__(), self.again)))
 
 
 class Declined(Exception):
     """The implementation does not take the call, and says why."""
-
-
-@dataclass
-class Expected:
-    """What a call should give, and how far from it the plain formula in the input's own dtype is."""
-
-    ref: Outcome
-    lows: tuple[Outcome, ...]
-
-
-def expected(call: Call, inputs: Inputs, factors: Tensor | None = None) -> Expected:
-    """Return `ref` and `low` for a call."""
-    return Expected(ref(call, inputs, factors), lows(call, inputs, factors))
 
 
 def ref(call: Call, inputs: Inputs, factors: Tensor | None = None) -> Outcome:
@@ -64,8 +61,34 @@ def compare(impl: str, call: Call, inputs: Inputs | None = None, outcome: Outcom
         CheckFailure: something is further from the formula than the contract allows.
     """
     inputs = call.make() if inputs is None else inputs
-    outcome = run(impl, call, inputs) if outcome is None else outcome
-    assert_right(impl, call, inputs, outcome, expected(call, inputs))
+    if outcome is None:
+        torch.manual_seed(call.seed)  # of dropout
+        outcome = run(impl, call, inputs)
+    factors = revealed(call, outcome.out)
+    assert_right(call, inputs, outcome, ref(call, inputs, factors), lows(call, inputs, factors))
+
+
+def assert_right(call: Call, inputs: Inputs, outcome: Outcome, ref: Outcome, lows: tuple[Outcome, ...]) -> None:
+    """Hold all of an outcome against what the formulas give, which may serve several implementations.
+
+    Raises:
+        CheckFailure: something is further from the formula than the contract allows.
+    """
+    names = ["out", *(["lse"] if outcome.lse is not None else []), *outcome.gradients]
+    for name in names:
+        _assert_right(call, inputs, name, outcome, ref, lows)
+
+
+def revealed(call: Call, out: Tensor) -> Tensor | None:
+    """Return what dropout multiplied the probabilities with; None without dropout.
+
+    No kernel says what it has drawn, so values must be the identity: a probability in out is 0 if dropped.
+    """
+    if call.dropout_p == 0:
+        return None
+    if call.values != "identity" or call.dropout_p == 1:
+        raise ValueError(f"dropout_p: what was dropped shows only with values='identity' and p < 1, got {call!r}")
+    return (out != 0).double() / (1 - call.dropout_p)
 
 
 def run(impl: str, call: Call, inputs: Inputs) -> Outcome:
@@ -73,28 +96,28 @@ def run(impl: str, call: Call, inputs: Inputs) -> Outcome:
     try:
         return call.run(impl, inputs)
     except Exception as error:
-        raise failure(impl, call, f"raised {type(error).__name__}: {error}") from error
+        raise failure(call, f"raised {type(error).__name__}: {error}") from error
 
 
-def assert_right(impl: str, call: Call, inputs: Inputs, outcome: Outcome, wanted: Expected) -> None:
-    """Raise CheckFailure unless everything in `outcome` is as near to the formula as the contract asks."""
+def _assert_right(
+    call: Call, inputs: Inputs, name: str, outcome: Outcome, ref: Outcome, lows: tuple[Outcome, ...]
+) -> None:
     from attnplug.testing._hints import hint
 
-    names = ["out", *(["lse"] if outcome.lse is not None else []), *outcome.gradients]
-    for name in names:
-        actual, exact = part(outcome, name), part(wanted.ref, name)
-        rounded = [part(low, name) for low in wanted.lows]
-        what = f"gradient of {name}" if name in outcome.gradients else name
-        if actual.dtype != rounded[0].dtype and name != "lse":
-            raise failure(impl, call, f"{what}: dtype {actual.dtype}, expected {rounded[0].dtype}")
-        if actual.shape != exact.shape:
-            raise failure(impl, call, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
-        if name == "lse":
-            error, allowed = lse_error(actual, exact, call.dtype)
-        else:
-            error, allowed = _away(actual.double() - exact), tolerance(name, exact, rounded)
-        if not bool((error <= allowed).all()):
-            raise failure(impl, call, _describe(what, actual, exact, error, allowed), hint(call, inputs, name, actual))
+    actual, exact = part(outcome, name), part(ref, name)
+    rounded = [part(low, name) for low in lows]
+    what = f"gradient of {name}" if name in outcome.gradients else name
+    dtype = torch.promote_types(call.torch_dtype, torch.float32) if name == "lse" else rounded[0].dtype
+    if actual.dtype != dtype:
+        raise failure(call, f"{what}: dtype {actual.dtype}, expected {dtype}")
+    if actual.shape != exact.shape:
+        raise failure(call, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
+    if name == "lse":
+        error, allowed = lse_error(actual, exact, call.dtype)
+    else:
+        error, allowed = _away(actual.double() - exact), tolerance(name, exact, rounded)
+    if not bool((error <= allowed).all()):
+        raise failure(call, _describe(what, actual, exact, error, allowed), hint(call, inputs, name, actual))
 
 
 def part(outcome: Outcome, name: str) -> Tensor:
@@ -107,13 +130,15 @@ def part(outcome: Outcome, name: str) -> Tensor:
 def tolerance(name: str, ref: Tensor, lows: Sequence[Tensor]) -> float:
     """Return `factor * max|low - ref| + 2 * max|ref + 0.3 - 0.3 - ref|`, the last term in the dtype of `low`.
 
-    The factor is 2 for out, 3 for gradients.
+    The factor is 2 for out, 3 for gradients, and twice that in float64, where `ref` is rounded as well.
     """
     if ref.numel() == 0:
         return 0.0
     rounded = ref.to(lows[0].dtype)
     last = (rounded + 0.3 - 0.3 - rounded).abs().max().item()
     factor = OUT if name == "out" else GRADIENT
+    if rounded.dtype == torch.float64:  # ref is rounded as well
+        factor *= 2
     allowed: float = factor * max((low.double() - ref).abs().max().item() for low in lows) + 2 * last
     assert allowed < float("inf"), "the plain formula overflows: the check asks for more than the contract"
     return allowed
@@ -139,11 +164,9 @@ def _describe(name: str, actual: Tensor, ref: Tensor, error: Tensor, allowed: fl
     )
 
 
-def failure(impl: str, call: Call | None, message: str, hint: Any = "") -> CheckFailure:
-    """Return the failure to raise: what is wrong, what it looks like, and how to see it again."""
+def failure(call: Call | None, message: str, hint: str = "") -> CheckFailure:
+    """Return the failure to raise: what is wrong, what it looks like, and the call, if it is about one."""
     lines = [message]
     if hint:
         lines.append(f"hint: {hint}")
-    if call is not None:
-        lines.append(f"again: from attnplug.testing import Call; {call!r}.check({impl!r})")
-    return CheckFailure("\n".join(lines))
+    return CheckFailure("\n".join(lines), "" if call is None else f"call: {call!r}")

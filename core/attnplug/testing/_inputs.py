@@ -138,8 +138,11 @@ def _selecting(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
 
 
 def _identity(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values that are the identity: out shows the probabilities themselves."""
-    return query, key, torch.eye(value.shape[-2], value.shape[-1], dtype=torch.float64).expand_as(value)
+    """Values that are the identity in each sequence: out shows the probabilities themselves."""
+    lengths = call.lengths_k or (call.keys,)
+    rows = [torch.eye(length, value.shape[-1], dtype=torch.float64) for length in lengths]
+    identity = torch.cat(rows)
+    return query, key, (identity[:, None] if call.is_varlen else identity).expand_as(value)
 
 
 VALUES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {

@@ -54,13 +54,15 @@ def parametrize_with_checks(
         expected_failures: check to reason, for each check that is known to fail; `"check_values"` for all
             dtypes of a check, `"check_values[float16]"` for one. An expected failure that passes fails the
             test, so that the list never outlives its reasons.
-        device, dtype, level: as for `check_impl`.
+        device: as for `check_impl`.
+        dtype: as for `check_impl`.
+        level: as for `check_impl`.
 
     Raises:
         ValueError: a name in `expected_failures` is no check.
         UnknownImplementationError: there is no implementation of this name.
 
-    Example:
+    Examples:
         >>> from attnplug.testing import parametrize_with_checks
         >>> @parametrize_with_checks("torch")
         ... def test_torch_keeps_the_contract(check):

@@ -36,7 +36,8 @@ def attention(
             among them, of `attnplug.varlen_attn`.
         dtype: what to compute in.
         order: of rounding.
-        factors: what dropout multiplies the probabilities with, `(B, Hq, Sq, Sk)`; a dense call only.
+        factors: what dropout multiplies the probabilities with, in the shape of out: for each query, as many
+            as there are columns in value, which must then be no fewer than the keys of any sequence.
     """
     given = {**arguments, "dtype": dtype, "order": order, "factors": factors}
     used = given.pop("seqused_k", None)
@@ -96,7 +97,7 @@ def dense(
         hidden = hidden | (j > position + right)
     probabilities, total, lse = _softmax(logits.masked_fill(hidden, -_INF), sinks, order)
     if factors is not None:  # 8
-        probabilities = probabilities * factors.to(dtype)
+        probabilities = probabilities * factors[..., :keys].to(dtype)
     out = _grouped_product(probabilities, value, order)
     if order == THROUGH_LSE:  # adds 0; the gradient of the row's sum is then that of out times out
         out = out - out.detach() * (total - total.detach())
@@ -109,7 +110,10 @@ def _softmax(logits: Tensor, sinks: Tensor | None, order: str) -> tuple[Tensor, 
     The replaced infinities keep every gradient of a row that sees nothing 0.
     """
     if sinks is not None:
-        column = sinks.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
+        batch, heads, queries, _ = logits.shape
+        column = sinks.to(logits.dtype)[None, :, None, None].expand(batch, heads, min(queries, 1), 1)
+        # The same tensor again and again has its gradient summed one query after the other, as kernels do.
+        column = torch.cat([column] * max(queries, 1), 2) if order == HALVED else column.expand(-1, -1, queries, 1)
         logits = torch.cat([logits, column], -1)
     top = logits.detach().amax(-1, keepdim=True) if logits.shape[-1] else logits.new_full((*logits.shape[:3], 1), -_INF)
     blind = top == -_INF
@@ -135,10 +139,17 @@ def _grouped_product(rows: Tensor, columns: Tensor, order: str) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, order: str) -> Tensor:
     if order == OPPOSITE:
-        return left.flip(-1) @ right.flip(-2)
+        return _matmul(left.flip(-1), right.flip(-2))
     if order == HALVED:
         half = left.shape[-1] // 2
-        return left[..., :half] @ right[..., :half, :] + left[..., half:] @ right[..., half:, :]
+        return _matmul(left[..., :half], right[..., :half, :]) + _matmul(left[..., half:], right[..., half:, :])
+    return _matmul(left, right)
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """(13) Sums of half types are float32: not every library's are by themselves, and on a CPU they are slow."""
+    if left.dtype in (torch.float16, torch.bfloat16):
+        return (left.float() @ right.float()).to(left.dtype)
     return left @ right
 
 
@@ -155,7 +166,7 @@ def _one_sequence(given: dict[str, Any], b: int, used: int) -> tuple[Tensor, Ten
     if slopes is not None and slopes.dim() == 2:
         one["alibi_slopes"] = slopes[b]
     if given["factors"] is not None:
-        one["factors"] = given["factors"][b : b + 1, ..., :used]
+        one["factors"] = given["factors"][b : b + 1]
     return dense(**one)
 
 
@@ -172,6 +183,8 @@ def _varlen(given: dict[str, Any], used: Tensor | None) -> tuple[Tensor, Tensor]
             one[name] = tokens[None].transpose(1, 2)
         if slopes is not None and slopes.dim() == 2:
             one["alibi_slopes"] = slopes[b]
+        if given["factors"] is not None:
+            one["factors"] = given["factors"][None, start:stop].transpose(1, 2)
         out, lse = dense(**one)
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])

@@ -61,12 +61,16 @@ class Report:
         """Return the results of one check, one for each dtype."""
         return tuple(result for result in self.results if check in (result.check, result.label))
 
+    @property
+    def seconds(self) -> float:
+        """How long all checks took."""
+        return sum(result.seconds for result in self.results)
+
     def summary(self) -> str:
         """Return the counts in one line."""
         counts = Counter(result.status for result in self.results)
         shown = ", ".join(f"{counts[status]} {status}" for status in (PASSED, FAILED, DECLINED, NOT_APPLICABLE))
-        seconds = sum(result.seconds for result in self.results)
-        return f"{self.name} on {self.device}, {self.level}: {shown}; {seconds:.1f} s"
+        return f"{self.name} on {self.device}, {self.level}: {shown}; {self.seconds:.1f} s"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data, for JSON."""
@@ -76,6 +80,7 @@ class Report:
             "device": self.device,
             "level": self.level,
             "passed": self.passed,
+            "seconds": self.seconds,
             "results": results,
         }
 

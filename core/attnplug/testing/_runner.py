@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
 import attnplug
-from attnplug._errors import UnknownImplementationError
+from attnplug._errors import UnknownImplementationError, did_you_mean
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check, all_checks
-from attnplug.testing._compare import CheckFailure, Declined
+from attnplug.testing._compare import AGAIN, CheckFailure, Declined
 from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, PASSED, Report, Result
 from attnplug.testing._subject import DTYPES, Subject
 
@@ -25,6 +25,7 @@ def check_impl(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     level: str = "quick",
+    checks: Collection[str] | None = None,
     on_result: Callable[[Result], None] | None = None,
 ) -> Report:
     """Check an implementation against everything that its capabilities promise.
@@ -34,13 +35,15 @@ def check_impl(
         device: such as `cpu` or `cuda`; by default a card if there is one that the implementation runs on.
         dtype: the only one to check; by default each that is declared.
         level: `quick`, seconds for a fast kernel, or `full`: every dtype in every check, and long sequences.
+        checks: the names of the only ones to make; by default all.
         on_result: called with each result as it is found.
 
     Raises:
         UnknownImplementationError: there is no implementation of this name.
-        ValueError: it is not available here, does not run on `device` or for `dtype`; or an unknown level.
+        ValueError: it is not available here, does not run on `device` or for `dtype`; or there is no such level, or
+            no such check.
 
-    Example:
+    Examples:
         >>> from attnplug.testing import check_impl
         >>> report = check_impl("torch", dtype="float32")  # doctest: +SKIP
         >>> report.passed  # doctest: +SKIP
@@ -48,8 +51,11 @@ def check_impl(
     """
     record = find(name)
     device = _device(record, device)
+    _assert_known(checks or ())
     results = []
     for check, subject in plan(record, device, dtype, level):
+        if checks is not None and check.name not in checks:
+            continue
         result = run_check(check, subject)
         results.append(result)
         if on_result is not None:
@@ -72,6 +78,13 @@ def find(name: str) -> ImplRecord:
     return records[name]
 
 
+def _assert_known(checks: Collection[str]) -> None:
+    known = {check.name for check in all_checks()}
+    for name in checks:
+        if name not in known:
+            raise ValueError(f"checks: {name!r} is no check{did_you_mean(name, known)}")
+
+
 def plan(
     record: ImplRecord, device: str | None, dtype: str | torch.dtype | None, level: str
 ) -> Iterator[tuple[Check, Subject]]:
@@ -81,26 +94,34 @@ def plan(
     device = _device(record, device)
     dtypes = _dtypes(record, device, dtype)
     for check in all_checks():
-        wanted = dtypes if check.every_dtype or level == "full" else dtypes[:1]
-        if check.only_dtype:
-            wanted = [check.only_dtype] if check.only_dtype in dtypes else dtypes[:1]
-        for each in wanted:
+        for each in check.dtypes_of(dtypes, level):
             yield check, Subject(record, device, each, level == "full")
 
 
 def run_check(check: Check, subject: Subject) -> Result:
     """Run one check and say what became of it."""
     start = time.perf_counter()
+    cards = [torch.device(subject.device)] if subject.device.startswith("cuda") else []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(cards):
             warnings.simplefilter("ignore")
+            torch.manual_seed(0)
             status, reason = _outcome(check, subject)
     except CheckFailure as failure:
         status, reason = FAILED, str(failure)
     except Exception as error:  # whatever a kernel raises is the kernel's failure, and the next check goes on
         status, reason = FAILED, f"raised {type(error).__name__}: {error}"
+    if status == FAILED and not reason.rpartition("\n")[2].startswith(AGAIN):
+        reason = f"{reason}\n{_again(check, subject)}"
     seconds = time.perf_counter() - start
     return Result(check.name, subject.dtype, status, reason, tuple(subject.declined), check.claim, seconds)
+
+
+def _again(check: Check, subject: Subject) -> str:
+    """Return a line of Python that makes the check again."""
+    where = f"device={subject.device!r}, dtype={subject.dtype!r}, level={'full' if subject.full else 'quick'!r}"
+    run = f"check_impl({subject.name!r}, {where}, checks=[{check.name!r}])"
+    return f"{AGAIN}from attnplug.testing import check_impl; print({run})"
 
 
 def _outcome(check: Check, subject: Subject) -> tuple[str, str]:
@@ -125,8 +146,8 @@ def _not_applicable(check: Check, subject: Subject) -> str:
     missing = [feature.name for feature in check.features if not subject.has(feature)]
     if missing:
         return f"does not declare {', '.join(missing)}"
-    if check.only_dtype not in ("", subject.dtype):
-        return f"does not declare {check.only_dtype}"
+    if check.dtypes in DTYPES and check.dtypes != subject.dtype:
+        return f"does not declare {check.dtypes}"
     if check.full and not subject.full:
         return "part of a full run only"
     if check.gradients and not subject.gradients:
@@ -148,7 +169,7 @@ def _device(record: ImplRecord, device: str | None) -> str:
     if declared is not None and kind not in declared:
         raise ValueError(f"device: {record.name!r} runs on {', '.join(sorted(declared))}, got {device!r}")
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which the meta device has not
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from error
     return device
@@ -156,6 +177,8 @@ def _device(record: ImplRecord, device: str | None) -> str:
 
 def _dtypes(record: ImplRecord, device: str, dtype: str | torch.dtype | None) -> list[str]:
     declared = [each for each in DTYPES if Subject(record, device, each, False).parts]
+    if not declared:
+        raise ValueError(f"device: {record.name!r} declares nothing for {device}: {record.capabilities}")
     if dtype is None:
         return declared
     wanted = str(dtype).removeprefix("torch.")

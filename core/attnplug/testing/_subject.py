@@ -13,7 +13,7 @@ from attnplug._prepare import prepare_dense, prepare_varlen
 from attnplug._requirements import lacking, requirements
 from attnplug._types import ImplRecord
 from attnplug.testing._call import Call, Inputs
-from attnplug.testing._compare import Declined, compare
+from attnplug.testing._compare import AGAIN, CheckFailure, Declined, compare, failure
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """In the order in which a check that needs only one takes the first that is declared."""
@@ -81,9 +81,16 @@ class Subject:
         return Call(**{"device": self.device, "dtype": self.dtype, "head_size": self.head_size(32), **fields})
 
     def refusals(self, call: Call, inputs: Inputs | None = None) -> tuple[str, ...]:
-        """Return each reason why the implementation does not take the call."""
+        """Return each reason why the implementation does not take the call.
+
+        Raises:
+            CheckFailure: its supports function raises, which attnplug takes for a reason, but is a mistake.
+        """
         params = call.params(inputs or call.make())
-        return attnplug.can_use_impl(self.name, params).reasons
+        reasons = attnplug.can_use_impl(self.name, params).reasons
+        if mistakes := [reason for reason in reasons if reason.startswith("supports() ")]:
+            raise failure(call, "; ".join(mistakes))
+        return reasons
 
     def covers(self, call: Call, inputs: Inputs) -> tuple[str, ...]:
         """Return what the call asks that the capabilities do not state."""
@@ -110,8 +117,13 @@ class Subject:
         """
         for call in calls:
             inputs = call.make()
-            if self.takes(call, inputs):
+            if not self.takes(call, inputs):
+                continue
+            try:
                 compare(self.name, call, inputs)
+            except CheckFailure as found:
+                found.again = f"{AGAIN}from attnplug.testing import Call; {call!r}.check({self.name!r})"
+                raise
 
     def taken(self, calls: Iterable[Call]) -> list[tuple[Call, Inputs]]:
         """Return those calls that the implementation takes, with their inputs."""

@@ -42,3 +42,17 @@ class FakeHasTheWrongStrides(Kernel):
         dtype = torch.float64 if params.query.dtype == torch.float64 else torch.float32
         rows = params.query.shape[:-1]
         return params.query.new_empty((*rows, params.value.shape[-1])), params.query.new_empty(rows, dtype=dtype)
+
+
+@wrong("check_compile_with_inductor")
+class FakeRemembersLengths(Kernel):
+    """Its fake kernel keeps the shape of the first call that was traced."""
+
+    def __init__(self) -> None:
+        self.rows: tuple[int, ...] = ()
+
+    def fake(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if params.query.dtype == torch.float64 else torch.float32
+        self.rows = self.rows or tuple(map(int, params.query.shape[:-1]))
+        empty = params.query.new_empty
+        return empty((*self.rows, params.value.shape[-1])), empty(self.rows, dtype=dtype)

@@ -139,3 +139,16 @@ class SlightlyWrong(Kernel):
 
     def joined(self, params: SDPAParams, name: str, parts: list[Tensor]) -> Tensor:
         return super().joined(params, name, [part * 1.01 for part in parts])
+
+
+@wrong("check_gradients_of_long_sequences")
+class SumsOverTheFirstQueries(Kernel):
+    """Gives one program all queries of a key, and stops at 1024 of them."""
+
+    def attend_backward(self, params: SDPAParams, one: Sequence, grad_out: Tensor, *given: Any) -> Any:
+        found = super().attend_backward(params, one, grad_out, *given)
+        if grad_out.shape[1] > 1024:
+            grad_out = grad_out.clone()
+            grad_out[:, 1024:] = 0
+            found["value"] = super().attend_backward(params, one, grad_out, *given)["value"]
+        return found

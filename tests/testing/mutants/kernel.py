@@ -8,7 +8,7 @@ computed at a time; H is the number of query heads, Hkv that of key/value heads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,7 @@ from attnplug import Capabilities, CausalVariant, Feature, SDPAParams
 
 INF = float("inf")
 BLOCK = 32
-CAPABILITIES = Capabilities(
-    dtypes=("float16", "bfloat16", "float32", "float64"), features=frozenset(Feature) - {Feature.NESTED}
-)
+CAPABILITIES = Capabilities(dtypes=("float16", "bfloat16", "float32", "float64"), features=frozenset(Feature))
 
 
 @dataclass
@@ -189,12 +187,24 @@ class Kernel:
     # Forward.
 
     def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        if params.query.is_nested:
+            return self.nested(params), None
         seed = self.draw_seed(params)
         out, lse = self.allocate(params)
         for one in self.sequences(params, seed):
             part, part_lse = self.attend(params, one)
             self.store(params, one.index, out, lse, part, part_lse)
         return (out, lse) if seed is None else (out, lse, seed)
+
+    def nested(self, params: SDPAParams) -> Tensor:
+        """Return out of nested tensors `(B, H, S, E)` with S jagged."""
+        parts = zip(*(tensor.unbind() for tensor in (params.query, params.key, params.value)), strict=True)
+        outs = [self.of_nested(params, *(tensor[None] for tensor in part))[0].transpose(0, 1) for part in parts]
+        return torch.nested.nested_tensor(outs, layout=torch.jagged).transpose(1, 2)
+
+    def of_nested(self, params: SDPAParams, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = query.shape[-1] ** -0.5 if params.scale is None else params.scale
+        return self.forward(replace(params, query=query, key=key, value=value, scale=scale))[0]
 
     def allocate(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         query, value_size = params.query, params.value.shape[-1]

@@ -209,3 +209,20 @@ class AlibiLostInWindows(Kernel):
 
     def slopes_of(self, params: SDPAParams, b: int) -> Tensor | None:
         return super().slopes_of(params, b) if params.window_size == (-1, -1) else None
+
+
+@wrong("check_feature_triples")
+class SinksLostUnderCapAndCausalMask(Kernel):
+    """Takes another path for causal calls with softcap, which does not know sinks."""
+
+    def with_sinks(self, params: SDPAParams, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        lost = params.is_causal and params.softcap > 0
+        return (top, total) if lost else super().with_sinks(params, top, total)
+
+
+@wrong("check_feature_pairs")
+class DropoutLostInPackedSequences(Kernel):
+    """Takes another path for packed sequences, which does not scale what dropout keeps."""
+
+    def dropout_scale(self, params: SDPAParams) -> float:
+        return 1.0 if params.cu_seq_q is not None else super().dropout_scale(params)

@@ -14,7 +14,7 @@ from mutants import wrong
 from mutants.kernel import Kernel
 
 
-@wrong("check_deterministic")
+@wrong("check_deterministic", "check_deterministic_algorithms")
 class SumsInAnyOrder(Kernel):
     """Adds the gradients of a group in the order in which they arrive, as atomic additions do."""
 
@@ -22,6 +22,26 @@ class SumsInAnyOrder(Kernel):
         group = gradient.unflatten(0, (kv_heads, gradient.shape[0] // kv_heads))
         noise = 1 + (random.random() - 0.5) * 1e-6
         return group.sum(1) * noise
+
+
+@wrong("check_deterministic")
+class RefusesDeterminism(Kernel):
+    """Declares that repeated runs give equal bits, and raises when PyTorch insists on it."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError("has no deterministic implementation")
+        return super().forward(params)
+
+
+@wrong("check_deterministic_algorithms")
+class FasterWhenAskedForDeterminism(SumsInAnyOrder):
+    """Reads the flag the wrong way round: adds in the order of arrival only where equal bits are asked for."""
+
+    def summed_over_group(self, gradient: Tensor, kv_heads: int) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            return super().summed_over_group(gradient, kv_heads)
+        return Kernel.summed_over_group(self, gradient, kv_heads)
 
 
 @wrong("check_two_threads_at_once")

@@ -167,3 +167,20 @@ class PageGradientsInOrder(Kernel):
     def joined(self, params: SDPAParams, name: str, parts: list[Tensor]) -> Tensor:
         found = super().joined(params, name, parts)
         return found.roll(1, 0) if params.block_table is not None and name != "query" else found
+
+
+@wrong("check_nested_tensors")
+class NestedValuesOfTheFirstLength(Kernel):
+    """Reads a nested tensor's values from the start of its memory, as if all sequences had the first's length."""
+
+    def of_nested(self, params: SDPAParams, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return super().of_nested(params, query, key, params.value.unbind()[0][None, :, :1].expand_as(value))
+
+
+@wrong("check_empty_inputs")
+class DividesByLengths(Kernel):
+    """Its supports function divides by the number of queries."""
+
+    def supports(self, params: SDPAParams) -> str | None:
+        too_many = params.cu_seq_q is None and params.key.shape[2] / params.query.shape[2] > 1e6
+        return "more than a million keys for each query" if too_many else None

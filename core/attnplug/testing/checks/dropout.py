@@ -10,7 +10,7 @@ from torch import Tensor
 from attnplug import Feature
 from attnplug.testing._call import Call, Inputs, Outcome
 from attnplug.testing._checks import check
-from attnplug.testing._compare import assert_right, expected, failure, run
+from attnplug.testing._compare import compare, failure, run
 from attnplug.testing._subject import Subject
 
 P = 0.25  # cuDNN takes steps of 1/16
@@ -20,9 +20,14 @@ SIGMAS = 6.0
 
 def revealing(subject: Subject, **fields: Any) -> Call:
     """Return a call whose out is the matrix of dropped probabilities, none of which is near 0."""
-    size = subject.head_size(64)
-    shown = {"queries": size, "keys": size, "head_size": size, "values": "identity", "scale": 0.02}
-    return subject.call(**{**shown, "batch": 3, "dropout_p": P, **fields})
+    size = subject.head_size(256 if subject.full else 64)
+    shown = {"queries": 20, "keys": size, "head_size": size, "values": "identity", "scale": 0.02}
+    return subject.call(**{**shown, "batch": 1, "dropout_p": P, **fields})
+
+
+def many(subject: Subject, **fields: Any) -> Call:
+    """Return the same with enough draws for statistics."""
+    return revealing(subject, **{"queries": subject.head_size(64), "batch": 3, **fields})
 
 
 def seeded(subject: Subject, call: Call, inputs: Inputs, seed: int = SEED) -> Outcome:
@@ -31,33 +36,32 @@ def seeded(subject: Subject, call: Call, inputs: Inputs, seed: int = SEED) -> Ou
     return run(subject.name, call, inputs)
 
 
+def identity(like: Tensor) -> Tensor:
+    """Return a gradient of out that makes value's the transpose of the dropped probabilities, then zeros."""
+    return torch.eye(*like.shape[-2:], dtype=like.dtype, device=like.device).expand_as(like)
+
+
 @check(Feature.DROPOUT)
 def check_dropout_scales_what_it_keeps(subject: Subject) -> None:
     """A probability is either 0 or 1 / (1 - p) times what it would be."""
-    for p in (P, 0.75):
-        call, inputs = subject.one(revealing(subject, dropout_p=p))
-        outcome = seeded(subject, call, inputs)
-        kept = outcome.out != 0
-        assert_right(subject.name, call, inputs, outcome, expected(call, inputs, kept.double() / (1 - p)))
+    subject.compare(*(revealing(subject, dropout_p=p) for p in (P, 0.75)))
 
 
 @check(Feature.DROPOUT)
 def check_dropout_probability(subject: Subject) -> None:
     """The share of dropped probabilities is p, for each of several p, within six standard deviations."""
     for p in (0.125, P, 0.75):
-        call, inputs = subject.one(revealing(subject, dropout_p=p))
+        call, inputs = subject.one(many(subject, dropout_p=p))
         dropped = seeded(subject, call, inputs).out == 0
         share, deviation = dropped.double().mean().item(), (p * (1 - p) / dropped.numel()) ** 0.5
         if abs(share - p) > SIGMAS * deviation:
-            raise failure(
-                subject.name, call, f"{share:.4f} of all probabilities are dropped, expected {p} +- {deviation:.4f}"
-            )
+            raise failure(call, f"{share:.4f} of all probabilities are dropped, expected {p} +- {deviation:.4f}")
 
 
 @check(Feature.DROPOUT)
 def check_dropout_is_independent(subject: Subject) -> None:
     """Every sequence, head, query and key has its own draw."""
-    call, inputs = subject.one(revealing(subject, heads=3))
+    call, inputs = subject.one(many(subject, heads=3))
     dropped = (seeded(subject, call, inputs).out == 0).flatten(0, 1)
     for name, rows in (
         ("sequences or heads", dropped.flatten(1)),
@@ -67,9 +71,7 @@ def check_dropout_is_independent(subject: Subject) -> None:
         agreement = _largest_agreement(rows)
         chance = P * P + (1 - P) * (1 - P)
         if agreement > chance + SIGMAS * 0.5 / rows.shape[1] ** 0.5:
-            raise failure(
-                subject.name, call, f"two {name} have masks that agree in {agreement:.0%}; chance would be {chance:.0%}"
-            )
+            raise failure(call, f"two {name} have masks that agree in {agreement:.0%}; chance would be {chance:.0%}")
 
 
 def _largest_agreement(rows: Tensor) -> float:
@@ -87,31 +89,28 @@ def check_dropout_follows_the_seed(subject: Subject) -> None:
     again = seeded(subject, call, inputs).out
     other = seeded(subject, call, inputs, SEED + 1).out
     if not torch.equal(first, again):
-        raise failure(subject.name, call, "two runs after the same torch.manual_seed differ")
+        raise failure(call, "two runs after the same torch.manual_seed differ")
     for what, out in (("the next call repeats the mask", following), ("another seed gives the same mask", other)):
         if torch.equal(first, out):
-            raise failure(subject.name, call, f"{what}: draw from PyTorch's default generator of the device")
+            raise failure(call, f"{what}: draw from PyTorch's default generator of the device")
 
 
 @check(Feature.DROPOUT, gradients=True)
 def check_dropout_mask_of_backward(subject: Subject) -> None:
     """Backward uses forward's mask: with the identity as its start, the gradient of value is out's transpose."""
     call, inputs = subject.one(revealing(subject, gradients=subject.gradients))
-    inputs.grad_out = torch.eye(call.keys, dtype=call.torch_dtype, device=call.device).expand_as(inputs.grad_out)
+    inputs.grad_out = identity(inputs.grad_out)
     outcome = seeded(subject, call, inputs)
-    kept, kept_by_backward = outcome.out != 0, outcome.gradients["value"].mT != 0
+    kept, kept_by_backward = outcome.out != 0, outcome.gradients["value"][..., : call.queries].mT != 0
     if not torch.equal(kept, kept_by_backward):
         share = (kept != kept_by_backward).double().mean().item()
-        raise failure(subject.name, call, f"backward's mask differs from forward's in {share:.0%} of the probabilities")
+        raise failure(call, f"backward's mask differs from forward's in {share:.0%} of the probabilities")
 
 
 @check(Feature.DROPOUT, gradients=True)
 def check_dropout_gradients(subject: Subject) -> None:
     """Gradients are those of the formula with the mask that forward used."""
-    call, inputs = subject.one(revealing(subject, gradients=subject.gradients))
-    outcome = seeded(subject, call, inputs)
-    factors = (outcome.out != 0).double() / (1 - P)
-    assert_right(subject.name, call, inputs, outcome, expected(call, inputs, factors))
+    subject.compare(revealing(subject, gradients=subject.gradients))
 
 
 @check(Feature.DROPOUT, gradients=True)
@@ -120,23 +119,20 @@ def check_dropout_mask_survives_other_draws(subject: Subject) -> None:
     import attnplug
 
     call, inputs = subject.one(revealing(subject, gradients=("value",)))
-    inputs.grad_out = torch.eye(call.keys, dtype=call.torch_dtype, device=call.device).expand_as(inputs.grad_out)
+    inputs.grad_out = identity(inputs.grad_out)
     arguments, leaves = call.with_leaves(inputs)
     out = attnplug.scaled_dot_product_attention(**arguments, impl=subject.name)
     torch.manual_seed(SEED + 2)
     torch.rand(7, device=call.device)
     (gradient,) = torch.autograd.grad(out, [leaves["value"]], inputs.grad_out)
-    if not torch.equal(out != 0, gradient.mT != 0):
-        raise failure(subject.name, call, "backward draws a mask of its own: save what forward drew")
+    if not torch.equal(out != 0, gradient[..., : call.queries].mT != 0):
+        raise failure(call, "backward draws a mask of its own: save what forward drew")
 
 
 @check(Feature.DROPOUT, Feature.LSE)
 def check_dropout_leaves_lse_alone(subject: Subject) -> None:
     """Lse is that of all probabilities, before dropout."""
-    call, inputs = subject.one(revealing(subject, lse=True))
-    outcome = seeded(subject, call, inputs)
-    factors = (outcome.out != 0).double() / (1 - P)
-    assert_right(subject.name, call, inputs, outcome, expected(call, inputs, factors))
+    subject.compare(revealing(subject, lse=True))
 
 
 @check(Feature.DROPOUT)
@@ -146,16 +142,13 @@ def check_dropout_of_everything(subject: Subject) -> None:
     outcome = run(subject.name, call, inputs)
     for name, tensor in (("out", outcome.out), *outcome.gradients.items()):
         if not bool((tensor == 0).all()):
-            raise failure(subject.name, call, f"{name}: expected zeros, got {tensor.flatten()[0].item()} and others")
+            raise failure(call, f"{name}: expected zeros, got {tensor.flatten()[0].item()} and others")
 
 
 @check(Feature.DROPOUT, Feature.CAUSAL)
 def check_dropout_under_a_causal_mask(subject: Subject) -> None:
     """Dropout and a causal mask: hidden keys stay hidden, the others are dropped and scaled."""
-    call, inputs = subject.one(revealing(subject, is_causal=True, gradients=subject.gradients))
-    outcome = seeded(subject, call, inputs)
-    factors = (outcome.out != 0).double() / (1 - P)
-    assert_right(subject.name, call, inputs, outcome, expected(call, inputs, factors))
+    subject.compare(revealing(subject, is_causal=True, gradients=subject.gradients))
 
 
 @check(Feature.DROPOUT, Feature.GQA)
@@ -165,5 +158,5 @@ def check_dropout_of_grouped_heads(subject: Subject) -> None:
     outcome = seeded(subject, call, inputs)
     kept = outcome.out != 0
     if torch.equal(kept[:, 0], kept[:, 1]):
-        raise failure(subject.name, call, "query heads 0 and 1 have the same mask")
-    assert_right(subject.name, call, inputs, outcome, expected(call, inputs, kept.double() / (1 - P)))
+        raise failure(call, "query heads 0 and 1 have the same mask")
+    compare(subject.name, call, inputs, outcome)

@@ -10,15 +10,16 @@ from attnplug.testing._checks import check
 from attnplug.testing._compare import compare, failure
 from attnplug.testing._subject import Subject
 
-SHAPES = [(1, 2), (40, 40), (113, 70), (17, 130), (1, 64)]
+SHAPES = [(1, 2), (113, 70), (17, 130), (1, 64)]
 LONG_SHAPES = [(384, 256), (640, 128), (1023, 1024), (2048, 2048)]
 
 
-@check(gradients=True, every_dtype=True)
+@check(gradients=True, dtypes="every")
 def check_gradients(subject: Subject) -> None:
     """The gradients of query, key and value are those of the formula."""
+    subject.compare(subject.call(gradients=subject.gradients))
     for queries, keys in SHAPES:
-        subject.compare(subject.call(queries=queries, keys=keys, gradients=subject.gradients))
+        subject.compare(subject.call(queries=queries, keys=keys, batch=1, gradients=subject.gradients))
     # Of a single key only value's: query's and key's are exactly 0, where the rule allows no rounding at all.
     subject.compare(subject.call(queries=5, keys=1, gradients=("value",)))
 
@@ -82,14 +83,14 @@ def check_lse_gradient_of_sinks(subject: Subject) -> None:
     subject.compare(subject.call(sinks=True, heads=8, gradients=wanted, lse=True, lse_gradient=True))
 
 
-@check(gradients=True, only_dtype="float64")
+@check(gradients=True, dtypes="float64")
 def check_gradcheck(subject: Subject) -> None:
     """Gradients agree with differences of out, by torch.autograd.gradcheck in float64."""
     call, inputs = subject.one(_small(subject))
     _numerically(subject, call, inputs, torch.autograd.gradcheck)
 
 
-@check(Feature.SECOND_DERIVATIVES, gradients=True, only_dtype="float64")
+@check(Feature.SECOND_DERIVATIVES, gradients=True, dtypes="float64")
 def check_second_derivatives(subject: Subject) -> None:
     """Second derivatives agree with differences of the gradients, by torch.autograd.gradgradcheck."""
     call, inputs = subject.one(_small(subject))
@@ -113,4 +114,4 @@ def _numerically(subject: Subject, call: Call, inputs: Inputs, test: object) -> 
     try:
         test(function, tuple(leaves.values()), fast_mode=True)  # type: ignore[operator]
     except Exception as error:
-        raise failure(subject.name, call, f"{type(error).__name__}: {error}") from error
+        raise failure(call, f"{type(error).__name__}: {error}") from error

@@ -20,4 +20,5 @@ def check_gqa(subject: Subject) -> None:
 def check_gqa_gradients(subject: Subject) -> None:
     """The gradient of a key/value head is the sum over the query heads that read it."""
     for heads, kv_heads in GROUPS:
-        subject.compare(subject.call(heads=heads, kv_heads=kv_heads, keys=50, gradients=subject.gradients))
+        fields = {"heads": heads, "kv_heads": kv_heads, "batch": 1, "queries": 20, "keys": 50}
+        subject.compare(subject.call(**fields, gradients=subject.gradients))

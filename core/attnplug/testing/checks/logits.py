@@ -71,7 +71,7 @@ def check_sinks_gradient(subject: Subject) -> None:
     """The gradient of a sink is the sum over sequences and queries of what its probability takes away."""
     wanted = (*subject.gradients, "sinks")
     subject.compare(subject.call(sinks=True, heads=8, queries=9, gradients=wanted))
-    subject.compare(subject.call(sinks=True, batch=3, heads=8, keys=70, gradients=("sinks",)))
+    subject.compare(subject.call(sinks=True, batch=3, heads=8, queries=9, gradients=("sinks",)))
 
 
 @check(Feature.ALIBI)

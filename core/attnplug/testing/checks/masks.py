@@ -23,7 +23,7 @@ def check_boolean_mask_broadcasts(subject: Subject) -> None:
         subject.compare(subject.call(mask="boolean", mask_dims=dims, batch=3, heads=2, queries=9, keys=13))
 
 
-@check(Feature.ADDITIVE_MASK, every_dtype=True)
+@check(Feature.ADDITIVE_MASK, dtypes="every")
 def check_additive_mask(subject: Subject) -> None:
     """A floating mask is added to the scaled logits, in the query's dtype or in float32."""
     subject.compare(subject.call(mask="additive"), subject.call(mask="additive", queries=37, keys=71, scale=0.5))
@@ -73,7 +73,8 @@ def check_rows_past_the_window(subject: Subject) -> None:
 @check(Feature.WINDOW, Feature.LOWER_RIGHT)
 def check_rows_before_the_window(subject: Subject) -> None:
     """Queries whose window has not reached the first key see nothing: out 0, lse -inf, and no NaN."""
-    _blind(subject, window_size=(3, 8), causal_variant="LOWER_RIGHT", queries=90, keys=20)
+    for window in ((3, 8), (3, 0)):
+        _blind(subject, window_size=window, causal_variant="LOWER_RIGHT", queries=90, keys=20)
 
 
 def _blind(subject: Subject, **fields: object) -> None:
@@ -90,7 +91,7 @@ def check_mask_gradient(subject: Subject) -> None:
     """The gradient of a floating mask is that of the logits, 0 where it hides."""
     wanted = (*subject.gradients, "attn_mask")
     for mask in ("additive", "additive -inf", "additive blind"):
-        subject.compare(subject.call(mask=mask, keys=70, gradients=wanted))
+        subject.compare(subject.call(mask=mask, queries=20, keys=70, gradients=wanted))
     subject.compare(subject.call(mask="additive", gradients=("attn_mask",)))
 
 

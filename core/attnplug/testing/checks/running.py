@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 import attnplug
 from attnplug import Feature
-from attnplug.testing._call import Outcome
+from attnplug.testing._call import Call, Outcome
 from attnplug.testing._checks import check
 from attnplug.testing._compare import compare, failure, run
 from attnplug.testing._subject import Subject
@@ -25,23 +28,70 @@ def check_calls_do_not_depend_on_earlier_calls(subject: Subject) -> None:
 
 @check(Feature.DETERMINISTIC)
 def check_deterministic(subject: Subject) -> None:
-    """Repeated runs give equal bits, of gradients too."""
-    fields = {"heads": 4, "kv_heads": 2} if subject.has(Feature.GQA) else {"heads": 4}
-    call, inputs = subject.one(subject.call(queries=150, keys=170, **fields, gradients=subject.gradients))
-    first = run(subject.name, call, inputs)
-    for _ in range(REPEATS):
-        again = run(subject.name, call, inputs)
+    """Repeated runs give equal bits, of gradients too, whether or not PyTorch is told to insist on it."""
+    call, inputs = subject.one(_of_many_sums(subject))
+    _assert_repeats(call, [run(subject.name, call, inputs) for _ in range(REPEATS)])
+    with _determinism_asked_for():
+        _assert_repeats(call, [run(subject.name, call, inputs) for _ in range(REPEATS)])
+
+
+@check()
+def check_deterministic_algorithms(subject: Subject) -> None:
+    """Under torch.use_deterministic_algorithms(True), runs give equal bits, or are declined or refused."""
+    call = _of_many_sums(subject)
+    with _determinism_asked_for():
+        call, inputs = subject.one(call)
+        try:
+            outcomes = [call.run(subject.name, inputs) for _ in range(REPEATS)]
+        except RuntimeError as error:
+            if "determinis" not in str(error):
+                raise
+            subject.declined.append(str(error))
+        else:
+            _assert_repeats(call, outcomes)
+
+
+def _of_many_sums(subject: Subject) -> Call:
+    """Return a call whose sums are of more than two parts; two are the same in any order.
+
+    Keys are in three tiles of 64 or, in a full run, of 128, and groups have four heads.
+    """
+    heads = {"heads": 4, "kv_heads": 1} if subject.has(Feature.GQA) else {"heads": 2}
+    lengths = {"queries": 300, "keys": 400} if subject.full else {"queries": 20, "keys": 150}
+    return subject.call(**heads, **lengths, batch=1, gradients=subject.gradients)
+
+
+@contextmanager
+def _determinism_asked_for() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(_WORKSPACE)
+    os.environ[_WORKSPACE] = workspace or ":4096:8"  # else PyTorch refuses all products on a card
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if workspace is None:
+            del os.environ[_WORKSPACE]
+
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def _assert_repeats(call: Call, outcomes: list[Outcome]) -> None:
+    first, *others = outcomes
+    for again in others:
         if not torch.equal(first.out, again.out):
-            raise failure(subject.name, call, "out differs between two runs")
+            raise failure(call, "out differs between two runs")
         for name, gradient in first.gradients.items():
             if not torch.equal(gradient, again.gradients[name]):
-                raise failure(subject.name, call, f"the gradient of {name} differs between two runs")
+                raise failure(call, f"the gradient of {name} differs between two runs")
 
 
 @check()
 def check_two_threads_at_once(subject: Subject) -> None:
     """Two threads that call at the same time, with other shapes and numbers, do not disturb each other."""
-    calls = [subject.call(seed=1, queries=30, gradients=subject.gradients), subject.call(seed=2, keys=70)]
+    calls = [subject.call(seed=1, batch=1, gradients=subject.gradients), subject.call(seed=2, queries=9, keys=70)]
     taken = subject.taken(calls)
     failures: list[BaseException] = []
     start = threading.Barrier(len(taken))
@@ -62,10 +112,10 @@ def check_two_threads_at_once(subject: Subject) -> None:
     for thread in threads:
         thread.join()
     if failures:
-        raise failure(subject.name, None, f"with two threads at once: {failures[0]}")
+        raise failure(None, f"with two threads at once: {failures[0]}")
 
 
-@check(only_dtype="float32")
+@check(dtypes="float32")
 def check_autocast(subject: Subject) -> None:
     """Under autocast, float32 inputs are computed, and out is, in autocast's dtype; gradients are float32."""
     names = ("float16", "bfloat16") if subject.device.startswith("cuda") else ("bfloat16", "float16")
@@ -86,11 +136,9 @@ def check_autocast(subject: Subject) -> None:
             out = attnplug.scaled_dot_product_attention(**arguments, impl=subject.name)
         gradients = call.backward(inputs, out, None, leaves)
     except Exception as error:
-        raise failure(subject.name, call, f"under autocast to {lower}: {type(error).__name__}: {error}") from error
+        raise failure(call, f"under autocast to {lower}: {type(error).__name__}: {error}") from error
     for name, gradient in gradients.items():
         if gradient.dtype != torch.float32:
-            raise failure(
-                subject.name, call, f"under autocast: the gradient of {name} is {gradient.dtype}, not float32"
-            )
+            raise failure(call, f"under autocast: the gradient of {name} is {gradient.dtype}, not float32")
     lowered = {name: gradient.to(getattr(torch, lower)) for name, gradient in gradients.items()}
     compare(subject.name, low_call, low_inputs, Outcome(out.detach(), None, lowered))

@@ -18,7 +18,7 @@ def packed(subject: Subject, lengths_q: tuple[int, ...], lengths_k: tuple[int, .
     return subject.call(lengths_q=lengths_q, lengths_k=lengths_k, causal_variant="LOWER_RIGHT", **fields)
 
 
-@check(Feature.VARLEN, every_dtype=True)
+@check(Feature.VARLEN, dtypes="every")
 def check_varlen(subject: Subject) -> None:
     """Each sequence attends to itself alone, and lse is (Hq, T)."""
     for lengths in LENGTHS:
@@ -61,7 +61,8 @@ def check_varlen_causal(subject: Subject) -> None:
 @check(Feature.VARLEN, Feature.WINDOW)
 def check_varlen_window(subject: Subject) -> None:
     """Windows are aligned to the lower right of each sequence."""
-    subject.compare(*(packed(subject, *lengths, window_size=(6, 2)) for lengths in (*LENGTHS, ((9, 4), (3, 20)))))
+    for window in ((6, 2), (6, 0), (-1, 2), (6, -1)):
+        subject.compare(*(packed(subject, *lengths, window_size=window) for lengths in (LENGTHS[0], ((9, 4), (3, 20)))))
 
 
 @check(Feature.VARLEN, Feature.ALIBI)

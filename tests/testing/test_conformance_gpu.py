@@ -1,0 +1,30 @@
+"""The conformance kit in full, for every implementation that runs on a CUDA card, a case for each check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import attnplug
+from attnplug.testing import parametrize_with_checks
+
+pytestmark = pytest.mark.gpu
+
+
+def cases() -> list[Any]:
+    """Return the checks of each implementation that this machine's card can run."""
+    if not torch.cuda.is_available():
+        return [pytest.param(None, id="needs a CUDA device")]
+    found = []
+    for record in attnplug.list_impls():
+        if record.status == "available" and "cuda" in (record.capabilities.devices or ("cuda",)):
+            checks = parametrize_with_checks(record.name, device="cuda", level="full").args[1]
+            found += [pytest.param(*each.values, marks=each.marks, id=f"{record.name}-{each.id}") for each in checks]
+    return found
+
+
+@pytest.mark.parametrize("check", cases())
+def test_the_contract_is_kept(check: Any) -> None:
+    check()
