@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PROGRAMS = ("calls", "registered", "decoding", "scopes", "compiled", "encoder", "startup", "discovery", "memory")
+PROGRAMS = (
+    "calls",
+    "registered",
+    "decoding",
+    "scopes",
+    "compiled",
+    "encoder",
+    "startup",
+    "discovery",
+    "memory",
+    "launching",
+)
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

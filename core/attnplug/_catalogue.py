@@ -13,6 +13,9 @@ from attnplug._types import ImplRecord, ImplSpec
 def register_impl(spec: ImplSpec) -> None:
     """Add an implementation from a program, with no package. It is chosen like any other.
 
+    Args:
+        spec: its name, kernel, family and capabilities.
+
     Raises:
         TypeError: `spec` is not an `ImplSpec`.
         DuplicateImplementationError: its name is taken.
@@ -36,6 +39,9 @@ def register_impl(spec: ImplSpec) -> None:
 
 def unregister_impl(name: str) -> None:
     """Remove an implementation that was added with `register_impl` or `register_flash_attention_impl`.
+
+    Args:
+        name: of the implementation.
 
     Raises:
         UnknownImplementationError: there is none of this name.

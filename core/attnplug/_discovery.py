@@ -6,11 +6,11 @@ is loaded, validated and asked by itself, and one that fails becomes a record wi
 
 from __future__ import annotations
 
+import importlib.metadata
 import threading
 import warnings
 from typing import Any
 
-import importlib_metadata
 import pluggy
 
 from attnplug import _hookspecs
@@ -77,7 +77,7 @@ def discover(registry: Registry) -> None:
 
 def installed_plugins() -> list[Any]:
     """Return the entry points of group `attnplug`, by distribution and name; nothing is imported."""
-    found = importlib_metadata.entry_points(group=GROUP)
+    found = importlib.metadata.entry_points(group=GROUP)
     return sorted(found, key=lambda entry_point: (*_origin(entry_point), entry_point.name))
 
 
@@ -85,7 +85,7 @@ def _origin(entry_point: Any) -> tuple[str, str]:
     """Return the name and version of the distribution; an interrupted uninstall leaves one without metadata."""
     try:
         return entry_point.dist.name or "unknown", entry_point.dist.version or ""
-    except Exception:  # what importlib_metadata raises for it depends on its version
+    except Exception:  # what importlib.metadata raises for it depends on Python's version
         return "unknown", ""
 
 
@@ -116,12 +116,18 @@ def _ask(entry_point: Any) -> list[ImplSpec]:
 
     Raises:
         Exception: whatever the plugin raises, or what pluggy has against it.
-        SpecError: it does not answer the hook, or answers with something else than specifications.
+        SpecError: it does not answer the hook, misspells it, or answers with something else than specifications.
     """
     manager = pluggy.PluginManager(_hookspecs.PROJECT)
     manager.add_hookspecs(_hookspecs)
     manager.register(entry_point.load(), name=entry_point.name)
-    manager.check_pending()
+    known = [name for name, hook in vars(manager.hook).items() if hook.has_spec()]
+    for name, hook in vars(manager.hook).items():
+        if name not in known and not all(answer.optionalhook for answer in hook.get_hookimpls()):
+            raise SpecError(
+                f"{entry_point.value}: {name!r} is no hook of attnplug{did_you_mean(name, known)}; "
+                f"known: {', '.join(sorted(known))}"
+            )
     if not manager.hook.attnplug_register_impls.get_hookimpls():
         raise SpecError(
             f"{entry_point.value} answers no hook of attnplug; define attnplug_register_impls() and mark it "

@@ -10,6 +10,7 @@ PROJECT = "attnplug"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a plugin as its answer to the hook of the same name."""
 
 
 @hookspec

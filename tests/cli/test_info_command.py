@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import re
 import sys
 from types import SimpleNamespace
 
-import importlib_metadata
 import pytest
 import torch
 
@@ -39,8 +39,8 @@ def test_text_and_json_tell_the_same(cli, register):
 @pytest.mark.parametrize("package", ["triton", "transformers", "flash-attn", "xformers"])
 def test_packages_are_reported(cli, package):
     try:
-        version = importlib_metadata.version(package)
-    except importlib_metadata.PackageNotFoundError:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         version = None
     assert cli("info", "--json").data["versions"][package] == version
 

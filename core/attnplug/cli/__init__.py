@@ -25,7 +25,7 @@ from typing import Any
 
 from attnplug import AttnplugError, PluginError, __version__
 
-COMMANDS = ("list", "explain", "info", "check", "new")
+COMMANDS = ("list", "explain", "info", "check", "bench", "new")
 
 DONE, NO, USAGE = 0, 1, 2
 
@@ -48,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        arguments = _parser().parse_args(_with_negative_values(argv))
+        arguments = build_parser().parse_args(_with_negative_values(argv))
         return int(arguments.run(arguments))
     except SystemExit as ended:  # argparse has said why
         return ended.code if isinstance(ended.code, int) else USAGE
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; the documentation shows what it says."""
     parser = argparse.ArgumentParser(
         "attnplug",
         description="Attention kernels as plugins: what is installed, and what would run.",

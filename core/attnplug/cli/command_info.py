@@ -7,6 +7,7 @@ keeps its lines. What fails is reported, and the rest of the report still comes.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import platform
 import re
@@ -15,8 +16,6 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any
-
-import importlib_metadata
 
 import attnplug
 from attnplug._tables import table
@@ -135,8 +134,8 @@ def _no_implementation(error: str) -> list[dict[str, str]]:
 
 def _version(name: str) -> str | None:
     try:
-        return importlib_metadata.version(name)
-    except importlib_metadata.PackageNotFoundError:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 

@@ -65,7 +65,7 @@ def _print_rich(headers: Sequence[str], rows: Sequence[Sequence[str]], status: i
     from rich.text import Text
 
     console = Console()
-    shown = _fitting(headers, rows, console.width, expendable)
+    shown = fitting(headers, rows, console.width, expendable)
     grid = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0), header_style="bold")
     for position in shown:
         grid.add_column(headers[position], no_wrap=position != shown[-1], overflow="fold")
@@ -77,7 +77,7 @@ def _print_rich(headers: Sequence[str], rows: Sequence[Sequence[str]], status: i
         console.print(Text(f"\nNot shown for want of width: {', '.join(missing)}; --verbose shows all."))
 
 
-def _fitting(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int, expendable: Sequence[str]) -> list[int]:
+def fitting(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int, expendable: Sequence[str]) -> list[int]:
     """Return the columns that fit into `width` beside a last one of which at least `_LAST` is seen."""
     needed = [max(len(line[column]) for line in (headers, *rows)) for column in range(len(headers))]
     needed[-1] = min(needed[-1], _LAST)

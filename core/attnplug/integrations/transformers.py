@@ -63,7 +63,7 @@ def register() -> None:
     Raises:
         ImportError: transformers is missing, or of a version that this does not know.
 
-    Example:
+    Examples:
         >>> import attnplug.integrations.transformers
         >>> attnplug.integrations.transformers.register()
         >>> from transformers import AutoModel, BertConfig
@@ -161,6 +161,12 @@ def make_mask(*, q_length: int, kv_length: int, allow_is_causal_skip: bool = Tru
     transformers leaves out a causal mask also when a prompt is read into a longer static cache, which then
     means upper-left; but some models drop queries from a layer after the mask was made, and then a missing mask
     must mean lower-right. Only where both are the same is it left out here: equal lengths, or one query.
+
+    Args:
+        q_length: `Sq`.
+        kv_length: `Sk`.
+        allow_is_causal_skip: whether a mask that only says causal may be left out.
+        **arguments: whatever else transformers gives to its own function.
     """
     # An import statement, as torch.compile traces it and not importlib.
     from transformers.masking_utils import sdpa_mask

@@ -1,0 +1,38 @@
+"""Benchmarks: which kernel is fastest on this machine, and is it right?
+
+`attnplug bench` from a shell, or from Python, in a notebook or in CI:
+
+    from attnplug import bench
+    report = bench.run(bench.Case(heads=32, kv_heads=8, queries=4096, head_size=128, causal=True))
+    print(report)
+    bench.write(report, "results.html")
+
+Nothing below imports this package, and plotting and page libraries are imported when something is drawn.
+"""
+
+from attnplug.bench._cases import Case
+from attnplug.bench._ceilings import Ceiling
+from attnplug.bench._compare import Change, compare
+from attnplug.bench._errors import BenchError
+from attnplug.bench._files import read_cases
+from attnplug.bench._records import Record, Timing
+from attnplug.bench._report import Report
+from attnplug.bench._run import run
+from attnplug.bench._sets import SETS, case_set
+from attnplug.bench._write import write
+
+__all__ = [
+    "SETS",
+    "BenchError",
+    "Case",
+    "Ceiling",
+    "Change",
+    "Record",
+    "Report",
+    "Timing",
+    "case_set",
+    "compare",
+    "read_cases",
+    "run",
+    "write",
+]

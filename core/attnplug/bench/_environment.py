@@ -1,0 +1,79 @@
+"""What a figure is worth nothing without: the machine and the versions. No name of a machine or a user is in it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attnplug
+
+_PACKAGES = ("pluggy", "triton", "numpy")
+
+
+def environment(devices: set[str]) -> dict[str, Any]:
+    """Return processor, cards among `devices`, versions of what measures and of every implementation's package."""
+    cards = sorted(device for device in devices if torch.device(device).type == "cuda")
+    origins = {record.distribution: record.version for record in attnplug.list_impls() if record.version}
+    return {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+        **({"cards": [_card(device) for device in cards]} if cards else {}),
+        "load_average": _load_average(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "attnplug": attnplug.__version__,
+        **{name: _version(name) for name in _PACKAGES},
+        "implementations": origins,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def device_name(device: str) -> str:
+    """Return what a device is called by who made it, such as `NVIDIA H200`."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_properties(device).name)
+    return _processor()
+
+
+def _card(device: str) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    kind = properties.gcnArchName if torch.version.hip else f"{properties.major}.{properties.minor}"
+    return {
+        "device": device,
+        "name": properties.name,
+        "capability": kind,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "runtime": torch.version.cuda or torch.version.hip,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _load_average() -> float | None:
+    """Return how many programs wanted to run in the last minute: others were there if it exceeds the threads."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):  # Windows
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

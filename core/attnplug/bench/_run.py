@@ -1,0 +1,140 @@
+"""A whole run: every case, the machine's ceilings, and what is kept when it is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+
+import attnplug
+from attnplug import UnknownImplementationError
+from attnplug.bench._cases import Case
+from attnplug.bench._ceilings import Ceiling, measure_ceiling
+from attnplug.bench._clocks import Clock, clock_for
+from attnplug.bench._environment import environment
+from attnplug.bench._errors import BenchError
+from attnplug.bench._measure import CACHES, measure_case
+from attnplug.bench._records import Record, ranked
+from attnplug.bench._report import Report
+from attnplug.bench._sets import case_set
+
+SECONDS = 0.15
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    cases: str | Case | Iterable[Case],
+    impls: Iterable[str] | None = None,
+    *,
+    baseline: str = "torch",
+    caches: Sequence[str] = CACHES,
+    seconds: float = SECONDS,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure implementations on cases: times, memory, and whether the results are right.
+
+    An interruption (Ctrl-C, `KeyboardInterrupt`) ends the run and keeps the cases that are complete: the names of
+    the others are in the report's `missing`. An implementation that raises is a record with its reason.
+
+    Args:
+        cases: one or more cases, or the name of a set.
+        impls: names of implementations; by default all that there are.
+        baseline: the one that ratios are to, measured even if it is not among `impls`.
+        caches: `warm`, `cold`, or both.
+        seconds: how long to measure each implementation on each case, for each direction and state of the caches.
+        progress: called with what is done next, how many steps are done, and how many there are.
+
+    Raises:
+        UnknownImplementationError: `impls` or `baseline` name no implementation.
+        BenchError: there is no such set, device or state of the caches, or there are no cases.
+
+    Examples:
+        >>> from attnplug.bench import Case, run
+        >>> report = run(Case(heads=2, queries=16, head_size=8), impls=["torch", "aten_math"], seconds=0.01)
+        >>> [(record.impl, record.correct) for record in report]
+        [('torch', True), ('aten_math', True)]
+    """
+    cases = _cases(cases)
+    names = _impls(impls, baseline)
+    if not caches or isinstance(caches, str) or not set(caches) <= set(CACHES):
+        raise BenchError(f"caches: expected some of {CACHES}, got {caches!r}")
+    if not seconds > 0:
+        raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
+    clocks = {device: clock_for(device) for device in dict.fromkeys(case.device for case in cases)}
+    kinds = list(dict.fromkeys((case.device, case.dtype) for case in cases))
+    steps = _Steps(progress, len(kinds) + len(cases) * (len(names) + 1))
+    ceilings: dict[tuple[str, str], Ceiling] = {}
+    records: list[Record] = []
+    try:
+        for device, dtype in kinds:
+            steps.next(f"what {device} can do with {dtype}")
+            ceilings[device, dtype] = _ceiling(device, dtype, clocks[device])
+        for number, case in enumerate(cases):
+            steps.at(len(kinds) + number * (len(names) + 1))
+            found = measure_case(
+                case,
+                names,
+                clocks[case.device],
+                ceiling=ceilings[case.device, case.dtype],
+                caches=caches,
+                seconds=seconds,
+                notify=steps.next,
+            )
+            records += ranked(found, baseline)
+    except KeyboardInterrupt:
+        pass  # what is complete is worth keeping; the report says what is missing
+    complete = {record.case for record in records}
+    return Report(
+        records=tuple(records),
+        environment=environment({case.device for case in cases}),
+        ceilings=tuple(ceilings.values()),
+        baseline=baseline,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        settings={"caches": list(caches), "seconds": seconds},
+        missing=tuple(case.name for case in cases if case not in complete),
+    )
+
+
+def _ceiling(device: str, dtype: str, clock: Clock) -> Ceiling:
+    try:
+        return measure_ceiling(device, dtype, clock)
+    except RuntimeError as error:
+        raise BenchError(f"device: {device!r} cannot multiply {dtype} matrices: {error}") from error
+
+
+class _Steps:
+    """Counts steps for whoever shows progress."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def at(self, done: int) -> None:
+        self._done = done
+
+    def next(self, step: str) -> None:
+        if self._progress is not None:
+            self._progress(step, self._done, self._total)
+        self._done += 1
+
+
+def _cases(cases: str | Case | Iterable[Case]) -> list[Case]:
+    if isinstance(cases, str):
+        return case_set(cases)
+    cases = [cases] if isinstance(cases, Case) else list(cases)
+    for case in cases:
+        if not isinstance(case, Case):
+            raise BenchError(f"cases: expected cases or the name of a set, got {case!r}")
+    if not cases:
+        raise BenchError("cases: there are none")
+    return list(dict.fromkeys(cases))
+
+
+def _impls(impls: Iterable[str] | None, baseline: str) -> list[str]:
+    known = attnplug.list_flash_attention_impls()
+    ordered = [record.name for record in attnplug.list_impls()]
+    names = ordered if impls is None else list(dict.fromkeys([impls] if isinstance(impls, str) else impls))
+    for name in names:
+        if name not in known:
+            raise UnknownImplementationError(name, known, "impls")
+    if baseline not in known:
+        raise UnknownImplementationError(baseline, known, "baseline")
+    return names if baseline in names else [baseline, *names]

@@ -1,0 +1,221 @@
+"""Measure every implementation on this machine: which is fastest, and is it right?
+
+Without options: every implementation, on a set of cases that takes about a minute on a CPU, and is meant to take
+two on a card. A file's name says what is written: .json (all of it), .csv (a line a record), .html (one page to be sent
+on), .png (plots); {device} and {time} in it are filled in. Ctrl-C keeps what is measured.
+Exit status 1: a result is wrong, nothing ran, or it was interrupted; of compare: there is a regression.
+
+examples:
+  attnplug bench
+  attnplug bench --set llama-3-8b --impl torch,my_kernel --dtype bfloat16 -o llama.html -o llama.json
+  attnplug bench --cases my_model.yaml --device cuda -o 'results/{device}-{time}.csv'
+  attnplug bench compare before.json after.json --threshold 0.05
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnplug._tables import table
+from attnplug.cli import render
+from attnplug.cli.command_explain import names, size
+
+if TYPE_CHECKING:
+    from attnplug.bench import Case, Report
+
+HELP = "measure every implementation on this machine, and check that it is right"
+USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFTER.json [--threshold SHARE]"
+
+_EXPENDABLE = ("fwd cold", "bwd cold", "of ceiling", "memory", "TFLOP/s")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--set", action="append", default=[], metavar="NAME", help="named cases; --sets lists them")
+    what.add_argument("--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml or .toml file")
+    what.add_argument("--impl", type=names, metavar="NAMES", help="the only implementations; by default all")
+    what.add_argument("--device", help="cpu, cuda, ...; by default a card if there is one")
+    what.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32", "float64"),
+        help="by default bfloat16 on a card, float32 on a CPU",
+    )
+    what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs, the times mean nothing")
+    what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
+    how = parser.add_argument_group("how it is measured and reported")
+    how.add_argument("--baseline", default="torch", metavar="NAME", help="what ratios are to; torch if not given")
+    how.add_argument("--caches", choices=("warm", "cold", "both"), default="both")
+    how.add_argument("--seconds", type=_seconds, metavar="S", help="for each implementation, direction and caches")
+    how.add_argument("--threads", type=size, metavar="N", help="threads of PyTorch on a CPU")
+    how.add_argument("--output", "-o", action="append", default=[], metavar="FILE", help="write results; repeatable")
+    _configure_compare(parser.add_subparsers(title="two runs", metavar="compare", dest="action", prog="attnplug bench"))
+
+
+def _configure_compare(actions: Any) -> None:
+    parser = actions.add_parser(
+        "compare",
+        help="say what changed beyond noise between two runs",
+        description="Say what changed beyond noise between two runs, both written as .json. Exit status 1: "
+        "something is slower, or takes more memory, by more than the threshold, is wrong now, or no longer runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("before", metavar="BEFORE.json")
+    parser.add_argument("after", metavar="AFTER.json")
+    parser.add_argument("--threshold", type=float, default=0.1, metavar="SHARE", help="0.1, a tenth, if not given")
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.action == "compare":
+        return _compare(arguments)
+    if arguments.sets:
+        return _list_sets(arguments)
+    return _bench(arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from attnplug import bench
+    from attnplug.bench._clocks import clock_for
+    from attnplug.bench._run import SECONDS
+    from attnplug.bench._write import ready
+
+    cases = _cases(arguments)
+    for device in {case.device for case in cases}:
+        clock_for(device)  # before files are named after it
+    outputs = [ready(path, cases[0].device) for path in arguments.output]
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    with _progress() as progress:
+        report = bench.run(
+            cases,
+            arguments.impl,
+            baseline=arguments.baseline,
+            caches=("warm", "cold") if arguments.caches == "both" else (arguments.caches,),
+            seconds=arguments.seconds or SECONDS,
+            progress=progress,
+        )
+    for path in outputs:
+        bench.write(report, path)
+    if arguments.json:
+        render.print_json(report.as_dict())
+    else:
+        _print(report, outputs)
+    return 0 if report.impls and not report.wrong and not report.missing else 1
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    """Return the cases that the options name, or the default set of the device."""
+    from attnplug.bench import case_set, read_cases
+    from attnplug.bench._sets import default_device, default_set
+
+    chosen = {"device": arguments.device, "dtype": arguments.dtype}
+    sets = arguments.set
+    if not sets and not arguments.cases:
+        sets = [default_set(arguments.device or default_device())]
+    cases = [case for name in sets for case in case_set(name, **chosen)]
+    cases += [case for path in arguments.cases for case in read_cases(path, **chosen)]
+    return [case.shrunk() for case in cases] if arguments.tiny else cases
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a bar on stderr while it works, if that is a terminal and `rich` is there."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(24),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1)
+        yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total)
+
+
+def _print(report: Report, outputs: list[Path]) -> None:
+    from attnplug.bench._text import summary
+
+    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        _print_rich(report)
+        print(f"\n{summary(report)}")
+    else:
+        print(report)
+    for path in outputs:
+        print(f"written: {path}")
+
+
+def _print_rich(report: Report) -> None:
+    """Print the rows of each case below its name, as many columns as the terminal has room for."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from attnplug.bench._text import HEADERS, row
+
+    console = Console()
+    records = [record for record in report if record.status == "ran"]
+    lines = [row(record)[1:] for record in records]
+    shown = render.fitting(HEADERS[1:], lines, console.width, _EXPENDABLE)
+    cut = [[line[position] for position in shown] for line in (HEADERS[1:], *lines)]
+    header, *printed = table(cut[0], cut[1:]).splitlines()
+    console.print(Text(header, "bold"), soft_wrap=True)
+    for case in report.cases:
+        ran = any(record.case == case for record in records)
+        console.print(Text(case.name if ran else f"{case.name}: nothing ran", "bold cyan"), soft_wrap=True)
+        for record, line in zip(records, printed, strict=True):
+            if record.case == case:
+                style = "bold red" if not record.correct else "bold green" if record.fastest else ""
+                console.print(Text(line, style), soft_wrap=True)
+    missing = [title for position, title in enumerate(HEADERS[1:]) if position not in shown]
+    if missing:
+        console.print(Text(f"\nNot shown for want of width: {', '.join(missing)}; --json and --output have all."))
+
+
+def _list_sets(arguments: argparse.Namespace) -> int:
+    from attnplug.bench import SETS
+
+    rows = [(name, len(list(make())), (make.__doc__ or "").strip()) for name, make in SETS.items()]
+    if arguments.json:
+        render.print_json([dict(zip(("name", "cases", "description"), row, strict=True)) for row in rows])
+    else:
+        render.print_table(("set", "cases", "what it is"), [(name, str(count), text) for name, count, text in rows], 0)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from attnplug import bench
+    from attnplug.bench._text import CHANGE_HEADERS, change_rows, comparison
+
+    before, after = bench.Report.read(arguments.before), bench.Report.read(arguments.after)
+    changes = bench.compare(before, after, arguments.threshold)
+    regressions = [change for change in changes if change.regression]
+    if arguments.json:
+        render.print_json({"changes": [vars(change) for change in changes], "regressions": len(regressions)})
+    else:
+        if changes:
+            render.print_table(CHANGE_HEADERS, change_rows(changes), CHANGE_HEADERS.index("verdict"))
+            print()
+        print(comparison(before, after, changes))
+    return 1 if regressions else 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, such as 0.5, got {text!r}")
+    return value
