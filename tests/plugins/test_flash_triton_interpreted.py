@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 import attnplug
 from accuracy import GRADIENT, assert_lse_right, assert_right
 from attnplug import CausalVariant
+from attnplug_flash_triton.problem import machine_of, read
+from interpreter import patched_once
 from reference import attention as expected
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,23 +35,17 @@ QUERIES, KEYS = 20, 37  # two and three tiles of 16, each with a rest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _interpreter_patched_once() -> Any:
-    """Triton's interpreter patches its language again for each call of a device function, half of its time."""
+def _small_tiles() -> Any:
+    """Tiles of 16, so that short sequences have several."""
     if not INTERPRETED:
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from attnplug_flash_triton import config
 
-    patched = InterpretedFunction.__call__
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__.startswith("attnplug_flash_triton"):
-            return self.rewrite()(*args, **kwargs)
-        return patched(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call
-    yield
-    InterpretedFunction.__call__ = patched
+    with patched_once():
+        before = config.use(config.Table.uniform(config.INTERPRETER, config.Tiles(16, 16, 1, 1)))
+        yield
+        config.use(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -279,6 +276,64 @@ def test_rows_that_are_not_contiguous_are_right() -> None:
     assert torch.equal(out, same)
 
 
+def test_gradients_of_rows_that_are_not_contiguous_are_right() -> None:
+    """A gradient laid out as such an input is would have rows that a kernel cannot write."""
+    wide = [tensor.float() for tensor in inputs(size=16)]
+    results = []
+    for lay_out in (lambda tensor: tensor.mT.contiguous().mT, lambda tensor: tensor):
+        leaves = [lay_out(tensor).detach().requires_grad_() for tensor in wide]
+        out = attnplug.scaled_dot_product_attention(*leaves, enable_gqa=True, impl="flash_triton")
+        results.append(torch.autograd.grad(out.square().sum(), leaves))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_tiles_outside_the_window_are_not_read() -> None:
+    """Forward and backward: what lies there is NaN, and 0 * NaN would show."""
+    query, key, value = (random(1, 1, 128, 16, seed=seed).float() for seed in range(3))
+    results = []
+    for rubbish in (0.0, float("nan")):
+        for tensor in (key, value):
+            tensor[:, :, :48] = rubbish
+        leaves = [query[:, :, 64:].clone(), key.clone(), value.clone()]
+        leaves = [tensor.requires_grad_() for tensor in leaves]
+        out = attnplug.scaled_dot_product_attention(
+            *leaves, window_size=(16, 0), causal_variant=LOWER_RIGHT, impl="flash_triton"
+        )
+        grad_q, grad_k, grad_v = torch.autograd.grad(out.sum(), leaves)
+        results.append((out, grad_q, grad_k[:, :, 48:], grad_v[:, :, 48:]))
+    assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(*results, strict=True))
+
+
+def test_two_threads_do_not_disturb_each_other() -> None:
+    """Triton's interpreter keeps the program at work in a variable of the process."""
+    calls = [[tensor.float() for tensor in inputs(queries=queries, size=16)] for queries in (20, 50)]
+
+    def attend(tensors: list[Tensor]) -> Tensor:
+        return attnplug.scaled_dot_product_attention(*tensors, enable_gqa=True, impl="flash_triton")
+
+    wanted = [attend(tensors) for tensors in calls]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(attend, calls * 2))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted * 2, strict=True))
+
+
+@pytest.mark.parametrize("allow", ["legacy", "new"])
+def test_both_ways_to_allow_tf32_are_read(allow: str) -> None:
+    """PyTorch refuses to be asked in the one way once it was told in the other."""
+    tensors = [tensor.float() for tensor in inputs()]
+    try:
+        if allow == "legacy":
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        problem = read(attnplug.SDPAParams(*tensors, scale=1.0), None, machine_of(tensors[0].device))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+    assert problem.flags["PRECISION"] == "tf32"
+    assert read(attnplug.SDPAParams(*tensors, scale=1.0), None, problem.machine).flags["PRECISION"] == "ieee"
+
+
 def test_expanded_gradient_of_out_is_right() -> None:
     query, key, value = (tensor.float().requires_grad_() for tensor in inputs())
     out = attnplug.scaled_dot_product_attention(query, key, value, enable_gqa=True, impl="flash_triton")
@@ -492,7 +547,7 @@ def test_gradients_of_pages_are_declined_with_the_reason() -> None:
 
 def test_bfloat16_is_declined_with_the_reason() -> None:
     query = torch.randn(1, 1, 4, 16, dtype=torch.bfloat16)
-    with pytest.raises(attnplug.NoImplementationError, match="interpreter .* is wrong in bfloat16"):
+    with pytest.raises(attnplug.NoImplementationError, match=r"does not support bfloat16 \(only float16, float32\)"):
         attnplug.scaled_dot_product_attention(query, query, query, impl="flash_triton")
 
 
@@ -500,3 +555,16 @@ def test_value_head_size_beyond_the_kernels_is_declined() -> None:
     query, value = torch.randn(1, 1, 4, 16), torch.randn(1, 1, 4, 300)
     with pytest.raises(attnplug.NoImplementationError, match="value head size 300"):
         attnplug.scaled_dot_product_attention(query, query, value, impl="flash_triton")
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        (torch.randn(1, 1, 4, 16, dtype=torch.float64), "does not support float64"),
+        (torch.randn(1, 1, 4, 4), "head size 4 is below 8"),
+        (torch.randn(1, 1, 4, 512), "head size 512 is above 256"),
+    ],
+)
+def test_what_the_kernels_do_not_do_is_declined_with_the_reason(query: Tensor, reason: str) -> None:
+    with pytest.raises(attnplug.NoImplementationError, match=reason):
+        attnplug.scaled_dot_product_attention(query, query, query, impl="flash_triton")

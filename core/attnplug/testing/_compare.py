@@ -2,7 +2,8 @@
 
 With `ref` the call in float64, and `low` the plain formula with every operation in the input's own dtype,
 `max|out - ref| <= 2 max|low - ref| + 2 max|ref + 0.3 - 0.3 - ref|`, the last term computed in the input's dtype;
-for gradients the same with factor 3. `lse` has a tolerance relative to `max(1, |lse|)`.
+for gradients the same with factor 3. `lse` has a tolerance relative to `max(1, |lse|)`. In float64 `ref` rounds too,
+and the bound is doubled.
 """
 
 from __future__ import annotations

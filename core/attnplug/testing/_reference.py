@@ -1,7 +1,7 @@
-"""The contract's formulas, written once more, to hold every kernel against.
+"""The formulas of one call, written once more, to hold every kernel against.
 
 Nothing here is shared with an implementation, `math_ref` included: that one is tested too. One function
-gives both results that a comparison needs (contract, section 4): `ref`, in float64, and `low`, the plain
+gives both results that a comparison needs: `ref`, in float64, and `low`, the plain
 formula with every operation in the input's own dtype. Both are differentiable.
 
 A formula does not say in which order to round, and the largest error of one order is a matter of luck: so
@@ -68,7 +68,8 @@ def dense(
     factors: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return out `(B, Hq, Sq, Ev)` and lse `(B, Hq, Sq)`; the numbers are those of the contract, section 3."""
+    """Return out `(B, Hq, Sq, Ev)` and lse `(B, Hq, Sq)`; the numbers are those of the documentation's
+    page "Semantics"."""
     query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale

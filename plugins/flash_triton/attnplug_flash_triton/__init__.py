@@ -3,6 +3,8 @@
 This module is read whenever implementations are listed, so it imports neither torch nor triton.
 """
 
+import os
+
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend, hookimpl
 
 HEAD_SIZES = range(8, 257)
@@ -33,6 +35,11 @@ FEATURES = frozenset(
 )
 
 
+def _interpreted() -> bool:
+    """Whether Triton will interpret the kernels, by its own rule; asking Triton would import it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
 @hookimpl
 def attnplug_register_impls() -> list[ImplSpec]:
     """Return the one implementation of this distribution: on a card, or on the CPU in Triton's interpreter."""
@@ -44,15 +51,17 @@ def attnplug_register_impls() -> list[ImplSpec]:
         head_sizes=HEAD_SIZES,
         features=FEATURES,
     )
-    on_cpu = Capabilities(
-        devices=("cpu",), dtypes=("float16", "bfloat16", "float32"), head_sizes=HEAD_SIZES, features=FEATURES
+    # The interpreter's products of bfloat16 are wrong: it multiplies the bits as if they were integers
+    # (https://github.com/triton-lang/triton/issues/11584).
+    in_interpreter = Capabilities(
+        devices=("cpu",), dtypes=("float16", "float32"), head_sizes=HEAD_SIZES, features=FEATURES
     )
     return [
         ImplSpec(
             name="flash_triton",
             kernel="attnplug_flash_triton.impl",
             backend=SDPBackend.FLASH_ATTENTION,
-            capabilities=on_cpu | on_card,
+            capabilities=in_interpreter if _interpreted() else on_card,
             requires=("triton",),
         )
     ]

@@ -16,8 +16,8 @@ from attnplug_flash_triton.tiles import (
     NO_MASK,
     kept,
     load_rows,
-    load_tile,
     logits,
+    products,
     row_pointers,
     schedule,
     sequence,
@@ -138,7 +138,8 @@ def query_gradient_kernel(
     if totals is not None:
         inverse = inverse[:, None]
 
-    query = load_tile(q, q_row, start_m, len_q, BLOCK_M, SIZE, BLOCK_D)
+    q_rows = row_pointers(q, q_row, start_m, BLOCK_M)
+    query = load_rows(q_rows, exists, SIZE, BLOCK_D)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + batch * slopes_batch + head).to(tl.float32)
@@ -155,10 +156,14 @@ def query_gradient_kernel(
     for start in tl.range(begin, end, BLOCK_N):
         j = (start + tl.arange(0, BLOCK_N))[None, :]
         edge = (start < inner_begin) | (start >= inner_end) if HAS_LOW else start >= inner_end
-        key = load_tile(k, k_row, start, len_k, BLOCK_N, SIZE, BLOCK_D)
-        value = load_tile(v, v_row, start, len_k, BLOCK_N, SIZE_V, BLOCK_DV)
-        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        grad_p = tl.dot(grad_out_tile, tl.trans(value), input_precision=PRECISION)
+        k_rows, v_rows = row_pointers(k, k_row, start, BLOCK_N), row_pointers(v, v_row, start, BLOCK_N)
+        there = start + tl.arange(0, BLOCK_N) < len_k
+        key = load_rows(k_rows, there, SIZE, BLOCK_D)
+        value = load_rows(v_rows, there, SIZE_V, BLOCK_DV)
+        qk = products(query, q_rows, exists, key, k_rows, there, SIZE, BLOCK_D, PRECISION)
+        grad_p = products(
+            grad_out_tile, grad_out_rows, exists, value, v_rows, there, SIZE_V, BLOCK_DV, PRECISION
+        )  # fmt: skip
         _, grad_logits = gradient_of_logits(
             qk, grad_p, i, j, column, mask, mask_n, slope, shift[:, None], inverse, delta_row[:, None],
             scale, softcap, dropout, keep_scale, seed, len_q, len_k, offset, low, high,
@@ -213,10 +218,11 @@ def key_value_gradient_kernel(
     grad_v_batch, grad_v_head, grad_v_row = strides(grad_v_batch, grad_v_head, grad_v_row, ALIGN)
     k += batch * k_batch + kv_head * k_head + first_k * k_row
     v += batch * v_batch + kv_head * v_head + first_k * v_row
-    key = load_tile(k, k_row, start_n, len_k, BLOCK_N, SIZE, BLOCK_D)
-    value = load_tile(v, v_row, start_n, len_k, BLOCK_N, SIZE_V, BLOCK_DV)
     n = start_n + tl.arange(0, BLOCK_N)
-    j = n[:, None]
+    j, there = n[:, None], n < len_k
+    k_rows, v_rows = row_pointers(k, k_row, start_n, BLOCK_N), row_pointers(v, v_row, start_n, BLOCK_N)
+    key = load_rows(k_rows, there, SIZE, BLOCK_D)
+    value = load_rows(v_rows, there, SIZE_V, BLOCK_DV)
     seed = tl.load(seed_at) if DROPOUT else 0
 
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -243,10 +249,14 @@ def key_value_gradient_kernel(
             edge = False
             if HAS_LOW or HAS_HIGH:
                 edge = (start < inner_begin) | (start >= inner_end)
-            query = load_tile(q_of_head, q_row, start, len_q, BLOCK_M, SIZE, BLOCK_D)
-            qk = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-            grad_out_tile = load_tile(grad_out_of_head, grad_out_row, start, len_q, BLOCK_M, SIZE_V, BLOCK_DV)
-            grad_p = tl.dot(value, tl.trans(grad_out_tile), input_precision=PRECISION)
+            q_rows = row_pointers(q_of_head, q_row, start, BLOCK_M)
+            query = load_rows(q_rows, exists, SIZE, BLOCK_D)
+            qk = products(key, k_rows, there, query, q_rows, exists, SIZE, BLOCK_D, PRECISION)
+            grad_out_rows = row_pointers(grad_out_of_head, grad_out_row, start, BLOCK_M)
+            grad_out_tile = load_rows(grad_out_rows, exists, SIZE_V, BLOCK_DV)
+            grad_p = products(
+                value, v_rows, there, grad_out_tile, grad_out_rows, exists, SIZE_V, BLOCK_DV, PRECISION
+            )  # fmt: skip
             shift, inverse = load_statistics(shifts, totals, statistics + row, exists, FOLDED)
             if totals is not None:
                 inverse = inverse[None, :]

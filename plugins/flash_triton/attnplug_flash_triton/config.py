@@ -1,12 +1,21 @@
-"""Which tiles a kernel works on: a plain table, read without timing anything at a user's first call.
+"""Which tiles a kernel works on: a table for each architecture, so that nothing is timed at a user's first call.
 
-The numbers keep every shipped kernel free of spilled registers and within the shared memory of its
-architecture; a test compiles each of them and says so. They were not tuned on a card.
+The tables are files in `tables/`, `sm_90.json` for instance; where there is one for the Triton release at work,
+`sm_90-triton3.6.json`, it goes before, because the best number of warps may differ between releases
+(https://github.com/triton-lang/triton/issues/11373). `attnplug_flash_triton.tune` measures and writes them, and
+`attnplug_flash_triton.cost` says what their entries cost in registers and memory.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
 
 
 class Tiles(NamedTuple):
@@ -18,134 +27,170 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-FORWARD, FEW_ROWS = "forward", "forward of few rows"
-QUERY, KEYS, MASK = "gradient of the query", "gradients of keys and values", "gradient of the mask"
+class Cell(NamedTuple):
+    """What one entry of a table is for."""
+
+    kernel: str
+    precision: str
+    head_size: int
+    logits: str
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+
+FORWARD, FEW_ROWS = "forward", "few rows"
+QUERY, KEYS, MASK = "query gradient", "key and value gradients", "mask gradient"
 KERNELS = (FORWARD, FEW_ROWS, QUERY, KEYS, MASK)
 FEW = 16
 """Rows (queries, times the query heads that share a head of keys) up to which a call counts as one of few rows."""
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Bytes that one program may use. sm_80 stands for the cards from 8.0 on, of which the smallest have 99 KiB."""
+HALF, SINGLE, TF32 = "half", "float32", "tf32"
+"""Float16 and bfloat16; float32 with IEEE products; float32 where PyTorch allows TF32."""
 
 SIZES = (64, 128, 256)
 """Classes of head sizes: the larger one of query and value, rounded up."""
 
-KNOWN_SPILLS = {
-    ("query_gradient_kernel", "float32", 256): 400,
-    ("key_value_gradient_kernel", "float32", 128): 32,
-    ("key_value_gradient_kernel", "float32", 256): 400,
-    ("mask_gradient_kernel", "float32", 64): 32,
-    ("mask_gradient_kernel", "float32", 128): 32,
-    ("mask_gradient_kernel", "float32", 256): 400,
-}
-"""Bytes that kernels are known to spill at most, by name, dtype and class of head size; nothing else may.
+PLAIN, EXTRA = "plain", "extra"
+"""Whether there is more to the logits than products: a mask, softcap, ALiBi or dropout, which need registers."""
 
-IEEE products of float32 keep whole rows of both operands in registers, whatever the tile.
-"""
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+INTERPRETER = "interpreter"
+SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Bytes that one program may use. sm_80 stands for the cards from 8.0 on, of which the smallest have 99 KiB."""
 
-INTERPRETER = Tiles(16, 16, 1, 1)
-
-# Half-precision tiles by architecture, kernel and class of head size: without and with extra work on the logits
-# (a mask, softcap, ALiBi, dropout), whose values need registers of their own.
-_HALF: dict[tuple[str, str], tuple[tuple[Tiles, Tiles], tuple[Tiles, Tiles], tuple[Tiles, Tiles]]] = {
-    ("sm_80", FORWARD): (
-        (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
-        (Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 1)),
-        (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    ),
-    ("sm_80", QUERY): (
-        (Tiles(128, 64, 8, 2), Tiles(32, 32, 4, 2)),
-        (Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1)),
-        (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    ),
-    ("sm_80", KEYS): (
-        (Tiles(32, 128, 8, 2), Tiles(32, 32, 4, 1)),
-        (Tiles(32, 64, 8, 1), Tiles(32, 32, 8, 1)),
-        (Tiles(16, 64, 8, 1), Tiles(16, 32, 8, 1)),
-    ),
-    ("sm_90", FORWARD): (
-        (Tiles(128, 128, 8, 3), Tiles(128, 32, 8, 2)),
-        (Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 2)),
-        (Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 1)),
-    ),
-    ("sm_90", QUERY): (
-        (Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2)),
-        (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2)),
-        (Tiles(64, 16, 8, 1), Tiles(32, 32, 8, 1)),
-    ),
-    ("sm_90", KEYS): (
-        (Tiles(64, 128, 8, 2), Tiles(16, 128, 8, 2)),
-        (Tiles(32, 128, 8, 2), Tiles(16, 128, 8, 2)),
-        (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
-    ),
-    ("sm_100", FORWARD): (
-        (Tiles(128, 128, 8, 3), Tiles(64, 32, 8, 1)),
-        (Tiles(128, 64, 8, 3), Tiles(64, 32, 8, 1)),
-        (Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 1)),
-    ),
-    ("sm_100", QUERY): (
-        (Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
-        (Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
-        (Tiles(64, 16, 8, 1), Tiles(32, 32, 8, 1)),
-    ),
-    ("sm_100", KEYS): (
-        (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 1)),
-        (Tiles(32, 128, 8, 1), Tiles(32, 32, 8, 1)),
-        (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
-    ),
-    ("gfx942", FORWARD): (
-        (Tiles(128, 128, 8, 1), Tiles(64, 32, 8, 1)),
-        (Tiles(128, 64, 8, 1), Tiles(64, 32, 4, 1)),
-        (Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    ),
-    ("gfx942", QUERY): (
-        (Tiles(128, 64, 8, 1), Tiles(64, 32, 4, 1)),
-        (Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 1)),
-        (Tiles(64, 16, 8, 1), Tiles(16, 16, 8, 1)),
-    ),
-    ("gfx942", KEYS): (
-        (Tiles(64, 128, 8, 1), Tiles(32, 64, 4, 1)),
-        (Tiles(32, 64, 4, 1), Tiles(16, 128, 8, 1)),
-        (Tiles(16, 64, 8, 1), Tiles(16, 32, 8, 1)),
-    ),
-}
-
-# Float32 tiles by kernel and class of head size, for all architectures: IEEE products run on the general
-# units, with their operands in registers.
-_SINGLE: dict[str, tuple[Tiles, Tiles, Tiles]] = {
-    FORWARD: (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
-    QUERY: (Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-    KEYS: (Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-}
+ACCEPTED = dict(
+    block_m=(16, 32, 64, 128, 256),
+    block_n=(16, 32, 64, 128, 256),
+    num_warps=(1, 2, 4, 8, 16),
+    num_stages=tuple(range(1, 9)),
+)
+FOLDER = Path(__file__).parent / "tables"
 
 
-# Tiles by kernel, half precision or float32, and class of head size, for all architectures.
-_ALL_ARCHITECTURES: dict[str, tuple[tuple[Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]] = {
-    FEW_ROWS: (
-        (Tiles(16, 64, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 1)),
-        (Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-    ),
-    MASK: (
-        (Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-        (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-    ),
-}
+def cells() -> Iterator[Cell]:
+    """Yield every entry that a table has."""
+    for kernel in KERNELS:
+        for precision in (HALF, SINGLE, TF32):
+            for size in SIZES:
+                for logits in (PLAIN, EXTRA) if kernel != MASK else (EXTRA,):
+                    yield Cell(kernel, precision, size, logits)
 
 
-def choose(architecture: str, kernel: str, itemsize: int, head_size: int, extra: bool) -> Tiles:
-    """Return the tiles of one kernel.
+@dataclass(frozen=True)
+class Table:
+    """The tiles of every kernel on one architecture.
 
-    Args:
-        architecture: one of `ARCHITECTURES`.
-        kernel: one of `KERNELS`.
-        itemsize: of query, key and value, in bytes.
-        head_size: the larger one of query and value.
-        extra: whether there is a mask, softcap, ALiBi or dropout.
+    Attributes:
+        measured: the card and the Triton release on which these were the fastest; empty if nobody has timed them.
     """
-    size = next(place for place, limit in enumerate(SIZES) if head_size <= limit)
-    if kernel in _ALL_ARCHITECTURES:
-        return _ALL_ARCHITECTURES[kernel][itemsize == 4][size]
-    if itemsize == 4:
-        return _SINGLE[kernel][size]
-    return _HALF[architecture, kernel][size][extra]
+
+    architecture: str
+    tiles: Mapping[Cell, Tiles]
+    measured: str = ""
+
+    def choose(self, kernel: str, precision: str, head_size: int, extra: bool) -> Tiles:
+        """Return the tiles of one kernel.
+
+        Args:
+            kernel: one of `KERNELS`.
+            precision: `HALF`, `SINGLE` or `TF32`.
+            head_size: the larger one of query and value.
+            extra: whether there is more to the logits than products; see `EXTRA`.
+        """
+        size = next(limit for limit in SIZES if head_size <= limit)
+        return self.tiles[Cell(kernel, precision, size, EXTRA if extra else PLAIN)]
+
+    def but(self, cell: Cell, tiles: Tiles) -> Table:
+        """Return this table with one entry changed."""
+        return replace(self, tiles={**self.tiles, cell: tiles})
+
+    @classmethod
+    def uniform(cls, architecture: str, tiles: Tiles) -> Table:
+        """Return a table with the same tiles everywhere."""
+        return cls(architecture, dict.fromkeys(cells(), tiles))
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """Return the table in a file.
+
+        Raises:
+            ValueError: it is none: says which entry is missing, unknown or out of range, and what is accepted.
+        """
+        try:
+            content = json.loads(path.read_text())
+            entries, architecture, measured = (content[name] for name in ("tiles", "architecture", "measured"))
+        except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no table of tiles: {type(error).__name__}: {error}") from error
+        if architecture not in (*ARCHITECTURES, INTERPRETER):
+            accepted = ", ".join((*ARCHITECTURES, INTERPRETER))
+            raise ValueError(f"{path}: architecture {architecture!r} is none of {accepted}")
+        wanted = {str(cell): cell for cell in cells()}
+        for problem, names in (
+            ("missing", wanted.keys() - entries.keys()),
+            ("unknown", entries.keys() - wanted.keys()),
+        ):
+            if names:
+                raise ValueError(f"{path}: {problem}: {'; '.join(sorted(names))}")
+        return cls(architecture, {cell: _tiles(path, name, entries[name]) for name, cell in wanted.items()}, measured)
+
+    def write(self, path: Path) -> None:
+        """Write the table so that `read` finds it, one entry on a line."""
+        lines = [f"    {json.dumps(str(cell))}: {json.dumps(self.tiles[cell]._asdict())}" for cell in cells()]
+        head = f'  "architecture": {json.dumps(self.architecture)},\n  "measured": {json.dumps(self.measured)},\n'
+        path.write_text("{\n" + head + '  "tiles": {\n' + ",\n".join(lines) + "\n  }\n}\n")
+
+
+def _tiles(path: Path, name: str, entry: Any) -> Tiles:
+    if not isinstance(entry, dict) or set(entry) != set(Tiles._fields):
+        raise ValueError(f"{path}: {name}: expected {', '.join(Tiles._fields)}, got {entry!r}")
+    tiles = Tiles(**entry)
+    for field, accepted in ACCEPTED.items():
+        value = getattr(tiles, field)
+        if value not in accepted:
+            raise ValueError(f"{path}: {name}: {field} {value!r} is none of {', '.join(map(str, accepted))}")
+    return tiles
+
+
+def release() -> str:
+    """Return the release of Triton, such as 3.6."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def path_of(architecture: str) -> Path:
+    """Return the file with the tiles of an architecture: the one for this release of Triton, if there is one."""
+    own = FOLDER / f"{architecture}-triton{release()}.json"
+    return own if own.exists() else FOLDER / f"{architecture}.json"
+
+
+def _given() -> dict[str, Table]:
+    """Return the table that `FLASH_TRITON_TABLE` names, by its architecture."""
+    path = os.environ.get("FLASH_TRITON_TABLE")
+    if not path:
+        return {}
+    try:
+        table = Table.read(Path(path))
+    except ValueError as error:
+        raise ValueError(f"FLASH_TRITON_TABLE: {error}") from error
+    return {table.architecture: table}
+
+
+_in_use = _given()
+
+
+def table_of(architecture: str) -> Table:
+    """Return the table in use for an architecture, which is read when first asked for."""
+    if architecture not in _in_use:
+        # Large tiles make few programs, and what the interpreter takes its time for is every operation of each.
+        in_interpreter = architecture == INTERPRETER
+        _in_use[architecture] = (
+            Table.uniform(INTERPRETER, Tiles(64, 64, 1, 1)) if in_interpreter else Table.read(path_of(architecture))
+        )
+    return _in_use[architecture]
+
+
+def use(table: Table) -> Table:
+    """Put a table in the place of the one in use for its architecture, and return that one."""
+    before = table_of(table.architecture)
+    _in_use[table.architecture] = table
+    return before

@@ -20,9 +20,10 @@ from attnplug_flash_triton.tiles import (
     NO_MASK,
     is_seen,
     kept,
-    load_keys,
+    key_pointers,
     load_rows,
     logits,
+    products,
     row_pointers,
     schedule,
     sequence,
@@ -98,7 +99,7 @@ def forward_kernel(
         q_rows = q + i.to(tl.int64) * q_row + row % PACK * q_head
         i_rows, head_rows, head_wide = i[:, None], head[:, None], head.to(tl.int64)[:, None]
     query = load_rows(q_rows, exists, SIZE, BLOCK_D)
-    if NEGATE:  # so that a maximum of products is a maximum of logits
+    if NEGATE:  # so that a maximum of products is a maximum of logits; never in float32, see FOLDED in problem.py
         query, scale = -query, -scale
 
     slope = 0.0
@@ -132,8 +133,10 @@ def forward_kernel(
     for start in tl.range(begin, end, BLOCK_N):
         j = (start + tl.arange(0, BLOCK_N))[None, :]
         edge = (start < inner_begin) | (start >= inner_end) if HAS_LOW else start >= inner_end
-        key = load_keys(k, k_row, start, len_k, table, k_batch, BLOCK_N, SIZE, BLOCK_D, PAGE_SIZE)
-        qk = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        there = start + tl.arange(0, BLOCK_N) < len_k
+        k_rows = key_pointers(k, k_row, start, len_k, table, k_batch, BLOCK_N, PAGE_SIZE)
+        key = load_rows(k_rows, there, SIZE, BLOCK_D)
+        qk = products(query, q_rows, exists, key, k_rows, there, SIZE, BLOCK_D, PRECISION)
         if FOLDED and MASK == NO_MASK:
             if edge:
                 qk = tl.where(is_seen(i_rows, j, len_k, low, high, HAS_LOW, HAS_HIGH), qk, float("-inf"))
@@ -154,7 +157,8 @@ def forward_kernel(
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(kept(seed, random_column, i_rows, j, dropout), p, 0.0)
-        value = load_keys(v, v_row, start, len_k, table, v_batch, BLOCK_N, SIZE_V, BLOCK_DV, PAGE_SIZE)
+        v_rows = key_pointers(v, v_row, start, len_k, table, v_batch, BLOCK_N, PAGE_SIZE)
+        value = load_rows(v_rows, there, SIZE_V, BLOCK_DV)
         acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
         top = higher
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from attnplug_flash_triton.backward import BACKWARD_RUNTIME, gradient_of_logits, load_statistics
-from attnplug_flash_triton.tiles import load_tile, sequence, strides
+from attnplug_flash_triton.tiles import load_rows, products, row_pointers, sequence, strides
 
 
 @triton.jit(do_not_specialize=[*BACKWARD_RUNTIME, "mask_batches", "mask_heads", "mask_rows", "mask_columns", "batches"])
@@ -72,17 +72,24 @@ def mask_gradient_kernel(
                 mask_at = mask + batch * mask_batch + head * mask_head
                 if MASK_ROWS:
                     mask_at += i.to(tl.int64) * mask_m
-                query = load_tile(q_at, q_row, start_m, num_q, BLOCK_M, SIZE, BLOCK_D)
-                grad_out_tile = load_tile(grad_out_at, grad_out_row, start_m, num_q, BLOCK_M, SIZE_V, BLOCK_DV)
+                q_rows = row_pointers(q_at, q_row, start_m, BLOCK_M)
+                query = load_rows(q_rows, exists, SIZE, BLOCK_D)
+                grad_out_rows = row_pointers(grad_out_at, grad_out_row, start_m, BLOCK_M)
+                grad_out_tile = load_rows(grad_out_rows, exists, SIZE_V, BLOCK_DV)
                 shift, inverse = load_statistics(shifts, totals, statistics + row, exists, FOLDED)
                 delta_row = tl.load(delta + statistics + row, mask=exists, other=0.0)
                 for start_n in tl.range(first_n, last_n, BLOCK_N):
                     j = (start_n + tl.arange(0, BLOCK_N))[None, :]
-                    key = load_tile(k_at, k_row, start_n, len_k, BLOCK_N, SIZE, BLOCK_D)
-                    value = load_tile(v_at, v_row, start_n, len_k, BLOCK_N, SIZE_V, BLOCK_DV)
+                    k_rows = row_pointers(k_at, k_row, start_n, BLOCK_N)
+                    v_rows = row_pointers(v_at, v_row, start_n, BLOCK_N)
+                    there = start_n + tl.arange(0, BLOCK_N) < len_k
+                    key = load_rows(k_rows, there, SIZE, BLOCK_D)
+                    value = load_rows(v_rows, there, SIZE_V, BLOCK_DV)
                     _dropped, grad = gradient_of_logits(
-                        tl.dot(query, tl.trans(key), input_precision=PRECISION),
-                        tl.dot(grad_out_tile, tl.trans(value), input_precision=PRECISION),
+                        products(query, q_rows, exists, key, k_rows, there, SIZE, BLOCK_D, PRECISION),
+                        products(
+                            grad_out_tile, grad_out_rows, exists, value, v_rows, there, SIZE_V, BLOCK_DV, PRECISION
+                        ),
                         i, j, batch32 * heads + head32, mask_at, mask_n, slope, shift[:, None], inverse[:, None],
                         delta_row[:, None], scale, softcap, dropout, keep_scale, seed,
                         num_q, len_k, offset, low, high,

@@ -5,25 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs, next_power_of_2
 
 from attnplug import CausalVariant, SDPAParams
-from attnplug_flash_triton import config
+from attnplug_flash_triton import config, toolchain
 from attnplug_flash_triton.decode import MOST_PARTS
 from attnplug_flash_triton.tiles import ADDITIVE, BOOLEAN, LOG2E, NO_MASK
-
-INTERPRETED = bool(knobs.runtime.interpret)
-"""Whether the kernels run in Triton's interpreter: Triton asks TRITON_INTERPRET when they are defined."""
 
 LONGEST = 2**28
 """Positions, and windows around them, are counted in 32 bits."""
 FURTHEST = 2**23
 CACHED_BYTES = 24 * 2**20
 """Keys and values that programs at work share should fit the L2 cache; about half of it on an H200."""
+
+
+class Machine(NamedTuple):
+    """What of a machine decides how a call is launched.
+
+    Attributes:
+        architecture: one of `config.ARCHITECTURES`, or the interpreter.
+        processors: the number of multiprocessors.
+    """
+
+    architecture: str
+    processors: int
+
+
+@cache
+def machine_of(device: torch.device) -> Machine:
+    """Return what computes tensors on `device`, ready to; in the interpreter, with enough processors to split keys."""
+    if device.type != "cuda":
+        return Machine(config.INTERPRETER, 8)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if torch.version.hip is not None:
+        return Machine("gfx942", processors)
+    major, _ = torch.cuda.get_device_capability(device)
+    if major == 9:
+        toolchain.use_good_ptxas()
+    return Machine({9: "sm_90", 10: "sm_100"}.get(major, "sm_80"), processors)
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,7 @@ class Problem:
     """
 
     params: SDPAParams
+    machine: Machine
     leading: tuple[Any, ...]
     strides: tuple[tuple[int, ...], ...]
     flags: dict[str, Any]
@@ -62,16 +85,16 @@ class Problem:
 
     def tiles(self, kernel: str) -> config.Tiles:
         """Return the configured tiles of one kernel."""
-        query, flags = self.params.query, self.flags
-        if INTERPRETED:
-            return config.INTERPRETER
+        flags = self.flags
         extra = flags["MASK"] != NO_MASK.value or flags["SOFTCAP"] or flags["ALIBI"] or flags["DROPOUT"]
         size = max(flags["BLOCK_D"], flags["BLOCK_DV"])
-        return config.choose(architecture(query.device), kernel, query.element_size(), size, bool(extra))
+        single = config.TF32 if flags["PRECISION"] == "tf32" else config.SINGLE
+        precision = single if self.params.query.dtype == torch.float32 else config.HALF
+        return config.table_of(self.machine.architecture).choose(kernel, precision, size, bool(extra))
 
     def splits(self, programs: int, block_n: int) -> int:
         """Return into how many parts the keys are split, so that few programs make two for each multiprocessor."""
-        wanted = 2 * processors(self.params.query.device) // programs
+        wanted = 2 * self.machine.processors // programs
         return max(1, min(wanted, self.longest_k // (2 * block_n), MOST_PARTS))
 
     def section(self, columns_of_keys: int) -> int:
@@ -87,7 +110,7 @@ def keeps_statistics(params: SDPAParams) -> bool:
     return params.query.dtype == torch.float32 or (mask is not None and mask.is_floating_point())
 
 
-def read(params: SDPAParams, seed: Tensor | None, *others: Tensor) -> Problem:
+def read(params: SDPAParams, seed: Tensor | None, machine: Machine, *others: Tensor) -> Problem:
     """Return the problem that `params` states; `others` are what kernels read or write rows of besides."""
     packed, paged = params.cu_seq_q is not None, params.block_table is not None
     row_dim = -3 if packed else -2
@@ -141,13 +164,14 @@ def read(params: SDPAParams, seed: Tensor | None, *others: Tensor) -> Problem:
         ALIGN=align,
         SIZE=query.shape[-1],
         SIZE_V=value.shape[-1],
-        BLOCK_D=max(16, next_power_of_2(query.shape[-1])),
-        BLOCK_DV=max(16, next_power_of_2(value.shape[-1])),
+        BLOCK_D=_block_of(query.shape[-1]),
+        BLOCK_DV=_block_of(value.shape[-1]),
         PRECISION="tf32" if single and _tf32_allowed() else "ieee",
     )
     rows = (heads, num_q) if packed else (batch, heads, num_q)
     scaled = tuple(tuple(step // align for step in steps) for steps in steps_of_others)
-    return Problem(params, leading, scaled, flags, batch, heads, heads // kv_heads, longest_q, longest_k, rows, factor)
+    group = heads // kv_heads
+    return Problem(params, machine, leading, scaled, flags, batch, heads, group, longest_q, longest_k, rows, factor)
 
 
 def with_dense_rows(tensor: Tensor, rows: int = -2) -> Tensor:
@@ -171,20 +195,14 @@ def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, steps
 
 
+def cdiv(number: int, by: int) -> int:
+    """Return a quotient, rounded up; Triton's own function takes microseconds on the host."""
+    return -(-number // by)
+
+
+def _block_of(size: int) -> int:
+    return 1 << max(4, (size - 1).bit_length())
+
+
 def _tf32_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """Return which of the configured architectures a card belongs to."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a card; on the CPU, enough to try what cards do."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # what all ways to say so end in

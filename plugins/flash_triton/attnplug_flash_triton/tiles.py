@@ -17,6 +17,8 @@ NO_MASK = tl.constexpr(0)
 BOOLEAN = tl.constexpr(1)
 ADDITIVE = tl.constexpr(2)
 
+PART = tl.constexpr(64)
+
 
 @triton.jit
 def schedule(program, tiles, columns, section, LAST_FIRST: tl.constexpr):
@@ -102,24 +104,36 @@ def store_rows(pointers, exists, tile, SIZE: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def load_tile(base, stride, start, length, BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Read rows `start` to `start + BLOCK - 1`, zero from row `length` on."""
-    exists = start + tl.arange(0, BLOCK) < length
-    return load_rows(row_pointers(base, stride, start, BLOCK), exists, SIZE, BLOCK_D)
-
-
-@triton.jit
-def load_keys(
-    base, stride, start, length, table, page_stride,
-    BLOCK: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Read keys or values as `load_tile` does, from pages where there are pages (`PAGE_SIZE` is 0 without)."""
+def key_pointers(base, stride, start, length, table, page_stride, BLOCK: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Return what `row_pointers` does for keys or values, in pages where there are pages (`PAGE_SIZE` is 0 without)."""
     if PAGE_SIZE == 0:
-        return load_tile(base, stride, start, length, BLOCK, SIZE, BLOCK_D)
+        return row_pointers(base, stride, start, BLOCK)
     else:
         j = start + tl.arange(0, BLOCK)
         page = tl.load(table + j // PAGE_SIZE, mask=j < length, other=0).to(tl.int64)
-        return load_rows(base + page * page_stride + j % PAGE_SIZE * stride, j < length, SIZE, BLOCK_D)
+        return base + page * page_stride + j % PAGE_SIZE * stride
+
+
+@triton.jit
+def products(
+    left, left_rows, left_exists, right, right_rows, right_exists,
+    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return `left @ right.T`, float32; `_rows` are the pointers that the two tiles were read from.
+
+    IEEE products of float32 run on the general units, which keep whole rows of both operands in registers:
+    where rows are long, they are read again in parts instead.
+    """
+    if left.dtype == tl.float32 and PRECISION == "ieee" and BLOCK_D > PART:
+        total = tl.zeros([left.shape[0], right.shape[0]], tl.float32)
+        for start in tl.range(0, SIZE, PART):
+            d = start + tl.arange(0, PART)[None, :]
+            some_left = tl.load(left_rows[:, None] + d, mask=left_exists[:, None] & (d < SIZE), other=0.0)
+            some_right = tl.load(right_rows[:, None] + d, mask=right_exists[:, None] & (d < SIZE), other=0.0)
+            total = tl.dot(some_left, tl.trans(some_right), total, input_precision=PRECISION)
+        return total
+    else:
+        return tl.dot(left, tl.trans(right), input_precision=PRECISION)
 
 
 @triton.jit

@@ -1,58 +1,86 @@
 """The assembler that turns the kernels into machine code for NVIDIA cards.
 
 ptxas up to 13.0 corrupts products whose first operand is in registers on Hopper, which is what the
-product of probabilities and values is (https://github.com/triton-lang/triton/issues/11781). Triton 3.6 and
-3.7 carry 12.8 for Hopper; Triton 3.7 carries a later one besides, for Blackwell, which knows Hopper too.
+product of probabilities and values is (https://github.com/triton-lang/triton/issues/11781). Triton 3.6 to 3.9
+carry 12.8 or 12.9 for Hopper; from 3.7 on they carry a later one besides, for Blackwell, which knows Hopper too.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from triton import knobs
 from triton.backends.nvidia import compiler
 
+from attnplug import compute_capability
+
 LEAST = (13, 1)
 
 
 @cache
+def good_ptxas() -> str:
+    """Return where there is an assembler that is good for Hopper: the one in use if it is; empty if there is none."""
+    in_use = knobs.nvidia.ptxas.path
+    return next((path for path in (in_use, *_others()) if version(path) >= LEAST), "")
+
+
 def reasons(device: Any) -> list[str]:
-    """Return why kernels for this card would be wrong; a good assembler that is at hand is put to use.
+    """Return why kernels for this card would be wrong."""
+    if (compute_capability(device) or (0, 0))[0] != 9 or good_ptxas():
+        return []
+    major, minor = version(knobs.nvidia.ptxas.path)
+    wanted = ".".join(map(str, LEAST))
+    return [
+        f"ptxas {major}.{minor} corrupts products on Hopper; install triton 3.7 or later, or nvidia-cuda-nvcc {wanted} "
+        f"or later, or point TRITON_PTXAS_PATH at such a ptxas"
+    ]
+
+
+def use_good_ptxas() -> None:
+    """Make Triton use an assembler that is good for Hopper, if there is one.
 
     It is set for the whole process: there is one such setting in Triton, and a wrong product is wrong in
     every kernel.
     """
-    import torch
-
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return []
-    return use_good_ptxas()
-
-
-def use_good_ptxas() -> list[str]:
-    """Make Triton use an assembler that is good for Hopper; return why there is none, or nothing."""
-    found = version(knobs.nvidia.ptxas.path)
-    if found >= LEAST:
-        return []
-    better = _of_blackwell()
-    if version(better) >= LEAST:
-        knobs.nvidia.ptxas = better
+    path = good_ptxas()
+    if path and path != knobs.nvidia.ptxas.path:
+        knobs.nvidia.ptxas = path
         compiler.get_ptxas_version.cache_clear()  # it is part of the key under which Triton keeps machine code
-        return []
-    return [
-        f"ptxas {found[0]}.{found[1]} corrupts products on Hopper; point TRITON_PTXAS_PATH at ptxas "
-        f"{LEAST[0]}.{LEAST[1]} or later, or install triton 3.7 or later"
-    ]
 
 
-def _of_blackwell() -> str:
-    try:
-        return str(knobs.nvidia.ptxas_blackwell.path)
-    except (AttributeError, RuntimeError):  # an older Triton, or a build without it
-        return ""
+@contextmanager
+def assembler_for(architecture: str) -> Iterator[None]:
+    """Compile for an architecture, of which there need be no card, with the assembler that its card would use."""
+    if architecture != "sm_90":
+        yield
+        return
+    with knobs.nvidia.scope():
+        use_good_ptxas()
+        yield
+    compiler.get_ptxas_version.cache_clear()
+
+
+def _others() -> Iterator[str]:
+    """Yield where there may be another ptxas: Triton's for Blackwell, the package nvidia-cuda-nvcc, CUDA's own."""
+    with suppress(AttributeError, RuntimeError):  # a build of Triton without it
+        yield str(knobs.nvidia.ptxas_blackwell.path)
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        yield from map(str, sorted(Path(folder).glob("cu*/bin/ptxas"), reverse=True))
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        yield os.path.join(home, "bin", "ptxas")
+    if on_path := shutil.which("ptxas"):
+        yield on_path
 
 
 @cache

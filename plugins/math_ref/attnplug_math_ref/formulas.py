@@ -1,7 +1,7 @@
 """The formulas of scaled dot product attention and of its gradients.
 
-This is the place to look up what an argument means. The numbers (1) to (13) are those of the contract,
-"Semantics of one call". Symbols: B batch, Hq query heads, Hkv key/value heads, Sq queries, Sk keys, E
+This is the place to look up what an argument means. The numbers (1) to (15) are those of the page
+"Semantics" in attnplug's documentation. Symbols: B batch, Hq query heads, Hkv key/value heads, Sq queries, Sk keys, E
 and Ev head sizes; query `i`, key `j`.
 
 Every function is made of differentiable PyTorch operators, the gradients too: second derivatives need

@@ -1,0 +1,165 @@
+"""Which tiles are the fastest on this card: measured on request, so that no user's first call does it.
+
+`python -m attnplug_flash_triton.tune` climbs from the table in use to better neighbours, one entry after the other,
+and writes the table that is read from then on: `tables/<architecture>-triton<release>.json` of this package. What
+spills or does not fit is not timed. All entries take an hour; `--only "forward, half, 128"` takes minutes.
+
+With `TRITON_INTERPRET=1` it does the same on the CPU with tiny shapes, to see that it works: such times say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs, testing
+
+from attnplug import CausalVariant, SDPAParams
+from attnplug_flash_triton import config
+from attnplug_flash_triton.config import ACCEPTED, Cell, Table, Tiles
+from attnplug_flash_triton.cost import cost, example, launches_of, too_much
+from attnplug_flash_triton.launches import Launch
+from attnplug_flash_triton.problem import Machine, machine_of
+
+GAIN = 0.98
+"""A neighbour must take at most this share of the time; less is noise."""
+
+Clock = Callable[[Callable[[], None]], float]
+
+
+def clock_of(machine: Machine) -> Clock:
+    """Return what measures milliseconds: medians on a card; in the interpreter, one run."""
+    if machine.architecture != config.INTERPRETER:
+        return lambda run: testing.do_bench(run, return_mode="median")
+
+    def once(run: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+
+    return once
+
+
+def typical(cell: Cell, device: torch.device) -> SDPAParams:
+    """Return a call as large as those that matter: 8k tokens against each other; for few rows, 16k keys."""
+    tiny, few = device.type == "cpu", cell.kernel == config.FEW_ROWS
+    lengths = (1, 64) if few and tiny else (1, 16384) if few else (32, 32) if tiny else (4096, 4096)
+    batch, heads, kv_heads = (
+        (1, 2, 1) if tiny else (8, 32, 8) if few else (2, 2048 // cell.head_size, 2048 // cell.head_size)
+    )
+    half = torch.float16 if tiny else torch.bfloat16
+    options: dict[str, Any] = dict(dtype=half if cell.precision == config.HALF else torch.float32, device=device)
+    sizes = ((heads, lengths[0]), (kv_heads, lengths[1]), (kv_heads, lengths[1]))
+    query, key, value = (torch.randn(batch, *size, cell.head_size, **options) for size in sizes)
+    mask = None
+    if cell.logits == config.EXTRA:
+        mask = torch.randn(1, heads, *lengths, **options).requires_grad_(cell.kernel == config.MASK)
+    return SDPAParams(
+        *(query, key, value, mask),
+        is_causal=True,
+        enable_gqa=heads != kv_heads,
+        scale=cell.head_size**-0.5,
+        causal_variant=CausalVariant.LOWER_RIGHT,
+    )
+
+
+def neighbours(tiles: Tiles) -> Iterator[Tiles]:
+    """Yield the tiles one step away: half or twice a block or the warps, one stage more or less."""
+    for field, accepted in ACCEPTED.items():
+        value = getattr(tiles, field)
+        steps = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
+        for step in steps:
+            if step in accepted:
+                yield tiles._replace(**{field: step})
+
+
+def climb(start: Tiles, milliseconds: Callable[[Tiles], float]) -> Tiles:
+    """Return tiles none of whose neighbours is faster, from `start` on; infinity stands for what must not be used."""
+    best = start
+    while True:
+        candidate = min(neighbours(best), key=milliseconds)
+        if not milliseconds(candidate) < GAIN * milliseconds(best):
+            return best
+        best = candidate
+
+
+def tune(table: Table, cell: Cell, device: torch.device, machine: Machine, clock: Clock) -> tuple[Tiles, float, float]:
+    """Return the best tiles of one entry, their time and the time of those in `table`, in milliseconds."""
+    params = typical(cell, device)
+
+    @cache
+    def milliseconds(tiles: Tiles) -> float:
+        before = config.use(table.but(cell, tiles))
+        try:
+            if not _fits(cell, machine):
+                return float("inf")
+            first, timed = launches_of(cell, params, machine)
+            _run(first)
+            return clock(lambda: _run(timed))
+        finally:
+            config.use(before)
+
+    best = climb(table.tiles[cell], milliseconds)
+    return best, milliseconds(best), milliseconds(table.tiles[cell])
+
+
+def _run(launched: list[Launch]) -> None:
+    for launch in launched:
+        launch.run()
+
+
+def _fits(cell: Cell, machine: Machine) -> bool:
+    """Whether the tiles in use suit the entry's most demanding call, as they must to be shipped."""
+    if machine.architecture == config.INTERPRETER:
+        return True
+    launched = launches_of(cell, example(cell), machine)[1]
+    return not any(too_much(cost(launch, machine.architecture), machine.architecture) for launch in launched)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tune for the card of this machine, and write the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m attnplug_flash_triton.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", metavar="TEXT", default="", help="tune the entries whose name contains TEXT")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="write there; FLASH_TRITON_TABLE=FILE then uses it")
+    options = parser.parse_args(arguments)
+    wanted = [cell for cell in config.cells() if options.only in str(cell)]
+    if not wanted:
+        parser.error(f"--only: no entry's name contains {options.only!r}; one is {next(config.cells())!s}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    interpreted = bool(knobs.runtime.interpret)
+    if (device.type == "cpu") != interpreted:
+        parser.error("needs a card; or, to see that it works, TRITON_INTERPRET=1 on a machine without one")
+    machine = machine_of(device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no card"
+    table = config.table_of(machine.architecture)
+    for cell in wanted:
+        tiles, after, before = tune(table, cell, device, machine, clock_of(machine))
+        sys.stdout.write(
+            f"{cell!s:42} {before:9.3f} ms {_shown(table.tiles[cell])}  ->  {after:9.3f} ms {_shown(tiles)}\n"
+        )
+        sys.stdout.flush()
+        table = table.but(cell, tiles)
+    measured = f"{card}, Triton {config.release()}" + (f", {options.only!r} alone" if options.only else "")
+    path = options.write or config.FOLDER / f"{machine.architecture}-triton{config.release()}.json"
+    replace(table, measured=measured).write(path)
+    sys.stdout.write(f"written: {path}\n")
+    return 0
+
+
+def _shown(tiles: Tiles) -> str:
+    return f"{tiles.block_m} x {tiles.block_n}, {tiles.num_warps} warps, {tiles.num_stages} stages"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
