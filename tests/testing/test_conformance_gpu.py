@@ -1,4 +1,8 @@
-"""The conformance kit in full, for every implementation that runs on a CUDA card, a case for each check."""
+"""The conformance kit in full, for every implementation that runs on a CUDA card, a case for each check.
+
+Those of attnplug-efficient-cuda are in `tests/plugins/test_efficient_cuda_gpu.py`: what they decline of what they
+declare depends on PyTorch, cuDNN and the card.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ def cases() -> list[Any]:
         return [pytest.param(None, id="needs a CUDA device")]
     found = []
     for record in attnplug.list_impls():
+        if record.distribution == "attnplug-efficient-cuda":
+            continue
         if record.status == "available" and "cuda" in (record.capabilities.devices or ("cuda",)):
             checks = parametrize_with_checks(record.name, device="cuda", level="full").args[1]
             found += [pytest.param(*each.values, marks=each.marks, id=f"{record.name}-{each.id}") for each in checks]
