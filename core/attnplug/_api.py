@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from attnplug import _traced
 from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, record_of, regular_form, varlen
 from attnplug._prepare import prepare_dense
-from attnplug._selection import process, thread
+from attnplug._selection import process, start_outside, thread
 from attnplug._types import CausalVariant, SDPAParams
 from attnplug.builtin.torch_sdpa import sdpa as _torch_sdpa
 
@@ -81,7 +81,11 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 16, 64])
     """
     # Where `torch` comes first, a call that PyTorch's own function can take goes straight to it: the
-    # comparisons cost about 2 us. They include the shapes, which PyTorch's CPU kernel does not check.
+    # comparisons cost about 2 us. They include the shapes, which PyTorch's CPU kernel does not check. A trace
+    # takes the same way: each function that it goes through costs a compiled model guards, at every call.
+    compiling = is_compiling()
+    if compiling:
+        start_outside()
     form = None
     if (
         sinks is None
@@ -94,7 +98,6 @@ def scaled_dot_product_attention(
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (scale is None or (type(scale) is float and -inf < scale < inf))
         and (enable_gqa is False or enable_gqa is True)
-        and not is_compiling()
     ):
         form = regular_form(query, key, value, enable_gqa)
     if (
@@ -111,7 +114,7 @@ def scaled_dot_product_attention(
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise
-    if form is not None:
+    if form is not None and not compiling:
         return ordinary(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale, impl, form)
     params = record_of(
         query=query,
@@ -130,7 +133,7 @@ def scaled_dot_product_attention(
         seqused_k=seqused_k,
         return_lse=return_lse,
     )
-    out, lse = (_traced.dense if is_compiling() else dense)(params, impl)
+    out, lse = (_traced.dense if compiling else dense)(params, impl)
     return (out, lse) if return_lse else out
 
 

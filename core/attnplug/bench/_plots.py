@@ -172,6 +172,8 @@ def _lines(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dic
 
 def _dots(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     """Draw a group of rows for each case, a row for each implementation."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     impls = report.impls
     step = 1 / (len(impls) + 1)
     places = {case: float(-at) for at, case in enumerate(cases)}
@@ -189,6 +191,9 @@ def _dots(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dict
         ax.axhline(place + 0.5, color="lightgrey", linewidth=0.8)
     if panel is not PANELS[1]:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # less than a decade would have a label at each, over the others
     else:
         ax.set_xlim(left=0)
     ax.set_xlabel(panel.title)
