@@ -23,7 +23,7 @@ from torch.compiler import is_compiling
 from attnplug._autocast import any_autocast, no_autocast
 from attnplug._autograd import run
 from attnplug._operator import is_watched, operator_of
-from attnplug._prepare import default_scale, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._prepare import default_scale, empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._recording import observe, replayed, unfused_warnings_wanted, warn_unfused
 from attnplug._registry import BUILTIN, Registry
 from attnplug._requirements import is_aligned, needs_grad
@@ -389,32 +389,3 @@ def _keep(key: Hashable, shape: Hashable, plan: Plan) -> None:
     if holder.by_shape is None or len(holder.by_shape) >= PLANS_KEPT:
         holder.by_shape = {}
     holder.by_shape[shape] = plan
-
-
-def empty(params: SDPAParams) -> Result:
-    """Return what the formulas say when nothing can be attended to, or nobody attends.
-
-    A product over no keys is zero and its gradient too; it keeps the inputs in the graph, and needs no
-    kernel of attention.
-    """
-    query, key, value = params.query, params.key, params.value
-    if params.cu_seq_q is not None:
-        query, heads = query.transpose(0, 1), query.shape[1]
-        no_keys = key.reshape(-1, *key.shape[-2:])[:0], value.reshape(-1, *value.shape[-2:])[:0]
-        key, value = (tensor.transpose(0, 1) for tensor in no_keys)
-    else:
-        heads = query.shape[1]
-        key, value = key[..., :0, :], value[..., :0, :]
-    kv_heads = key.shape[-3]
-    if kv_heads != heads and kv_heads:
-        key, value = (tensor.repeat_interleave(heads // kv_heads, -3) for tensor in (key, value))
-    out = query @ key.transpose(-1, -2) @ value
-    if params.cu_seq_q is not None:
-        out = out.transpose(0, 1)
-    if not params.return_lse:
-        return out, None
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_full(query.shape[:-1], -inf, dtype=dtype)
-    if params.sinks is not None:
-        lse = params.sinks.to(dtype)[:, None].expand(lse.shape)
-    return out, lse

@@ -76,6 +76,35 @@ def is_empty(params: SDPAParams) -> bool:
     return 0 in params.query.shape[:-1] or params.key.shape[-2] == 0
 
 
+def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
+    """Return what the formulas say when nothing can be attended to, or nobody attends.
+
+    A product over no keys is zero and its gradient too; it keeps the inputs in the graph, and needs no
+    kernel of attention.
+    """
+    query, key, value = params.query, params.key, params.value
+    if params.cu_seq_q is not None:
+        query, heads = query.transpose(0, 1), query.shape[1]
+        no_keys = key.reshape(-1, *key.shape[-2:])[:0], value.reshape(-1, *value.shape[-2:])[:0]
+        key, value = (tensor.transpose(0, 1) for tensor in no_keys)
+    else:
+        heads = query.shape[1]
+        key, value = key[..., :0, :], value[..., :0, :]
+    kv_heads = key.shape[-3]
+    if kv_heads != heads and kv_heads:
+        key, value = (tensor.repeat_interleave(heads // kv_heads, -3) for tensor in (key, value))
+    out = query @ key.transpose(-1, -2) @ value
+    if params.cu_seq_q is not None:
+        out = out.transpose(0, 1)
+    if not params.return_lse:
+        return out, None
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_full(query.shape[:-1], -math.inf, dtype=dtype)
+    if params.sinks is not None:
+        lse = params.sinks.to(dtype)[:, None].expand(lse.shape)
+    return out, lse
+
+
 def is_causal_bias(mask: Any) -> bool:
     """Whether `mask` is PyTorch's way to write a causal mask of some alignment."""
     return _is_from_torch(mask, "CausalBias")

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnplug._autocast import no_autocast
 from attnplug._autograd import check_outputs
 from attnplug._constant import constant_in_traces
-from attnplug._dispatch import Result, empty
+from attnplug._dispatch import Result
 from attnplug._errors import AttnplugError
 from attnplug._operator import arguments_of, operator_of
-from attnplug._prepare import default_scale, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._prepare import default_scale, empty, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._recording import unfused_warnings_wanted, warn_unfused
 from attnplug._requirements import is_aligned, is_square
 from attnplug._resolver import resolve
