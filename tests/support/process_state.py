@@ -26,7 +26,8 @@ OPERATORS = tuple(
         "_scaled_dot_product_flash_attention_backward",
     )
 )
-OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # set by pytest, and by Inductor when it is first used
+# Set by pytest, by Inductor when it is first used, and for the profiler, which reads it once.
+OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KINETO_LOG_LEVEL"}
 KEPT = {"on_start"}  # PyTorch's registry of implementations has no way to take a name back, nor has what follows it
 
 
