@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import select
 import subprocess
 import sys
@@ -39,6 +40,8 @@ sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 status = 0
 try:
     exec(compile(request["script"], "<string>", "exec"))
+except SystemExit as leaving:
+    status = int(leaving.code or 0)
 except BaseException:
     traceback.print_exc()
     status = 1
@@ -54,13 +57,15 @@ def _server() -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", _SERVER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def run(script: str, environment: Mapping[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, environment: Mapping[str, str] = os.environ, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `script` as `python -c` would in `folder`, with this environment and torch imported."""
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         files = {"stdout": out.name, "stderr": err.name}
-        request = {"script": script, "environment": dict(environment), "folder": str(folder), **files}
+        request = {"script": script, "environment": dict(environment), "folder": str(folder or Path.cwd()), **files}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         if not select.select([server.stdout], [], [], SECONDS)[0]:

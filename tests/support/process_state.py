@@ -26,14 +26,16 @@ OPERATORS = tuple(
         "_scaled_dot_product_flash_attention_backward",
     )
 )
-# Set by pytest, by Inductor when it is first used, and for the profiler, which reads it once.
-OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KINETO_LOG_LEVEL"}
-KEPT = {"on_start"}  # PyTorch's registry of implementations has no way to take a name back, nor has what follows it
+# Set by pytest, by Inductor, and for the profiler, which reads it once.
+OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KINETO_LOG_LEVEL")
+# PyTorch's registry of implementations has no way to take a name back, nor has what follows it.
+KEPT = {"on_start"}
 
 
 def snapshot() -> dict[str, Any]:
     """Return the state by name, as values that can be compared. Takes about a millisecond."""
-    implementations = {record.name: record.distribution for record in attnplug.list_impls()}  # fills the registry too
+    listed = attnplug.list_impls()  # fills the registry too
+    implementations = {record.name: record.distribution for record in listed if record.distribution != "torch"}
     state = {
         "registered implementations": implementations,
         "PyTorch's active implementation": torch_attention.current_flash_attention_impl(),
@@ -58,7 +60,7 @@ def snapshot() -> dict[str, Any]:
         "working directory": os.getcwd(),
     }
     state |= {f"kernels of {operator}": torch._C._dispatch_dump(operator) for operator in OPERATORS}
-    state |= {f"os.environ[{name!r}]": value for name, value in os.environ.items() if name not in OTHERS}
+    state |= {f"os.environ[{name!r}]": value for name, value in os.environ.items() if not name.startswith(OTHERS)}
     state |= {f"attnplug's process.{name}": value for name, value in vars(process).items() if name not in KEPT}
     return state | {f"attnplug's thread.{name}": value for name, value in vars(thread.state).items()}
 

@@ -108,7 +108,7 @@ class CallFacts(NamedTuple):
         ):
             return None
         sizes = (dense_sizes if params.cu_seq_q is None else packed_sizes)(query, key, value, gqa)
-        if sizes is None:
+        if sizes is None or query.is_nested or key.is_nested or value.is_nested:  # jagged ones have a shape like others
             return None
         size, value_size, heads, kv_heads, square = sizes
         grad = _is_recording()
