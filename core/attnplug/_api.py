@@ -134,7 +134,8 @@ def scaled_dot_product_attention(
                 plan = None
             if plan is not None and plan.plain is not None:
                 if state.recordings:
-                    observe(plan.decision, SDPAParams(query, key, value, None, dropout_p, is_causal, enable_gqa))
+                    given = dict(query=query, key=key, value=value, dropout=dropout_p, is_causal=is_causal)
+                    observe(plan.decision, eager.params_of(given | {"enable_gqa": enable_gqa}))
                 out, lse = plan.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
                 return (out, lse) if return_lse else out
     fields: dict[str, Any] = {

@@ -130,10 +130,10 @@ def facts_of(
         or value.dtype is not dtype
         or key.device != device
         or value.device != device
-        or not (is_causal is True or is_causal is False)
-        or not (enable_gqa is True or enable_gqa is False)
+        or not (is_causal is False or is_causal is True)
+        or not (enable_gqa is False or enable_gqa is True)
         or not (scale is None or (type(scale) in _NUMBERS and -inf < scale < inf))
-        or not (type(dropout) in _NUMBERS and 0.0 <= dropout <= 1.0)
+        or not (dropout == 0.0 or (type(dropout) in _NUMBERS and 0.0 < dropout <= 1.0))
     ):
         return None
     varlen = extended is not None and extended.cu_seq_q is not None
