@@ -226,7 +226,7 @@ def test_a_path_may_name_a_module_or_something_in_it(tmp_path: Any, monkeypatch:
 
 
 def test_a_feature_that_does_not_exist_is_an_error_with_the_closest_one() -> None:
-    with pytest.raises(AttributeError, match="Feature has no 'CAUSL'; did you mean 'CAUSAL'"):
+    with pytest.raises(AttributeError, match="Feature of attnplug .* has no 'CAUSL'; did you mean 'CAUSAL'"):
         Feature.CAUSL  # noqa: B018
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnplug._call.requirements import Requirements, lacking, requirements
 from attnplug._errors import FallbackWarning, NoImplementationError
+from attnplug._messages import warn
+from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import Entry, Registry
 from attnplug._selection.selection import Selection
@@ -54,7 +55,20 @@ def resolve(registry: Registry, selection: Selection, params: SDPAParams) -> Dec
             _report_fallback(selection, refused, entry.name)
             return Decision(entry, refused, shape_dependent)
         refused[entry.name] = reasons
-    raise NoImplementationError(refused, selection.exact)
+    raise NoImplementationError(refused, selection.exact, _way_out(registry, selection, call))
+
+
+def _way_out(registry: Registry, selection: Selection, call: Requirements) -> str:
+    """Return which of attnplug's own implementations would take the call if it were there, and what keeps it out."""
+    absent = registry.absent()
+    return "\n".join(
+        f"{name!r}, which takes such calls, {absent[name]}"
+        for name, known in KNOWN.items()
+        if name in absent
+        and known.spec is not None
+        and selection.allows(known.spec)
+        and not lacking(known.spec.capabilities, call)
+    )
 
 
 def refusals(entry: Entry, call: Requirements, params: SDPAParams) -> tuple[str, ...]:
@@ -115,6 +129,4 @@ def _report_fallback(selection: Selection, refused: Mapping[str, tuple[str, ...]
         if name in refused and (name, refused[name]) not in _reported:
             _reported.add((name, refused[name]))
             reasons = "; ".join(refused[name])
-            warnings.warn(
-                FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"), stacklevel=2
-            )
+            warn(FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"))
