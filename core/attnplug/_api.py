@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,9 +16,72 @@ from attnplug._dispatch.eager import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, r
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._types import CausalVariant, SDPAParams
 
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalVariant as TorchVariant
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -29,7 +92,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    causal_variant: CausalVariant = UPPER_LEFT,
+    causal_variant: CausalVariant | TorchVariant = UPPER_LEFT,
     window_size: tuple[int, int] = OPEN_WINDOW,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
@@ -37,7 +100,7 @@ def scaled_dot_product_attention(
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention with the implementation that the current selection chooses for this call.
 
     The first eight parameters are those of `torch.nn.functional.scaled_dot_product_attention`, in its
@@ -137,6 +200,75 @@ def scaled_dot_product_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def varlen_attn(
     query: Tensor,
     key: Tensor,
@@ -158,7 +290,7 @@ def varlen_attn(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     impl: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention over sequences of different lengths, packed one after the other.
 
     Causal masks, windows and ALiBi distances are aligned to the lower right of each sequence: for a sequence of
