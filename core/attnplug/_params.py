@@ -19,6 +19,9 @@ As in typeshed, a checker asks nobody to look: a kernel knows from `is_varlen` a
 what is there.
 """
 
+OPEN_WINDOW = (-1, -1)
+"""The one tuple that an unrestricted window is in a checked call."""
+
 
 class CausalVariant(IntEnum):
     """Where the diagonal of query and key positions starts; values of `torch.nn.attention.bias.CausalVariant`.
@@ -77,7 +80,7 @@ class SDPAParams:
     enable_gqa: bool = False
     scale: float | None = field(default=None, kw_only=True)
     causal_variant: CausalVariant = field(default=CausalVariant.UPPER_LEFT, kw_only=True)
-    window_size: tuple[int, int] = field(default=(-1, -1), kw_only=True)
+    window_size: tuple[int, int] = field(default=OPEN_WINDOW, kw_only=True)
     softcap: float = field(default=0.0, kw_only=True)
     sinks: Tensor | MaybeNone = field(default=None, kw_only=True)
     alibi_slopes: Tensor | MaybeNone = field(default=None, kw_only=True)

@@ -119,8 +119,8 @@ class Registry:
         self._names: tuple[str, ...] = ()
         self._contested: dict[str, list[Entry]] = {}
         self._plugins_out: list[ImplRecord] = []
-        self.on_change: Callable[[Registry], None] | None = None
-        """Called after each change, by whoever keeps another registry in step with this one."""
+        self.listeners: list[Callable[[Registry], None]] = []
+        """Called after each change, by whoever keeps something in step with this registry."""
 
     def add(self, spec: ImplSpec, distribution: str, version: str = "", *, replace: bool = False) -> None:
         """Add an implementation, in the place of one of the same name and distribution if `replace` is set.
@@ -246,8 +246,8 @@ class Registry:
         with self._lock:
             self._names = tuple(sorted(self._entries))
             self.generation += 1
-        if self.on_change is not None:
-            self.on_change(self)
+        for listener in self.listeners:
+            listener(self)
 
     def _owner(self, name: str) -> str | None:
         """Return the distribution, or distributions, that have or claim a name."""
