@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 MaybeNone = Any
-"""In the type of a field that is None where a call has no such tensor.
+"""In the type of a field that is None where a call does not have it, or before it is prepared.
 
 As in typeshed, a checker asks nobody to look: a kernel knows from `is_varlen` and from the features that it declares
 what is there.
@@ -78,7 +78,7 @@ class SDPAParams:
     dropout: float = 0.0
     is_causal: bool = False
     enable_gqa: bool = False
-    scale: float | None = field(default=None, kw_only=True)
+    scale: float | MaybeNone = field(default=None, kw_only=True)
     causal_variant: CausalVariant = field(default=CausalVariant.UPPER_LEFT, kw_only=True)
     window_size: tuple[int, int] = field(default=OPEN_WINDOW, kw_only=True)
     softcap: float = field(default=0.0, kw_only=True)

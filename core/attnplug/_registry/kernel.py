@@ -141,8 +141,8 @@ def load_kernel(spec: ImplSpec) -> Kernel:
 def _refuse_misspelt(where: str, target: Any) -> None:
     """Raise if the author defined something that would be ignored, and whose name is nearly that of an attribute.
 
-    It is taken for one if its first letter is right and it is what the attribute would be, a function or a flag, and
-    if the attribute is not there too: beside `supports`, `supported` may be anything.
+    It is taken for one if its first letter is right, at most one letter is missing or too many, it is what the attribute
+    would be, a function or a flag, and the attribute itself is not there: beside `supports`, `support` may be anything.
     """
     for name, value in _own_attributes(target):
         if name in _DEFAULTS:
@@ -170,7 +170,11 @@ def _own_attributes(target: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_near(name: str, meant: str) -> bool:
     one, other = (text.lower().replace("_", "") for text in (name, meant))
-    return one[:1] == other[:1] and difflib.SequenceMatcher(None, one, other).ratio() >= 0.86
+    return (
+        one[:1] == other[:1]
+        and abs(len(one) - len(other)) <= 1
+        and difflib.SequenceMatcher(None, one, other).ratio() >= 0.86
+    )
 
 
 def _import(name: str, path: str) -> Any:

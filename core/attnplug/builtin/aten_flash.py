@@ -47,7 +47,6 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
 
 def _with_positive_scale(params: SDPAParams) -> SDPAParams:
     """Return a call of the same logits: the kernels hide keys before they scale, and -inf * 0 or * -1 hides nothing."""
-    assert params.scale is not None
     if params.scale > 0:
         return params
     sign = -1 if params.scale < 0 else 0

@@ -38,7 +38,6 @@ def as_problem(params: SDPAParams) -> Problem:
         offset = 0
         if params.causal_variant == CausalVariant.LOWER_RIGHT:  # (5)
             offset = (key.shape[2] if used is None else used) - query.shape[2]
-    assert params.scale is not None, "the core gives scale its default"
     heads = query.shape[1]
     return Problem(
         query=query,
