@@ -19,7 +19,7 @@ FORWARD = "def forward(params): return params.value.clone(), None\n"
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Return a function that registers a module of this source as a kernel, and returns why it is broken, or nothing."""
+    """Return a function that registers a module of this source as a kernel, and returns why it is broken."""
     monkeypatch.syspath_prepend(tmp_path)
     helpers = "def support(params): ...\ndef backwards(): ...\ncomposit = True\n"
     (tmp_path / "helpers_of_kernels.py").write_text(helpers)
@@ -97,11 +97,15 @@ def test_helpers_and_imports_of_other_names_are_the_author_s_business(load: Call
 
 
 def test_objects_are_held_to_the_same_names() -> None:
-    forward = lambda params: (params.value.clone(), None)  # noqa: E731
+    def forward(params: Any) -> Any:
+        return params.value.clone(), None
+
     assert "'support' is not an attribute of a kernel" in broken(SimpleNamespace(forward=forward, support=print))
 
     class WithMethod:
-        forward = staticmethod(forward)
+        @staticmethod
+        def forward(params: Any) -> Any:
+            return forward(params)
 
         def backwards(self, params: Any) -> None:
             """Would be ignored."""

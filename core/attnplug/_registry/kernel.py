@@ -141,8 +141,9 @@ def load_kernel(spec: ImplSpec) -> Kernel:
 def _refuse_misspelt(where: str, target: Any) -> None:
     """Raise if the author defined something that would be ignored, and whose name is nearly that of an attribute.
 
-    It is taken for one if its first letter is right, at most one letter is missing or too many, it is what the attribute
-    would be, a function or a flag, and the attribute itself is not there: beside `supports`, `support` may be anything.
+    It is taken for one if its first letter is right, at most one letter is missing or too many, it is what the
+    attribute would be, a function or a flag, and the attribute itself is not there: beside `supports`, `support` may
+    be anything.
     """
     for name, value in _own_attributes(target):
         if name in _DEFAULTS:
@@ -160,7 +161,7 @@ def _refuse_misspelt(where: str, target: Any) -> None:
 def _own_attributes(target: Any) -> Iterator[tuple[str, Any]]:
     """Return the public attributes that the author defined on a kernel, without those that a module imported."""
     for owner in (target,) if isinstance(target, (ModuleType, type)) else (target, type(target)):
-        for name, value in getattr(owner, "__dict__", {}).items():
+        for name, value in list(getattr(owner, "__dict__", {}).items()):
             imported = isinstance(owner, ModuleType) and (
                 isinstance(value, ModuleType) or getattr(value, "__module__", owner.__name__) != owner.__name__
             )
