@@ -401,6 +401,15 @@ def test_plugin_for_this_attnplug_is_not_told_of_others(site: Site) -> None:
 # What plugins write reaches terminals ------------------------------------------------------------------
 
 
+def test_what_a_plugin_prints_is_not_among_what_the_command_line_prints(site: Site) -> None:
+    chatty = "print('welcome')\nimport sys\nsys.stdout.write('to chatty')\n"
+    site.install("fake-chatty", {"chatty": chatty + plugin(spec("chatty")), "chatty_kernel": chatty + KERNEL})
+    for arguments in (["list", "--json"], ["explain", "--query", "1,2,4,8", "--impl", "chatty", "--json"]):
+        done = site.python(f"import sys; from attnplug.cli import main; sys.exit(main({arguments}))")
+        assert done.returncode == 0 and "chatty" in json.dumps(json.loads(done.stdout))
+        assert done.stderr.count("welcome") == (1 if "list" in arguments else 2)
+
+
 def test_escapes_of_a_plugin_reach_no_terminal_and_what_is_long_is_cut(site: Site) -> None:
     raising = "raise ValueError('\\x1b[2J\\x1b]0;title\\x07\\x9b31m' + 'x' * 2_000_000)"
     site.install("fake-\x1b[31mred", {"loud": raising}, {"loud\x1b[5m": "loud"})
@@ -452,6 +461,46 @@ def test_discovery_works_among_a_thousand_distributions(site: Site) -> None:
     assert status.count("broken") == 10 == len(of_plugins(report.warnings))
     assert status.count("available") >= 990 + 1
     assert report.records["healthy"]["status"] == "available"
+
+
+WARNS = """
+import warnings
+import attnplug
+
+def lines(script):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(compile(script, "the_user_s_file.py", "exec"), {"__name__": "the_program"})
+    return [[w.filename, w.lineno, w.category.__name__] for w in caught if w.category is not DeprecationWarning]
+
+"""
+
+
+def test_warnings_point_at_the_user_s_line(site: Site) -> None:
+    """And not into attnplug, nor into PyTorch, through which some calls come."""
+    site.install("fake-broken", {"broken": "raise ValueError"})
+    site.install("fake-lost", {"lost": plugin(spec("lost", kernel="no_such_module"))})
+    report = site.run(
+        WARNS
+        + """
+report["lines"] = lines(
+'''import attnplug, torch
+query = torch.randn(1, 2, 4, 8)
+attnplug.list_impls()
+attnplug.can_use_impl("lost", attnplug.SDPAParams(query, query, query))
+attnplug.activate_flash_attention_impl("aten_math")
+attnplug.scaled_dot_product_attention(query, query, query, softcap=3.0)
+torch.nn.functional.scaled_dot_product_attention(query, query, query)
+attnplug.restore_flash_attention_impl()
+attnplug.restore_flash_attention_impl()
+''')
+""",
+        ATTNPLUG_LOAD="broken,lost,healthy",
+    )
+    assert {place for place, _, _ in report.lines} == {"the_user_s_file.py"}
+    assert [line for _, line, kind in report.lines if kind == "PluginWarning"] == [3, 4]
+    assert [line for _, line, kind in report.lines if kind == "FallbackWarning"] == [6]
+    assert [line for _, line, kind in report.lines if kind == "UserWarning"] == [9]
 
 
 # What is imported when ---------------------------------------------------------------------------------

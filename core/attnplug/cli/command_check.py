@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         render.print_json(report.as_dict())
     else:
         render.print_table(_HEADERS, report.rows(), _HEADERS.index("result"))
-        print(f"\n{report.details()}")
+        render.put(f"\n{report.details()}")
     return 0 if report.passed else 1
 
 

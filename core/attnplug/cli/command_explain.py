@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         render.print_json(_as_json(explanation))
     else:
         render.print_table(_HEADERS, [_row(verdict, explanation) for verdict in explanation.candidates], 2)
-        print(f"\n{_conclusion(explanation)}")
+        render.put(f"\n{_conclusion(explanation)}")
     return 1 if explanation.chosen is None and not explanation.empty else 0
 
 

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         written = {"name": arguments.name, "flavour": arguments.flavour, "folder": str(folder), "files": list(texts)}
         render.print_json(written)
     else:
-        print(_next_steps(arguments.name, arguments.flavour, folder))
+        render.put(_next_steps(arguments.name, arguments.flavour, folder))
     return 0
 
 
