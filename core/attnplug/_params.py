@@ -5,7 +5,7 @@ Nothing here imports torch before a property needs it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -119,3 +119,17 @@ class SDPAParams:
             return False
         tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def with_positive_scale(self) -> tuple[SDPAParams, int]:
+        """Return a call of the same logits whose scale is above 0, for a kernel that hides keys before it scales.
+
+        There, a scale below 0 would turn the minus infinity of a hidden key into plus infinity, and 0 into NaN.
+
+        Returns:
+            The call, itself if its scale is above 0; and -1, 0 or 1, the factor that the query got and that its
+            gradient must be multiplied by.
+        """
+        if self.scale > 0:
+            return self, 1
+        sign = -1 if self.scale < 0 else 0
+        return replace(self, query=self.query * sign, scale=-self.scale or 1.0), sign

@@ -132,17 +132,22 @@ def installed_plugins() -> list[Plugin]:
 
 
 def _plugin(entry_point: Any) -> Plugin:
-    """Return an entry point with its origin; an interrupted uninstall leaves one without metadata."""
+    """Return an entry point with its origin; an interrupted uninstall leaves one without metadata.
+
+    The few fields are read from the text: to parse it, importlib-metadata imports 30 modules for electronic mail.
+    """
     try:
-        metadata = entry_point.dist.metadata
-        distribution, version = metadata["Name"] or "unknown", metadata["Version"] or ""
-        asked = (
-            re.match(r"attnplug\b(?![\w.-])\s*\(?([<>=!~][^;)]*)", line) for line in entry_point.dist.requires or ()
-        )
-        needs = next((match[1].strip() for match in asked if match), "")
-    except Exception:  # what importlib-metadata raises for it depends on its version
-        distribution, version, needs = "unknown", "", ""
-    return Plugin(plain(entry_point.name), plain(distribution), plain(version), plain(needs), entry_point)
+        text = entry_point.dist.read_text("METADATA") or entry_point.dist.read_text("PKG-INFO") or ""
+    except (AttributeError, UnicodeDecodeError):  # it belongs to no distribution, or what it has is not text
+        text = ""
+    fields = [line.partition(": ")[::2] for line in text.partition("\n\n")[0].splitlines()]
+    first = dict(reversed(fields))
+    asked = (re.match(r"attnplug\s*\(?([<>=!~][^;)]*)", value) for name, value in fields if name == "Requires-Dist")
+    needs = next((match[1] for match in asked if match), "")
+    origin = (
+        plain(value) for value in (entry_point.name, first.get("Name", "unknown"), first.get("Version", ""), needs)
+    )
+    return Plugin(*origin, entry_point)
 
 
 def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:

@@ -6,8 +6,6 @@ operators are differentiable in PyTorch, so autograd goes through them.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -41,16 +39,8 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
-    params = _with_positive_scale(params)
+    params, _ = params.with_positive_scale()  # autograd goes through the query's factor
     return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
-
-
-def _with_positive_scale(params: SDPAParams) -> SDPAParams:
-    """Return a call of the same logits: the kernels hide keys before they scale, and -inf * 0 or * -1 hides nothing."""
-    if params.scale > 0:
-        return params
-    sign = -1 if params.scale < 0 else 0
-    return replace(params, query=params.query * sign, scale=-params.scale or 1.0)
 
 
 def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
