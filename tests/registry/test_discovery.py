@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -155,6 +156,23 @@ def test_entry_point_that_leads_nowhere_is_broken(site: Site, value: str) -> Non
     assert report.records["lost"]["status"] == "broken" and report.records["lost"]["reason"]
     assert report.records["healthy"]["status"] == "available"
     assert len(of_plugins(report.warnings)) == 1
+
+
+def test_entry_point_of_somebody_else_that_means_nothing_hides_no_plugin(site: Site) -> None:
+    """Some releases of importlib-metadata raise for it when they list entry points."""
+    site.install("fake-console", {}, {})
+    (site.folder / "fake_console-1.0.dist-info" / "entry_points.txt").write_text("[console_scripts]\nx = 1 2 3\n")
+    refusing = """
+        import importlib_metadata
+
+        def refuse(**_):
+            raise ValueError("Invalid object reference")
+
+        importlib_metadata.entry_points = refuse
+        """
+    for script in ("", refusing):
+        report = site.run(f"{dedent(script)}\n{LISTING}")
+        assert report.records["healthy"]["status"] == "available" and of_plugins(report.warnings) == []
 
 
 def test_a_hook_of_a_later_release_may_be_answered_if_it_is_optional(site: Site) -> None:

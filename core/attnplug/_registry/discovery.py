@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,29 +125,76 @@ def discover(registry: Registry) -> None:
 
 def installed_plugins() -> list[Plugin]:
     """Return the entry points of group `attnplug`, by distribution and name; nothing is imported."""
-    from importlib_metadata import entry_points  # 20 ms that `import attnplug` need not pay
+    import importlib_metadata  # 20 ms that `import attnplug` need not pay
 
-    found = [_plugin(entry_point) for entry_point in entry_points(group=GROUP)]
-    return sorted(found, key=lambda plugin: (plugin.distribution, plugin.version, plugin.name))
+    found: Iterable[Any]
+    try:
+        found = importlib_metadata.entry_points(group=GROUP)
+    except ValueError:  # some releases stop at the first entry point, in any group, that means nothing
+        found = _entry_points_one_by_one()
+    plugins = [_plugin(entry_point) for entry_point in found]
+    return sorted(plugins, key=lambda plugin: (plugin.distribution, plugin.version, plugin.name))
+
+
+@dataclass(frozen=True)
+class _EntryPoint:
+    """An entry point whose value is looked at when it is loaded."""
+
+    name: str
+    value: str
+    dist: Any
+
+    def load(self) -> Any:
+        from importlib_metadata import EntryPoint
+
+        return EntryPoint(self.name, self.value, GROUP).load()
+
+
+def _entry_points_one_by_one() -> Iterator[_EntryPoint]:
+    """Return the entry points of the first distribution of each name, as importlib-metadata does."""
+    import configparser
+
+    from importlib_metadata import distributions
+
+    seen = set()
+    for distribution in distributions():
+        name = re.sub(r"[-_.]+", "-", _fields(distribution)[0].get("Name", "")).lower()
+        sections = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
+        sections.optionxform = str  # type: ignore[assignment, method-assign]
+        try:
+            sections.read_string(distribution.read_text("entry_points.txt") or "")
+        except (configparser.Error, UnicodeDecodeError):  # nothing in it can be named
+            continue
+        if name not in seen and GROUP in sections:
+            yield from (_EntryPoint(key, value, distribution) for key, value in sections[GROUP].items())
+        seen.add(name)
 
 
 def _plugin(entry_point: Any) -> Plugin:
-    """Return an entry point with its origin; an interrupted uninstall leaves one without metadata.
+    """Return an entry point with its origin; an interrupted uninstall leaves one without metadata."""
+    first, every = _fields(entry_point.dist)
+    asked = (re.match(r"attnplug\s*\(?([<>=!~][^;)]*)", value) for name, value in every if name == "Requires-Dist")
+    return Plugin(
+        name=plain(entry_point.name),
+        distribution=plain(first.get("Name", "unknown")),
+        version=plain(first.get("Version", "")),
+        needs=plain(next((match[1] for match in asked if match), "")),
+        entry_point=entry_point,
+    )
 
-    The few fields are read from the text: to parse it, importlib-metadata imports 30 modules for electronic mail.
+
+def _fields(distribution: Any) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Return the first of each, and all, of the fields of a distribution's metadata.
+
+    They are read from the text: to parse it, importlib-metadata imports 30 modules for electronic mail.
     """
     try:
-        text = entry_point.dist.read_text("METADATA") or entry_point.dist.read_text("PKG-INFO") or ""
-    except (AttributeError, UnicodeDecodeError):  # it belongs to no distribution, or what it has is not text
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    except (AttributeError, UnicodeDecodeError):  # there is no distribution, or what it has is not text
         text = ""
-    fields = [line.partition(": ")[::2] for line in text.partition("\n\n")[0].splitlines()]
-    first = dict(reversed(fields))
-    asked = (re.match(r"attnplug\s*\(?([<>=!~][^;)]*)", value) for name, value in fields if name == "Requires-Dist")
-    needs = next((match[1] for match in asked if match), "")
-    origin = (
-        plain(value) for value in (entry_point.name, first.get("Name", "unknown"), first.get("Version", ""), needs)
-    )
-    return Plugin(*origin, entry_point)
+    lines = (line.partition(": ") for line in text.partition("\n\n")[0].splitlines())
+    every = [(name, value) for name, _, value in lines]
+    return dict(reversed(every)), every
 
 
 def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
