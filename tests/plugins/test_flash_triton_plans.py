@@ -6,7 +6,6 @@ its own.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ if triton.knobs.runtime.interpret:
 
 from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
+from triton.backends.nvidia import driver as nvidia  # noqa: E402
 from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # noqa: E402
@@ -81,14 +80,13 @@ def plain(argument: Any) -> Any:
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     stub = Driver()
+    monkeypatch.setattr(driver, "_active", stub)  # first, so that it is there until the last kernel is unloaded
     kernels = [getattr(impl.launches, name) for name in dir(impl.launches) if name.endswith("_kernel")]
     for kernel in kernels:  # what was compiled for another driver has its launcher
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
-    monkeypatch.setattr(driver, "_active", stub)
     monkeypatch.setattr(impl, "machine_of", lambda device: HOPPER)
     monkeypatch.setattr(impl, "_plans", {})
     yield stub
-    gc.collect()  # unloads what was compiled, which asks the driver
 
 
 def tensors(*lengths: int, heads: tuple[int, int] = (2, 2), dtype: torch.dtype = torch.float16) -> list[Tensor]:
@@ -296,7 +294,8 @@ def copy_kernel(source, target, factor):
     tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < (3, 7), reason="its launcher is built by a C compiler"
 )
 def test_tensor_maps_are_made_once_for_a_pointer(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "launcher_cls", CudaLauncher, raising=False)
+    monkeypatch.setattr(card, "launcher_cls", nvidia.CudaLauncher)
+    monkeypatch.setattr(nvidia, "PyKernelArg", lambda **given: given)  # of the library that the driver here has none of
     layout = gl.NVMMASharedLayout.get_default_for(list(BLOCK), gl.float16)
     described = plans.Descriptor("source", BLOCK, (64, 1), BLOCK, layout)
     launch = plans.Launch(copy_kernel, 1, (described, "target", 2.0), {"num_warps": 4})
