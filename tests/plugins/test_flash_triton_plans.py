@@ -44,10 +44,12 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
         self.utils = SimpleNamespace(
             load_binary=lambda name, *_: (0, name, 0, 0, 1024),
+            build_signature_metadata=tuple,
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 232_448},
             launch=lambda *given: self.launched.append(given),
             fill_tma_descriptor_tiled=self.map_of,
+            fill_tma_descriptor=self.map_of,
         )
 
     def map_of(self, *given: Any) -> Any:
@@ -298,7 +300,7 @@ def test_tensor_maps_are_made_once_for_a_pointer(card: Driver, monkeypatch: pyte
     monkeypatch.setattr(nvidia, "PyKernelArg", lambda **given: given)  # of the library that the driver here has none of
     layout = gl.NVMMASharedLayout.get_default_for(list(BLOCK), gl.float16)
     described = plans.Descriptor("source", BLOCK, (64, 1), BLOCK, layout)
-    launch = plans.Launch(copy_kernel, 1, (described, "target", 2.0), {"num_warps": 4})
+    launch = plans.Launch(copy_kernel, 1, (described, "target", 2.0), {"num_warps": 4, "enable_fp_fusion": True})
     plan = plans.Plan((launch,), {"target": plans.New.contiguous(BLOCK, torch.float16)}, ("target",))
     one, other = torch.empty(BLOCK, dtype=torch.float16), torch.empty(BLOCK, dtype=torch.float16)
     for source in (one, one, other, one, other):
