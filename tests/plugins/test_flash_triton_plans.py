@@ -6,7 +6,6 @@ its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +78,7 @@ def plain(argument: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def card(monkeypatch: pytest.MonkeyPatch) -> Driver:
     stub = Driver()
     monkeypatch.setattr(driver, "_active", stub)  # first, so that it is there until the last kernel is unloaded
     kernels = [getattr(impl.launches, name) for name in dir(impl.launches) if name.endswith("_kernel")]
@@ -87,7 +86,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(impl, "machine_of", lambda device: HOPPER)
     monkeypatch.setattr(impl, "_plans", {})
-    yield stub
+    return stub
 
 
 def tensors(*lengths: int, heads: tuple[int, int] = (2, 2), dtype: torch.dtype = torch.float16) -> list[Tensor]:

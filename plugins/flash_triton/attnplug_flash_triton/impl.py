@@ -73,8 +73,8 @@ def backward(
     def make(machine: Machine) -> Plan:
         return family_for(params, machine).backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
 
-    *grads, delta, grad_mask = (*_run(params, given, params.query.device, make), None)[:5]
-    return *grads, grad_mask, _sinks_gradient(params.sinks, lse, delta)
+    query, key, value, delta, *of_mask = _run(params, given, params.query.device, make)
+    return query, key, value, of_mask[0] if of_mask else None, _sinks_gradient(params.sinks, lse, delta)
 
 
 def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
@@ -102,7 +102,7 @@ def _run(
 
 def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Hashable:
     """Return all that a plan depends on. About 3 us."""
-    tensors = []
+    tensors: list[Hashable] = []
     for name, tensor in given.items():
         tensors += (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNED == 0)
     mask = params.attn_mask
