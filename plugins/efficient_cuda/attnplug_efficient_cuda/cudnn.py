@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnplug import CausalVariant, SDPAParams, compute_capability
+from attnplug import CausalVariant, Feature, SDPAParams, compute_capability
 from attnplug_efficient_cuda import cudnn_packed, geometry, hardware, layout, operators
 from attnplug_efficient_cuda.cudnn_packed import shown
 from attnplug_efficient_cuda.efficient import wants_grad
@@ -145,8 +145,14 @@ def unavailable() -> tuple[str, ...]:
     return operators.changed("_cudnn_attention_forward", "_cudnn_attention_backward")
 
 
+def lacks() -> dict[Feature, str]:
+    """Return the features for which the PyTorch or the cuDNN of this machine is too old."""
+    sequences = cudnn_packed.lacking(torch.backends.cudnn.version())
+    return {Feature.VARLEN: sequences} if sequences else {}
+
+
 def supports(params: SDPAParams) -> list[str]:
-    """Return each reason against this call: PyTorch's, cuDNN's, and this card's."""
+    """Return each reason against this call: PyTorch's, cuDNN's, and this GPU's."""
     reasons: list[str] = []
     version, card = torch.backends.cudnn.version(), compute_capability(params.query.device)
     if too_new := hardware.too_new(params.query.device):
@@ -158,9 +164,11 @@ def supports(params: SDPAParams) -> list[str]:
         reasons.append(f"needs cuDNN 9.0 or later in PyTorch {torch.__version__}, found {shown(version)}")
     elif not packed:
         reasons += _version_reasons(params, version, card)
+        if not hardware.can_ask_pytorch(params.query.device):
+            reasons += _size_reasons(params, version, card)
     reasons += _common_reasons(params)
     if packed:
-        return reasons + cudnn_packed.reasons(params, version, card, wants_grad(params))
+        return reasons + cudnn_packed.reasons(params, card, wants_grad(params))
     reasons += _dense_reasons(params)
     if not reasons and (refused := hardware.cudnn_refuses(params)):
         reasons.append(refused)
@@ -235,27 +243,34 @@ def _order(query: Tensor) -> list[int]:
 
 
 def _version_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
-    """Return what this cuDNN gets wrong or lacks; the limits are those of PyTorch's `sdp_utils.cpp`."""
-    queries, size, value_size = params.query.shape[2], params.query.shape[3], params.value.shape[3]
-    found, reasons = shown(version), []
+    """Return what this cuDNN is known to get wrong, whether or not this PyTorch knows."""
+    queries, found, reasons = params.query.shape[2], shown(version), []
     if params.dropout > 0 and 91100 < version < 91400:
         reasons.append(f"has no working dropout in cuDNN {found} (9.11 to 9.13)")
     if version < 91501 and queries % 128:
         reasons.append(f"needs cuDNN 9.15.1 for {queries} queries, not a multiple of 128; found {found}")
     if card is not None and queries == 1 and card[0] in (10, 11) and 91900 <= version <= 92500 and version != 92401:
         reasons.append(f"does not decode with cuDNN {found} on compute capability {card[0]}.{card[1]}")
-    large = card is not None and (card == (9, 0) or card[0] == 10) and not (card == (10, 7) and version <= 92500)
+    return reasons
+
+
+def _size_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
+    """Return what speaks against head sizes on a GPU that is not here, where PyTorch itself cannot be asked.
+
+    The limits are those of PyTorch's `sdp_utils.cpp`; on Hopper 2.11 has 256 from cuDNN 9.10 on.
+    """
+    size, value_size = params.query.shape[3], params.value.shape[3]
     limit = 128
-    if large and version > 92200:
+    if (card == (9, 0) and version >= 91000) or (card is not None and card[0] == 10 and version > 92200 and not (card == (10, 7) and version <= 92500)):
         limit = 256
-    elif large and version >= 91100 and (size, value_size) == (192, 128):
+    elif card is not None and card[0] == 10 and version >= 91100 and (size, value_size) == (192, 128):
         limit = 192
     if max(size, value_size) > limit:
-        where = "an unknown card" if card is None else f"compute capability {card[0]}.{card[1]}"
-        reasons.append(f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {found} on {where}")
-    elif max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
-        reasons.append(f"has no backward for head sizes {size} and {value_size}")
-    return reasons
+        where = "an unknown GPU" if card is None else f"compute capability {card[0]}.{card[1]}"
+        return [f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {shown(version)} on {where}"]
+    if max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
+        return [f"has no backward for head sizes {size} and {value_size}"]
+    return []
 
 
 def _common_reasons(params: SDPAParams) -> list[str]:

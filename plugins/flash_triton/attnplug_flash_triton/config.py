@@ -158,10 +158,10 @@ def _tiles(path: Path, name: str, entry: Any) -> Tiles:
     if not isinstance(entry, dict) or set(entry) != set(Tiles._fields):
         raise ValueError(f"{path}: {name}: expected {', '.join(Tiles._fields)}, got {entry!r}")
     tiles = Tiles(**entry)
-    for field, accepted in ACCEPTED.items():
-        value = getattr(tiles, field)
+    for each, accepted in ACCEPTED.items():
+        value = getattr(tiles, each)
         if value not in accepted:
-            raise ValueError(f"{path}: {name}: {field} {value!r} is none of {', '.join(map(str, accepted))}")
+            raise ValueError(f"{path}: {name}: {each} {value!r} is none of {', '.join(map(str, accepted))}")
     return tiles
 
 

@@ -2,7 +2,8 @@
 
 `python -m attnplug_flash_triton.tune` climbs from the table in use to better neighbours, one entry after the other,
 and writes the table that is read from then on: `tables/<architecture>-triton<release>.json` of this package. What
-does not fit into shared memory is not timed; what spills is, and the table says so if it won. All entries take an hour; `--only "forward, half, 128"` takes minutes.
+does not fit into shared memory is not timed; what spills is, and the table says so if it won. All entries take an
+hour; `--only "forward, half, 128"` takes minutes.
 
 With `TRITON_INTERPRET=1` it does the same on the CPU with tiny shapes, to see that it works: such times say nothing.
 """
