@@ -24,6 +24,8 @@ from attnplug_efficient_cuda.kept import Kept
 shape_dependent = True
 MINUS_INFINITY = float("-inf")
 LARGEST_DIMENSION = 65535
+INDEPENDENT_DROPOUT: int | None = None
+"""The first cuDNN that was seen to draw a dropout mask of its own for each query; until there is one, none is used."""
 Card = tuple[int, int]
 
 
@@ -147,8 +149,14 @@ def unavailable() -> tuple[str, ...]:
 
 def lacks() -> dict[Feature, str]:
     """Return the features for which the PyTorch or the cuDNN of this machine is too old."""
-    sequences = cudnn_packed.lacking(torch.backends.cudnn.version())
-    return {Feature.VARLEN: sequences} if sequences else {}
+    version = torch.backends.cudnn.version()
+    found = {Feature.VARLEN: cudnn_packed.lacking(version)}
+    if version is not None and (INDEPENDENT_DROPOUT is None or version < INDEPENDENT_DROPOUT):
+        found[Feature.DROPOUT] = (
+            f"of every eight queries, four have the same dropout mask: seen with cuDNN 9.19.0 on compute capability "
+            f"9.0, and with no cuDNN to be otherwise; found {shown(version)}"
+        )
+    return {feature: reason for feature, reason in found.items() if reason}
 
 
 def supports(params: SDPAParams) -> list[str]:
@@ -181,9 +189,7 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
         query, value = params.query, params.value
         lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
         return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
-    query, value = layout.positive_scale(params)[0].query, params.value
-    if direct.of(params) is None:
-        query = layout.unshared(query)
+    query, value = layout.unshared(layout.positive_scale(params)[0].query), params.value
     out = laid_out_like(query, query.new_empty((*query.shape[:-1], value.shape[-1])))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     own = []
@@ -245,8 +251,6 @@ def _order(query: Tensor) -> list[int]:
 def _version_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
     """Return what this cuDNN is known to get wrong, whether or not this PyTorch knows."""
     queries, found, reasons = params.query.shape[2], shown(version), []
-    if params.dropout > 0 and 91100 < version < 91400:
-        reasons.append(f"has no working dropout in cuDNN {found} (9.11 to 9.13)")
     if version < 91501 and queries % 128:
         reasons.append(f"needs cuDNN 9.15.1 for {queries} queries, not a multiple of 128; found {found}")
     if card is not None and queries == 1 and card[0] in (10, 11) and 91900 <= version <= 92500 and version != 92401:
@@ -261,7 +265,9 @@ def _size_reasons(params: SDPAParams, version: int, card: Card | None) -> list[s
     """
     size, value_size = params.query.shape[3], params.value.shape[3]
     limit = 128
-    if (card == (9, 0) and version >= 91000) or (card is not None and card[0] == 10 and version > 92200 and not (card == (10, 7) and version <= 92500)):
+    if (card == (9, 0) and version >= 91000) or (
+        card is not None and card[0] == 10 and version > 92200 and not (card == (10, 7) and version <= 92500)
+    ):
         limit = 256
     elif card is not None and card[0] == 10 and version >= 91100 and (size, value_size) == (192, 128):
         limit = 192

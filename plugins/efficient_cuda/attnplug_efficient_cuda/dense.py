@@ -105,17 +105,19 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *sa
 
 
 def _forward_directly(params: SDPAParams, told: Direct) -> tuple[Tensor, ...]:
-    out, lse, *seeds = operators.efficient_forward(
-        *(tensor.transpose(1, 2) for tensor in (params.query, params.key, params.value)),
+    query, key, value = params.query, params.key, params.value
+    found = operators.efficient_forward(
+        *(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)),
         *(None, None, None, None, None),
         params.dropout,
         told.mask_type,
         True,
         scale=params.scale,
         window_size=told.window,
-    )[:4]
-    lse = lse.narrow(2, 0, params.query.shape[2]) if told.padded else lse
-    return (out.transpose(1, 2), lse, *seeds) if params.dropout > 0 else (out.transpose(1, 2), lse)
+    )
+    out, lse = found[0].transpose(1, 2), found[1]
+    lse = lse.narrow(2, 0, query.shape[2]) if told.padded else lse
+    return (out, lse, *found[2:4]) if params.dropout > 0 else (out, lse)
 
 
 def _backward_directly(
