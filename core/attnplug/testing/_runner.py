@@ -12,7 +12,7 @@ import attnplug
 from attnplug._errors import UnknownImplementationError, did_you_mean
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check, all_checks
-from attnplug.testing._compare import AGAIN, CheckFailure, Declined
+from attnplug.testing._failure import AGAIN, CheckFailure, Declined
 from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, PASSED, Report, Result
 from attnplug.testing._subject import DTYPES, Subject
 

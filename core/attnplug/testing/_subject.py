@@ -12,8 +12,9 @@ from attnplug import Capabilities, Feature
 from attnplug._prepare import prepare_dense, prepare_varlen
 from attnplug._requirements import lacking, requirements
 from attnplug._types import ImplRecord
-from attnplug.testing._call import Call, Inputs
-from attnplug.testing._compare import AGAIN, CheckFailure, Declined, compare, failure
+from attnplug.testing._call import Call, compare
+from attnplug.testing._failure import AGAIN, CheckFailure, Declined, failure
+from attnplug.testing._inputs import Inputs
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """In the order in which a check that needs only one takes the first that is declared."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from attnplug.testing._call import compare
 from attnplug.testing._checks import check
-from attnplug.testing._compare import compare
 from attnplug.testing._subject import Subject
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from attnplug import Feature
-from attnplug.testing._call import Call, Inputs
+from attnplug.testing._call import Call, compare
 from attnplug.testing._checks import check
-from attnplug.testing._compare import compare, failure
+from attnplug.testing._failure import failure
+from attnplug.testing._inputs import Inputs
 from attnplug.testing._subject import Subject
 
 SHAPES = [(1, 2), (113, 70), (17, 130), (1, 64)]

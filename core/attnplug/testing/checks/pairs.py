@@ -10,7 +10,7 @@ from typing import Any
 from attnplug import Feature
 from attnplug.testing._call import Call
 from attnplug.testing._checks import check
-from attnplug.testing._compare import CheckFailure
+from attnplug.testing._failure import CheckFailure
 from attnplug.testing._subject import Subject
 
 Fields = dict[str, Any]

@@ -11,9 +11,10 @@ import torch
 
 import attnplug
 from attnplug import Feature
-from attnplug.testing._call import Call, Outcome
+from attnplug._accuracy import Outcome
+from attnplug.testing._call import Call, compare, run
 from attnplug.testing._checks import check
-from attnplug.testing._compare import compare, failure, run
+from attnplug.testing._failure import failure
 from attnplug.testing._subject import Subject
 
 REPEATS, ROUNDS = 3, 8

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from attnplug import Feature
+from attnplug.testing._call import run
 from attnplug.testing._checks import check
-from attnplug.testing._compare import failure, run
+from attnplug.testing._failure import failure
 from attnplug.testing._subject import Subject
 
 SHAPES = [(1, 1), (64, 128), (128, 128), (239, 1), (113, 203), (1, 256), (108, 256)]
