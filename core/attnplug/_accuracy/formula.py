@@ -258,8 +258,10 @@ def _softmax(logits: Tensor, sinks: Tensor | None, order: str) -> tuple[Tensor, 
     weights = torch.exp(logits - top.masked_fill(blind, 0))
     denominator = (weights.flip(-1) if order == OPPOSITE else weights).sum(-1, keepdim=True).masked_fill(blind, 1)
     lse = (top.masked_fill(blind, 0) + torch.log(denominator)).masked_fill(blind, -_INF).squeeze(-1)
-    if order == THROUGH_LSE:
-        probabilities = torch.exp(logits - lse.detach().masked_fill(lse == -_INF, 0)[..., None])
+    if order == THROUGH_LSE:  # which is float32 for half types, in every kernel
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        row = top.masked_fill(blind, 0).to(wide) + torch.log(denominator.detach().to(wide))
+        probabilities = torch.exp(logits - row).to(logits.dtype)
     else:
         probabilities = weights / denominator
     total = probabilities.sum(-1, keepdim=True)

@@ -139,6 +139,11 @@ def _negative(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[
     return *_along(call, query, key, torch.full_like(_steps(call, key, 0.0), far), 4.0), value
 
 
+def _raised(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values around 10, whose sums grow from key to key: what an accumulator rounds adds up."""
+    return query, key, value + 10
+
+
 def _selecting(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Integers: query `i` selects the keys `j` that equal `i` modulo the head size, by products of 1024.
 
@@ -166,6 +171,7 @@ VALUES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, 
     "rising": _rising,
     "shrinking": _shrinking,
     "negative": _negative,
+    "raised": _raised,
     "selecting": _selecting,
     "identity": _identity,
 }
