@@ -273,7 +273,7 @@ def grouped_product(rows: Tensor, columns: Tensor, order: str) -> Tensor:
     heads, kv_heads = rows.shape[1], columns.shape[1]
     if order == THROUGH_LSE and heads != kv_heads:
         together = rows.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-        return _product(together, columns, order).unflatten(2, (-1, rows.shape[2])).flatten(1, 2)
+        return _product(together, columns, order).unflatten(2, (heads // kv_heads, rows.shape[2])).flatten(1, 2)
     return _product(rows, columns.repeat_interleave(heads // max(1, kv_heads), 1), order)
 
 

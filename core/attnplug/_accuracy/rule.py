@@ -197,21 +197,36 @@ class Expected:
         if ref.numel() == 0:
             yield 0.0
             return
-        dtype = self._dtype_of(name)
-        rounded = ref.to(dtype)
-        last_place = LAST_PLACE * _largest((rounded + 0.3 - 0.3 - rounded).double().nan_to_num())
-        factor, hoped_for = OUT if name == "out" else GRADIENT, 0.0
+        factor, hoped_for, dtype = OUT if name == "out" else GRADIENT, 0.0, self._dtype_of(name)
         for order in LOWS:
             hoped_for = max(hoped_for, _largest(difference(self.low(order)[name].double(), ref)))
             if hoped_for == _INF:
                 raise ValueError(f"{name}: the plain formula overflows in {dtype}, so that no result can be judged")
-            yield factor * hoped_for + last_place
-        eps = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps
-        yield factor * hoped_for + last_place + ROUNDING * eps * _largest(self.sums[name].nan_to_num())
+            yield tolerance(factor, hoped_for, ref, dtype, 0.0, self.dtype)
+        yield tolerance(factor, hoped_for, ref, dtype, _largest(self.sums[name].nan_to_num()), self.dtype)
 
     def allowed(self, name: str) -> float:
         """Return the largest error that is allowed, for lse relative to `max(1, |lse|)`."""
         return max(self.bounds(name))
+
+
+def tolerance(
+    factor: float, low_error: float, ref: Tensor, dtype: torch.dtype, sums: float, inputs: torch.dtype
+) -> float:
+    """Return `factor low_error + 2 max|ref + 0.3 - 0.3 - ref| + 8 eps sums`.
+
+    Args:
+        factor: `OUT` or `GRADIENT`.
+        low_error: `max|low - ref|`.
+        ref: the result in float64.
+        dtype: of the result.
+        sums: the largest sum of absolute values that an element is made of.
+        inputs: the query's dtype, which says what `eps` is.
+    """
+    rounded = ref.to(dtype)
+    last_place = _largest((rounded + 0.3 - 0.3 - rounded).double().nan_to_num())
+    eps = torch.finfo(torch.promote_types(inputs, torch.float32)).eps
+    return factor * low_error + LAST_PLACE * last_place + ROUNDING * eps * sums
 
 
 def difference(actual: Tensor, ref: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ contract; no implementation has a tolerance of its own. attnplug itself never im
 from attnplug._accuracy import Outcome
 from attnplug.testing._call import Call
 from attnplug.testing._checks import Check, all_checks
+from attnplug.testing._compare import assert_right
 from attnplug.testing._failure import CheckFailure
 from attnplug.testing._inputs import Inputs
 from attnplug.testing._pytest import parametrize_with_checks
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "Result",
     "all_checks",
+    "assert_right",
     "check_impl",
     "parametrize_with_checks",
 ]

@@ -12,7 +12,7 @@ import attnplug
 from attnplug._accuracy import Outcome
 from attnplug._types import CausalVariant
 from attnplug.testing import _inputs
-from attnplug.testing._compare import assert_right, revealed
+from attnplug.testing._compare import assert_outcome, revealed
 from attnplug.testing._failure import failure
 from attnplug.testing._fields import Fields
 from attnplug.testing._inputs import Inputs
@@ -116,7 +116,7 @@ def compare(impl: str, call: Call, inputs: Inputs | None = None, outcome: Outcom
         torch.manual_seed(call.seed)  # of dropout
         outcome = run(impl, call, inputs)
     quantized = any(getattr(record.capabilities, "quantized", False) for record in _records(impl))
-    assert_right(call, inputs, outcome, revealed(call, outcome.out), quantized)
+    assert_outcome(call, inputs, outcome, revealed(call, outcome.out), quantized)
 
 
 def _records(impl: str) -> list[attnplug.ImplRecord]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from attnplug._accuracy import Expected, Outcome
-from attnplug.testing._failure import failure
+from attnplug.testing._failure import CheckFailure, failure
 from attnplug.testing._fields import Fields
 from attnplug.testing._hints import hint
 from attnplug.testing._inputs import Inputs
@@ -18,6 +21,43 @@ def expected(call: Fields, inputs: Inputs, factors: Tensor | None = None, quanti
 
 
 def assert_right(
+    arguments: Mapping[str, Any],
+    out: Tensor,
+    lse: Tensor | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    *,
+    grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    quantized: bool = False,
+) -> None:
+    """Assert that what a call returned is right, by the one rule that every implementation is held to.
+
+    Args:
+        arguments: of `attnplug.scaled_dot_product_attention`, with tensors of four dimensions, or of
+            `attnplug.varlen_attn`, by name; without dropout.
+        out: what the call returned.
+        lse: its logsumexp, if that is to be compared.
+        gradients: by the name of the argument.
+        grad_out: the gradient of out that they were computed from.
+        grad_lse: the same of lse, if lse was part of the loss.
+        quantized: whether the kernel quantizes its inputs, so that only its norm of errors is bounded.
+
+    Raises:
+        CheckFailure: something is further from the formula than the rule allows.
+
+    Examples:
+        >>> import torch, attnplug
+        >>> from attnplug.testing import assert_right
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> assert_right(dict(query=query, key=query, value=query), attnplug.scaled_dot_product_attention(*[query] * 3))
+    """
+    outcome = Outcome(out, lse, dict(gradients or {}))
+    right = Expected(dict(arguments), tuple(outcome.gradients), grad_out, grad_lse, quantized=quantized)
+    if mistakes := right.mistakes(outcome):
+        raise CheckFailure("\n".join(map(str, mistakes)))
+
+
+def assert_outcome(
     call: Fields, inputs: Inputs, outcome: Outcome, factors: Tensor | None = None, quantized: bool = False
 ) -> None:
     """Hold all of an outcome against what the formulas give.
