@@ -18,7 +18,7 @@ from mutants.softmax import LseInBaseTwo, MissingScale
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 from attnplug.testing import Call, CheckFailure, all_checks, check_impl, parametrize_with_checks
-from attnplug.testing._runner import find, run_check
+from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import Subject
 
 

@@ -18,7 +18,7 @@ from attnplug.testing._failure import CheckFailure
 from attnplug.testing._inputs import Inputs
 from attnplug.testing._pytest import parametrize_with_checks
 from attnplug.testing._report import Report, Result
-from attnplug.testing._runner import check_impl
+from attnplug.testing._runner import check_impl, check_impls
 
 __all__ = [
     "Call",
@@ -31,5 +31,6 @@ __all__ = [
     "all_checks",
     "assert_right",
     "check_impl",
+    "check_impls",
     "parametrize_with_checks",
 ]
