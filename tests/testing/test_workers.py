@@ -16,7 +16,7 @@ from attnplug.testing import Report, Result, check_impl, check_impls
 
 CHECKS = ("check_values", "check_scale", "check_batches_and_heads")
 KERNELS = ("crashes", "exits", "hangs", "loses", "loses_later", "prints")
-TIMEOUT = 20.0
+TIMEOUT = 25.0
 
 
 def register(name: str, kernel: Any) -> None:
