@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import WORDS
 
 import attnplug
+import faulty
 from attnplug import Capabilities, ImplSpec, SDPBackend
 from attnplug.testing import Report, Result, check_impl, check_impls
+from faulty import WORDS
 
 CHECKS = ("check_values", "check_scale", "check_batches_and_heads")
 KERNELS = ("crashes", "exits", "hangs", "loses", "loses_later", "prints")
@@ -142,7 +143,7 @@ def test_mine(check):
 
 
 def test_parametrized_tests_survive_a_crash(tmp_path: Path) -> None:
-    (tmp_path / "test_mine.py").write_text(_TEST.format(folder=str(Path(__file__).parent)))
+    (tmp_path / "test_mine.py").write_text(_TEST.format(folder=str(Path(faulty.__file__).parent)))
     wanted = "check_scale or check_batches"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "-k", wanted, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
