@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
+
+F = TypeVar("F", bound="Fields")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -53,6 +56,15 @@ class Fields:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    def packed(self: F) -> F | None:
+        """Return a call of `varlen_attn` with the same meaning, sequences of equal lengths; None if there is none."""
+        aligned = self.is_causal or self.window_size != (-1, -1) or self.alibi
+        other = aligned and self.queries != self.keys and self.causal_variant != "LOWER_RIGHT"
+        if self.is_varlen or self.mask or other:
+            return self if self.is_varlen else None
+        lengths = {"lengths_q": (self.queries,) * self.batch, "lengths_k": (self.keys,) * self.batch}
+        return replace(self, **lengths, causal_variant="LOWER_RIGHT")  # type: ignore[arg-type]
 
     @property
     def is_varlen(self) -> bool:

@@ -10,7 +10,6 @@ SIMPLEST_FIRST = (
     "gradients",
     "varlen",
     "nested",
-    "empty",
     "dropout",
     "memory",
     "running",

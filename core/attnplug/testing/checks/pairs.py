@@ -129,7 +129,7 @@ def _joined(subject: Subject, names: Names, lengths: Fields) -> Call | None:
         return None
     if (_needs_backward(names) and not subject.gradients) or ("lengths_q" in fields and "mask" in fields):
         return None
-    return subject.call(**fields, gradients=tuple(dict.fromkeys(gradients)))
+    return subject.form(subject.call(**fields, gradients=tuple(dict.fromkeys(gradients))))
 
 
 def _needs_backward(names: Names) -> bool:
