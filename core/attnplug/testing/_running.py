@@ -36,9 +36,9 @@ def find(name: str) -> ImplRecord:
 def run_check(check: Check, subject: Subject) -> Result:
     """Run one check and say what became of it."""
     start = time.perf_counter()
-    cards = [torch.device(subject.device)] if subject.device.startswith("cuda") else []
+    devices = [torch.device(subject.device)] if subject.device.startswith("cuda") else []
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(cards):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices):
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             status, reason = _outcome(check, subject)

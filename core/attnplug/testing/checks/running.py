@@ -66,7 +66,7 @@ def _of_many_sums(subject: Subject) -> Call:
 def _determinism_asked_for() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get(_WORKSPACE)
-    os.environ[_WORKSPACE] = workspace or ":4096:8"  # else PyTorch refuses all products on a card
+    os.environ[_WORKSPACE] = workspace or ":4096:8"  # else PyTorch refuses all products on a GPU
     torch.use_deterministic_algorithms(True)
     try:
         yield
