@@ -62,6 +62,8 @@ def _again(check: Check, subject: Subject) -> str:
 def _outcome(check: Check, subject: Subject) -> tuple[str, str]:
     if reason := _not_applicable(check, subject):
         return NOT_APPLICABLE, reason
+    if lacking := subject.lacking(check.features):
+        return DECLINED, "; ".join(lacking)
     try:
         check.function(subject)
     except Declined as declined:
