@@ -42,6 +42,9 @@ class Kernel:
             shape, rather than for each combination of dtype, device, head sizes and features.
         any_form: forward takes dense calls as PyTorch's function does, of any rank and with broadcasting, and
             is given them as the user wrote them, as every kernel is given nested tensors.
+        plain: `plain(query, key, value, dropout, is_causal, scale, enable_gqa) -> (out, lse)`: what forward returns for
+            a call without a mask that asks for nothing beyond PyTorch's arguments and an lse, with no record to build;
+            `scale` may be None. For composite kernels that need no backward; it saves tiny calls a microsecond.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -60,6 +63,7 @@ class Kernel:
     composite: bool = False
     shape_dependent: bool = False
     any_form: bool = False
+    plain: Callable[..., Any] | None = None
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
     register_fn: Callable[[], Any] | None = None
@@ -125,6 +129,7 @@ def load_kernel(spec: ImplSpec) -> Kernel:
         composite=bool(getattr(target, "composite", False)),
         shape_dependent=bool(getattr(target, "shape_dependent", False)),
         any_form=bool(getattr(target, "any_form", False)),
+        plain=getattr(target, "plain", None),
         fake=getattr(target, "fake", None),
         family=getattr(target, "family", None),
         register_fn=getattr(target, "register_fn", None),
