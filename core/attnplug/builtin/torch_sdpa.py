@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as sdpa  # which patch_torch leaves alone
@@ -42,11 +40,10 @@ def plain(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, None]:
-    """Do what `forward` does, at once where no fault of PyTorch's is near: all need one of these, or a mask."""
-    if dropout >= 1.0 or (scale is not None and scale <= 0.0):
-        scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
-    return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    """Do what `forward` does, at once where PyTorch has no known fault: see `attnplug.builtin.faults`."""
+    if query.is_cpu and (scale is None or scale > 0.0 or not is_causal):
+        return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
 
 
 def family(params: SDPAParams) -> SDPBackend | None:
