@@ -83,7 +83,7 @@ def observe(decision: Decision, params: SDPAParams) -> None:
     """Tell the recordings of this thread, and the log, what is about to run."""
     family = decision.kernel.family
     backend = family(params) if family is not None else decision.backend
-    call = RecordedCall(decision.name, backend, dict(decision.passed_over))
+    call = RecordedCall(decision.entry.spec.name, backend, decision.passed_over)
     for calls in thread.state.recordings:
         calls.append(call)
     if process.trace:

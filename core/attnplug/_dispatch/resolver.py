@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from attnplug._call.facts import CallFacts
 from attnplug._call.requirements import lacking, needs_grad
@@ -53,7 +54,7 @@ def resolve(registry: Registry, selection: Selection, call: CallFacts, params: S
         shape_dependent |= _looks_at_shape(entry)
         if not reasons:
             _report_fallback(selection, refused, entry.name)
-            return Decision(entry, refused, shape_dependent)
+            return Decision(entry, MappingProxyType(refused), shape_dependent)
         refused[entry.name] = reasons
     raise NoImplementationError(refused, selection.exact, _way_out(registry, selection, call))
 
