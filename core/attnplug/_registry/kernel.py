@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from attnplug._errors import SpecError, did_you_mean
-from attnplug._messages import plain
+from attnplug._messages import printable
 from attnplug._types import Feature, ImplSpec, SDPAParams
 
 Reasons = str | Sequence[str] | None
@@ -106,12 +106,12 @@ def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDP
     try:
         answer = function(*arguments)
     except Exception as error:  # a call that does not need this kernel must not see its mistakes
-        return (plain(f"{role}() raised {type(error).__name__}: {error}"),)
+        return (printable(f"{role}() raised {type(error).__name__}: {error}"),)
     if answer is None or isinstance(answer, str):
-        return (plain(answer),) if answer else ()
+        return (printable(answer),) if answer else ()
     if isinstance(answer, (list, tuple)):
-        return tuple(plain(reason) for reason in answer)
-    return (plain(f"{role}() returned {answer!r}, which is neither reasons nor None"),)
+        return tuple(printable(reason) for reason in answer)
+    return (printable(f"{role}() returned {answer!r}, which is neither reasons nor None"),)
 
 
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
@@ -190,6 +190,8 @@ def _own_attributes(target: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_near(name: str, meant: str) -> bool:
     one, other = (text.lower().replace("_", "") for text in (name, meant))
+    if len(other) <= len("plain"):  # `plan` is a word of its own
+        return one == other
     return (
         one[:1] == other[:1]
         and abs(len(one) - len(other)) <= 1
