@@ -138,7 +138,7 @@ def facts_of(
         return None
     varlen = extended is not None and extended.cu_seq_q is not None
     sizes = packed_sizes(query, key, value, enable_gqa) if varlen else dense_sizes(query, key, value, enable_gqa)
-    if sizes is None:
+    if sizes is None or query.is_nested or key.is_nested or value.is_nested:  # jagged ones have a shape like others
         return None
     grad = _is_recording()
     facts_of_mask = None
