@@ -396,3 +396,13 @@ def test_an_lse_that_is_wrong_where_keys_are_seen_gets_no_hint_about_rows_that_s
         reason = result_of(register(LseOfVisibleRowsIsShifted(), name=check), check).reason
         assert "lse: largest error" in reason
         assert "rows that see no key" not in reason
+
+
+def test_a_feature_that_this_machine_lacks_is_declined_with_the_reason_and_no_failure(register):
+    class Lacks(DeclinesSoftcap):
+        def lacks(self):
+            return {Feature.SOFTCAP: "softcap needs a later library"}
+
+    assert result_of(register(DeclinesSoftcap()), "check_softcap").status == "failed"
+    result = result_of(register(Lacks(), name="other"), "check_softcap")
+    assert (result.status, result.reason) == ("declined", "softcap needs a later library")

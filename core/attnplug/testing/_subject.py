@@ -12,6 +12,7 @@ from attnplug import Capabilities, Feature
 from attnplug._call.facts import CallFacts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
 from attnplug._call.requirements import lacking
+from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
 from attnplug.testing._call import Call, compare
 from attnplug.testing._failure import AGAIN, CheckFailure, Declined, failure
@@ -59,6 +60,11 @@ class Subject:
 
     def has(self, *features: Feature) -> bool:
         return self.features.issuperset(features)
+
+    def lacking(self, features: Iterable[Feature]) -> tuple[str, ...]:
+        """Return why this machine's libraries do not have some of the features, which are declared; see `Kernel`."""
+        kernel = get_registry().get(self.name, "impl").load()
+        return () if kernel is None else kernel.missing(frozenset(features))
 
     @cached_property
     def head_sizes(self) -> Any:
