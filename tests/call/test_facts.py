@@ -35,7 +35,9 @@ def calls(draw: st.DrawFn) -> SDPAParams:
     rows = (keys, 2) if paged else (batch * keys,)
     maybe: Any = lambda value: value if draw(st.booleans()) else None  # noqa: E731
     return SDPAParams(
-        tensor(batch * queries, heads, size, dtype=dtype) if varlen else tensor(batch, heads, queries, size, dtype=dtype),
+        tensor(batch * queries, heads, size, dtype=dtype)
+        if varlen
+        else tensor(batch, heads, queries, size, dtype=dtype),
         tensor(*rows, kv_heads, size, dtype=dtype) if varlen else tensor(batch, kv_heads, keys, size, dtype=dtype),
         tensor(*rows, kv_heads, value_size, dtype=dtype)
         if varlen
