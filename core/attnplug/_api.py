@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +19,72 @@ from attnplug._dispatch.recording import observe, replayed
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalVariant as TorchVariant
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -32,7 +95,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    causal_variant: CausalVariant = UPPER_LEFT,
+    causal_variant: CausalVariant | TorchVariant = UPPER_LEFT,
     window_size: tuple[int, int] = OPEN_WINDOW,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
@@ -134,7 +197,8 @@ def scaled_dot_product_attention(
                 plan = None
             if plan is not None and plan.plain is not None:
                 if state.recordings:
-                    observe(plan.decision, SDPAParams(query, key, value, None, dropout_p, is_causal, enable_gqa))
+                    given = dict(query=query, key=key, value=value, dropout=dropout_p, is_causal=is_causal)
+                    observe(plan.decision, eager.params_of(given | {"enable_gqa": enable_gqa}))
                 out, lse = plan.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
                 return (out, lse) if return_lse else out
     fields: dict[str, Any] = {
@@ -161,6 +225,75 @@ def scaled_dot_product_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def varlen_attn(
     query: Tensor,
     key: Tensor,

@@ -130,15 +130,15 @@ def facts_of(
         or value.dtype is not dtype
         or key.device != device
         or value.device != device
-        or not (is_causal is True or is_causal is False)
-        or not (enable_gqa is True or enable_gqa is False)
+        or not (is_causal is False or is_causal is True)
+        or not (enable_gqa is False or enable_gqa is True)
         or not (scale is None or (type(scale) in _NUMBERS and -inf < scale < inf))
-        or not (type(dropout) in _NUMBERS and 0.0 <= dropout <= 1.0)
+        or not (dropout == 0.0 or (type(dropout) in _NUMBERS and 0.0 < dropout <= 1.0))
     ):
         return None
     varlen = extended is not None and extended.cu_seq_q is not None
     sizes = packed_sizes(query, key, value, enable_gqa) if varlen else dense_sizes(query, key, value, enable_gqa)
-    if sizes is None:
+    if sizes is None or query.is_nested or key.is_nested or value.is_nested:  # jagged ones have a shape like others
         return None
     grad = _is_recording()
     facts_of_mask = None

@@ -2,6 +2,9 @@
 
 Their schemas change between releases. The comparison is made when a kernel is imported, which is when its
 implementation is first chosen or activated, so that a change is a reason that names operator and release.
+
+The plugin `efficient_cuda` compares in its own way, on purpose: there a change takes only some calls away, and is one
+of the reasons of `supports`.
 """
 
 from __future__ import annotations

@@ -40,8 +40,10 @@ def plain(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, None]:
-    """Do what `forward` does."""
-    return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    """Do what `forward` does, at once where PyTorch has no known fault: see `attnplug.builtin.faults`."""
+    if query.is_cpu and (scale is None or scale > 0.0 or not is_causal):
+        return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
 
 
 def family(params: SDPAParams) -> SDPBackend | None:
