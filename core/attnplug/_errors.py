@@ -97,7 +97,7 @@ class GradientError(AttnplugError, RuntimeError):
 
 
 class ScopeError(AttnplugError, RuntimeError):
-    """A scope was left in another thread, twice, or before a scope that was entered inside it."""
+    """A scope or a recording was left that was not entered, or several threads are in a scope that another one leaves."""
 
 
 class PluginWarning(UserWarning):

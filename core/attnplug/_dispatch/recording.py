@@ -11,7 +11,7 @@ from typing import Any
 
 from attnplug._dispatch.resolver import Decision
 from attnplug._errors import ScopeError
-from attnplug._selection.state import process, thread
+from attnplug._selection.state import leave_recording, process, thread
 from attnplug._types import SDPAParams, SDPBackend
 
 logger = logging.getLogger("attnplug")
@@ -33,7 +33,7 @@ class RecordedCall:
 
 
 class record:
-    """Collect the attention calls of this thread.
+    """Collect the attention calls of this thread, from when the block is entered until it is left.
 
     Examples:
         >>> import torch, attnplug
@@ -44,15 +44,26 @@ class record:
         ['aten_math']
     """
 
+    _calls: list[RecordedCall] | None = None
+
     def __enter__(self) -> list[RecordedCall]:
-        self._calls: list[RecordedCall] = []
-        thread.state.recordings = (*thread.state.recordings, self._calls)
-        return self._calls
+        if self._calls is not None:
+            raise ScopeError("this record() is entered already; make another one")
+        state, calls = thread.state, []
+        state.recordings = (*state.recordings, calls)
+        self._calls = calls
+        return calls
 
     def __exit__(self, *exception: object) -> None:
-        if not any(calls is self._calls for calls in thread.state.recordings):
-            raise ScopeError("record() was left in another thread than it was entered in, or twice")
-        thread.state.recordings = tuple(calls for calls in thread.state.recordings if calls is not self._calls)
+        if self._calls is None:
+            raise ScopeError("record() is left, but it was not entered")
+        leave_recording(self._calls)
+        self._calls = None
+
+    def __del__(self) -> None:
+        """Leave what nobody can leave any more: a block that was interrupted while it was being left."""
+        if self._calls is not None:
+            leave_recording(self._calls)
 
 
 class Replay:
