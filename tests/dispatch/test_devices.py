@@ -153,5 +153,5 @@ def test_an_unmodified_encoder_follows_the_activation(device: str) -> None:
 @pytest.mark.gpu
 def test_the_example_runs_on_a_card() -> None:
     pytest.importorskip("transformers")
-    example = Path(__file__).parents[1] / "examples" / "semantic_search.py"
+    example = Path(__file__).parents[2] / "examples" / "semantic_search.py"
     subprocess.run([sys.executable, str(example), "--device", "cuda"], check=True)

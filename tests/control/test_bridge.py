@@ -16,6 +16,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import bias
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
@@ -233,12 +234,25 @@ def test_a_binding_ends_when_the_forward_raises() -> None:
             raise KeyError
 
     module = Raises()
-    attnplug.bind(module, "aten_math")
+    handle = attnplug.bind(module, "aten_math")
     with pytest.raises(KeyError):
         module()
     with attnplug.record() as calls:
         attnplug.scaled_dot_product_attention(Q, Q, Q)
+    handle.remove()
     assert calls[0].impl == "torch"
+
+
+def test_what_is_outside_a_bound_module_stays_pytorch_s_own_bit_for_bit() -> None:
+    """PyTorch masks this bias by itself, in other sums than an implementation of attnplug that aligns it."""
+    query, keys, mask = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8), bias.causal_lower_right(3, 5)
+    expected = F.scaled_dot_product_attention(query, keys, keys, mask)
+    model = Model()
+    handle = attnplug.bind(model, "aten_math")
+    with attnplug.patch_torch():
+        found = F.scaled_dot_product_attention(query, keys, keys, mask)
+    handle.remove()
+    assert torch.equal(found, expected)
 
 
 def test_bindings_survive_copies_and_pickles() -> None:

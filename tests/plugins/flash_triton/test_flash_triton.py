@@ -22,6 +22,7 @@ import attnplug
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+TESTS = HERE.parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -31,7 +32,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        cwd=HERE.parent.parent,
+        cwd=TESTS.parent,
         check=False,
     )
 
@@ -50,7 +51,7 @@ LEFT_OUT = {
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's already")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_conformance_kit_passes_in_the_interpreter(dtype: str) -> None:
-    done = python(str(HERE.parent / "interpreter.py"), dtype, TRITON_INTERPRET="1")
+    done = python(str(TESTS / "support" / "interpreter.py"), dtype, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-8000:]
     report = json.loads(done.stdout)
     failed = [f"{result['check']}: {result['reason']}" for result in report["results"] if result["status"] == "failed"]
@@ -61,7 +62,7 @@ def test_the_conformance_kit_passes_in_the_interpreter(dtype: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's already")
 def test_results_are_right_in_the_interpreter() -> None:
-    file = str(HERE / "test_flash_triton_interpreted.py")
+    file = str(HERE / "test_interpreted.py")
     done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

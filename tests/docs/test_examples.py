@@ -17,7 +17,7 @@ from torch import Tensor
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 Forward = Callable[[SDPAParams], tuple[Tensor, None]]
 
 

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 _BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
-# Installs the package of the current folder as tests/packages.py does: metadata beside modules. What is asked for
-# by name must be there already.
+# Installs the package of the current folder as packages.py does: metadata beside modules. What is asked for by name
+# must be there already.
 _PIP = """
 import importlib.metadata, re, sys
 import setuptools.build_meta as backend

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import attnplug
 from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, SDPAParams, SDPBackend
-from test_authors import WithBackward
+from author_kernels import WithBackward
 
 SHAPE = (1, 2, 4, 8)
 

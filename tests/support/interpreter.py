@@ -1,7 +1,7 @@
 """Triton's interpreter for flash_triton's tests, in half its time; run by itself, the conformance kit in it.
 
 Triton decides between compiler and interpreter when kernels are defined, so whatever is interpreted needs a process
-of its own: `TRITON_INTERPRET=1 python tests/interpreter.py float32` prints the report of a quick run as JSON.
+of its own: `TRITON_INTERPRET=1 python tests/support/interpreter.py float32` prints the report of a quick run as JSON.
 """
 
 from __future__ import annotations

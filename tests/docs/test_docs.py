@@ -29,7 +29,7 @@ from attnplug.cli import COMMANDS, build_parser
 
 pytest.importorskip("mkdocs", reason="the documentation is built with mkdocs")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INTERNAL = {"attnplug.builtin", "attnplug.cli", "attnplug.integrations"}  # without public names of their own
 MODULES = [
     "attnplug",
