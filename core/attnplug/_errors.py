@@ -97,7 +97,7 @@ class GradientError(AttnplugError, RuntimeError):
 
 
 class ScopeError(AttnplugError, RuntimeError):
-    """A scope or a recording was left that was not entered, or several threads are in a scope that another one leaves."""
+    """A scope or a recording was left that was not entered, or a scope was left that several other threads are in."""
 
 
 class PluginWarning(UserWarning):
