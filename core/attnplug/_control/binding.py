@@ -7,7 +7,6 @@ the module, such as the replicas of `nn.DataParallel`, would call the forward of
 
 from __future__ import annotations
 
-import threading
 import types
 import weakref
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 
 from attnplug._control.scopes import run_in, sdpa_kernel
+from attnplug._registry.forks import BINDING, lock
 from attnplug._selection.state import Block, process, start
 
-_lock = threading.RLock()  # a module may be collected while it is held
+_lock = lock(BINDING)  # a module may be collected while it is held
 
 
 class BindingHandle:

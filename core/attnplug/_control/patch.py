@@ -16,7 +16,6 @@ module is bound, all are told so: `nn.TransformerEncoder` asks before the layers
 from __future__ import annotations
 
 import pkgutil
-import threading
 from functools import lru_cache
 from types import FunctionType, ModuleType
 from typing import Any
@@ -32,12 +31,13 @@ from attnplug._call.prepare import is_causal_bias
 from attnplug._control.replacing import AfterImport, Replacement
 from attnplug._control.scopes import is_torch_first, run_in
 from attnplug._errors import NoImplementationError
+from attnplug._registry.forks import PATCH, lock
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, thread
 from attnplug._tracing import constant_in_traces
 
 _is_mode_on = torch._C._is_torch_function_mode_enabled
-_lock = threading.RLock()
+_lock = lock(PATCH)
 _original_fastpath = torch.backends.mha.get_fastpath_enabled
 _original_mha = torch.nn.functional.multi_head_attention_forward
 _handles: set[PatchHandle] = set()
@@ -190,19 +190,26 @@ def _allowed(selection: Selection, generation: int, enabled: frozenset[str]) -> 
     return scope, is_torch_first(scope)
 
 
-def _routed_varlen(
-    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **others: Any
-) -> Any:
-    """Stand in the place of `torch.nn.attention.varlen.varlen_attn`."""
-    given = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
-    if not _handles or not _selected() or not _VARLEN_ARGUMENTS.issuperset(others):
-        assert _varlen is not None
-        return _varlen.original(*given, **others)
-    aux = others.pop("return_aux", None)
-    window = tuple(others.pop("window_size", (-1, -1)))
-    causal = window == (-1, 0)  # as PyTorch's function says it
-    others |= {"window_size": (-1, -1) if causal else window, "is_causal": causal}
-    return varlen_attn(*given, **others, return_lse=aux is not None and bool(aux.lse))
+class _RoutedVarlen:
+    """What stands in the place of `torch.nn.attention.varlen.varlen_attn`."""
+
+    __name__ = __qualname__ = "varlen_attn"
+
+    def __call__(
+        self, query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **others: Any
+    ) -> Any:
+        given = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+        if not _handles or not _selected() or not _VARLEN_ARGUMENTS.issuperset(others):
+            assert _varlen is not None
+            return _varlen.original(*given, **others)
+        aux = others.pop("return_aux", None)
+        window = tuple(others.pop("window_size", (-1, -1)))
+        causal = window == (-1, 0)  # as PyTorch's function says it
+        others |= {"window_size": (-1, -1) if causal else window, "is_causal": causal}
+        return varlen_attn(*given, **others, return_lse=aux is not None and bool(aux.lse))
+
+    def __reduce__(self) -> Any:
+        return pkgutil.resolve_name, ("torch.nn.attention.varlen:varlen_attn",)
 
 
 _VARLEN_ARGUMENTS = {"return_aux", "scale", "window_size", "enable_gqa", "seqused_k", "block_table"}
@@ -212,8 +219,7 @@ _VARLEN_ARGUMENTS = {"return_aux", "scale", "window_size", "enable_gqa", "sequse
 def _route_varlen(module: ModuleType) -> None:
     global _varlen
     if _varlen is None:
-        _varlen = Replacement(module.varlen_attn, _routed_varlen)
-        _routed_varlen.__doc__ = module.varlen_attn.__doc__
+        _varlen = Replacement(module.varlen_attn, _RoutedVarlen())
     _varlen.install()
 
 

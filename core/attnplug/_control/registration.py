@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 
 from attnplug._registry.registry import PROGRAM
-from attnplug._selection.state import process, start, start_outside
+from attnplug._selection.state import process, start
 from attnplug._tracing import constant_in_traces
 from attnplug._types import ImplRecord, ImplSpec
 
@@ -54,7 +56,7 @@ def unregister_impl(name: str) -> None:
 
 def list_impls() -> list[ImplRecord]:
     """Return a record for each implementation, in the order of preference, broken plugins last."""
-    start_outside()
+    _in_step()
     assert process.registry is not None
     return list(_records(index(process.registry.generation)))
 
@@ -67,6 +69,14 @@ def _records(generation: int) -> tuple[ImplRecord, ...]:
 
 def list_flash_attention_impls() -> list[str]:
     """Return the sorted names of all registered implementations: built in, discovered and registered."""
-    start_outside()
+    _in_step()
     assert process.registry is not None
     return process.registry.names()
+
+
+@constant_in_traces
+def _in_step() -> None:
+    """Fill the registry and bring PyTorch's into step with it, if PyTorch has been imported."""
+    if "torch.nn.attention" in sys.modules:
+        importlib.import_module("attnplug._control.torch_registry").refresh()
+    start()

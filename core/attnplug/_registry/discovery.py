@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import threading
 import warnings
 from typing import Any
 
@@ -17,6 +16,7 @@ import pluggy
 from attnplug._errors import ConfigError, DuplicateImplementationError, PluginWarning, SpecError, did_you_mean
 from attnplug._registry import hooks
 from attnplug._registry.config import get_config
+from attnplug._registry.forks import DISCOVERY, lock
 from attnplug._registry.registry import BUILTIN, Registry, report_broken
 from attnplug._types import ImplSpec
 from attnplug._version import __version__
@@ -24,7 +24,7 @@ from attnplug._version import __version__
 GROUP = "attnplug"
 BUILTIN_PLUGIN = "attnplug.builtin"
 
-_lock = threading.RLock()
+_lock = lock(DISCOVERY)
 _registry: Registry | None = None
 _loading: Registry | None = None
 

@@ -6,14 +6,16 @@ never acts on a registry that has changed since.
 
 from __future__ import annotations
 
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
 from attnplug._registry.config import get_config
+from attnplug._registry.forks import KERNEL, REGISTRY, lock
 from attnplug._registry.kernel import Kernel, load_kernel
 from attnplug._registry.machine import device_types, missing_modules
 from attnplug._types import Capabilities, ImplRecord, ImplSpec
@@ -33,7 +35,7 @@ class Entry:
     broken: str = ""
     loaded: Kernel | None = None
     _loading: bool = False
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _lock: Any = field(default_factory=partial(lock, KERNEL))
 
     @property
     def name(self) -> str:
@@ -100,7 +102,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._lock = threading.RLock()
+        self._lock = lock(REGISTRY)
         self._entries: dict[str, Entry] = {}
         self._names: tuple[str, ...] = ()
         self._failed: list[ImplRecord] = []
