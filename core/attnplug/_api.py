@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
         sinks is None
         and alibi_slopes is None
         and seqused_k is None
-        and not return_lse
+        and return_lse is False
         and softcap == 0.0
         and window_size is OPEN_WINDOW
         and causal_variant is UPPER_LEFT
@@ -101,11 +101,11 @@ def scaled_dot_product_attention(
         and process.plain
         and (thread.state.torch_first if impl is None else impl == "torch")
         and not thread.state.recordings
-        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
         and (enable_gqa is False or enable_gqa is True)
         and have_fitting_sizes(query, key, value, enable_gqa)
+        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
     ):
         try:
             if scale is None and not enable_gqa:  # keyword arguments cost PyTorch's parser 0.8 us

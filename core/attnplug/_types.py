@@ -81,6 +81,7 @@ class Feature(Enum, metaclass=_Features):
 
 
 OPEN_WINDOW = (-1, -1)
+WIDEST = 2**30  # of a window's sides: kernels add them to positions in 32 bits
 """The one tuple that an unrestricted window is in a checked call."""
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")

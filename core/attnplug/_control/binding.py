@@ -96,7 +96,8 @@ class _Bound:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
-        make, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *state = reduced
         if _Bound not in kind.__bases__:
             return make, arguments, *state
         plain = kind.__bases__[1]

@@ -1,9 +1,9 @@
 """PyTorch's own function, routed through attnplug, in models that know nothing of it.
 
 The function is replaced where Python code finds it: in `torch.nn.functional`, and in every module that
-imported it by name. So is `torch.nn.attention.varlen.varlen_attn`. `torch.compile` guards on those names, so a model compiled before follows, and finds
-its old code again when the replacement is gone. With nothing selected the replacement calls PyTorch's
-function with the very arguments that came.
+imported it by name. So is `torch.nn.attention.varlen.varlen_attn`. `torch.compile` guards on those names, so a model
+compiled before follows, and finds its old code again when the replacement is gone. With nothing selected the
+replacement calls PyTorch's function with the very arguments that came.
 
 `torch.compile` takes `multi_head_attention_forward` for one operation and does not look inside; while
 the patch is in place a copy of it, which it knows nothing of, stands there and is traced.
@@ -64,8 +64,9 @@ class PatchHandle:
 def patch_torch() -> PatchHandle:
     """Route `torch.nn.functional.scaled_dot_product_attention` through attnplug, until the handle is removed.
 
-    So is `torch.nn.attention.varlen.varlen_attn`. Inside `torch.nn.attention.sdpa_kernel(...)` only implementations of
-    the families that are enabled there run. Scopes, `bind`, `record` and the environment then apply to unmodified models too.
+    So is `torch.nn.attention.varlen.varlen_attn`. Scopes, `bind`, `record` and the environment then apply to
+    unmodified models too. Inside `torch.nn.attention.sdpa_kernel(...)` only implementations of the families that are
+    enabled there run.
 
     Examples:
         >>> import torch, attnplug
@@ -249,7 +250,7 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 
 def _fastpath_enabled() -> bool:
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return _original_fastpath() and not _selected() and process.bindings == 0
     return True
 

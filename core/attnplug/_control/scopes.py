@@ -78,7 +78,9 @@ class sdpa_kernel:
     def _leave(self) -> None:
         """Leave out of order, in another thread, or for the second time."""
         if not self._open:
-            raise ScopeError(f"{describe_scope(self.block[0])} is left, but it was not entered")
+            scope = self.block[0]
+            shown = "a scope" if scope is None else describe_scope(scope)
+            raise ScopeError(f"{shown} is left, but it was not entered")
         leave_scope(self.block)
         self._open -= 1
 

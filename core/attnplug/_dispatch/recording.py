@@ -49,7 +49,8 @@ class record:
     def __enter__(self) -> list[RecordedCall]:
         if self._calls is not None:
             raise ScopeError("this record() is entered already; make another one")
-        state, calls = thread.state, []
+        state = thread.state
+        calls: list[RecordedCall] = []
         state.recordings = (*state.recordings, calls)
         self._calls = calls
         return calls

@@ -150,8 +150,11 @@ class Registry:
         """Return the implementation of this name.
 
         Raises:
-            UnknownImplementationError: there is none; `where` says where the name came from.
+            TypeError: `name` is not a string; `where` says where it came from.
+            UnknownImplementationError: there is none of this name.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"{where or 'name'}: expected the name of an implementation, got {name!r}")
         entry = self._entries.get(name)
         if entry is None:
             raise UnknownImplementationError(name, self._entries, where)
