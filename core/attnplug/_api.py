@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function
 
 from attnplug._call.facts import UPPER_LEFT, have_fitting_sizes
 from attnplug._call.prepare import prepare_dense
@@ -115,6 +116,27 @@ def scaled_dot_product_attention(
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise
+    if not compiling and is_symbolic(query):
+        return handle_torch_function(
+            scaled_dot_product_attention,
+            (query, key, value),
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            causal_variant=causal_variant,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            seqused_k=seqused_k,
+            return_lse=return_lse,
+            impl=impl,
+        )
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -250,3 +272,8 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
         and not mask.is_cuda  # whose kernels misread dtypes, strides and alignments that `torch` converts
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
+
+
+def is_symbolic(query: Any) -> bool:
+    """Whether this is no tensor but answers like one: a value of `torch.fx.symbolic_trace`."""
+    return type(query) not in _PLAIN and not isinstance(query, Tensor) and hasattr(type(query), "__torch_function__")

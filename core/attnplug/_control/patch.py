@@ -26,7 +26,7 @@ from torch._C._nn import scaled_dot_product_attention as _original
 from torch.jit._builtins import _register_builtin
 from torch.overrides import handle_torch_function, has_torch_function
 
-from attnplug._api import scaled_dot_product_attention, varlen_attn
+from attnplug._api import is_symbolic, scaled_dot_product_attention, varlen_attn
 from attnplug._call.prepare import is_causal_bias
 from attnplug._control.replacing import AfterImport, Replacement
 from attnplug._control.scopes import is_torch_first, run_in
@@ -110,6 +110,7 @@ class _Routed:
     """What stands in the place of PyTorch's function. An object, because it is saved and copied as PyTorch's own."""
 
     __name__ = __qualname__ = "scaled_dot_product_attention"
+    __module__ = "torch.nn.functional"
     __doc__ = _original.__doc__
 
     def __call__(
@@ -124,7 +125,8 @@ class _Routed:
         enable_gqa: bool = False,
     ) -> Any:
         if _handles:  # a module may keep this function beyond the patch
-            if _is_mode_on():  # a mode may look for PyTorch's function under the name that it has now
+            # A mode may look for PyTorch's function under the name that it has now; a graph of `torch.fx` keeps it.
+            if _is_mode_on() or is_symbolic(query):
                 arguments = query, key, value, attn_mask, dropout_p, is_causal
                 return handle_torch_function(self, arguments[:4], *arguments, scale=scale, enable_gqa=enable_gqa)
             if _selected() and not _answers_itself(query, key, value):
