@@ -12,6 +12,7 @@ has no `fake` to say so is not asked: its backward runs forward once more, under
 from __future__ import annotations
 
 import itertools
+import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -245,7 +246,7 @@ def _free_name(name: str) -> str:
 def _operator_name(name: str) -> str:
     """Return the name of an implementation's operator, which PyTorch's schemas can hold."""
     base = re.sub(r"\W", "_", name)
-    if base == "name" or hasattr(torch._ops._OpNamespace, base):  # what a namespace has itself
+    if base == "name" or keyword.iskeyword(base) or hasattr(torch._ops._OpNamespace, base):  # no name of an operator
         return f"{base}_"
     try:
         torch._C.parse_schema(f"attnplug::{base}() -> ()")
