@@ -61,7 +61,9 @@ def compiled(function: Any, backend: Any = "eager") -> Any:
 
 
 @pytest.mark.parametrize("kernel", [Opaque, Composite])
-@pytest.mark.parametrize("name", ["a.b", "a-b", "FA-3.1", "class", "lambda", "import", "None", "name", "self", "x" * 200])
+@pytest.mark.parametrize(
+    "name", ["a.b", "a-b", "FA-3.1", "class", "lambda", "import", "None", "name", "self", "x" * 200]
+)
 def test_every_name_that_registers_compiles(name: str, kernel: Any) -> None:
     register(name, kernel)
     assert torch.equal(compiled(lambda query: attend(query, query, query, impl=name))(Q), Q * 2)
