@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SAMPLED = 15  # of a test that is parametrized so often that running all would take an hour
-_WANTED, _RESULTS = "ATTNPLUG_TEST_WITH", "ATTNPLUG_TEST_RESULTS"
+_WANTED, _RESULTS = "DROP_IN_TESTS_WITH", "DROP_IN_TESTS_RESULTS"
 _outcomes: dict[str, str] = {}
 
 
