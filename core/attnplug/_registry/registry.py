@@ -7,15 +7,17 @@ never acts on a registry that has changed since.
 from __future__ import annotations
 
 import itertools
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
 from attnplug._messages import printable, warn
 from attnplug._registry.catalogue import KNOWN, OWN
 from attnplug._registry.config import get_config
+from attnplug._registry.forks import KERNEL, REGISTRY, lock
 from attnplug._registry.kernel import Kernel, load_kernel
 from attnplug._registry.machine import device_types, missing_modules
 from attnplug._types import Capabilities, ImplRecord, ImplSpec
@@ -40,7 +42,7 @@ class Entry:
     loaded: Kernel | None = None
     _error: BaseException | None = None
     _loading: bool = False
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _lock: Any = field(default_factory=partial(lock, KERNEL))
 
     @property
     def name(self) -> str:
@@ -115,7 +117,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._lock = threading.RLock()
+        self._lock = lock(REGISTRY)
         self._entries: dict[str, Entry] = {}
         self._names: tuple[str, ...] = ()
         self._contested: dict[str, list[Entry]] = {}
@@ -191,10 +193,13 @@ class Registry:
         """Return the implementation of this name.
 
         Raises:
+            TypeError: `name` is not a string; `where` says where it came from.
             UnknownImplementationError: there is none, or it is broken, disabled or not installed, which the message
                 says; `where` says where the name came from, `also` what else would have been accepted there.
             DuplicateImplementationError: several distributions claim the name.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"{where or 'name'}: expected the name of an implementation, got {name!r}")
         entry = self._entries.get(name)
         if entry is not None:
             return entry
