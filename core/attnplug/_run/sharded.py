@@ -42,7 +42,8 @@ def run_sharded(params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Resu
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    query, mesh = params.query, params.query.device_mesh
+    query: Any = params.query
+    mesh = query.device_mesh
     shares = 1
     placements: list[Any] = []
     for position, placement in enumerate(query.placements):
@@ -59,12 +60,13 @@ def run_sharded(params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Resu
         if not isinstance(tensor, DTensor):
             tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
         dimensions = (None, 0) if name == "alibi_slopes" and tensor.dim() == 1 else _DIMENSIONS[name]
-        wanted, gradients = [], []
+        wanted: list[Any] = []
+        gradients: list[Any] = []
         for placement in placements:
             at = None if placement == Replicate() else dimensions[placement.dim]
-            shared = at is not None and tensor.shape[at] > 1
-            wanted.append(Shard(at) if shared else Replicate())
-            gradients.append(wanted[-1] if shared or placement == Replicate() else Partial())
+            kept = at is not None and tensor.shape[at] > 1
+            wanted.append(Shard(at) if at is not None and kept else Replicate())
+            gradients.append(wanted[-1] if kept or placement == Replicate() else Partial())
         return tensor.redistribute(placements=wanted).to_local(grad_placements=gradients)
 
     out, lse = run(replace(params, **{name: local(name) for name in _DIMENSIONS}))
