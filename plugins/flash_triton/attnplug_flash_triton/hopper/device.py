@@ -1,0 +1,155 @@
+"""What the kernels for Hopper share on the device: tiles moved by TMA, exponentials, operands of products, barriers.
+
+Written in Gluon, Triton's language with explicit layouts, shared memory and barriers. Its names for the copies of
+TMA differ between Triton 3.6 and later releases: `load_tile`, `store_tile` and `reduce_add` are the ones used here.
+"""
+
+# mypy: ignore-errors
+# Triton reads these functions itself; Python's types do not describe them.
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+WARPGROUP = gl.constexpr(64)
+"""Rows of a product that one warpgroup computes: those of a WGMMA instruction. With fewer, mma.sync takes its place."""
+
+# (descriptor, coordinates, barrier, buffer): start to copy a tile; `barrier` counts the bytes. What lies outside the
+# tensor arrives as 0.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+# (descriptor, coordinates, buffer): start to copy a tile; what lies outside is not written. Finished by `store_wait`.
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+store_wait = tma.store_wait
+
+
+@builtin
+def reduce_add(desc, coord, src, _semantic=None):
+    """Start to add a tile of shared memory to a tensor in global memory. Finished by `store_wait`."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def exp2(x):
+    """2 to the power of x by the special function unit, 0 for -inf; Triton's own adds a case for subnormal results."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def exp2_shared(x, ONE_IN: gl.constexpr):
+    """2 to the power of x <= 0, one element in `ONE_IN` (8 or 16; 0: none) by a cubic on the multiply-add units.
+
+    Where products are short, the 16 special function units of a multiprocessor are as busy as its tensor cores. The
+    cubic (the minimax polynomial of 2**f on [0, 1) with p(0) = 1, after FlashAttention-4) has a relative error of 9e-5,
+    below that of half precision; -inf gives 1e-38.
+    """
+    if ONE_IN == 8:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 a, b, c; .reg .b32 i, j; "
+            "ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10; "
+            "ex2.approx.ftz.f32 $3, $11; ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13; "
+            "ex2.approx.ftz.f32 $6, $14; "
+            "max.ftz.f32 a, $15, 0fC2FE0000; add.rm.ftz.f32 b, a, 0f4B400000; sub.ftz.f32 c, b, 0f4B400000; "
+            "sub.ftz.f32 a, a, c; fma.rn.ftz.f32 c, a, 0f3D9DD4AB, 0f3E691C20; fma.rn.ftz.f32 c, c, a, 0f3F31F327; "
+            "fma.rn.ftz.f32 c, c, a, 0f3F800000; mov.b32 i, b; mov.b32 j, c; shl.b32 i, i, 23; add.s32 j, i, j; "
+            "mov.b32 $7, j; }",
+            "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f",
+            [x],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=8,
+        )
+    else:
+        return exp2(x)
+
+
+@gluon.jit
+def above_wait(x):
+    """Return `x`, computed before the next wait for products.
+
+    ptxas moves such a wait up past arithmetic, so that nothing overlaps, but not past a store. This one is never made:
+    `x` is a sum of exponentials, which is not negative.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; @p st.shared.f32 [a], $1; "
+        "mov.f32 $0, $1; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def packed(x, dtype: gl.constexpr):
+    """Return float32 `x` in 16 bits, two in a word, so that a loop hands it on in words."""
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1]
+    low, high = gl.split(gl.reshape(x, [ROWS, COLUMNS // 2, 2]))
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+
+
+@gluon.jit
+def as_operand(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """Return what `packed` returned as the left operand of a product."""
+    ROWS: gl.constexpr = words.shape[0]
+    COLUMNS: gl.constexpr = words.shape[1] * 2
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    x = gl.reshape(gl.join(low, high), [ROWS, COLUMNS]).to(dtype, bitcast=True)
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """Return what `packed` returned in 32 bits."""
+    ROWS: gl.constexpr = words.shape[0]
+    COLUMNS: gl.constexpr = words.shape[1] * 2
+    if dtype == gl.bfloat16:
+        low, high = gl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $2, 16; mov.b32 $0, t; and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }",
+            "=f,=f,r",
+            [words],
+            dtype=(gl.float32, gl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        low, high = gl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }",
+            "=f,=f,r",
+            [words],
+            dtype=(gl.float32, gl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    return gl.convert_layout(gl.reshape(gl.join(low, high), [ROWS, COLUMNS]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def schedule(program, tiles, columns, section, LAST_FIRST: gl.constexpr):
+    """Return (tile, column) of a program, where a column is a head of a sequence; as the plain kernels' `schedule`.
+
+    Programs that run at the same time share the keys of `section` columns, few enough for the L2 cache; within a
+    section the longest tiles of a causal call come first.
+    """
+    first = program // (tiles * section) * section
+    rest = program % (tiles * section)
+    width = gl.minimum(section, columns - first)
+    tile = rest // width
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return tile, first + rest % width
