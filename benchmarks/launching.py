@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -82,7 +83,9 @@ def stubbed(turns: int) -> Iterator[Result]:
     attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=Capabilities()))
     query, key, value, grad = torch.randn(4, 1, 1, 16, 64, dtype=torch.bfloat16)
     params = attnplug.SDPAParams(query, key, value, scale=0.125)
-    (launch,), _ = launches.forward(params, None, HOPPER)
+    tensors = {"query": query, "key": key, "value": value}
+    plan, device = launches.forward(params, HOPPER), query.device
+    plan.run(tensors, device)
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
 
     def with_backward() -> Any:
@@ -95,8 +98,10 @@ def stubbed(turns: int) -> Iterator[Result]:
                 "forward, to the driver": lambda: attnplug.scaled_dot_product_attention(
                     query, key, value, impl="stubbed"
                 ),
-                "  of it, the kernel's arguments": lambda: launches.forward(params, None, HOPPER),
-                "  of it, Triton": launch.run,
+                "  of it, the kernel": lambda: impl.forward(params),
+                "  of it, a plan that is kept": lambda: plan.run(tensors, device),
+                "a plan that is not kept": lambda: launches.forward(params, HOPPER).run(tensors, device),
+                "F.scaled_dot_product_attention on the CPU": lambda: sdpa(query, key, value),
             },
             turns,
             20,

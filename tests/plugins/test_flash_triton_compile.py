@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from attnplug_flash_triton import config, cost, launches  # noqa: E402
+from attnplug_flash_triton import config, cost  # noqa: E402
 from attnplug_flash_triton.config import Cell, Tiles  # noqa: E402
 from attnplug_flash_triton.problem import Machine  # noqa: E402
 
@@ -64,11 +64,9 @@ def test_a_kernel_is_compiled_once_for_all_lengths(logits: str) -> None:
         )
         mask = None if params.attn_mask is None else torch.empty(1, 4, queries, keys, requires_grad=True)
         params = replace(params, query=query, key=key, value=key, attn_mask=mask)
-        seed = torch.zeros(1, dtype=torch.int64) if params.dropout else None
-        forward, (out, lse, *kept) = launches.forward(params, seed, HOPPER)
-        backward, _ = launches.backward(params, seed, HOPPER, out, None, out, lse, kept[0] if kept else None)
-        for launch in forward + backward:
-            _, specialization, options = cost.specialised(launch, "sm_90")
+        wanted = cost.prepared(Cell(config.MASK, config.HALF, 64, logits), params, HOPPER)
+        for launch, tensors in ((launch, each.tensors) for each in wanted for launch in each.launches):
+            _, specialization, options = cost.specialised(launch, tensors, "sm_90")
             variants.setdefault(launch.kernel.__name__, set()).add(f"{specialization} {options}")
     assert len(variants) == (5 if logits == config.EXTRA else 4)
     assert len(variants.pop("forward_kernel")) == 3

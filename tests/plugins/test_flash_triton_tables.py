@@ -103,9 +103,9 @@ def test_tuning_writes_the_table_that_calls_then_use(tmp_path: Path) -> None:
 
     table.but(CELL, Tiles(16, 128, 1, 1)).write(path)
     code = (
-        "import torch, attnplug; from attnplug_flash_triton import launches; query = torch.randn(1, 1, 40, 64).half();"
-        "run = launches.Launch.run;"
-        "launches.Launch.run = lambda launch: (print(launch.programs, launch.compiled_in['BLOCK_N']), run(launch));"
+        "import torch, attnplug; from attnplug_flash_triton.plans import Launch; query = torch.randn(1, 1, 40, 64).half();"
+        "run = Launch.run;"
+        "Launch.run = lambda launch, tensors: (print(launch.programs, launch.compiled_in['BLOCK_N']), run(launch, tensors));"
         "attnplug.scaled_dot_product_attention(query, query, query, impl='flash_triton')"
     )
     done = interpreted("-c", code, FLASH_TRITON_TABLE=str(path))

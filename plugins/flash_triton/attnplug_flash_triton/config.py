@@ -176,6 +176,7 @@ def _given() -> dict[str, Table]:
 
 
 _in_use = _given()
+_changes = 0
 
 
 def table_of(architecture: str) -> Table:
@@ -189,8 +190,15 @@ def table_of(architecture: str) -> Table:
     return _in_use[architecture]
 
 
+def version() -> int:
+    """Return a number that changes whenever another table comes into use."""
+    return _changes
+
+
 def use(table: Table) -> Table:
     """Put a table in the place of the one in use for its architecture, and return that one."""
+    global _changes
+    _changes += 1
     before = table_of(table.architecture)
     _in_use[table.architecture] = table
     return before

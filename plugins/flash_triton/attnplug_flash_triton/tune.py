@@ -24,8 +24,7 @@ from triton import knobs, testing
 from attnplug import CausalVariant, SDPAParams
 from attnplug_flash_triton import config
 from attnplug_flash_triton.config import ACCEPTED, Cell, Table, Tiles
-from attnplug_flash_triton.cost import cost, example, launches_of, too_much
-from attnplug_flash_triton.launches import Launch
+from attnplug_flash_triton.cost import cost, example, prepared, too_much
 from attnplug_flash_triton.problem import Machine, machine_of
 
 GAIN = 0.98
@@ -100,9 +99,9 @@ def tune(table: Table, cell: Cell, device: torch.device, machine: Machine, clock
         try:
             if not _fits(cell, machine):
                 return float("inf")
-            first, timed = launches_of(cell, params, machine)
-            _run(first)
-            return clock(lambda: _run(timed))
+            first, timed = prepared(cell, params, machine)
+            first.run()
+            return clock(timed.run)
         finally:
             config.use(before)
 
@@ -110,17 +109,13 @@ def tune(table: Table, cell: Cell, device: torch.device, machine: Machine, clock
     return best, milliseconds(best), milliseconds(table.tiles[cell])
 
 
-def _run(launched: list[Launch]) -> None:
-    for launch in launched:
-        launch.run()
-
-
 def _fits(cell: Cell, machine: Machine) -> bool:
     """Whether the tiles in use suit the entry's most demanding call, as they must to be shipped."""
     if machine.architecture == config.INTERPRETER:
         return True
-    launched = launches_of(cell, example(cell), machine)[1]
-    return not any(too_much(cost(launch, machine.architecture), machine.architecture) for launch in launched)
+    wanted = prepared(cell, example(cell), machine)[1]
+    costs = (cost(launch, wanted.tensors, machine.architecture) for launch in wanted.launches)
+    return not any(too_much(each, machine.architecture) for each in costs)
 
 
 def main(arguments: list[str] | None = None) -> int:
