@@ -207,9 +207,9 @@ def _load_for_keys(
     kv_head = x * taken // numbers[1]
     mbarrier.expect(kv_full, 2 * GROUPS * k_desc.block_type.nbytes)
     for w in gl.static_range(GROUPS):
-        at = _where(batch, kv_head, first_key + w * WARPGROUP, first_k, len_k, RAGGED_K)
-        load_tile(k_desc, at, kv_full, k_bufs.index(w))
-        load_tile(v_desc, at, kv_full, v_bufs.index(w))
+        place = _where(batch, kv_head, first_key + w * WARPGROUP, first_k, len_k, RAGGED_K)
+        load_tile(k_desc, place, kv_full, k_bufs.index(w))
+        load_tile(v_desc, place, kv_full, v_bufs.index(w))
     done = 0
     for g in range(taken):
         head = x * taken + g
@@ -292,7 +292,7 @@ def _multiply(
     first_key = tile * 128 + MINE * WARPGROUP
     total = (end - begin) * taken
     j = begin
-    head = x * taken
+    first_tile = _first_tile(batch, x * taken, first_q, lengths, numbers, M)
     keys = k_bufs.index(MINE).reshape([WARPGROUP, SIZE])
     values = v_bufs.index(MINE).reshape([WARPGROUP, SIZE])
     mbarrier.wait(kv_full, 0)
@@ -365,7 +365,6 @@ def _multiply(
             q = q_bufs.index(after).reshape([M, SIZE])
             s_acc = warpgroup_mma(keys, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         if FUSED:
-            first_tile = _first_tile(batch, head, first_q, lengths, numbers, M)
             place = [((first_tile + j) * 2 + MINE) * (PART // 4), 0]
             if DQ_FIRST:
                 store_wait(0)
@@ -389,7 +388,7 @@ def _multiply(
         j += 1
         if j == end:
             j = begin
-            head += 1
+            first_tile += numbers[7]
     if FUSED:
         store_wait(0)
     at = _where(batch, x, first_key, first_k, all_k, lengths[1] is not None)
@@ -448,19 +447,25 @@ def key_gradients_kernel(
     lengths = (cu_q, cu_k, used)
     numbers = (heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section)
     RAGGED_K: gl.constexpr = cu_k is not None or used is not None
-    multiply = (
-        descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale, scale,
-        M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, AHEAD, DQ_FIRST,
-    )  # fmt: skip
-    load = (
-        descs, buffers, bars, lengths, numbers, taken,
-        M, 2, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
-    )  # fmt: skip
     gl.warp_specialize(
-        [(_multiply, multiply + (0,)), (_multiply, multiply + (1,)), (_load_for_keys, load)],
+        [
+            (_multiply, (
+                descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale,
+                scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, AHEAD,
+                DQ_FIRST, 0,
+            )),
+            (_multiply, (
+                descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale,
+                scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, AHEAD,
+                DQ_FIRST, 1,
+            )),
+            (_load_for_keys, (
+                descs, buffers, bars, lengths, numbers, taken, M, 2, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
+            )),
+        ],
         [4, 1],
         [REGISTERS, 24],
-    )
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- head sizes to 256
@@ -641,23 +646,24 @@ def key_gradients_wide_kernel(
     lengths = (cu_q, cu_k, used)
     numbers = (heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section)
     RAGGED_K: gl.constexpr = cu_k is not None or used is not None
-    multiply_values = (
-        descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, logit_scale, inner_scale,
-        SIZE, STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP,
-    )  # fmt: skip
-    multiply_keys = (
-        descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, scale,
-        SIZE, STAGES, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
-    )  # fmt: skip
-    load = (
-        descs, buffers, bars, lengths, numbers, taken,
-        64, 1, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
-    )  # fmt: skip
     gl.warp_specialize(
-        [(_multiply_values, multiply_values), (_multiply_keys, multiply_keys), (_load_for_keys, load)],
+        [
+            (_multiply_values, (
+                descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, logit_scale, inner_scale, SIZE,
+                STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP,
+            )),
+            (_multiply_keys, (
+                descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, scale, SIZE, STAGES, LOWER_RIGHT,
+                HAS_LOW, HAS_HIGH,
+            )),
+            (_load_for_keys, (
+                descs, buffers, bars, lengths, numbers, taken, 64, 1, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW,
+                HAS_HIGH,
+            )),
+        ],
         [4, 1],
         [REGISTERS, 24],
-    )
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- dQ by itself
@@ -688,9 +694,9 @@ def _load_for_queries(
     kv_head = head // numbers[1]
     mbarrier.expect(q_full, 4 * q_desc.block_type.nbytes)
     for w in gl.static_range(2):
-        at = _where(batch, head, first_query + w * WARPGROUP, first_q, len_q, RAGGED_Q)
-        load_tile(q_desc, at, q_full, q_bufs.index(w))
-        load_tile(do_desc, at, q_full, do_bufs.index(w))
+        place = _where(batch, head, first_query + w * WARPGROUP, first_q, len_q, RAGGED_Q)
+        load_tile(q_desc, place, q_full, q_bufs.index(w))
+        load_tile(do_desc, place, q_full, do_bufs.index(w))
     for i in range(end - begin):
         at = _where(batch, kv_head, (begin + i) * N, first_k, len_k, RAGGED_K)
         of_k = i % K_STAGES
@@ -726,7 +732,7 @@ def _multiply_queries(
     total = end - begin
     first_query = first_of_both + MINE * WARPGROUP
     at_queries = first_query + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
-    here = rows + _first_tile(batch, head, first_q, lengths, numbers, M).to(gl.int64) * M
+    here = rows + gl.cast(_first_tile(batch, head, first_q, lengths, numbers, M), gl.int64) * M
     lse = gl.load(here + at_queries, mask=at_queries < len_q, other=float("inf"))
     delta = gl.load(here + row_count + at_queries, mask=at_queries < len_q, other=0.0)
     q = q_bufs.index(MINE).reshape([WARPGROUP, SIZE])
@@ -799,29 +805,33 @@ def query_gradient_kernel(
     lengths = (cu_q, cu_k, used)
     numbers = (heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section)
     RAGGED_K: gl.constexpr = cu_k is not None or used is not None
-    multiply = (
-        descs, buffers, bars, rows, row_count, lengths, numbers, logit_scale, inner_scale, scale,
-        SIZE, M, N, K_STAGES, V_STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP,
-    )  # fmt: skip
-    load = (
-        descs, buffers, bars, lengths, numbers,
-        N, K_STAGES, V_STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
-    )  # fmt: skip
     gl.warp_specialize(
-        [(_multiply_queries, multiply + (0,)), (_multiply_queries, multiply + (1,)), (_load_for_queries, load)],
+        [
+            (_multiply_queries, (
+                descs, buffers, bars, rows, row_count, lengths, numbers, logit_scale, inner_scale, scale, SIZE, M, N,
+                K_STAGES, V_STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 0,
+            )),
+            (_multiply_queries, (
+                descs, buffers, bars, rows, row_count, lengths, numbers, logit_scale, inner_scale, scale, SIZE, M, N,
+                K_STAGES, V_STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 1,
+            )),
+            (_load_for_queries, (
+                descs, buffers, bars, lengths, numbers, N, K_STAGES, V_STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW,
+                HAS_HIGH,
+            )),
+        ],
         [4, 1],
         [REGISTERS, 24],
-    )
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- before and after
 
 
-@triton.jit(do_not_specialize=["heads", "num_q", "q_tiles", "row_count", "out_batch", "out_head", "out_row",
-                               "grad_batch", "grad_head", "grad_row"])  # fmt: skip
+@triton.jit(do_not_specialize=["blocks", "heads", "num_q", "q_tiles", "row_count"])
 def rows_kernel(
     out, grad_out, lse, grad_lse, rows, delta, cu_q,
-    heads, num_q, q_tiles, row_count, out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
+    blocks, heads, num_q, q_tiles, row_count, out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write lse in powers of two and delta of `BLOCK` rows of a head to where tiles of M queries find them.
@@ -829,22 +839,20 @@ def rows_kernel(
     A row that saw no key gets lse inf, which makes its probabilities 0, and so do rows of the last tile that do not
     exist. `delta` gets the deltas in the order of `lse`: `(B, heads, num_q)`, or `(heads, tokens)` with `cu_q`.
     """
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, column = tl.program_id(0) % blocks, tl.cast(tl.program_id(0) // blocks, tl.int64)
+    batch, head = column // heads, column % heads
     if cu_q is None:
         first, length = 0, num_q
-        of_lse = (batch.to(tl.int64) * heads + head) * num_q
-        tile = (batch.to(tl.int64) * heads + head) * q_tiles
+        of_lse, tile = column * num_q, column * q_tiles
     else:
         first = tl.load(cu_q + batch)
         length = tl.load(cu_q + batch + 1) - first
-        of_lse = head.to(tl.int64) * num_q + first
-        tile = head.to(tl.int64) * q_tiles + first // M + batch
-        batch = 0
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        of_lse, tile = head * num_q + first, head * q_tiles + first // M + batch
+        batch = tl.cast(0, tl.int64)
+    at = block * BLOCK + tl.arange(0, BLOCK)
     exists, d = at < length, tl.arange(0, BLOCK_D)
     seen = exists[:, None] & (d < SIZE)[None, :]
-    row = (first + at).to(tl.int64)[:, None]
-    batch, head = tl.cast(batch, tl.int64), head.to(tl.int64)
+    row = tl.cast(first + at, tl.int64)[:, None]
     o = tl.load(out + batch * out_batch + head * out_head + row * out_row + d[None, :], mask=seen, other=0.0)
     do = tl.load(grad_out + batch * grad_batch + head * grad_head + row * grad_row + d[None, :], mask=seen, other=0.0)
     total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -858,23 +866,24 @@ def rows_kernel(
     tl.store(rows + row_count + tile * M + at, total, mask=has_place)
 
 
-@triton.jit(do_not_specialize=["heads", "num_q", "q_tiles", "dq_batch", "dq_head", "dq_row", "scale"])
+@triton.jit(do_not_specialize=["halves", "heads", "num_q", "q_tiles", "scale"])
 def gather_kernel(
-    sums, dq, cu_q, heads, num_q, q_tiles, dq_batch, dq_head, dq_row, scale,
+    sums, dq, cu_q, halves, heads, num_q, q_tiles, dq_batch, dq_head, dq_row, scale,
     SIZE: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Write dQ from the two halves of a tile, which are in the order of registers: see `_in_order_of_registers`."""
     PART: tl.constexpr = M * BLOCK_D // 128
-    tile, half = tl.program_id(0) // 2, tl.program_id(0) % 2
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    at_half, column = tl.program_id(0) % halves, tl.cast(tl.program_id(0) // halves, tl.int64)
+    tile, half = at_half // 2, at_half % 2
+    batch, head = column // heads, column % heads
     if cu_q is None:
         first, length = 0, num_q
-        place = (batch.to(tl.int64) * heads + head) * q_tiles + tile
+        place = column * q_tiles + tile
     else:
         first = tl.load(cu_q + batch)
         length = tl.load(cu_q + batch + 1) - first
-        place = head.to(tl.int64) * q_tiles + first // M + batch + tile
-        batch = 0
+        place = head * q_tiles + first // M + batch + tile
+        batch = tl.cast(0, tl.int64)
     if tile * M < length:
         x = tl.load(sums + (place * 2 + half) * (64 * PART) + tl.arange(0, 64 * PART))
         x = tl.permute(tl.reshape(x, [PART // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
@@ -884,6 +893,25 @@ def gather_kernel(
             at += half * 64
         else:
             d += half * PART
-        row = (first + at).to(tl.int64)[:, None]
-        to = dq + tl.cast(batch, tl.int64) * dq_batch + head.to(tl.int64) * dq_head + row * dq_row + d[None, :]
+        row = tl.cast(first + at, tl.int64)[:, None]
+        to = dq + batch * dq_batch + head * dq_head + row * dq_row + d[None, :]
         tl.store(to, x.to(dq.dtype.element_ty), mask=(at < length)[:, None] & (d < SIZE)[None, :])
+
+
+@triton.jit(do_not_specialize=["blocks", "heads", "num_k", "group", "scale"])
+def add_heads_kernel(
+    parts, grad, blocks, heads, num_k, group, part_batch, part_head, part_row, grad_batch, grad_head, grad_row,
+    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of the `group` gradients that query heads have for each of `heads` heads of keys or values."""
+    block, column = tl.program_id(0) % blocks, tl.cast(tl.program_id(0) // blocks, tl.int64)
+    batch, head = column // heads, column % heads
+    row = tl.cast(block * BLOCK + tl.arange(0, BLOCK), tl.int64)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    exists = (row < num_k) & (d < SIZE)
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for member in range(group):
+        at = batch * part_batch + (head * group + member) * part_head + row * part_row + d
+        total += tl.load(parts + at, mask=exists, other=0.0).to(tl.float32)
+    to = grad + batch * grad_batch + head * grad_head + row * grad_row + d
+    tl.store(to, total.to(grad.dtype.element_ty), mask=exists)
