@@ -489,7 +489,10 @@ def _end_read(buffer: Buffer, thread: Thread) -> None:
 
 
 class Product:
-    """What `warpgroup_mma` returns: nothing may look at it before it was waited for."""
+    """What `warpgroup_mma` returns: nothing may look at it before it was waited for.
+
+    One of operands that are not there, or not for sure, is a fault when its result is used.
+    """
 
     def __init__(self, left: Any, right: Buffer, total: Any, use_acc: bool) -> None:
         program = _program()
@@ -497,8 +500,16 @@ class Product:
         self.value: Tensor | None = None
         self.thread = program.thread
         self.buffers = [operand for operand in (left, right) if isinstance(operand, Buffer)]
+        self.fault = total.fault if isinstance(total, Product) else None
+        try:
+            for buffer in self.buffers:
+                for cell in buffer.cells:
+                    cell.read(self.thread.clock, self.thread.now, asynchronous=True)
+        except Fault as fault:  # a kernel may multiply ahead what it then has no use for
+            self.fault, self.buffers = fault, []
         for buffer in self.buffers:
-            _begin_read(buffer, self.thread)
+            for cell in buffer.cells:
+                cell.reading += 1
         self.late = program.is_late()
         self.is_over = False
         if not self.late and not (isinstance(total, Product) and total.value is None):
@@ -547,7 +558,9 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = ()) -> Any:
         if isinstance(value, Product):
             if not value.is_over:
                 raise Fault("the result of a product is used that was not waited for")
-            results.append(tensor(value.value))
+            result = tensor(value.value)
+            result.fault = value.fault
+            results.append(result)
         else:
             results.append(value)
     return results[0] if len(results) == 1 else tuple(results)
@@ -560,6 +573,14 @@ class Values(Tensor):
     """A tensor of a kernel: torch's, with the names that Triton has besides."""
 
     type = types.SimpleNamespace(layout=None)
+    fault: Fault | None = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in args:
+            if isinstance(value, Values) and "fault" in value.__dict__ and value.fault is not None:
+                raise value.fault
+        return super().__torch_function__(function, types, args, kwargs)
 
     def to(self, dtype: Any, bitcast: bool = False) -> Any:
         return self if dtype == HALF or not isinstance(dtype, torch.dtype) else super().to(dtype)

@@ -247,7 +247,7 @@ def _store(buf, gradient, desc, at, SIZE: gl.constexpr):
     """Write 64 rows of a gradient through a buffer that nothing reads any more."""
     buf.reshape([WARPGROUP, SIZE]).store(gradient.to(desc.dtype))
     fence_async_shared()
-    store_tile(desc, at, buf)
+    store_tile(desc, at, buf.reshape(desc.block_type.shape))
     store_wait(0)
 
 
