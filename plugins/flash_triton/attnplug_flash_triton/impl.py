@@ -82,6 +82,10 @@ def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
 
     It is asked when a plan is made, so it may look at what a plan is kept under, see `_kind`, and nothing else.
     """
+    if machine.architecture == "sm_90":
+        from attnplug_flash_triton.hopper import choose
+
+        return choose
     return launches
 
 

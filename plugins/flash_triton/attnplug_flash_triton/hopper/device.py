@@ -141,15 +141,15 @@ def unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def schedule(program, tiles, columns, section, LAST_FIRST: gl.constexpr):
-    """Return (tile, column) of a program, where a column is a head of a sequence; as the plain kernels' `schedule`.
+    """Return (tile, column) of a program, where a column is a head of a sequence.
 
-    Programs that run at the same time share the keys of `section` columns, few enough for the L2 cache; within a
-    section the longest tiles of a causal call come first.
+    Programs that run at the same time share the keys of `section` columns, few enough for the L2 cache. Where later
+    tiles are longer (a causal call), those of all columns of a section come first; else a column's tiles come together.
     """
     first = program // (tiles * section) * section
     rest = program % (tiles * section)
-    width = gl.minimum(section, columns - first)
-    tile = rest // width
     if LAST_FIRST:
-        tile = tiles - 1 - tile
-    return tile, first + rest % width
+        width = gl.minimum(section, columns - first)
+        return tiles - 1 - rest // width, first + rest % width
+    else:
+        return rest % tiles, first + rest // tiles
