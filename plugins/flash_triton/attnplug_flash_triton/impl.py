@@ -124,6 +124,7 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
         params.max_k,
         mask is not None and mask.requires_grad,
         given["query"].dtype is torch.float32 and tf32_allowed(),
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 

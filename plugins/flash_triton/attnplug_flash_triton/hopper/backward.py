@@ -153,8 +153,20 @@ def _on_edge(
 
 
 @gluon.jit
-def _masked(x, keys, queries, len_k, low, high, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr):
-    """Return `x`, -inf where a query does not see a key; positions `keys` and `queries` broadcast against it."""
+def _masked(
+    x, first_key, first_query, len_k, low, high, KEYS_IN_ROWS: gl.constexpr, HAS_LOW: gl.constexpr,
+    HAS_HIGH: gl.constexpr,
+):  # fmt: skip
+    """Return `x`, -inf where a query does not see a key."""
+    layout: gl.constexpr = x.type.layout
+    rows = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))[:, None]
+    columns = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
+    if KEYS_IN_ROWS:
+        keys = first_key + rows
+        queries = first_query + columns
+    else:
+        keys = first_key + columns
+        queries = first_query + rows
     keys = gl.where(keys < len_k, keys, FAR)
     if HAS_HIGH:
         seen = keys <= queries + high
@@ -163,6 +175,24 @@ def _masked(x, keys, queries, len_k, low, high, HAS_LOW: gl.constexpr, HAS_HIGH:
     if HAS_LOW:
         seen = seen & (keys >= queries + low)
     return gl.where(seen, x, float("-inf"))
+
+
+@gluon.jit
+def _hide(
+    x, first_key, first_query, len_k, low, high, KEYS_IN_ROWS: gl.constexpr, EVEN: gl.constexpr,
+    SOFTCAP: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+):  # fmt: skip
+    """Return `x`, -inf where a query does not see a key. With `SOFTCAP` no tile goes another way: that takes registers."""
+    KEYS: gl.constexpr = x.shape[0] if KEYS_IN_ROWS else x.shape[1]
+    QUERIES: gl.constexpr = x.shape[1] if KEYS_IN_ROWS else x.shape[0]
+    if EVEN:
+        return x
+    elif SOFTCAP:
+        return _masked(x, first_key, first_query, len_k, low, high, KEYS_IN_ROWS, HAS_LOW, HAS_HIGH)
+    else:
+        if _on_edge(first_key, first_query, len_k, low, high, KEYS, QUERIES, HAS_LOW, HAS_HIGH):
+            x = _masked(x, first_key, first_query, len_k, low, high, KEYS_IN_ROWS, HAS_LOW, HAS_HIGH)
+        return x
 
 
 @gluon.jit
@@ -315,13 +345,7 @@ def _multiply(
             s = warpgroup_mma_wait(1, deps=(s_acc,))
         lse = _row(lse_bufs.index(stage), M, s_layout)
         shifted, slope = _shifted(s, lse[None, :], logit_scale, inner_scale, SOFTCAP)
-        if not EVEN:
-            if _on_edge(first_key, j * M, len_k, low, high, WARPGROUP, M, HAS_LOW, HAS_HIGH):
-                at_keys = first_key + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
-                at_queries = j * M + gl.arange(0, M, layout=gl.SliceLayout(0, s_layout))
-                shifted = _masked(
-                    shifted, at_keys[:, None], at_queries[None, :], len_k, low, high, HAS_LOW, HAS_HIGH
-                )  # fmt: skip
+        shifted = _hide(shifted, first_key, j * M, len_k, low, high, True, EVEN, SOFTCAP, HAS_LOW, HAS_HIGH)
         p32 = exp2(shifted)
         words = packed(p32, dtype)
         p = as_operand(words, dtype, a_layout)
@@ -529,13 +553,7 @@ def _multiply_values(
         do = do_bufs.index(stage).reshape([M, SIZE])
         lse = _row(lse_bufs.index(stage), M, s_layout)
         shifted, slope = _shifted(s, lse[None, :], logit_scale, inner_scale, SOFTCAP)
-        if not EVEN:
-            if _on_edge(first_key, j * M, len_k, low, high, WARPGROUP, M, HAS_LOW, HAS_HIGH):
-                at_keys = first_key + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
-                at_queries = j * M + gl.arange(0, M, layout=gl.SliceLayout(0, s_layout))
-                shifted = _masked(
-                    shifted, at_keys[:, None], at_queries[None, :], len_k, low, high, HAS_LOW, HAS_HIGH
-                )  # fmt: skip
+        shifted = _hide(shifted, first_key, j * M, len_k, low, high, True, EVEN, SOFTCAP, HAS_LOW, HAS_HIGH)
         p32 = exp2(shifted)
         p16 = p32.to(dtype)
         mbarrier.arrive(q_empty.index(stage), count=1)
@@ -758,12 +776,9 @@ def _multiply_queries(
         dp_acc = warpgroup_mma(do, values.permute((1, 0)), zero, use_acc=False, is_async=True)
         shifted, slope = _shifted(s, lse[:, None], logit_scale, inner_scale, SOFTCAP)
         first_key = (begin + i) * N
-        if not EVEN:
-            if _on_edge(first_key, first_query, len_k, low, high, N, WARPGROUP, HAS_LOW, HAS_HIGH):
-                at_keys = first_key + gl.arange(0, N, layout=gl.SliceLayout(0, s_layout))
-                shifted = _masked(
-                    shifted, at_keys[None, :], at_queries[:, None], len_k, low, high, HAS_LOW, HAS_HIGH
-                )  # fmt: skip
+        shifted = _hide(
+            shifted, first_key, first_query, len_k, low, high, False, EVEN, SOFTCAP, HAS_LOW, HAS_HIGH
+        )  # fmt: skip
         ds32 = exp2(shifted) * (dp - delta[:, None])
         if SOFTCAP:
             ds32 = ds32 * slope

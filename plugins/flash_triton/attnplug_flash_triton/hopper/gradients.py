@@ -19,7 +19,7 @@ from attnplug_flash_triton import launches
 from attnplug_flash_triton.hopper import backward as kernels
 from attnplug_flash_triton.hopper.descriptors import of_numbers, of_rows, rows_between_sequences, why_not
 from attnplug_flash_triton.plans import Launch, New, Plan
-from attnplug_flash_triton.problem import Machine, cdiv
+from attnplug_flash_triton.problem import LONGEST, Machine, cdiv
 
 L2_BYTES = 32 * 2**20
 """What programs at work at the same time should fit."""
@@ -129,7 +129,7 @@ class _Call:
         return tuple(name if getattr(self.params, name) is not None else None for name in names)
 
     def numbers(self, tiles: int, columns: int, section: int) -> tuple[int, ...]:
-        left, right = (max(side, 0) for side in self.window)
+        left, right = (min(max(side, 0), 2 * LONGEST) for side in self.window)
         dense = self.params.seqused_k is not None and not self.packed
         k_rows = rows_between_sequences(self.params.key) if dense else 0
         assert k_rows is not None
