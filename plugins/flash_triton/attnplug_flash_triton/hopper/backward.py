@@ -297,7 +297,7 @@ def _multiply(
     descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale, scale,
     M: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, FUSED: gl.constexpr, EVEN: gl.constexpr,
     RAGGED_K: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    SOFTCAP: gl.constexpr, AHEAD: gl.constexpr, DQ_FIRST: gl.constexpr, MINE: gl.constexpr,
+    SOFTCAP: gl.constexpr, MINE: gl.constexpr,
 ):  # fmt: skip
     """Compute dK and dV of 64 keys, those of warpgroup number `MINE`, and with `FUSED` half of dQ."""
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, row_desc, dq_desc = descs
@@ -326,7 +326,7 @@ def _multiply(
     keys = k_bufs.index(MINE).reshape([WARPGROUP, SIZE])
     values = v_bufs.index(MINE).reshape([WARPGROUP, SIZE])
     mbarrier.wait(kv_full, 0)
-    if AHEAD:
+    if FUSED:
         mbarrier.wait(q_full.index(0), 0, pred=total > 0)
         q = q_bufs.index(0).reshape([M, SIZE])
         s_acc = warpgroup_mma(keys, q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -336,12 +336,12 @@ def _multiply(
         phase = (i // STAGES) & 1
         q = q_bufs.index(stage).reshape([M, SIZE])
         do = do_bufs.index(stage).reshape([M, SIZE])
-        if not AHEAD:
+        if not FUSED:
             mbarrier.wait(q_full.index(stage), phase)
             s_acc = warpgroup_mma(keys, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(do_full.index(stage), phase)
         dp_acc = warpgroup_mma(values, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if not AHEAD:
+        if not FUSED:
             s = warpgroup_mma_wait(1, deps=(s_acc,))
         lse = _row(lse_bufs.index(stage), M, s_layout)
         shifted, slope = _shifted(s, lse[None, :], logit_scale, inner_scale, SOFTCAP)
@@ -363,9 +363,8 @@ def _multiply(
             mine.store(ds16)
             fence_async_shared()
             mbarrier.arrive(ds_full.index(turn * 2 + MINE), count=1)
-            if not DQ_FIRST:
-                dk_acc = warpgroup_mma(ds, q, dk, is_async=True)
-                dv, p = warpgroup_mma_wait(1, deps=(dv_acc, p))
+            dk_acc = warpgroup_mma(ds, q, dk, is_async=True)
+            dv, p = warpgroup_mma_wait(1, deps=(dv_acc, p))
             my_keys = k_bufs.index(MINE).reshape([WARPGROUP, SIZE])
             their_keys = k_bufs.index(OTHER).reshape([WARPGROUP, SIZE])
             if M == 128:
@@ -377,38 +376,21 @@ def _multiply(
             dq_acc = warpgroup_mma(mine.permute((1, 0)), my_keys, dq_zero, use_acc=False, is_async=True)
             mbarrier.wait(ds_full.index(turn * 2 + OTHER), (i >> 1) & 1)
             dq_acc = warpgroup_mma(other.permute((1, 0)), their_keys, dq_acc, is_async=True)
-            if DQ_FIRST:
-                dk_acc = warpgroup_mma(ds, q, dk, is_async=True)
-                dq, dv, p = warpgroup_mma_wait(1, deps=(dq_acc, dv_acc, p))
-        else:
-            dk_acc = warpgroup_mma(ds, q, dk, is_async=True)
-            dv, p = warpgroup_mma_wait(1, deps=(dv_acc, p))
-        if AHEAD:  # the last round's is not used
             after = (i + 1) % STAGES
             mbarrier.wait(q_full.index(after), ((i + 1) // STAGES) & 1, pred=i + 1 < total)
             q = q_bufs.index(after).reshape([M, SIZE])
-            s_acc = warpgroup_mma(keys, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if FUSED:
-            place = [((first_tile + j) * 2 + MINE) * (PART // 4), 0]
-            if DQ_FIRST:
-                store_wait(0)
-                dq_bufs.index(MINE).store(_in_order_of_registers(dq))
-                fence_async_shared()
-                reduce_add(dq_desc, place, dq_bufs.index(MINE))
-                dk, ds = warpgroup_mma_wait(0 + AHEAD, deps=(dk_acc, ds))
-                mbarrier.arrive(q_empty.index(stage), count=1)
-            else:
-                dq, dk, ds = warpgroup_mma_wait(0 + AHEAD, deps=(dq_acc, dk_acc, ds))
-                mbarrier.arrive(q_empty.index(stage), count=1)
-                store_wait(0)
-                dq_bufs.index(MINE).store(_in_order_of_registers(dq))
-                fence_async_shared()
-                reduce_add(dq_desc, place, dq_bufs.index(MINE))
-        else:
-            dk, ds = warpgroup_mma_wait(0 + AHEAD, deps=(dk_acc, ds))
+            s_acc = warpgroup_mma(keys, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # the last is not used
+            dq, dk, ds = warpgroup_mma_wait(1, deps=(dq_acc, dk_acc, ds))
             mbarrier.arrive(q_empty.index(stage), count=1)
-        if AHEAD:
+            store_wait(0)
+            dq_bufs.index(MINE).store(_in_order_of_registers(dq))
+            fence_async_shared()
+            reduce_add(dq_desc, [((first_tile + j) * 2 + MINE) * (PART // 4), 0], dq_bufs.index(MINE))
             s = warpgroup_mma_wait(0, deps=(s_acc,))
+        else:
+            dk_acc = warpgroup_mma(ds, q, dk, is_async=True)
+            dv, p, dk, ds = warpgroup_mma_wait(0, deps=(dv_acc, p, dk_acc, ds))
+            mbarrier.arrive(q_empty.index(stage), count=1)
         j += 1
         if j == end:
             j = begin
@@ -428,7 +410,7 @@ def key_gradients_kernel(
     logit_scale, inner_scale, scale,
     SIZE: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, FUSED: gl.constexpr, EVEN: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, SOFTCAP: gl.constexpr,
-    AHEAD: gl.constexpr, DQ_FIRST: gl.constexpr, REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of tiles of 128 keys; with `FUSED`, add to dQ.
 
@@ -475,13 +457,11 @@ def key_gradients_kernel(
         [
             (_multiply, (
                 descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale,
-                scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, AHEAD,
-                DQ_FIRST, 0,
+                scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 0,
             )),
             (_multiply, (
                 descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale,
-                scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, AHEAD,
-                DQ_FIRST, 1,
+                scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 1,
             )),
             (_load_for_keys, (
                 descs, buffers, bars, lengths, numbers, taken, M, 2, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,

@@ -45,7 +45,6 @@ class Tiles(NamedTuple):
 
 TILES = {64: Tiles(128, 128, 64), 128: Tiles(64, 128, 64), 256: Tiles(64, 64, 32)}
 
-import os as _os; VARIANT = {n: dict(AHEAD="a" in _os.environ.get("V",""), DQ_FIRST="d" in _os.environ.get("V","d")) for n in (64, 128)}
 
 
 def reasons(params: SDPAParams) -> list[str]:
@@ -243,7 +242,7 @@ def _of_keys(call: _Call, of_out: New, new: dict[str, New], fused: bool, machine
         kernel = kernels.key_gradients_kernel
         sums = of_numbers("sums", new["sums"].shape, (tiles.queries * size // 512, 256)) if fused else descriptors[-1]
         descriptors = (*descriptors, sums)
-        compiled_in = dict(SIZE=size, M=tiles.queries, STAGES=tiles.stages, FUSED=fused, **flags, **VARIANT[size])
+        compiled_in = dict(SIZE=size, M=tiles.queries, STAGES=tiles.stages, FUSED=fused, **flags)
     launched = [Launch(kernel, count * columns, (*descriptors, *numbers), compiled_in)]
     if apart:
         launched += [_adding(call, part, new[part], name, new[name]) for name, part in written.items()]
