@@ -168,9 +168,7 @@ def gradient_of(tensor: Tensor, params: SDPAParams) -> New:
 
 def _not_dense(params: SDPAParams) -> tuple[str, ...]:
     named = {name: getattr(params, name) for name in ("query", "key", "value")}
-    return tuple(
-        name for name, tensor in named.items() if not is_dense(tensor.shape, tensor.stride(), row_dim(params))
-    )
+    return tuple(name for name, tensor in named.items() if not is_dense(tensor.shape, tensor.stride(), row_dim(params)))
 
 
 def _compiled_in(tiles: config.Tiles) -> dict[str, Any]:

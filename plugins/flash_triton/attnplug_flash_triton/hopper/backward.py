@@ -1,22 +1,23 @@
 """The backward kernels for Hopper: one warp that loads by TMA, two warpgroups that multiply.
 
-Scores are held transposed, keys in rows: so the probabilities and their gradients come out of one product in the
-registers that the next one takes its left operand from. For a tile of keys, in the order of a warpgroup's instructions:
+Scores are held transposed, keys in rows: so probabilities and their gradients come out of one product in the registers
+that the next product takes its left operand from. A round of the fused kernel, which is one tile of queries:
 
-    products      S' = K Q'   dP' = V dO'   dV += P' dO   dQ = dS K   dK += dS' Q
-    in registers              P' = exp2(S' - lse)         dS' = P' (dP' - delta)       dQ -> memory
+    products        dP' = V dO'    dV += P' dO     dK += dS' Q    dQ = dS K    S' = K Q' of the next round
+    in registers    P' = exp2(S' - lse)    dS' = P' (dP' - delta)                          dQ -> memory
 
-Each line's work overlaps with the product above it. There are four kernels; which ones run is decided in `gradients.py`:
+What is computed in registers overlaps with the product above it. Which kernels run is decided in `gradients.py`:
 
-    rows_kernel             lse in powers of two, and delta = sum(out * grad_out) - grad_lse of each row
-    key_gradients_kernel    head sizes to 128: a program has 128 keys, a warpgroup 64 of them. Both work on one tile of
-                            queries at a time, exchange dS through shared memory, compute half of dQ each, and TMA adds it
-                            to float32 in global memory (`FUSED`); or dK and dV alone
-    key_gradients_wide_kernel   to 256: a program has 64 keys; one warpgroup computes S, P and dV, the other dP, dS and dK
-    query_gradient_kernel   dQ alone, where it was not added up: equal bits on repeated runs
-    gather_kernel           dQ from the order in which registers were added up to its place
+    rows_kernel                 lse in powers of two, and delta = sum(out * grad_out) - grad_lse, of each row
+    key_gradients_kernel        head sizes to 128. A program has 128 keys, a warpgroup 64 of them; both work on the same
+                                tile of queries. `FUSED`: they exchange dS in shared memory, compute half of dQ each,
+                                and TMA adds it to float32 in global memory; else dK and dV alone
+    key_gradients_wide_kernel   to 256. A program has 64 keys; one warpgroup computes S, P and dV, the other dP, dS, dK
+    query_gradient_kernel       dQ by itself, where it was not added up: equal bits on repeated runs
+    gather_kernel               dQ from the order of registers, in which it was added up, to its place
+    add_heads_kernel            the sum over the query heads of a group, where each had a program of its own
 
-FlashAttention-3 (Shah et al., 2024, section 3) has the same structure for the fused kernel.
+FlashAttention-3 (Shah et al., 2024, section 3) has the structure of the fused kernel.
 """
 
 # mypy: ignore-errors
@@ -77,14 +78,8 @@ def _sequence(batch, lengths, numbers, LOWER_RIGHT: gl.constexpr):
         first_k = batch * k_rows
         len_q = num_q
         all_k = num_k
-    if used is not None:
-        len_k = gl.load(used + batch)
-    else:
-        len_k = all_k
-    if LOWER_RIGHT:
-        offset = len_k - len_q
-    else:
-        offset = 0
+    len_k = gl.load(used + batch) if used is not None else all_k
+    offset = len_k - len_q if LOWER_RIGHT else 0
     return first_q, len_q, first_k, all_k, len_k, offset - left, offset + right
 
 
@@ -168,10 +163,7 @@ def _masked(
         keys = first_key + columns
         queries = first_query + rows
     keys = gl.where(keys < len_k, keys, FAR)
-    if HAS_HIGH:
-        seen = keys <= queries + high
-    else:
-        seen = (keys < FAR) & (queries >= 0)
+    seen = keys <= queries + high if HAS_HIGH else keys < FAR
     if HAS_LOW:
         seen = seen & (keys >= queries + low)
     return gl.where(seen, x, float("-inf"))
@@ -182,7 +174,7 @@ def _hide(
     x, first_key, first_query, len_k, low, high, KEYS_IN_ROWS: gl.constexpr, EVEN: gl.constexpr,
     SOFTCAP: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
-    """Return `x`, -inf where a query does not see a key. With `SOFTCAP` no tile goes another way: that takes registers."""
+    """Return `x`, -inf where a query does not see a key; with `SOFTCAP` on every tile, since a branch takes registers."""
     KEYS: gl.constexpr = x.shape[0] if KEYS_IN_ROWS else x.shape[1]
     QUERIES: gl.constexpr = x.shape[1] if KEYS_IN_ROWS else x.shape[0]
     if EVEN:

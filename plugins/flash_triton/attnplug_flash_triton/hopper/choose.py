@@ -6,12 +6,10 @@ what has.
 
 from __future__ import annotations
 
-import os
-
 from torch import Tensor
 
 from attnplug import SDPAParams
-from attnplug_flash_triton import config, launches
+from attnplug_flash_triton import launches
 from attnplug_flash_triton.hopper import gradients, outputs
 from attnplug_flash_triton.plans import Plan
 from attnplug_flash_triton.problem import Machine

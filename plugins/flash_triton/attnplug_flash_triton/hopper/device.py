@@ -40,6 +40,12 @@ def exp2(x):
 
 
 @gluon.jit
+def reciprocal(x):
+    """1 / x by the special function unit."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def exp2_shared(x, ONE_IN: gl.constexpr):
     """2 to the power of x <= 0, one element in `ONE_IN` (8 or 16; 0: none) by a cubic on the multiply-add units.
 
@@ -111,6 +117,25 @@ def as_operand(words, dtype: gl.constexpr, layout: gl.constexpr):
     )
     x = gl.reshape(gl.join(low, high), [ROWS, COLUMNS]).to(dtype, bitcast=True)
     return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def after_wait(words, waited, in_order):
+    """Return `words`, ready after the wait for products that `waited` comes from; both have the same shape.
+
+    ptxas packs probabilities before that wait, while a product still reads the registers of the last ones: then the new
+    ones are kept in other registers, and moved. A byte permutation that reads `waited` but takes nothing from it, as
+    `in_order` says at run time (0x3210), gives ptxas a reason to wait: 32 registers of a thread are free for other use.
+    """
+    ROWS: gl.constexpr = words.shape[0]
+    COLUMNS: gl.constexpr = words.shape[1]
+    x = gl.permute(gl.reshape(words, [ROWS, COLUMNS // 8, 2, 4]), (0, 1, 3, 2))
+    x = gl.convert_layout(gl.reshape(x, [ROWS, COLUMNS]), waited.type.layout, assert_trivial=True)
+    x = gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,f,r", [x, waited, in_order], dtype=gl.int32, is_pure=True, pack=1
+    )
+    x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 8, 4, 2]), (0, 1, 3, 2))
+    return gl.convert_layout(gl.reshape(x, [ROWS, COLUMNS]), words.type.layout, assert_trivial=True)
 
 
 @gluon.jit

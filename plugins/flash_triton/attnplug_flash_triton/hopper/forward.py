@@ -32,11 +32,13 @@ from attnplug_flash_triton.hopper.device import (
     LOG2E,
     WARPGROUP,
     above_wait,
+    after_wait,
     as_operand,
     exp2,
     exp2_shared,
     load_tile,
     packed,
+    reciprocal,
     schedule,
     store_tile,
     store_wait,
@@ -47,7 +49,7 @@ RAGGED_ROWS = gl.constexpr(2**30)
 # Arguments that are not compiled in, so that a kernel is compiled once for all lengths.
 RUNTIME = [
     *("heads", "group", "num_q", "num_k", "k_rows", "left", "right", "tiles", "columns", "section", "programs"),
-    *("scale", "inner_scale"),
+    *("scale", "inner_scale", "in_order"),
 ]
 
 
@@ -55,7 +57,7 @@ RUNTIME = [
 def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, cu_q, cu_k, used, sinks,
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs, scale, inner_scale,
-    SIZE: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    in_order, SIZE: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     BATCHED: gl.constexpr, LATE: gl.constexpr, PERSISTENT: gl.constexpr, ONE_IN: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -74,6 +76,7 @@ def forward_kernel(
         programs: how many there are; PERSISTENT: each of them takes one tile after another.
         scale: of the logits in powers of two, positive; with NEGATE, of the negated products.
         inner_scale: with SOFTCAP, what products are multiplied by within the tanh, times 2 log2(e).
+        in_order: 0x3210; see `after_wait`.
         SIZE: of a head, rounded up to 64, 128 or 256.
         BATCHED, LATE: softmax waits for both products; the output is rescaled while the next scores are computed.
         ONE_IN: of whole tiles one in so many exponentials is computed on the multiply-add units; see `exp2_shared`.
@@ -116,12 +119,12 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, PERSISTENT,
-                    ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
+                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, PERSISTENT,
-                    ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
+                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_load, (
                     shared, M, BLOCK_N, CONSUMERS, STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
@@ -139,16 +142,16 @@ def forward_kernel(
                     LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, PERSISTENT,
-                    ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
+                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, PERSISTENT,
-                    ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
+                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, 2, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, PERSISTENT,
-                    ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 2, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
+                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
             ],
             [4, 4, 4],
@@ -170,7 +173,7 @@ def _load(
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
     done = 0
-    for turn in range(_turns(lengths, numbers, M, PERSISTENT)):
+    for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
         row, batch, head = _place(turn, numbers, M, PERSISTENT, HAS_HIGH)
         first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
         begin, end = _span(row, gl.minimum(row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
@@ -209,7 +212,7 @@ def _bring(
 
 @gluon.jit
 def _attend(
-    shared, lse, sinks, scale, inner_scale,
+    shared, lse, sinks, scale, inner_scale, in_order,
     CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     BATCHED: gl.constexpr, LATE: gl.constexpr, PERSISTENT: gl.constexpr, ONE_IN: gl.constexpr, RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
@@ -232,7 +235,7 @@ def _attend(
     rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
 
     done = 0
-    for turn in range(_turns(lengths, numbers, M, PERSISTENT)):
+    for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
         tile_row, batch, head = _place(turn, numbers, M, PERSISTENT, HAS_HIGH)
         first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
         begin_all, end_all = _span(
@@ -265,18 +268,21 @@ def _attend(
             for i in range(done + 1, done + end - whole_end):
                 p, top, total, fade, o = _round(
                     q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
-                    inner_scale, SIZE, BLOCK_N, STAGES, BATCHED, LATE, 0, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE,
+                    0, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )  # fmt: skip
         for i in range(done + end - whole_end, done + end - whole_begin):
             p, top, total, fade, o = _round(
-                q, rings, i, zero, p, top, total, fade, o, bounds, 0, scale,
-                inner_scale, SIZE, BLOCK_N, STAGES, BATCHED, LATE, ONE_IN, False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                q, rings, i, zero, p, top, total, fade, o, bounds, 0, scale, inner_scale,
+                in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE,
+                ONE_IN, False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
             )  # fmt: skip
         if HAS_LOW:
             for i in range(done + end - whole_begin, done + end - begin):
                 p, top, total, fade, o = _round(
                     q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
-                    inner_scale, SIZE, BLOCK_N, STAGES, BATCHED, LATE, 0, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE,
+                    0, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )  # fmt: skip
 
         if LATE:
@@ -299,15 +305,16 @@ def _attend(
         o = o * gl.convert_layout(share, o_rows, assert_trivial=True)[:, None]
         if PERSISTENT:
             store_wait(0)
-        o_bufs.index(CONSUMER).reshape([WARPGROUP, SIZE]).store(o.to(dtype))
+        written = o_bufs.index(CONSUMER).reshape(o_desc.block_type.shape)
+        written.reshape([WARPGROUP, SIZE]).store(o.to(dtype))
         fence_async_shared()
         if RAGGED_Q:
             where = [RAGGED_ROWS, first_q + len_q, RAGGED_ROWS - len_q + row, head, 0]
-            store_tile(o_desc, where, o_bufs.index(CONSUMER))
-            lse_rows = lse + head.to(gl.int64) * num_q + first_q
+            store_tile(o_desc, where, written)
+            lse_rows = lse + gl.cast(head, gl.int64) * num_q + first_q
         else:
-            store_tile(o_desc, [batch, head, row, 0], o_bufs.index(CONSUMER))
-            lse_rows = lse + (batch.to(gl.int64) * heads + head) * num_q
+            store_tile(o_desc, [batch, head, row, 0], written)
+            lse_rows = lse + (gl.cast(batch, gl.int64) * heads + head) * num_q
         i = row + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
         gl.store(lse_rows + i, row_lse, mask=i < len_q)
     store_wait(0)
@@ -315,14 +322,13 @@ def _attend(
 
 @gluon.jit
 def _round(
-    q, rings, i, zero, p, top, total, fade, o, bounds, column, scale, inner_scale,
-    SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BATCHED: gl.constexpr, LATE: gl.constexpr,
-    ONE_IN: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    q, rings, i, zero, p, top, total, fade, o, bounds, column, scale, inner_scale, in_order,
+    dtype: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BATCHED: gl.constexpr, LATE: gl.constexpr, ONE_IN: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Add the values of tile `i - 1`, whose probabilities are `p`; return the probabilities of tile `i`, and the rest."""
     k_bufs, v_bufs, k_full, v_full, k_empty, v_empty = rings
-    dtype: gl.constexpr = v_bufs.dtype
     o_rows: gl.constexpr = gl.SliceLayout(1, o.type.layout)
     at_k = i % STAGES
     at_v = (i - 1) % STAGES
@@ -350,6 +356,8 @@ def _round(
         o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
         mbarrier.arrive(v_empty.index(at_v), count=1)
     p = packed(p32, dtype)
+    if not BATCHED and BLOCK_N == 2 * SIZE:  # as many words as there are elements of the output
+        p = after_wait(p, o, in_order)
     if not LATE:
         o = o * gl.convert_layout(fade, o_rows, assert_trivial=True)[:, None]
     return p, top, total, fade, o
@@ -368,7 +376,7 @@ def _softmax(
     if NEGATE:
         s = -s
     if SOFTCAP:  # tanh; that it has no relative precision near 0 is no loss in a logit
-        s = 1.0 - 2.0 * _reciprocal(exp2(s * inner_scale) + 1.0)
+        s = 1.0 - 2.0 * reciprocal(exp2(s * inner_scale) + 1.0)
     if MASKED:
         s = _masked(s, bounds, column, HAS_LOW, HAS_HIGH)
     higher = gl.max(s, 1)
@@ -379,18 +387,13 @@ def _softmax(
         shift = gl.where(higher == float("-inf"), 0.0, higher)
     p = exp2_shared(s * scale - (shift * scale)[:, None], ONE_IN)
     if FIRST:
-        fade = higher
+        fade = gl.full([s.shape[0]], 1.0, gl.float32, higher.type.layout)
         total = _part_sums(p)
     else:
         fade = exp2((top - shift) * scale)
         threads: gl.constexpr = gl.SliceLayout(1, total.type.layout)
         total = total * gl.convert_layout(fade, threads, assert_trivial=True)[:, None] + _part_sums(p)
     return p, higher, total, fade
-
-
-@gluon.jit
-def _reciprocal(x):
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -422,7 +425,7 @@ def _part_sums(p):
 def _finished(top, total, sinks, head):
     """Return what the output is multiplied by, and lse; `top` is the maximum of the logits, in powers of two."""
     if sinks is not None:
-        sink = gl.load(sinks + head).to(gl.float32) * LOG2E
+        sink = gl.cast(gl.load(sinks + head), gl.float32) * LOG2E
         highest = gl.maximum(top, sink)
         shift = gl.where(highest == float("-inf"), 0.0, highest)
         fade = exp2(top - shift)
@@ -447,18 +450,18 @@ def _pass_over(rings, begin, end, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _turns(lengths, numbers, M: gl.constexpr, PERSISTENT: gl.constexpr):
+def _turns(lengths, numbers, M: gl.constexpr, PERSISTENT: gl.constexpr, LAST_FIRST: gl.constexpr):
     """Return how many tiles this program computes: none if its sequence is shorter than the longest one."""
     cu_q, cu_k, used = lengths
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
     if PERSISTENT:
         in_all = tiles * columns
         rounds = in_all // programs
-        return rounds + (in_all - rounds * programs > _seat(rounds, programs)).to(gl.int32)
+        return rounds + gl.where(in_all - rounds * programs > _seat(rounds, programs), 1, 0)
     elif cu_q is not None:
-        tile, column = schedule(gl.program_id(0), tiles, columns, section, True)
+        tile, column = schedule(gl.program_id(0), tiles, columns, section, LAST_FIRST)
         batch = column // heads
-        return (tile * M < gl.load(cu_q + batch + 1) - gl.load(cu_q + batch)).to(gl.int32)
+        return gl.where(tile * M < gl.load(cu_q + batch + 1) - gl.load(cu_q + batch), 1, 0)
     else:
         return 1
 

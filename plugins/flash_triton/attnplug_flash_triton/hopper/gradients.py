@@ -46,7 +46,6 @@ class Tiles(NamedTuple):
 TILES = {64: Tiles(128, 128, 64), 128: Tiles(64, 128, 64), 256: Tiles(64, 64, 32)}
 
 
-
 def reasons(params: SDPAParams) -> list[str]:
     """Return why these kernels do not run backward of a call; none if they do."""
     query, key, value = params.query, params.key, params.value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import e, log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -44,13 +44,15 @@ FULL, BOUNDED = "full", "bounded"
 """Whether every query sees every key, or there is a side to what it sees (causal, windows)."""
 
 TILES = {
-    (64, FULL): Tiles(3, 128, 3, batched=True, persistent=True),
-    (64, BOUNDED): Tiles(3, 128, 3, batched=True),
+    (64, FULL): Tiles(3, 128, 3),
+    (64, BOUNDED): Tiles(3, 128, 3),
     (128, FULL): Tiles(2, 128, 2),
     (128, BOUNDED): Tiles(2, 128, 2),
     (256, FULL): Tiles(2, 64, 2, late=True),
     (256, BOUNDED): Tiles(2, 64, 2),
 }
+
+BYTES_IN_ORDER = 0x3210
 
 REGISTERS = {2: (240, 24, 168), 3: (160, 32, 128)}
 """By warpgroups: those of a thread that multiplies, of one that loads, and of all when the kernel starts."""
@@ -114,6 +116,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         rows_between_sequences(params.key) if dense_used else 0,
         *(left, right, count, columns, problem.section(columns) * problem.group, programs),
         *_scales(params),
+        BYTES_IN_ORDER,
     )
     registers, loader_registers, at_start = REGISTERS[tiles.consumers]
     compiled_in = dict(
