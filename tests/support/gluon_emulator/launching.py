@@ -36,7 +36,6 @@ TWINS: dict[str, Any] = {
     "packed": lambda x, dtype: x,
     "as_operand": lambda words, dtype, layout: words,
     "unpacked": lambda words, dtype, layout: words,
-    "_both_are_done": lambda number: current().meet(2),
 }
 """What takes the place of a name in a kernel's module."""
 

@@ -387,8 +387,6 @@ def _multiply(
         if j == end:
             j = begin
             first_tile += numbers[7]
-    if FUSED:
-        store_wait(0)
     at = _where(batch, x, first_key, first_k, all_k, lengths[1] is not None)
     result = v_bufs.index(MINE)  # these values were read by this warpgroup alone
     _store(result, dv, dv_desc, at, SIZE)
@@ -481,16 +479,8 @@ def _taken_over(flat, layout: gl.constexpr):
 
 
 @gluon.jit
-def _both_are_done(number):
-    """Wait until both warpgroups are here."""
-    gl.inline_asm_elementwise(
-        "bar.sync 8, 256; mov.u32 $0, 0;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _multiply_values(
-    descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, logit_scale, inner_scale,
+    descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, logit_scale, inner_scale,
     SIZE: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr,
     HAS_HIGH: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -498,7 +488,6 @@ def _multiply_values(
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, row_desc, dq_desc = descs
     q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs = buffers
     kv_full, q_full, do_full, q_empty, do_empty = bars
-    p_full, p_empty = p_bars
     M: gl.constexpr = 64
     dtype: gl.constexpr = q_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
@@ -529,7 +518,7 @@ def _multiply_values(
         p32 = exp2(shifted)
         p16 = p32.to(dtype)
         mbarrier.arrive(q_empty.index(stage), count=1)
-        mbarrier.wait(p_empty.index(turn), ((i >> 1) & 1) ^ 1)
+        # The probabilities of two rounds ago were read: their queries, released later, have made room for these.
         if SOFTCAP:
             p_bufs.index(turn).store(_handed_over((p32 * slope).to(dtype)))
         else:
@@ -548,14 +537,13 @@ def _multiply_values(
         j += 1
         if j == end:
             j = begin
-    _both_are_done(total)  # no product reads keys and values any more: their buffers take the results
     at = _where(batch, x, first_key, first_k, all_k, lengths[1] is not None)
-    _store(k_bufs.index(0), dv, dv_desc, at, SIZE)
+    _store(k_bufs.index(0), dv, dv_desc, at, SIZE)  # of keys, which the other warpgroup does not read
 
 
 @gluon.jit
 def _multiply_keys(
-    descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, scale,
+    descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, scale,
     SIZE: gl.constexpr, STAGES: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr,
     HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
@@ -563,7 +551,6 @@ def _multiply_keys(
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, row_desc, dq_desc = descs
     q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs = buffers
     kv_full, q_full, do_full, q_empty, do_empty = bars
-    p_full, p_empty = p_bars
     M: gl.constexpr = 64
     dtype: gl.constexpr = q_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
@@ -592,7 +579,6 @@ def _multiply_keys(
         mbarrier.wait(p_full.index(turn), (i >> 1) & 1)
         p = _taken_over(p_bufs.index(turn).load(p_layout), s_layout).to(gl.float32)
         ds16 = (p * dp).to(dtype)
-        mbarrier.arrive(p_empty.index(turn), count=1)
         mbarrier.arrive(do_empty.index(stage), count=1)
         ds = gl.convert_layout(ds16, a_layout, assert_trivial=True)
         mbarrier.wait(q_full.index(stage), (i // STAGES) & 1)
@@ -604,9 +590,8 @@ def _multiply_keys(
         dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))
         mbarrier.arrive(q_empty.index(stage), count=1)
         dp = warpgroup_mma_wait(0, deps=(dp_acc,))
-    _both_are_done(total)
     at = _where(batch, x, first_key, first_k, all_k, lengths[1] is not None)
-    _store(v_bufs.index(0), dk * scale, dk_desc, at, SIZE)
+    _store(v_bufs.index(0), dk * scale, dk_desc, at, SIZE)  # of values, likewise
 
 
 @gluon.jit(do_not_specialize=[*RUNTIME, "taken"])
@@ -619,6 +604,7 @@ def key_gradients_wide_kernel(
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of tiles of 64 keys. The arguments are those of `key_gradients_kernel`, with M = 64."""
+    gl.static_assert(STAGES == 2, "as many as there are buffers of probabilities")
     dtype: gl.constexpr = q_desc.dtype
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
     do_bufs = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
@@ -630,7 +616,7 @@ def key_gradients_wide_kernel(
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     bars = (kv_full, _bars(STAGES, 1), _bars(STAGES, 1), _bars(STAGES, 2), _bars(STAGES, 2))
-    p_bars = (_bars(2, 1), _bars(2, 1))
+    p_full = _bars(2, 1)
     descs = (q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, row_desc, row_desc)
     buffers = (q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs)
     lengths = (cu_q, cu_k, used)
@@ -639,11 +625,11 @@ def key_gradients_wide_kernel(
     gl.warp_specialize(
         [
             (_multiply_values, (
-                descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, logit_scale, inner_scale, SIZE,
+                descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, logit_scale, inner_scale, SIZE,
                 STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP,
             )),
             (_multiply_keys, (
-                descs, buffers, p_bufs, bars, p_bars, lengths, numbers, taken, scale, SIZE, STAGES, LOWER_RIGHT,
+                descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, scale, SIZE, STAGES, LOWER_RIGHT,
                 HAS_LOW, HAS_HIGH,
             )),
             (_load_for_keys, (
