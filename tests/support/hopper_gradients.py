@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import gluon_emulator
 import torch
@@ -143,12 +144,8 @@ def _seen(queries: int, keys: int, length: int, offset: int, left: int, right: i
 def plan_of(made: Call, machine: Machine = HOPPER, deterministic: bool = False) -> Any:
     """Return the plan of a call, as if its tensors were in bfloat16."""
     grad_out, out = (made.given[name].bfloat16() for name in ("grad_out", "out"))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic)
-    try:
+    with mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: deterministic):  # importing nothing
         return gradients.backward(made.params, machine, grad_out, made.given.get("grad_lse"), out, made.given["lse"])
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def error(made: Call, plan: Any, seed: int) -> float:

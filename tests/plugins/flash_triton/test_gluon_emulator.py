@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from attnplug_flash_triton.hopper import backward, gradients  # noqa: E402
-from gluon_emulator import Fault, mutant  # noqa: E402
-from hopper_gradients import call, error, plan_of  # noqa: E402
+from attnplug_flash_triton.hopper import backward, gradients
+from gluon_emulator import Fault, mutant
+from hopper_gradients import call, error, plan_of
 
 FUSED = dict(size=64, heads=(1, 1), queries=700, keys=200)
 DETERMINISTIC = dict(size=64, heads=(1, 1), queries=300, keys=500)

@@ -174,7 +174,7 @@ def _hide(
     x, first_key, first_query, len_k, low, high, KEYS_IN_ROWS: gl.constexpr, EVEN: gl.constexpr,
     SOFTCAP: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
-    """Return `x`, -inf where a query does not see a key; with `SOFTCAP` on every tile, since a branch takes registers."""
+    """Return `x`, -inf where a query does not see a key. `SOFTCAP`: in every tile, since a branch takes registers."""
     KEYS: gl.constexpr = x.shape[0] if KEYS_IN_ROWS else x.shape[1]
     QUERIES: gl.constexpr = x.shape[1] if KEYS_IN_ROWS else x.shape[0]
     if EVEN:

@@ -1,6 +1,6 @@
 """Backward on Hopper: which calls its kernels take, and the plan of what they launch.
 
-Head sizes to 128 run fused: gradients of the query are added up in float32, in no fixed order. Head sizes above, and every
+Head sizes to 128 run fused: gradients of the query are added up in float32, in no fixed order. Larger ones, and every
 call while PyTorch asks for deterministic algorithms, have a kernel of their own for the gradient of the query, and
 equal bits on repeated runs; with 256 columns that is also faster.
 """
