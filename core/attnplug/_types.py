@@ -105,6 +105,7 @@ class Capabilities:
         architectures: AMD architectures, such as `("gfx942",)`; matched by prefix, asked only on ROCm.
         head_sizes: the query head sizes; `range(8, 257, 8)` says multiples of 8 up to 256.
         features: the `Feature`s, beyond the plain formula.
+        dense: whether dense calls are taken at all; False for a kernel of `varlen_attn` alone.
 
     Raises:
         SpecError: a field has a wrong type or an unknown value.
@@ -116,6 +117,7 @@ class Capabilities:
     architectures: Collection[str] | None = None
     head_sizes: Collection[int] | None = None
     features: Collection[Feature] = frozenset()
+    dense: bool = True
     alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -139,6 +141,10 @@ class Capabilities:
                 raise SpecError(f"Capabilities.head_sizes: expected a range or integers, got {self.head_sizes!r}")
             put(self, "head_sizes", frozenset(sizes))
         put(self, "features", frozenset(_feature(item) for item in _items("features", self.features)))
+        if not isinstance(self.dense, bool):
+            raise SpecError(f"Capabilities.dense: expected a bool, got {self.dense!r}")
+        if not self.dense and Feature.VARLEN not in self.features:
+            raise SpecError("Capabilities.dense: without dense calls features must hold Feature.VARLEN")
         if not self.alternatives:
             put(self, "alternatives", (self,))
 
@@ -152,6 +158,7 @@ class Capabilities:
             architectures=_either(self.architectures, other.architectures),
             head_sizes=_either(self.head_sizes, other.head_sizes),
             features=frozenset(self.features) | frozenset(other.features),
+            dense=self.dense or other.dense,
             alternatives=self.alternatives + other.alternatives,
         )
 

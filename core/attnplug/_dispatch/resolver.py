@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnplug._call.facts import CallFacts
-from attnplug._call.requirements import lacking, needs_grad
+from attnplug._call.requirements import features, lacking, needs_grad
 from attnplug._errors import FallbackWarning, NoImplementationError
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import Entry, Registry
@@ -76,7 +76,7 @@ def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ..
         reasons += (
             f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({entry.name!r})",
         )
-    return reasons + kernel.refusals(params)
+    return reasons + kernel.missing(features(call)) + kernel.refusals(params)
 
 
 def explain_all(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attnplug._errors import SpecError, did_you_mean
-from attnplug._types import ImplSpec, SDPAParams
+from attnplug._types import Feature, ImplSpec, SDPAParams
 
 Reasons = str | Sequence[str] | None
 
@@ -34,6 +34,8 @@ class Kernel:
         unavailable: `unavailable() -> reason or None`: what keeps every call from running here, and shows only
             once the kernel is imported: an operator of PyTorch's that has changed, a compiler that is missing.
             Asked when it is activated, and with each decision.
+        lacks: `lacks() -> {Feature: reason}`: the declared features that this machine's libraries do not have. A call
+            that asks for one is declined with the reason, and so are the checks of the conformance kit about it.
         composite: forward is made of differentiable PyTorch operators, so `torch.compile` traces through
             it and, where there is no `backward`, autograd differentiates it.
         shape_dependent: `supports` looks at lengths, batch or strides; its answer is then kept for each
@@ -54,6 +56,7 @@ class Kernel:
     backward: Callable[..., Any] | None = None
     supports: Callable[[SDPAParams], Reasons] | None = None
     unavailable: Callable[[], Reasons] | None = None
+    lacks: Callable[[], Mapping[Feature, str]] | None = None
     composite: bool = False
     shape_dependent: bool = False
     any_form: bool = False
@@ -69,6 +72,16 @@ class Kernel:
     def faults(self) -> tuple[str, ...]:
         """Return the reasons of `unavailable`; none means that some call may run here."""
         return _reasons("unavailable", self.unavailable)
+
+    def missing(self, asked: Collection[Feature]) -> tuple[str, ...]:
+        """Return the reasons of `lacks` about the features that are asked for."""
+        if self.lacks is None:
+            return ()
+        try:
+            lacking = {Feature(feature): str(reason) for feature, reason in self.lacks().items()}
+        except Exception as error:  # as with `supports`
+            return (f"lacks() raised {type(error).__name__}: {error}",)
+        return tuple(reason for feature, reason in lacking.items() if feature in asked)
 
     def refusals(self, params: SDPAParams) -> tuple[str, ...]:
         """Return the reasons of `unavailable` and `supports` for declining `params`; none means accepted."""
@@ -108,6 +121,7 @@ def load_kernel(spec: ImplSpec) -> Kernel:
         backward=getattr(target, "backward", None),
         supports=getattr(target, "supports", None),
         unavailable=getattr(target, "unavailable", None),
+        lacks=getattr(target, "lacks", None),
         composite=bool(getattr(target, "composite", False)),
         shape_dependent=bool(getattr(target, "shape_dependent", False)),
         any_form=bool(getattr(target, "any_form", False)),
@@ -118,6 +132,7 @@ def load_kernel(spec: ImplSpec) -> Kernel:
     _check_signature(spec, "forward", kernel.forward, ("params",))
     _check_signature(spec, "supports", kernel.supports, ("params",))
     _check_signature(spec, "unavailable", kernel.unavailable, ())
+    _check_signature(spec, "lacks", kernel.lacks, ())
     _check_signature(spec, "fake", kernel.fake, ("params",))
     _check_signature(spec, "backward", kernel.backward, ("params", "grad_out", "grad_lse", "out", "lse"))
     return kernel

@@ -57,7 +57,7 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
         written = ("parts", "lse", "part_tops", "part_totals")
         new |= {
             "parts": New.contiguous((splits, *shape), torch.float32),
-            "part_tops": New.contiguous((splits, *rows), torch.float32, -torch.inf),
+            "part_tops": New.contiguous((splits, *rows), torch.float32, -torch.inf if untouched else None),
             "part_totals": New.contiguous((splits, *rows), torch.float32),
         }
     arguments = (

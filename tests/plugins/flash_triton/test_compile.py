@@ -1,11 +1,13 @@
 """Every configuration that flash_triton ships compiles for its architecture, without a card.
 
 What is compiled is what a call would launch, for each entry of the tables with the most features that it can have.
-Registers are counted by the assembler; a spilled one fails, and so does more shared memory than the architecture has.
+Registers are counted by the assembler; a spilled one fails, unless the table has the times by which it is faster so,
+and so does more shared memory than the architecture has.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
@@ -50,6 +52,21 @@ def test_what_spills_is_said() -> None:
     finally:
         config.use(before)
     assert wrong.startswith("spills ")
+
+
+def test_what_may_spill_was_measured_on_its_architecture() -> None:
+    spilling = {
+        (architecture, str(cell)): reason
+        for architecture in config.ARCHITECTURES
+        for cell, reason in config.Table.read(config.path_of(architecture)).spilling.items()
+    }
+    assert set(spilling) == {
+        ("sm_90", "forward, half, 256, plain"),
+        *(("sm_90", f"key and value gradients, half, {size}, plain") for size in (64, 128, 256)),
+    }
+    for reason in spilling.values():
+        faster, slower = re.findall(r"([\d.]+) ms", reason)
+        assert float(faster) < float(slower) and "H100" in reason
 
 
 @pytest.mark.parametrize("logits", [config.PLAIN, config.EXTRA])
