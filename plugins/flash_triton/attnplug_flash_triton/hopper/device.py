@@ -45,32 +45,38 @@ def reciprocal(x):
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
-@gluon.jit
-def exp2_shared(x, ONE_IN: gl.constexpr):
-    """2 to the power of x <= 0, one element in `ONE_IN` (8 or 16; 0: none) by a cubic on the multiply-add units.
+@gluon.constexpr_function
+def _multiplication(count):
+    """Return the assembly of `multiplied_where_needed` for `count` elements of a thread, in pairs of two rows."""
+    out, value, factor = (lambda i, n=n: f"${n * count + i}" for n in range(3))
+    lines = [f"mov.f32 {out(i)}, {value(i)};" for i in range(count)]
+    lines += [
+        ".reg .pred p, q;",
+        f"setp.neu.f32 p, {factor(0)}, 0f3F800000;",
+        f"setp.neu.or.f32 p, {factor(2)}, 0f3F800000, p;",
+        "vote.sync.any.pred q, p, 0xffffffff;",
+        "@!q bra DONE;",
+    ]
+    lines += [f"mul.f32 {out(i)}, {value(i)}, {factor(i)};" for i in range(count)]
+    return "{ " + " ".join(lines) + " DONE: }"
 
-    Where products are short, the 16 special function units of a multiprocessor are as busy as its tensor cores. The
-    cubic (the minimax polynomial of 2**f on [0, 1) with p(0) = 1, after FlashAttention-4) has a relative error of 9e-5,
-    below that of half precision; -inf gives 1e-38.
-    """
-    if ONE_IN == 8:
-        return gl.inline_asm_elementwise(
-            "{ .reg .f32 a, b, c; .reg .b32 i, j; "
-            "ex2.approx.ftz.f32 $0, $8; ex2.approx.ftz.f32 $1, $9; ex2.approx.ftz.f32 $2, $10; "
-            "ex2.approx.ftz.f32 $3, $11; ex2.approx.ftz.f32 $4, $12; ex2.approx.ftz.f32 $5, $13; "
-            "ex2.approx.ftz.f32 $6, $14; "
-            "max.ftz.f32 a, $15, 0fC2FE0000; add.rm.ftz.f32 b, a, 0f4B400000; sub.ftz.f32 c, b, 0f4B400000; "
-            "sub.ftz.f32 a, a, c; fma.rn.ftz.f32 c, a, 0f3D9DD4AB, 0f3E691C20; fma.rn.ftz.f32 c, c, a, 0f3F31F327; "
-            "fma.rn.ftz.f32 c, c, a, 0f3F800000; mov.b32 i, b; mov.b32 j, c; shl.b32 i, i, 23; add.s32 j, i, j; "
-            "mov.b32 $7, j; }",
-            "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f",
-            [x],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=8,
-        )
-    else:
-        return exp2(x)
+
+@gluon.constexpr_function
+def _constraints(outputs, inputs):
+    return ",".join(["=f"] * outputs + ["f"] * inputs)
+
+
+@gluon.jit
+def multiplied_where_needed(x, factors):
+    """Return `x`, an accumulator of products, multiplied by a factor for each row; warps that have only 1 skip it."""
+    return gl.inline_asm_elementwise(
+        _multiplication(32),
+        _constraints(32, 64),
+        [x, factors[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=32,
+    )
 
 
 @gluon.jit

@@ -35,8 +35,8 @@ from attnplug_flash_triton.hopper.device import (
     after_wait,
     as_operand,
     exp2,
-    exp2_shared,
     load_tile,
+    multiplied_where_needed,
     packed,
     reciprocal,
     schedule,
@@ -45,6 +45,9 @@ from attnplug_flash_triton.hopper.device import (
 )
 
 RAGGED_ROWS = gl.constexpr(2**30)
+AHEAD = gl.constexpr(2)
+GROWTH = gl.constexpr(8.0)
+DYNAMIC = gl.constexpr(2)
 
 # Arguments that are not compiled in, so that a kernel is compiled once for all lengths.
 RUNTIME = [
@@ -55,10 +58,10 @@ RUNTIME = [
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse, cu_q, cu_k, used, sinks,
+    q_desc, k_desc, v_desc, o_desc, lse, cu_q, cu_k, used, sinks, counter,
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs, scale, inner_scale,
     in_order, SIZE: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    BATCHED: gl.constexpr, LATE: gl.constexpr, PERSISTENT: gl.constexpr, ONE_IN: gl.constexpr,
+    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
@@ -79,14 +82,13 @@ def forward_kernel(
         in_order: 0x3210; see `after_wait`.
         SIZE: of a head, rounded up to 64, 128 or 256.
         BATCHED, LATE: softmax waits for both products; the output is rescaled while the next scores are computed.
-        ONE_IN: of whole tiles one in so many exponentials is computed on the multiply-add units; see `exp2_shared`.
     """
     dtype: gl.constexpr = q_desc.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    if PERSISTENT:
+    if OWN_OUT:
         o_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
     else:
         o_bufs = q_bufs
@@ -96,6 +98,12 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    next_tiles = gl.allocate_shared_memory(gl.int32, [AHEAD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    next_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], bar)
+    next_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], bar)
+    for i in gl.static_range(AHEAD):
+        mbarrier.init(next_full.index(i), count=1)
+        mbarrier.init(next_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -114,20 +122,21 @@ def forward_kernel(
     M: gl.constexpr = CONSUMERS * WARPGROUP
     RAGGED_Q: gl.constexpr = cu_q is not None
     RAGGED_K: gl.constexpr = cu_k is not None or used is not None
-    shared = (descs, buffers, full, empty, lengths, numbers)
+    next = (next_tiles, next_full, next_empty, counter)
+    shared = (descs, buffers, full, empty, next, lengths, numbers)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
-                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
-                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_load, (
-                    shared, M, BLOCK_N, CONSUMERS, STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
+                    shared, 1, M, BLOCK_N, CONSUMERS, STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
                     LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )),
             ],
@@ -138,20 +147,20 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_load, (
-                    shared, M, BLOCK_N, CONSUMERS, STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
+                    shared, 4, M, BLOCK_N, CONSUMERS, STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
                     LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
-                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
-                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 2, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE,
-                    PERSISTENT, ONE_IN, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 2, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
             ],
             [4, 4, 4],
@@ -162,37 +171,73 @@ def forward_kernel(
 @gluon.jit
 def _load(
     shared,
-    M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     PERSISTENT: gl.constexpr, RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
     """Bring tiles to shared memory in the order in which they are multiplied."""
-    descs, buffers, full, empty, lengths, numbers = shared
+    descs, buffers, full, empty, next, lengths, numbers = shared
+    next_tiles, next_full, next_empty, counter = next
+    heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    done = 0
+    if PERSISTENT == DYNAMIC:
+        at = gl.program_id(0)
+        turn = 0
+        taken = 0
+        while at < tiles * columns:
+            after = programs + gl.atomic_add(counter, 1, sem="relaxed")
+            slot = taken % AHEAD
+            mbarrier.wait(next_empty.index(slot), ((taken // AHEAD) & 1) ^ 1)
+            next_tiles.index(slot).store(gl.full([1], after, gl.int32, layout))
+            mbarrier.arrive(next_full.index(slot), count=1)
+            for _ in range(_is_there(at, lengths, numbers, M, HAS_HIGH)):
+                done = _load_tile(
+                    at, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES, RAGGED_Q, RAGGED_K,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH,
+                )  # fmt: skip
+                turn += 1
+            at = after
+            taken += 1
+    else:
+        for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
+            done = _load_tile(
+                gl.program_id(0) + turn * programs, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES,
+                RAGGED_Q, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _load_tile(
+    at, turn, done, shared, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
+    LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+):  # fmt: skip
+    """Bring one tile of queries, the `turn`-th of this program, and its keys, before which there were `done` tiles."""
+    descs, buffers, full, empty, next, lengths, numbers = shared
     q_desc, k_desc, v_desc, o_desc = descs
     q_bufs, k_bufs, v_bufs, o_bufs = buffers
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
-    done = 0
-    for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
-        row, batch, head = _place(turn, numbers, M, PERSISTENT, HAS_HIGH)
-        first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
-        begin, end = _span(row, gl.minimum(row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
-        q_batch = batch * (1 - RAGGED_Q)
-        kv_head = head // numbers[1]
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-            load_tile(q_desc, [q_batch, head, first_q + row + c * WARPGROUP, 0], q_full.index(c), q_bufs.index(c))
-            if c == 0:
-                _bring(k_desc, k_bufs, k_full, k_empty, done, (end - 1) * BLOCK_N, batch, kv_head, first_k, len_k,
-                       STAGES, RAGGED_K)  # fmt: skip
-        for i in range(1, end - begin + 1):
-            if i < end - begin:
-                _bring(k_desc, k_bufs, k_full, k_empty, done + i, (end - 1 - i) * BLOCK_N, batch, kv_head, first_k,
-                       len_k, STAGES, RAGGED_K)  # fmt: skip
-            _bring(v_desc, v_bufs, v_full, v_empty, done + i - 1, (end - i) * BLOCK_N, batch, kv_head, first_k, len_k,
+    row, batch, head = _place(at, numbers, M, HAS_HIGH)
+    first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
+    begin, end = _span(row, gl.minimum(row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
+    q_batch = batch * (1 - RAGGED_Q)
+    kv_head = head // numbers[1]
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
+        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+        load_tile(q_desc, [q_batch, head, first_q + row + c * WARPGROUP, 0], q_full.index(c), q_bufs.index(c))
+        if c == 0:
+            _bring(k_desc, k_bufs, k_full, k_empty, done, (end - 1) * BLOCK_N, batch, kv_head, first_k, len_k,
                    STAGES, RAGGED_K)  # fmt: skip
-        done += end - begin
+    for i in range(1, end - begin + 1):
+        if i < end - begin:
+            _bring(k_desc, k_bufs, k_full, k_empty, done + i, (end - 1 - i) * BLOCK_N, batch, kv_head, first_k, len_k,
+                   STAGES, RAGGED_K)  # fmt: skip
+        _bring(v_desc, v_bufs, v_full, v_empty, done + i - 1, (end - i) * BLOCK_N, batch, kv_head, first_k, len_k,
+               STAGES, RAGGED_K)  # fmt: skip
+    return done + end - begin
 
 
 @gluon.jit
@@ -214,12 +259,53 @@ def _bring(
 def _attend(
     shared, lse, sinks, scale, inner_scale, in_order,
     CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BATCHED: gl.constexpr, LATE: gl.constexpr, PERSISTENT: gl.constexpr, ONE_IN: gl.constexpr, RAGGED_Q: gl.constexpr,
+    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
+    RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of each tile: those of warpgroup number `CONSUMER`."""
-    descs, buffers, full, empty, lengths, numbers = shared
+    descs, buffers, full, empty, next, lengths, numbers = shared
+    next_tiles, next_full, next_empty, counter = next
+    heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
+    done = 0
+    if PERSISTENT == DYNAMIC:
+        at = gl.program_id(0)
+        turn = 0
+        taken = 0
+        while at < tiles * columns:
+            for _ in range(_is_there(at, lengths, numbers, M, HAS_HIGH)):
+                done = _attend_tile(
+                    at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                    CONSUMER, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                    OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                )  # fmt: skip
+                turn += 1
+            slot = taken % AHEAD
+            mbarrier.wait(next_full.index(slot), (taken // AHEAD) & 1)
+            at = gl.max(next_tiles.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+            mbarrier.arrive(next_empty.index(slot), count=1)
+            taken += 1
+    else:
+        for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
+            done = _attend_tile(
+                gl.program_id(0) + turn * programs, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                CONSUMER, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+            )  # fmt: skip
+    store_wait(0)
+
+
+@gluon.jit
+def _attend_tile(
+    at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+    CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, OWN_OUT: gl.constexpr, RAGGED_Q: gl.constexpr,
+    LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Compute 64 rows of one tile, the `turn`-th of this program, before which there were `done` tiles of keys."""
+    descs, buffers, full, empty, next, lengths, numbers = shared
     q_desc, k_desc, v_desc, o_desc = descs
     q_bufs, k_bufs, v_bufs, o_bufs = buffers
     q_full, k_full, v_full = full
@@ -228,103 +314,104 @@ def _attend(
     dtype: gl.constexpr = q_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     zero = gl.zeros([WARPGROUP, BLOCK_N], gl.float32, s_layout)
     q = q_bufs.index(CONSUMER).reshape([WARPGROUP, SIZE])
     rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
 
-    done = 0
-    for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
-        tile_row, batch, head = _place(turn, numbers, M, PERSISTENT, HAS_HIGH)
-        first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
-        begin_all, end_all = _span(
-            tile_row, gl.minimum(tile_row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH
-        )
-        row = tile_row + CONSUMER * WARPGROUP
-        begin, end = _span(row, row + WARPGROUP, begin_all, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
-        end = gl.minimum(end, end_all)
-        begin = gl.minimum(begin, end - 1)
-        whole_begin, whole_end = _whole(row, begin, end, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
-        bounds = (row, len_k, low, high)
-        _pass_over(rings, done, done + end_all - end, STAGES)  # what only warpgroups of later rows see
-        done += end_all - end
+    tile_row, batch, head = _place(at, numbers, M, HAS_HIGH)
+    first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
+    begin_all, end_all = _span(
+        tile_row, gl.minimum(tile_row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH
+    )
+    row = tile_row + CONSUMER * WARPGROUP
+    begin, end = _span(row, row + WARPGROUP, begin_all, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
+    end = gl.minimum(end, end_all)
+    begin = gl.minimum(begin, end - 1)
+    whole_begin, whole_end = _whole(row, begin, end, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
+    bounds = (row, len_k, low, high)
+    _pass_over(rings, done, done + end_all - end, STAGES)  # what only warpgroups of later rows see
+    done += end_all - end
 
-        mbarrier.wait(q_full.index(CONSUMER), turn & 1)
-        at = done % STAGES
-        mbarrier.wait(k_full.index(at), (done // STAGES) & 1)
-        keys = k_bufs.index(at).reshape([BLOCK_N, SIZE]).permute((1, 0))
-        s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s_acc,))
-        mbarrier.arrive(k_empty.index(at), count=1)
-        p, top, total, fade = _softmax(
-            s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
-            0, True, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
-        )  # fmt: skip
-        p = packed(p, dtype)
-        o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
+    mbarrier.wait(q_full.index(CONSUMER), turn & 1)
+    at = done % STAGES
+    mbarrier.wait(k_full.index(at), (done // STAGES) & 1)
+    keys = k_bufs.index(at).reshape([BLOCK_N, SIZE]).permute((1, 0))
+    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s_acc,))
+    mbarrier.arrive(k_empty.index(at), count=1)
+    p, top, total, fade = _softmax(
+        s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
+        SKIP, True, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+    )  # fmt: skip
+    o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
+    p = _weights(p, o, in_order, dtype, BATCHED)
 
-        if HAS_HIGH:
-            for i in range(done + 1, done + end - whole_end):
-                p, top, total, fade, o = _round(
-                    q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
-                    inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE,
-                    0, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
-                )  # fmt: skip
-        for i in range(done + end - whole_end, done + end - whole_begin):
+    if HAS_HIGH:
+        for i in range(done + 1, done + end - whole_end):
             p, top, total, fade, o = _round(
-                q, rings, i, zero, p, top, total, fade, o, bounds, 0, scale, inner_scale,
-                in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE,
-                ONE_IN, False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
+                inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
             )  # fmt: skip
-        if HAS_LOW:
-            for i in range(done + end - whole_begin, done + end - begin):
-                p, top, total, fade, o = _round(
-                    q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
-                    inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE,
-                    0, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
-                )  # fmt: skip
+    for i in range(done + end - whole_end, done + end - whole_begin):
+        p, top, total, fade, o = _round(
+            q, rings, i, zero, p, top, total, fade, o, bounds, 0, scale, inner_scale,
+            in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+            False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+        )  # fmt: skip
+    if HAS_LOW:
+        for i in range(done + end - whole_begin, done + end - begin):
+            p, top, total, fade, o = _round(
+                q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
+                inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+            )  # fmt: skip
 
-        if LATE:
-            o = o * gl.convert_layout(fade, o_rows, assert_trivial=True)[:, None]
-        if PERSISTENT:
-            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-        last = done + end - begin - 1
-        at = last % STAGES
-        mbarrier.wait(v_full.index(at), (last // STAGES) & 1)
-        operand = as_operand(p, dtype, p_layout)
-        o_acc = warpgroup_mma(operand, v_bufs.index(at).reshape([BLOCK_N, SIZE]), o, is_async=True)
-        total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
-        share, row_lse = _finished(top * scale, total, sinks, head)
-        o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
-        mbarrier.arrive(v_empty.index(at), count=1)
-        done += end - begin
-        _pass_over(rings, done, done + begin - begin_all, STAGES)  # what only warpgroups of earlier rows see
-        done += begin - begin_all
+    if LATE:
+        o = _faded(o, fade, SKIP)
+    if OWN_OUT:
+        mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+    last = done + end - begin - 1
+    at = last % STAGES
+    mbarrier.wait(v_full.index(at), (last // STAGES) & 1)
+    operand = _operand(p, o, dtype)
+    o_acc = warpgroup_mma(operand, v_bufs.index(at).reshape([BLOCK_N, SIZE]), o, is_async=True)
+    total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    share, row_lse = _finished(top * scale, total, sinks, head)
+    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
+    mbarrier.arrive(v_empty.index(at), count=1)
+    done += end - begin
+    _pass_over(rings, done, done + begin - begin_all, STAGES)  # what only warpgroups of earlier rows see
+    done += begin - begin_all
 
-        o = o * gl.convert_layout(share, o_rows, assert_trivial=True)[:, None]
-        if PERSISTENT:
-            store_wait(0)
-        written = o_bufs.index(CONSUMER).reshape(o_desc.block_type.shape)
-        written.reshape([WARPGROUP, SIZE]).store(o.to(dtype))
-        fence_async_shared()
-        if RAGGED_Q:
-            where = [RAGGED_ROWS, first_q + len_q, RAGGED_ROWS - len_q + row, head, 0]
-            store_tile(o_desc, where, written)
-            lse_rows = lse + gl.cast(head, gl.int64) * num_q + first_q
-        else:
-            store_tile(o_desc, [batch, head, row, 0], written)
-            lse_rows = lse + (gl.cast(batch, gl.int64) * heads + head) * num_q
-        i = row + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
-        gl.store(lse_rows + i, row_lse, mask=i < len_q)
-    store_wait(0)
+    o = o * gl.convert_layout(share, o_rows, assert_trivial=True)[:, None]
+    if OWN_OUT:
+        store_wait(0)
+    written = o_bufs.index(CONSUMER).reshape(o_desc.block_type.shape)
+    written.reshape([WARPGROUP, SIZE]).store(o.to(dtype))
+    fence_async_shared()
+    if RAGGED_Q:
+        where = [RAGGED_ROWS, first_q + len_q, RAGGED_ROWS - len_q + row, head, 0]
+        store_tile(o_desc, where, written)
+        lse_rows = lse + gl.cast(head, gl.int64) * num_q + first_q
+    else:
+        store_tile(o_desc, [batch, head, row, 0], written)
+        lse_rows = lse + (gl.cast(batch, gl.int64) * heads + head) * num_q
+    i = row + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
+    gl.store(lse_rows + i, row_lse, mask=i < len_q)
+    if not OWN_OUT:
+        store_wait(0)
+        mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+    return done
 
 
 @gluon.jit
 def _round(
     q, rings, i, zero, p, top, total, fade, o, bounds, column, scale, inner_scale, in_order,
     dtype: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BATCHED: gl.constexpr, LATE: gl.constexpr, ONE_IN: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, MASKED: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Add the values of tile `i - 1`, whose probabilities are `p`; return the probabilities of tile `i`, and the rest."""
@@ -336,9 +423,9 @@ def _round(
     keys = k_bufs.index(at_k).reshape([BLOCK_N, SIZE]).permute((1, 0))
     s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
     if LATE:
-        o = o * gl.convert_layout(fade, o_rows, assert_trivial=True)[:, None]
+        o = _faded(o, fade, SKIP)
     mbarrier.wait(v_full.index(at_v), ((i - 1) // STAGES) & 1)
-    operand = as_operand(p, dtype, gl.DotOperandLayout(0, o.type.layout, 2))
+    operand = _operand(p, o, dtype)
     o_acc = warpgroup_mma(operand, v_bufs.index(at_v).reshape([BLOCK_N, SIZE]), o, is_async=True)
     if BATCHED:
         s, o, operand = warpgroup_mma_wait(0, deps=(s_acc, o_acc, operand))
@@ -349,24 +436,49 @@ def _round(
         mbarrier.arrive(k_empty.index(at_k), count=1)
     p32, top, total, fade = _softmax(
         s, top, total, bounds, column, scale, inner_scale,
-        ONE_IN, False, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+        SKIP, False, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
     )  # fmt: skip
     if not BATCHED:
         total = above_wait(total)
         o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
         mbarrier.arrive(v_empty.index(at_v), count=1)
-    p = packed(p32, dtype)
-    if not BATCHED and BLOCK_N == 2 * SIZE:  # as many words as there are elements of the output
-        p = after_wait(p, o, in_order)
+    p = _weights(p32, o, in_order, dtype, BATCHED)
     if not LATE:
-        o = o * gl.convert_layout(fade, o_rows, assert_trivial=True)[:, None]
+        o = _faded(o, fade, SKIP)
     return p, top, total, fade, o
+
+
+@gluon.jit
+def _weights(p, o, in_order, dtype: gl.constexpr, BATCHED: gl.constexpr):
+    """Return probabilities in the form in which they go from one round to the next; see `after_wait`."""
+    if not BATCHED and p.shape[1] == 2 * o.shape[1]:  # as many words as there are elements of the output
+        return after_wait(packed(p, dtype), o, in_order)
+    else:
+        return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o.type.layout, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _operand(p, o, dtype: gl.constexpr):
+    """Return what `_weights` returned as the left operand of a product."""
+    if p.dtype == gl.int32:
+        return as_operand(p, dtype, gl.DotOperandLayout(0, o.type.layout, 2))
+    else:
+        return p
+
+
+@gluon.jit
+def _faded(o, fade, SKIP: gl.constexpr):
+    fade = gl.convert_layout(fade, gl.SliceLayout(1, o.type.layout), assert_trivial=True)
+    if SKIP:
+        return multiplied_where_needed(o, fade)
+    else:
+        return o * fade[:, None]
 
 
 @gluon.jit
 def _softmax(
     s, top, total, bounds, column, scale, inner_scale,
-    ONE_IN: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    SKIP: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Return unscaled probabilities of the products `s`, the rows' new maxima and sums, and what earlier ones fade by.
@@ -382,10 +494,12 @@ def _softmax(
     higher = gl.max(s, 1)
     if not FIRST:
         higher = gl.maximum(top, higher)
+        if SKIP:  # a maximum that is left behind by less than that makes larger exponentials, no wrong ones
+            higher = gl.where((higher - top) * scale > GROWTH, higher, top)
     shift = higher
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
         shift = gl.where(higher == float("-inf"), 0.0, higher)
-    p = exp2_shared(s * scale - (shift * scale)[:, None], ONE_IN)
+    p = exp2(s * scale - (shift * scale)[:, None])
     if FIRST:
         fade = gl.full([s.shape[0]], 1.0, gl.float32, higher.type.layout)
         total = _part_sums(p)
@@ -451,34 +565,29 @@ def _pass_over(rings, begin, end, STAGES: gl.constexpr):
 
 @gluon.jit
 def _turns(lengths, numbers, M: gl.constexpr, PERSISTENT: gl.constexpr, LAST_FIRST: gl.constexpr):
-    """Return how many tiles this program computes: none if its sequence is shorter than the longest one."""
-    cu_q, cu_k, used = lengths
+    """Return how many tiles this program computes, where that does not depend on how fast others are."""
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
     if PERSISTENT:
-        in_all = tiles * columns
-        rounds = in_all // programs
-        return rounds + gl.where(in_all - rounds * programs > _seat(rounds, programs), 1, 0)
-    elif cu_q is not None:
-        tile, column = schedule(gl.program_id(0), tiles, columns, section, LAST_FIRST)
-        batch = column // heads
-        return gl.where(tile * M < gl.load(cu_q + batch + 1) - gl.load(cu_q + batch), 1, 0)
+        return (tiles * columns - gl.program_id(0) + programs - 1) // programs
+    else:
+        return _is_there(gl.program_id(0), lengths, numbers, M, LAST_FIRST)
+
+
+@gluon.jit
+def _is_there(at, lengths, numbers, M: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """Return 0 for a tile behind the end of its sequence, which is shorter than the longest one; else 1."""
+    cu_q, cu_k, used = lengths
+    if cu_q is not None:
+        row, batch, head = _place(at, numbers, M, LAST_FIRST)
+        return gl.where(row < gl.load(cu_q + batch + 1) - gl.load(cu_q + batch), 1, 0)
     else:
         return 1
 
 
 @gluon.jit
-def _seat(turn, programs):
-    """Return which tile of a round is this program's: every other round in opposite order, as tiles get shorter."""
-    return gl.program_id(0) + (turn & 1) * (programs - 1 - 2 * gl.program_id(0))
-
-
-@gluon.jit
-def _place(turn, numbers, M: gl.constexpr, PERSISTENT: gl.constexpr, LAST_FIRST: gl.constexpr):
-    """Return (first row, batch, head) of a tile."""
+def _place(at, numbers, M: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """Return (first row, batch, head) of tile number `at`."""
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
-    at = gl.program_id(0)
-    if PERSISTENT:
-        at = turn * programs + _seat(turn, programs)
     tile, column = schedule(at, tiles, columns, section, LAST_FIRST)
     return tile * M, column // heads, column % heads
 

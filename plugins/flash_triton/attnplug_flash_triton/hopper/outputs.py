@@ -27,8 +27,10 @@ class Tiles(NamedTuple):
         stages: tiles of keys, and of values, held at once.
         batched: softmax waits for both products of a round; see `forward`.
         late: the output is rescaled while the next scores are computed.
-        persistent: one program for each multiprocessor takes one tile of queries after another.
-        one_in: one in so many exponentials is computed on the multiply-add units.
+        skip: the output is rescaled only where a maximum has grown much.
+        persistent: one program for each multiprocessor takes one tile of queries after another: `STATIC`, every
+            so-manieth, or `DYNAMIC`, the next that nobody has.
+        own_out: the output has its own shared memory, so that the next queries are loaded while it is written.
     """
 
     consumers: int
@@ -36,20 +38,23 @@ class Tiles(NamedTuple):
     stages: int
     batched: bool = False
     late: bool = False
-    persistent: bool = False
-    one_in: int = 0
+    skip: bool = False
+    persistent: int = 0
+    own_out: bool = False
 
+
+STATIC, DYNAMIC = 1, 2
 
 FULL, BOUNDED = "full", "bounded"
 """Whether every query sees every key, or there is a side to what it sees (causal, windows)."""
 
 TILES = {
-    (64, FULL): Tiles(3, 128, 3),
-    (64, BOUNDED): Tiles(3, 128, 3),
-    (128, FULL): Tiles(2, 128, 2),
-    (128, BOUNDED): Tiles(2, 128, 2),
-    (256, FULL): Tiles(2, 64, 2, late=True),
-    (256, BOUNDED): Tiles(2, 64, 2),
+    (64, FULL): Tiles(3, 128, 3, skip=True, persistent=STATIC, own_out=True),
+    (64, BOUNDED): Tiles(3, 128, 3, skip=True, persistent=DYNAMIC, own_out=True),
+    (128, FULL): Tiles(2, 128, 2, skip=True, persistent=STATIC, own_out=True),
+    (128, BOUNDED): Tiles(2, 128, 2, skip=True, persistent=DYNAMIC, own_out=True),
+    (256, FULL): Tiles(2, 64, 2, skip=True, persistent=STATIC),
+    (256, BOUNDED): Tiles(2, 64, 2, skip=True, persistent=DYNAMIC),
 }
 
 BYTES_IN_ORDER = 0x3210
@@ -98,11 +103,16 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         "out": New.contiguous(shape, params.query.dtype, 0.0 if packed else None),
         "lse": New.contiguous(problem.rows, torch.float32, -torch.inf if packed else None),
     }
+    if packed and tiles.persistent:  # sequences differ in length
+        tiles = tiles._replace(persistent=DYNAMIC)
+    if tiles.persistent == DYNAMIC:
+        new["counter"] = New.contiguous((1,), torch.int32, 0)
     lengths = (name if getattr(params, name) is not None else None for name in ("cu_seq_q", "cu_seq_k", "seqused_k"))
     rows = tiles.consumers * ROWS
     count, columns = cdiv(problem.longest_q, rows), problem.batch * problem.heads
-    persistent = tiles.persistent and not ragged
-    programs = min(count * columns, problem.machine.processors) if persistent else count * columns
+    programs = count * columns
+    if tiles.persistent:
+        programs = min(programs, problem.machine.processors)
     dense_used = ragged and not packed
     left, right = params.window_size
     left, right = (min(max(side, 0), 2 * LONGEST) for side in (left, 0 if params.is_causal else right))
@@ -112,6 +122,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         of_rows("value", params.value, tiles.block_n, size, packed=packed, ragged=ragged),
         of_rows("out", new["out"], ROWS, size, packed=packed, ragged=packed),
         *("lse", *lengths, "sinks" if params.sinks is not None else None),
+        "counter" if tiles.persistent == DYNAMIC else None,
         *(problem.heads, problem.group, problem.rows[-1], problem.longest_k),
         rows_between_sequences(params.key) if dense_used else 0,
         *(left, right, count, columns, problem.section(columns) * problem.group, programs),
@@ -126,8 +137,9 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         STAGES=tiles.stages,
         BATCHED=tiles.batched,
         LATE=tiles.late,
-        PERSISTENT=persistent,
-        ONE_IN=tiles.one_in,
+        SKIP=tiles.skip,
+        PERSISTENT=tiles.persistent,
+        OWN_OUT=tiles.own_out,
         LOWER_RIGHT=flags["LOWER_RIGHT"] and (flags["HAS_LOW"] or flags["HAS_HIGH"]),
         HAS_LOW=flags["HAS_LOW"],
         HAS_HIGH=flags["HAS_HIGH"],
