@@ -80,6 +80,9 @@ class Feature(Enum, metaclass=_Features):
     DETERMINISTIC = "equal bits on repeated runs, backward included"
 
 
+OPEN_WINDOW = (-1, -1)
+"""The one tuple that an unrestricted window is in a checked call."""
+
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*")
 
@@ -102,6 +105,7 @@ class Capabilities:
         architectures: AMD architectures, such as `("gfx942",)`; matched by prefix, asked only on ROCm.
         head_sizes: the query head sizes; `range(8, 257, 8)` says multiples of 8 up to 256.
         features: the `Feature`s, beyond the plain formula.
+        dense: whether dense calls are taken at all; False for a kernel of `varlen_attn` alone.
 
     Raises:
         SpecError: a field has a wrong type or an unknown value.
@@ -113,6 +117,7 @@ class Capabilities:
     architectures: Collection[str] | None = None
     head_sizes: Collection[int] | None = None
     features: Collection[Feature] = frozenset()
+    dense: bool = True
     alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +141,10 @@ class Capabilities:
                 raise SpecError(f"Capabilities.head_sizes: expected a range or integers, got {self.head_sizes!r}")
             put(self, "head_sizes", frozenset(sizes))
         put(self, "features", frozenset(_feature(item) for item in _items("features", self.features)))
+        if not isinstance(self.dense, bool):
+            raise SpecError(f"Capabilities.dense: expected a bool, got {self.dense!r}")
+        if not self.dense and Feature.VARLEN not in self.features:
+            raise SpecError("Capabilities.dense: without dense calls features must hold Feature.VARLEN")
         if not self.alternatives:
             put(self, "alternatives", (self,))
 
@@ -149,6 +158,7 @@ class Capabilities:
             architectures=_either(self.architectures, other.architectures),
             head_sizes=_either(self.head_sizes, other.head_sizes),
             features=frozenset(self.features) | frozenset(other.features),
+            dense=self.dense or other.dense,
             alternatives=self.alternatives + other.alternatives,
         )
 
@@ -162,7 +172,7 @@ class ImplSpec:
         kernel: where the kernel is: `"package.module"` or `"package.module:attribute"`, imported when
             first chosen; or, from a program, the object itself. It is a function (the forward), or
             anything with a `forward` and, optionally, `backward`, `supports`, `composite` and
-            `shape_dependent`; see `attnplug._kernel.Kernel`.
+            `shape_dependent`; see `Kernel`.
         backend: the family that `sdpa_kernel` scopes select by.
         capabilities: what it supports.
         priority: higher is preferred, among the implementations that stand behind `torch`.
@@ -246,7 +256,7 @@ class SDPAParams:
     enable_gqa: bool = False
     scale: float | None = field(default=None, kw_only=True)
     causal_variant: CausalVariant = field(default=CausalVariant.UPPER_LEFT, kw_only=True)
-    window_size: tuple[int, int] = field(default=(-1, -1), kw_only=True)
+    window_size: tuple[int, int] = field(default=OPEN_WINDOW, kw_only=True)
     softcap: float = field(default=0.0, kw_only=True)
     sinks: Any = field(default=None, kw_only=True)
     alibi_slopes: Any = field(default=None, kw_only=True)
@@ -257,6 +267,34 @@ class SDPAParams:
     max_q: int | None = field(default=None, kw_only=True)
     max_k: int | None = field(default=None, kw_only=True)
     block_table: Any = field(default=None, kw_only=True)
+
+    @property
+    def is_varlen(self) -> bool:
+        """Whether this is a call of `varlen_attn`."""
+        return self.cu_seq_q is not None
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """The shape of `lse`: `(B, Hq, Sq)`, or `(Hq, Tq)` in a call of variable length."""
+        query = self.query
+        return (query.shape[1], query.shape[0]) if self.is_varlen else tuple(query.shape[:-1])
+
+    @property
+    def lse_dtype(self) -> Any:
+        """The dtype of `lse`: `torch.float64` for float64 queries, else `torch.float32`."""
+        import torch
+
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd records this call."""
+        import torch
+
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @dataclass(frozen=True)

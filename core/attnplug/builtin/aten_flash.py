@@ -6,14 +6,11 @@ operators are differentiable in PyTorch, so autograd goes through them.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from attnplug._card import compute_capability
-from attnplug._requirements import needs_grad
-from attnplug._types import SDPAParams
+from attnplug import SDPAParams, compute_capability
+from attnplug.builtin.faults import OF_FLASH
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
 
@@ -33,7 +30,7 @@ _flash_cuda = operator(
 def supports(params: SDPAParams) -> str | None:
     """Decline what FlashAttention-2's backward refuses, on cards whose multiprocessors have less shared memory."""
     card, size = compute_capability(params.query.device), params.query.shape[-1]
-    if card is None or not ((8, 6) <= card <= (8, 9) or card[0] == 12) or not needs_grad(params):
+    if card is None or not ((8, 6) <= card <= (8, 9) or card[0] == 12) or not params.needs_grad:
         return None
     if 192 < size <= 224 or (size > 224 and params.dropout > 0):
         dropout = " with dropout" if size > 224 else ""
@@ -43,17 +40,8 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
-    params = _with_positive_scale(params)
+    params = OF_FLASH.mended(params)
     return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
-
-
-def _with_positive_scale(params: SDPAParams) -> SDPAParams:
-    """Return a call of the same logits: the kernels hide keys before they scale, and -inf * 0 or * -1 hides nothing."""
-    assert params.scale is not None
-    if params.scale > 0:
-        return params
-    sign = -1 if params.scale < 0 else 0
-    return replace(params, query=params.query * sign, scale=-params.scale or 1.0)
 
 
 def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 `python -m attnplug_flash_triton.cost` compiles every entry of the tables in use for its architecture, and prints
 what the assembler says. What is compiled is what a call would launch, its arguments specialised as Triton
-specialises them. Exit status 1: something spills, or needs more shared memory than there is.
+specialises them. Exit status 1: something spills that was not measured to be faster so, or
+needs more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from attnplug import CausalVariant, SDPAParams
 from attnplug_flash_triton import config, impl, launches, toolchain
-from attnplug_flash_triton.config import Cell
+from attnplug_flash_triton.config import Cell, Table
 from attnplug_flash_triton.plans import Launch
 from attnplug_flash_triton.problem import Machine
 
@@ -164,12 +165,20 @@ def _found(pattern: str, text: str) -> str:
     return match[1]
 
 
-def too_much(costs: Cost, architecture: str) -> str:
-    """Return what of a cost keeps a configuration from being shipped; empty if nothing does."""
-    if costs.spilled:
-        return f"spills {costs.spilled}"
+def does_not_fit(costs: Cost, architecture: str) -> str:
+    """Return what of a cost keeps a configuration from running; empty if nothing does."""
     most = config.SHARED_MEMORY[architecture]
     return f"needs {costs.shared} bytes of shared memory, of {most}" if costs.shared > most else ""
+
+
+def too_much(costs: Cost, cell: Cell, table: Table) -> str:
+    """Return what of a cost keeps an entry from being shipped; empty if nothing does.
+
+    An entry may spill if it was measured to be faster than those that do not.
+    """
+    if costs.spilled and cell not in table.spilling:
+        return f"spills {costs.spilled}"
+    return does_not_fit(costs, table.architecture)
 
 
 def rows(architecture: str, cells: Iterable[Cell] | None = None) -> Iterator[tuple[str, str]]:
@@ -178,13 +187,15 @@ def rows(architecture: str, cells: Iterable[Cell] | None = None) -> Iterator[tup
         _, wanted = prepared(cell, example(cell), Machine(architecture, PROCESSORS))
         for launch in wanted.launches:
             found = cost(launch, wanted.tensors, architecture)
-            tiles = config.table_of(architecture).tiles[cell]
+            table = config.table_of(architecture)
+            tiles = table.tiles[cell]
             line = (
                 f"{architecture:7} {cell!s:42} {launch.kernel.__name__:26} {tiles.block_m:4} x{tiles.block_n:4} "
                 f"{tiles.num_warps:3} warps {tiles.num_stages:2} stages {found.registers:4} registers "
                 f"{found.spilled:4} spilled {found.shared:7} bytes shared"
             )
-            yield line, too_much(found, architecture)
+            reason = f"  {table.spilling[cell]}" if found.spilled and cell in table.spilling else ""
+            yield line + reason, too_much(found, cell, table)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +20,6 @@ ALIGNED = 16
 
 _plans: dict[Hashable, Plan] = {}
 _interpreter = threading.Lock()
-_here = nullcontext()
 
 
 def supports(params: SDPAParams) -> list[str]:
@@ -73,8 +70,8 @@ def backward(
     def make(machine: Machine) -> Plan:
         return family_for(params, machine).backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
 
-    *grads, delta, grad_mask = (*_run(params, given, params.query.device, make), None)[:5]
-    return *grads, grad_mask, _sinks_gradient(params.sinks, lse, delta)
+    query, key, value, delta, *of_mask = _run(params, given, params.query.device, make)
+    return query, key, value, of_mask[0] if of_mask else None, _sinks_gradient(params.sinks, lse, delta)
 
 
 def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
@@ -100,18 +97,21 @@ def _run(
         if len(_plans) >= PLANS_KEPT:
             _plans.clear()
         _plans[kind] = plan
-    with _place(device):
+    if device.type != "cuda":
+        with _interpreter:  # Triton's interpreter keeps the program at work in a variable of the process
+            return plan.run(given, device)
+    if torch.cuda.current_device() == device.index:
+        return plan.run(given, device)
+    with torch.cuda.device(device):
         return plan.run(given, device)
 
 
 def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Hashable:
     """Return all that a plan depends on. About 3 us."""
-    tensors = []
-    for name, tensor in given.items():
-        tensors += (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNED == 0)
-    mask = params.attn_mask
+    mask, dtype = params.attn_mask, given["query"].dtype
     return (
-        *tensors,
+        *given,
+        *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNED) for tensor in given.values()],
         device,
         config.version(),
         params.dropout,
@@ -123,7 +123,8 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
         params.max_q,
         params.max_k,
         mask is not None and mask.requires_grad,
-        given["query"].dtype is torch.float32 and tf32_allowed(),
+        dtype is torch.float32 and tf32_allowed(),
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 
@@ -132,17 +133,13 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
     given = {"query": params.query, "key": params.key, "value": params.value}
     if (mask := params.attn_mask) is not None:
         given["attn_mask"] = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    for name in ("sinks", "alibi_slopes", "seqused_k", "cu_seq_q", "cu_seq_k", "block_table"):
+    for name in _SELDOM:
         if (tensor := getattr(params, name)) is not None:
             given[name] = tensor
     return given
 
 
-def _place(device: torch.device) -> AbstractContextManager[Any]:
-    """Make the device of the tensors the one where kernels are launched."""
-    if device.type != "cuda":
-        return _interpreter  # Triton's interpreter keeps the program at work in a variable of the process
-    return _here if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+_SELDOM = ("sinks", "alibi_slopes", "seqused_k", "cu_seq_q", "cu_seq_k", "block_table")
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:

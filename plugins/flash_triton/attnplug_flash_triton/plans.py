@@ -126,7 +126,8 @@ class Plan:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches from Triton."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+    settings = knobs.runtime
+    return bool(settings.launch_enter_hook.calls or settings.launch_exit_hook.calls)
 
 
 class _Kept:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnplug import SDPAParams
 from attnplug_flash_triton import launches
-from attnplug_flash_triton.hopper import outputs
+from attnplug_flash_triton.hopper import gradients, outputs
 from attnplug_flash_triton.plans import Plan
 from attnplug_flash_triton.problem import Machine
 
@@ -32,9 +32,15 @@ def backward(
     *statistics: Tensor,
 ) -> Plan:
     """Return the plan of backward; see `launches.backward`."""
-    return launches.backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
+    family = launches if reasons_backward(params) else gradients
+    return family.backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
 
 
 def reasons_forward(params: SDPAParams) -> list[str]:
     """Return why the plain kernels run forward of a call; none if Hopper's own do."""
     return outputs.reasons(params)
+
+
+def reasons_backward(params: SDPAParams) -> list[str]:
+    """Return why the plain kernels run backward of a call; none if Hopper's own do."""
+    return gradients.reasons(params)

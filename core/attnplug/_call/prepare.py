@@ -1,0 +1,190 @@
+"""Any call that PyTorch accepts, brought into the one form that kernels are written for.
+
+Ranks other than four, broadcast dimensions, PyTorch's own enums and `CausalBias` masks, and autocast all
+end here, so that no kernel has to know of them. Everything is a view where strides allow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from operator import index  # under a trace it makes a symbolic size a constant, with a guard
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._call.autocast import autocasted
+from attnplug._call.validate import broadcast_leading, check_dense, check_scalars
+from attnplug._call.validate_varlen import check_varlen
+from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
+
+Shape = tuple[int, ...]
+
+
+def own_terms(params: SDPAParams) -> SDPAParams:
+    """Return `params` with PyTorch's enum and `CausalBias` replaced by attnplug's terms."""
+    return _causal_bias(_own_enums(params))
+
+
+def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
+    """Check a dense call; return it in four dimensions, and the shape of its `lse` as the caller sees it.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    params = own_terms(params)
+    if getattr(params.query, "is_nested", False):
+        check_scalars(params)
+        return params, ()
+    params = autocasted(params)
+    check_dense(params)
+    rank = max(tensor.dim() for tensor in (params.query, params.key, params.value))
+    query, key, value = (_with_heads(tensor) for tensor in (params.query, params.key, params.value))
+    leading = broadcast_leading(query, key, value)
+    heads, kv_heads = _paired_heads(query.shape[-3], key.shape[-3], value.shape[-3], params.enable_gqa)
+    query = _flatten(query, leading, heads)
+    params = replace(
+        params,
+        query=query,
+        key=_flatten(key, leading, kv_heads),
+        value=_flatten(value, leading, kv_heads),
+        attn_mask=_four_dimensions(params.attn_mask, leading),
+        **_plain_scalars(params),
+    )
+    full = (*leading, heads, query.shape[-2])
+    return params, full[len(full) - rank + 1 :]
+
+
+def prepare_varlen(params: SDPAParams) -> SDPAParams:
+    """Check a variable-length call and return it with every default made explicit.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    params = autocasted(_own_enums(params))
+    check_varlen(params)
+    return replace(params, **_plain_scalars(params))
+
+
+def is_empty(params: SDPAParams) -> bool:
+    """Whether any of the numbers of sequences, heads, queries or keys is zero."""
+    if params.cu_seq_q is not None:
+        keys = 0 in params.key.shape[:-1]
+        return params.cu_seq_q.shape[0] == 1 or 0 in params.query.shape[:2] or keys
+    return 0 in params.query.shape[:-1] or params.key.shape[-2] == 0
+
+
+def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
+    """Return what the formulas say when nothing can be attended to, or nobody attends.
+
+    A product over no keys is zero and its gradient too; it keeps the inputs in the graph, and needs no
+    kernel of attention.
+    """
+    query, key, value = params.query, params.key, params.value
+    if params.cu_seq_q is not None:
+        query, heads = query.transpose(0, 1), query.shape[1]
+        no_keys = key.reshape(-1, *key.shape[-2:])[:0], value.reshape(-1, *value.shape[-2:])[:0]
+        key, value = (tensor.transpose(0, 1) for tensor in no_keys)
+    else:
+        heads = query.shape[1]
+        key, value = key[..., :0, :], value[..., :0, :]
+    kv_heads = key.shape[-3]
+    if kv_heads != heads and kv_heads:
+        key, value = (tensor.repeat_interleave(heads // kv_heads, -3) for tensor in (key, value))
+    out = query @ key.transpose(-1, -2) @ value
+    if params.cu_seq_q is not None:
+        out = out.transpose(0, 1)
+    if not params.return_lse:
+        return out, None
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_full(query.shape[:-1], -math.inf, dtype=dtype)
+    if params.sinks is not None:
+        lse = params.sinks.to(dtype)[:, None].expand(lse.shape)
+    return out, lse
+
+
+def is_causal_bias(mask: Any) -> bool:
+    """Whether `mask` is PyTorch's way to write a causal mask of some alignment."""
+    return _is_from_torch(mask, "CausalBias")
+
+
+def _is_from_torch(value: Any, name: str) -> bool:
+    """Whether `value` is of this class of `torch.nn.attention.bias`; to import it would import Dynamo."""
+    return type(value).__name__ == name and type(value).__module__ == "torch.nn.attention.bias"
+
+
+def _own_enums(params: SDPAParams) -> SDPAParams:
+    variant = params.causal_variant
+    if _is_from_torch(variant, "CausalVariant"):
+        return replace(params, causal_variant=CausalVariant(int(variant)))
+    return params
+
+
+def _causal_bias(params: SDPAParams) -> SDPAParams:
+    mask = params.attn_mask
+    if not is_causal_bias(mask):
+        return params
+    if params.is_causal:
+        raise ValueError("attn_mask: a CausalBias already says what is_causal=True says; pass one of them")
+    lengths = (params.query.shape[-2], params.key.shape[-2])
+    if (mask.seq_len_q, mask.seq_len_kv) != lengths:
+        raise ValueError(
+            f"attn_mask: CausalBias for lengths {(mask.seq_len_q, mask.seq_len_kv)}, the call has {lengths}"
+        )
+    variant = CausalVariant(int(mask.variant))
+    return replace(params, attn_mask=None, is_causal=True, causal_variant=variant)
+
+
+def _with_heads(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() > 2 else tensor.unsqueeze(0)
+
+
+def _paired_heads(heads: int, key_heads: int, value_heads: int, enable_gqa: bool) -> tuple[int, int]:
+    """Return the numbers of query and of key/value heads, once sizes of 1 are broadcast as PyTorch does."""
+    kv_heads = 0 if 0 in (key_heads, value_heads) else max(key_heads, value_heads)
+    if enable_gqa and heads >= kv_heads > 0:
+        return heads, kv_heads
+    both = 0 if 0 in (heads, kv_heads) else max(heads, kv_heads)
+    return both, both
+
+
+def _flatten(tensor: Tensor, leading: Shape, heads: int) -> Tensor:
+    """Expand the leading dimensions and make them one."""
+    if tensor.shape[:-2] == (*leading, heads) and len(leading) == 1:
+        return tensor
+    tensor = tensor.expand(*leading, heads, *tensor.shape[-2:])
+    return tensor.reshape(math.prod(leading), *tensor.shape[-3:])
+
+
+def _four_dimensions(mask: Tensor | None, leading: Shape) -> Tensor | None:
+    """Return the mask as a view of four dimensions, each 1 or full; the batch is copied only if it must be."""
+    if mask is None or (mask.dim() == 4 and len(leading) == 1):
+        return mask
+    missing = max(len(leading), 1) + 3 - mask.dim()
+    mask = mask.reshape((1,) * missing + tuple(mask.shape))
+    if len(leading) > 1:
+        batch = (1,) * len(leading) if set(mask.shape[:-3]) == {1} else leading
+        mask = mask.expand(*batch, *mask.shape[-3:]).reshape(math.prod(batch), *mask.shape[-3:])
+    return mask
+
+
+def _plain_scalars(params: SDPAParams) -> dict[str, Any]:
+    """Return the arguments that are not tensors as plain numbers, with every default made explicit."""
+    window, slopes = params.window_size, params.alibi_slopes
+    return {
+        "dropout": _plain_number(params.dropout),
+        "scale": default_scale(params.query) if params.scale is None else _plain_number(params.scale),
+        "softcap": _plain_number(params.softcap),
+        "window_size": OPEN_WINDOW if max(window) < 0 else (index(window[0]), index(window[1])),
+        "alibi_slopes": slopes if slopes is None else slopes.float(),
+    }
+
+
+def _plain_number(value: Any) -> Any:
+    return value if isinstance(value, (int, torch.SymInt, torch.SymFloat)) or type(value) is float else float(value)
+
+
+def default_scale(query: Tensor) -> float:
+    """Return `1 / sqrt(E)`, rounded as PyTorch rounds it."""
+    return 1.0 / math.sqrt(index(query.shape[-1]))

@@ -1,0 +1,154 @@
+"""Why this one, and why not the others, without running anything."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._api import scaled_dot_product_attention, varlen_attn
+from attnplug._call.device import described
+from attnplug._call.facts import CallFacts, nested_facts
+from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
+from attnplug._dispatch.resolver import explain_all, refusals
+from attnplug._run.contract import DIFFERENTIABLE
+from attnplug._selection.selection import current_selection
+from attnplug._selection.state import start
+from attnplug._tables import table
+from attnplug._types import CausalVariant, SDPAParams, Verdict
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, and a verdict for every implementation; `str()` is a table.
+
+    Attributes:
+        chosen: the implementation that would run; None where nothing that is allowed supports the call, and
+            where the call is empty.
+        candidates: a verdict for every implementation, the chosen one first.
+        empty: whether some size is zero, so that the call returns what the formulas say and no kernel runs.
+    """
+
+    chosen: str | None
+    candidates: tuple[Verdict, ...]
+    empty: bool = False
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                verdict.name,
+                verdict.backend.name if verdict.backend is not None else "-",
+                "runs" if verdict.name == self.chosen else "could" if verdict.accepted else "no",
+                "; ".join(verdict.reasons),
+            )
+            for verdict in self.candidates
+        ]
+        return table(("implementation", "family", "", "reasons"), rows)
+
+
+_EMPTY = ("is not asked: the call is empty, and no kernel runs",)
+_DENSE = inspect.signature(scaled_dot_product_attention)
+_VARLEN = inspect.signature(varlen_attn)
+
+
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    *args: Any,
+    impl: str | None = None,
+    compute_capability: tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Say which implementation would run a call, and for every other each reason why not.
+
+    Takes the arguments of `scaled_dot_product_attention`, or, if `cu_seq_q` is given by name, those of
+    `varlen_attn`. Nothing runs; but what the kernels themselves must be asked makes them be imported.
+
+    Args:
+        query: as for the call. Fake tensors will do, on a device that is not here too.
+        key: likewise.
+        value: likewise.
+        *args: the rest of the call, by position.
+        **kwargs: the rest of the call, by name.
+        impl: as `impl=` of the call.
+        compute_capability: answer for an NVIDIA card of this compute capability, such as `(9, 0)`, in the place
+            of the one that is here, if any; everything but the card is what is installed here.
+
+    Raises:
+        TypeError, ValueError: what the call itself would raise for its arguments; `compute_capability` is none,
+            or is given for a query that is on no CUDA device.
+        UnknownImplementationError: `impl` names no implementation.
+
+    Examples:
+        >>> import torch, attnplug
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> attnplug.explain(query, query, query, softcap=30.0, impl="aten_flash").chosen is None
+        True
+    """
+    signature = _VARLEN if "cu_seq_q" in kwargs else _DENSE
+    bound = signature.bind(query, key, value, *args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    del given["impl"]
+    given["dropout"] = given.pop("dropout_p")
+    if signature is _VARLEN:
+        given["causal_variant"] = CausalVariant.LOWER_RIGHT
+    params = _prepared(SDPAParams(**given))
+    registry, selection = start(), current_selection(impl)
+    with described(compute_capability, params.query.device):
+        if not params.query.is_nested and is_empty(params):
+            return Explanation(
+                None, tuple(Verdict(entry.name, entry.spec.backend, False, _EMPTY) for entry in registry), empty=True
+            )
+        chosen, verdicts = explain_all(registry, selection, _facts(params), params)
+    return Explanation(chosen, tuple(verdicts))
+
+
+def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int, int] | None = None) -> Verdict:
+    """Return whether an implementation supports a call, whatever is selected; truthy if so.
+
+    Args:
+        name: of the implementation.
+        params: the call.
+        compute_capability: as in `explain`: answer for a card that is not here.
+
+    Raises:
+        UnknownImplementationError: no implementation has this name.
+        TypeError, ValueError: `params` is no `SDPAParams`, or describes no valid call; `compute_capability` is
+            none, or is given for a query that is on no CUDA device.
+    """
+    if not isinstance(params, SDPAParams):
+        raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
+    entry = start().get(name, "name")
+    prepared = _prepared(params)
+    if not prepared.query.is_nested and is_empty(prepared):
+        return Verdict(entry.name, entry.spec.backend, False, _EMPTY)
+    with described(compute_capability, prepared.query.device):
+        reasons = refusals(entry, _facts(prepared), prepared)
+    return Verdict(entry.name, entry.spec.backend, not reasons, reasons)
+
+
+def _prepared(params: SDPAParams) -> SDPAParams:
+    """Check and normalise a call that nobody will differentiate, so that autograd records nothing.
+
+    It would look for the device of each view that it records, and PyTorch ends the process where there is
+    none, as for a fake CUDA tensor on a machine without CUDA.
+    """
+    with torch.no_grad():
+        prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
+    wanting: dict[str, Any] = {}
+    for name in DIFFERENTIABLE:
+        given, view = getattr(params, name), getattr(prepared, name)
+        if isinstance(view, Tensor) and given.requires_grad and not view.requires_grad:
+            wanting[name] = view.detach().requires_grad_()
+    return replace(prepared, **wanting)
+
+
+def _facts(prepared: SDPAParams) -> CallFacts:
+    facts = nested_facts(prepared) if prepared.query.is_nested else CallFacts.of(prepared)
+    assert facts is not None, prepared
+    return facts

@@ -1,0 +1,72 @@
+"""Looking at the registry and adding to it; nothing here imports torch."""
+
+from __future__ import annotations
+
+from operator import index  # under a trace it makes a symbolic size a constant, with a guard
+
+from attnplug._registry.registry import PROGRAM
+from attnplug._selection.state import process, start, start_outside
+from attnplug._tracing import constant_in_traces
+from attnplug._types import ImplRecord, ImplSpec
+
+
+def register_impl(spec: ImplSpec) -> None:
+    """Add an implementation from a program, with no package. It is chosen like any other.
+
+    Args:
+        spec: its name, kernel, family and capabilities.
+
+    Raises:
+        TypeError: `spec` is not an `ImplSpec`.
+        DuplicateImplementationError: its name is taken.
+
+    Examples:
+        >>> import torch, attnplug
+        >>> def forward(params):
+        ...     weights = torch.softmax(params.scale * params.query @ params.key.mT, -1)
+        ...     return weights @ params.value, None
+        >>> spec = attnplug.ImplSpec(name="mine", kernel=forward, backend=attnplug.SDPBackend.MATH, priority=-200)
+        >>> attnplug.register_impl(spec)
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> attnplug.scaled_dot_product_attention(query, query, query, impl="mine").shape
+        torch.Size([1, 2, 4, 8])
+        >>> attnplug.unregister_impl("mine")
+    """
+    if not isinstance(spec, ImplSpec):
+        raise TypeError(f"spec: expected an ImplSpec, got {type(spec).__name__}")
+    start().add(spec, PROGRAM)
+
+
+def unregister_impl(name: str) -> None:
+    """Remove an implementation that was added with `register_impl` or `register_flash_attention_impl`.
+
+    Args:
+        name: of the implementation.
+
+    Raises:
+        UnknownImplementationError: there is none of this name.
+        ValueError: it is built in, comes from an installed package, or is active.
+    """
+    if name == process.activation:
+        raise ValueError(f"name: {name!r} is active; restore_flash_attention_impl() first")
+    start().remove(name)
+
+
+def list_impls() -> list[ImplRecord]:
+    """Return a record for each implementation, in the order of preference, broken plugins last."""
+    start_outside()
+    assert process.registry is not None
+    return list(_records(index(process.registry.generation)))
+
+
+@constant_in_traces
+def _records(generation: int) -> tuple[ImplRecord, ...]:
+    """Return the records; in a trace they are a constant of this generation, on which it has a guard."""
+    return tuple(start().records())
+
+
+def list_flash_attention_impls() -> list[str]:
+    """Return the sorted names of all registered implementations: built in, discovered and registered."""
+    start_outside()
+    assert process.registry is not None
+    return process.registry.names()

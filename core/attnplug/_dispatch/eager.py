@@ -1,0 +1,128 @@
+"""The path of one eager call.
+
+Two routes, after the one that `_api` takes when PyTorch's own function can simply run: *kept*, where the facts of
+the call are those of a decision that was made before, and *decided*, where every argument is checked, the call is
+brought into the one form that kernels know, and the candidates are asked.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from attnplug._call.autocast import any_autocast, autocasted, no_autocast
+from attnplug._call.facts import CallFacts, nested_facts
+from attnplug._call.prepare import empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._call.validate_varlen import check_lengths
+from attnplug._dispatch.plans import Plan, Result, find, make
+from attnplug._dispatch.recording import replayed
+from attnplug._selection.state import start, thread
+from attnplug._types import SDPAParams
+
+
+def dense(params: SDPAParams, impl: str | None) -> Result:
+    """Run one dense call, described as the user gave it; returns `out`, and `lse` or None."""
+    if thread.state.recordings:
+        impl = replayed(impl)
+    if any_autocast():
+        cast = autocasted(params)
+        with no_autocast(cast.query) if isinstance(cast.query, Tensor) else _NOTHING:
+            return _route(cast, impl)
+    return _route(params, impl)
+
+
+def varlen(params: SDPAParams, impl: str | None) -> Result:
+    """Run one variable-length call. What its lengths may have wrong is checked each time."""
+    if thread.state.recordings:
+        impl = replayed(impl)
+    if any_autocast():
+        params = autocasted(params)
+    plan = _kept(params, impl)
+    if plan is not None:
+        check_lengths(params)
+        return plan.run(params)
+    _check_impl(impl)
+    prepared = prepare_varlen(params)
+    if is_empty(prepared):
+        return empty(prepared)
+    return _plan(prepared, impl).run(prepared)
+
+
+def _route(params: SDPAParams, impl: str | None) -> Result:
+    plan = _kept(params, impl)
+    if plan is not None:
+        return plan.run(params)
+    return _lifted(params, impl) or _decided(params, impl)
+
+
+def _kept(params: SDPAParams, impl: str | None) -> Plan | None:
+    """Return the plan kept for a call, whose mask gets four dimensions, and whose scale its default."""
+    mask = params.attn_mask
+    try:
+        if mask is not None:
+            if is_causal_bias(mask):
+                return None
+            if mask.dim() < 4 == params.query.dim():
+                params.__dict__["attn_mask"] = mask[(None,) * (4 - mask.dim())]
+        facts = CallFacts.of(params)
+        plan = None if facts is None else find(impl, facts, params)
+    except (AttributeError, TypeError):  # no tensor, or something unhashable: the decided route has words for it
+        return None
+    if plan is None:
+        params.__dict__["attn_mask"] = mask
+    elif params.scale is None:
+        params.__dict__["scale"] = plan.scale
+    return plan
+
+
+def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
+    """Run a call of three dimensions as one of four, if that one is kept."""
+    tensors = (params.query, params.key, params.value)
+    if not all(isinstance(tensor, Tensor) and tensor.dim() == 3 for tensor in tensors):
+        return None
+    query, key, value = (tensor.unsqueeze(0) for tensor in tensors)
+    lifted = replace(params, query=query, key=key, value=value)
+    plan = _kept(lifted, impl)
+    if plan is None:
+        return None
+    if plan.decision.kernel.any_form:
+        return plan.run(params)
+    out, lse = plan.run(lifted)
+    return out.squeeze(0), lse if lse is None else lse.squeeze(0)
+
+
+def _decided(params: SDPAParams, impl: str | None) -> Result:
+    """Check every argument, bring the call into the one form that kernels know, and decide."""
+    _check_impl(impl)
+    prepared, rows = prepare_dense(params)
+    if prepared.query.is_nested:
+        return make(impl, nested_facts(prepared), prepared, keep=False).run(prepared)
+    if is_empty(prepared):
+        out, lse = empty(prepared)
+    else:
+        plan = _plan(prepared, impl)
+        if plan.decision.kernel.any_form:
+            return plan.run(own_terms(params))
+        out, lse = plan.run(prepared)
+    return out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
+
+
+def _plan(prepared: SDPAParams, impl: str | None) -> Plan:
+    """Return the plan kept for a checked call in the form that kernels know, or decide."""
+    facts = CallFacts.of(prepared)
+    assert facts is not None, prepared
+    return find(impl, facts, prepared) or make(impl, facts, prepared)
+
+
+def _check_impl(impl: Any) -> None:
+    registry = start()
+    if impl is not None:
+        if not isinstance(impl, str):
+            raise TypeError(f"impl: expected the name of an implementation or None, got {impl!r}")
+        registry.get(impl, "impl")
+
+
+_NOTHING = nullcontext()

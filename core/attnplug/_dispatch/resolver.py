@@ -1,0 +1,121 @@
+"""Implementations, a call and a selection to a decision: one implementation, or every reason why none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from attnplug._call.facts import CallFacts
+from attnplug._call.requirements import features, lacking, needs_grad
+from attnplug._errors import FallbackWarning, NoImplementationError
+from attnplug._registry.kernel import Kernel
+from attnplug._registry.registry import Entry, Registry
+from attnplug._selection.selection import Selection
+from attnplug._selection.state import process
+from attnplug._types import SDPAParams, SDPBackend, Verdict
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The implementation chosen for a call, and what was asked before it."""
+
+    entry: Entry
+    passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shape_dependent: bool = False
+    """Whether any kernel asked looked at lengths, so that the decision holds for this shape alone."""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.entry.kernel
+
+    @property
+    def backend(self) -> SDPBackend | None:
+        return self.entry.spec.backend
+
+
+def resolve(registry: Registry, selection: Selection, call: CallFacts, params: SDPAParams) -> Decision:
+    """Choose the implementation that runs a call; `params`, which has its facts, is for the kernels' `supports`.
+
+    Raises:
+        NoImplementationError: no allowed candidate supports the call; lists all reasons of each.
+        UnknownImplementationError: `impl=` names none.
+    """
+    refused: dict[str, tuple[str, ...]] = {}
+    shape_dependent = False
+    for entry in selection.candidates(registry):
+        reasons = refusals(entry, call, params)
+        shape_dependent |= _looks_at_shape(entry)
+        if not reasons:
+            _report_fallback(selection, refused, entry.name)
+            return Decision(entry, refused, shape_dependent)
+        refused[entry.name] = reasons
+    raise NoImplementationError(refused, selection.exact)
+
+
+def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ...]:
+    """Return each reason why `entry` does not take the call; none means that it does.
+
+    The kernel is imported only when everything that can be said without it speaks for it.
+    """
+    reasons = lacking(entry.spec.capabilities, call)
+    if missing := entry.missing():
+        reasons += (missing,)
+    if reasons:
+        return reasons
+    kernel = entry.load()
+    if kernel is None:
+        return (f"is broken: {entry.broken}" if entry.broken else "is still being imported",)
+    if needs_grad(call) and not kernel.differentiable:
+        reasons += ("has no backward, and a gradient is needed",)
+    if kernel.register_fn is not None and process.activation != entry.name:
+        reasons += (
+            f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({entry.name!r})",
+        )
+    return reasons + kernel.missing(features(call)) + kernel.refusals(params)
+
+
+def explain_all(
+    registry: Registry, selection: Selection, call: CallFacts, params: SDPAParams
+) -> tuple[str | None, list[Verdict]]:
+    """Return what `resolve` would choose, and a verdict for every implementation, chosen one first."""
+    candidates = selection.candidates(registry)
+    chosen: str | None = None
+    verdicts = []
+    for entry in candidates:
+        reasons = refusals(entry, call, params)
+        accepted = not reasons
+        if accepted and chosen is None:
+            chosen = entry.name
+        elif accepted:
+            reasons = (f"{chosen} comes first",)
+        verdicts.append(Verdict(entry.name, entry.spec.backend, accepted, reasons))
+    outside = f"outside {selection.exact}"
+    for entry in registry:
+        if entry not in candidates:
+            reasons = (outside, *refusals(entry, call, params))
+            verdicts.append(Verdict(entry.name, entry.spec.backend, False, reasons))
+    verdicts.sort(key=lambda verdict: verdict.name != chosen)
+    return chosen, verdicts
+
+
+def _looks_at_shape(entry: Entry) -> bool:
+    return entry.loaded is not None and entry.loaded.shape_dependent
+
+
+_reported: set[tuple[str, tuple[str, ...]]] = set()
+
+
+def _report_fallback(selection: Selection, refused: Mapping[str, tuple[str, ...]], chosen: str) -> None:
+    """Say once per implementation and reasons that a preferred implementation was passed over."""
+    for name in selection.wanted:
+        if name in refused and (name, refused[name]) not in _reported:
+            _reported.add((name, refused[name]))
+            reasons = "; ".join(refused[name])
+            warnings.warn(
+                FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"), stacklevel=2
+            )

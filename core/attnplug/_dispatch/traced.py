@@ -1,0 +1,157 @@
+"""The path of one call under `torch.compile` and `torch.export`.
+
+The resolver runs outside the graph, as a constant: all that it depends on is either an argument that the
+trace specialises on, or state that it guards (this thread's scope, the registry's generation). So the
+graph holds the chosen kernel alone, and a change of selection is a guard that fails, never a stale choice.
+"""
+
+from __future__ import annotations
+
+from operator import index  # under a trace it makes a symbolic size a constant, with a guard
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from attnplug._call.autocast import no_autocast
+from attnplug._call.facts import CallFacts, Extensions, Layout, TensorFacts, example
+from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._dispatch.plans import Result
+from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
+from attnplug._dispatch.resolver import Decision, resolve
+from attnplug._errors import AttnplugError
+from attnplug._run.contract import check_outputs
+from attnplug._run.operator import arguments_of, operator_of
+from attnplug._run.transforms import is_transformed
+from attnplug._selection.selection import Selection
+from attnplug._selection.state import process, start, start_outside, thread
+from attnplug._tracing import constant_in_traces
+from attnplug._types import SDPAParams, SDPBackend
+
+
+class _Chosen:
+    """What was chosen so far, by attribute: adding one does not touch the guards on another."""
+
+
+_composite = _Chosen()
+_operators = _Chosen()
+
+
+def dense(params: SDPAParams, impl: str | None) -> Result:
+    """Trace one dense call."""
+    start_outside()
+    given = own_terms(params)
+    prepared, rows = prepare_dense(params)
+    if is_empty(prepared):
+        out, lse = empty(prepared)
+    else:
+        name, composite = _chosen(prepared, impl)
+        if composite and getattr(_composite, name).any_form:
+            return getattr(_composite, name).forward(given)  # type: ignore[no-any-return]
+        with no_autocast(prepared.query):
+            out, lse = _run(prepared, name, composite)
+    if rows != prepared.query.shape[:-1]:
+        out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
+    return out, lse
+
+
+def varlen(params: SDPAParams, impl: str | None) -> Result:
+    """Trace one variable-length call."""
+    start_outside()
+    prepared = prepare_varlen(params)
+    if is_empty(prepared):
+        return empty(prepared)
+    name, composite = _chosen(prepared, impl)
+    with no_autocast(prepared.query):
+        return _run(prepared, name, composite)
+
+
+def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
+    """Return, as constants, the name of the chosen implementation and whether it is traced into."""
+    registry = process.registry
+    assert registry is not None
+    facts = _constant(CallFacts.of(params))
+    selected = (thread.state.scope, impl, process.activation, index(registry.generation))
+    if _shape_matters(*selected, facts):
+        facts = (*facts[:-1], _constant(Layout.of(params)))
+    name, composite, error = _choose(*selected, facts)
+    if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
+        raise AttnplugError(error)
+    return name, composite
+
+
+def _run(params: SDPAParams, name: str, composite: bool) -> Result:
+    if composite:
+        returned = getattr(_composite, name).forward(params)
+        check_outputs(name, params, returned)
+        out, lse = returned[:2]
+    else:
+        out, lse, _ = getattr(_operators, name)(*arguments_of(params))
+    return out, lse if params.return_lse else None
+
+
+def _constant(value: Any) -> Any:
+    """Return facts as plain tuples of constants; a size that is symbolic becomes a number, with a guard."""
+    if isinstance(value, tuple):
+        return tuple(_constant(item) for item in value)
+    if value is None or value is True or value is False or isinstance(value, (torch.dtype, torch.device)):
+        return value
+    return index(value)
+
+
+def _facts(items: tuple[Any, ...]) -> CallFacts:
+    """Return the facts whose constants `items` are."""
+    *sizes, mask, extensions, layout = items
+    if extensions is not None:
+        variant, window, softcap, sinks, *others = extensions
+        extensions = Extensions(variant, window, softcap, None if sinks is None else TensorFacts(*sinks), *others)
+    return CallFacts._make(
+        (
+            *sizes,
+            None if mask is None else TensorFacts(*mask),
+            extensions,
+            None if layout is None else Layout(*layout),
+        )
+    )
+
+
+def _resolved(scope: Any, impl: str | None, activation: str | None, items: tuple[Any, ...]) -> Decision:
+    """Decide as an eager call with these facts would, on fake tensors that have them."""
+    facts = _facts(items)
+    with _disable_current_modes(), FakeTensorMode():
+        params = example(facts)
+        with torch.enable_grad():
+            return resolve(start(), Selection(impl, scope, activation, process.preferred), facts, params)
+
+
+@constant_in_traces
+def _shape_matters(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> bool:
+    try:
+        return _resolved(scope, impl, activation, items).shape_dependent
+    except AttnplugError:
+        return True  # another shape may do, and if not then `_choose` says so
+
+
+@constant_in_traces
+def _choose(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[str, bool, str]:
+    """Return the name under which the chosen kernel is kept, whether it is traced into, and what went wrong."""
+    try:
+        decision = _resolved(scope, impl, activation, items)
+    except AttnplugError as error:
+        return "", False, str(error)
+    if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
+        warn_unfused(decision)
+    if decision.kernel.composite:
+        setattr(_composite, decision.name, decision.kernel)
+    elif is_transformed():
+        return (
+            "",
+            False,
+            f"implementation {decision.name!r} cannot be seen through by torch.func transforms inside torch.compile; "
+            f"leave the transformed function uncompiled, or use an implementation made of PyTorch operators, for "
+            f"example inside sdpa_kernel(SDPBackend.MATH)",
+        )
+    else:
+        setattr(_operators, decision.name, operator_of(decision.entry).forward)
+    return decision.name, decision.kernel.composite, ""

@@ -1,0 +1,96 @@
+"""From an author's forward and backward to autograd, for every kernel that runs in eager code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._errors import GradientError
+from attnplug._registry.registry import Entry
+from attnplug._run.contract import (
+    DIFFERENTIABLE,
+    TENSORS,
+    KernelCall,
+    declares,
+    no_lse_gradient,
+    no_second_derivatives,
+    run_forward,
+    tensors_of,
+)
+from attnplug._types import Feature, SDPAParams
+
+
+def run(entry: Entry, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Run the chosen kernel and return `out` and `lse`, differentiable where `grad` is true.
+
+    Raises:
+        KernelError: the kernel returned something else than it must.
+    """
+    if grad and entry.kernel.backward is not None:
+        return _Attention.apply(KernelCall.of(entry, params), *tensors_of(params))  # type: ignore[no-any-return, no-untyped-call]
+    out, lse = run_forward(entry, params)[:2]
+    return refusing_lse_gradient(entry, params, out, lse) if grad else (out, lse)
+
+
+def refusing_lse_gradient(
+    entry: Entry, params: SDPAParams, out: Tensor, lse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return `out`, and `lse` such that asking for its gradient raises unless the kernel declares one."""
+    if lse is not None and params.return_lse and not declares(entry, Feature.LSE_GRADIENT):
+        inputs = [tensor for tensor in tensors_of(params)[: len(DIFFERENTIABLE)] if tensor is not None]
+        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *inputs)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    """A kernel's forward and backward. What ran forward runs backward, whatever is selected by then."""
+
+    @staticmethod
+    def forward(ctx: Any, call: KernelCall, *tensors: Tensor | None) -> tuple[Any, Any]:
+        out, lse, *saved = call.forward(tensors)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, out, lse, *saved)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        call: KernelCall = ctx.call
+        everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
+        tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
+        wanted = ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)]
+        grads = call.backward(tensors, wanted, grad_out, grad_lse, out, lse, saved)
+        if torch.is_grad_enabled() and not declares(call.entry, Feature.SECOND_DERIVATIVES):
+            grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
+        return (None, *grads, *(None for _ in TENSORS[len(grads) :]))
+
+
+class _Refuse(torch.autograd.Function):
+    """Pass `count` tensors through, and raise where someone asks for their gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message: str, count: int, *tensors: Tensor) -> Any:
+        passed = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+        return passed[0] if count == 1 else passed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise GradientError(ctx.message)
+
+
+def _refuse_second_derivatives(entry: Entry, grads: list[Tensor | None], inputs: Any) -> list[Tensor | None]:
+    present = [grad for grad in grads if grad is not None]
+    given = [tensor for tensor in inputs if tensor is not None]
+    if not present:
+        return grads
+    passed = _Refuse.apply(no_second_derivatives(entry), len(present), *present, *given)  # type: ignore[no-untyped-call]
+    wrapped = iter(passed if isinstance(passed, tuple) else (passed,))
+    return [None if grad is None else next(wrapped) for grad in grads]

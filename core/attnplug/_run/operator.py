@@ -1,0 +1,256 @@
+"""One operator of its own for each kernel that a trace cannot look into.
+
+`torch.compile`, `torch.export` and fake tensors see a kernel that is not made of PyTorch operators as one
+opaque operator `attnplug::<name>`, with a fake kernel and autograd, made here from the same forward and
+backward that eager calls use. Eager calls do not pass through it: a call through PyTorch's dispatcher
+costs more than the rest of the path.
+
+A graph has to know the shapes of what forward saves for backward before it runs. A kernel that saves and
+has no `fake` to say so is not asked: its backward runs forward once more, under the same random state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from attnplug._registry.registry import Entry
+from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, KernelCall, declares, tensors_of
+from attnplug._tracing import constant_in_traces
+from attnplug._types import CausalVariant, Feature, SDPAParams
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
+    "Tensor? seqused_k, Tensor? cu_seq_q, Tensor? cu_seq_k, Tensor? block_table, float dropout, bool is_causal, "
+    "bool enable_gqa, float scale, int causal_variant, int[] window_size, float softcap, bool return_lse, "
+    "SymInt? max_q, SymInt? max_k, int draw"
+)
+_FORWARD = f"({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
+_BACKWARD = (
+    f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor[] saved, bool[] wanted, {_ARGUMENTS}) "
+    f"-> Tensor[]"
+)
+_NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
+
+_defined: set[str] = set()
+_draws = itertools.count(1)
+
+
+@cache
+def _library() -> torch.library.Library:
+    """Return the namespace of the operators, made when the first one is."""
+    return torch.library.Library("attnplug", "FRAGMENT")
+
+
+@cache
+def operator_of(entry: Entry) -> Operator:
+    """Return the operator of the chosen kernel, defining it at the first call."""
+    return Operator(entry)
+
+
+def is_watched(query: Tensor) -> bool:
+    """Whether something (a trace, fake tensors, a dispatch mode) must see a kernel as an operator."""
+    return (
+        type(query) is not Tensor and type(query) is not torch.nn.Parameter
+    ) or torch._C._len_torch_dispatch_stack() > 0
+
+
+class Operator:
+    """The operators of one kernel, `attnplug::<name>` and `attnplug::<name>_backward`."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self.kernel = entry.kernel
+        self._gives_lse = declares(entry, Feature.LSE)
+        self._saves = False
+        """Whether forward has ever saved something that it has no `fake` to describe."""
+        name = _free_name(entry.name)
+        tags = (torch.Tag.nondeterministic_seeded,) if declares(entry, Feature.DROPOUT) else ()
+        for suffix, schema, real, fake in (
+            ("", _FORWARD, self._forward, self._fake_forward),
+            ("_backward", _BACKWARD, self._backward, self._fake_backward),
+        ):
+            _library().define(f"{name}{suffix}{schema}", tags=() if suffix else tags)
+            _library().impl(f"{name}{suffix}", real, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"attnplug::{name}{suffix}", fake, lib=_library())
+        torch.library.register_autograd(
+            f"attnplug::{name}", self._differentiate, setup_context=self._remember, lib=_library()
+        )
+        self.forward = getattr(torch.ops.attnplug, name).default
+        self.backward = getattr(torch.ops.attnplug, f"{name}_backward").default
+
+    def run(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
+        """Run the operator; returns `out` and `lse`, None unless asked for."""
+        out, lse, _ = self.forward(*arguments_of(params))
+        return out, lse if params.return_lse else None
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        call, tensors = self._call(arguments)
+        before = self._random_state(call, tensors)
+        out, lse, *saved = call.forward(tensors)
+        if self.kernel.fake is None:
+            self._saves |= bool(saved)
+            out, saved = out.contiguous(), before
+        return out, _no_lse(call, tensors) if lse is None else lse, saved
+
+    def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        call, tensors = self._call(arguments)
+        described = call.fake(tensors)
+        if described is not None:
+            out, lse, *saved = described
+            return out, _no_lse(call, tensors) if lse is None else lse, saved
+        params = call.params(tensors)
+        query, value = params.query, params.value
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(call, tensors)]
+        if not self._gives_lse:
+            return out, _no_lse(call, tensors), before
+        return out, query.new_empty(params.lse_shape, dtype=params.lse_dtype), before
+
+    def _backward(
+        self,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        saved: list[Tensor],
+        wanted: list[bool],
+        *arguments: Any,
+    ) -> list[Tensor]:
+        call, tensors = self._call(arguments)
+        with torch.no_grad():
+            if self.kernel.fake is None and self._saves:
+                with _random_state(saved, out.device):
+                    _, _, *saved = call.forward(tensors)
+            elif self.kernel.fake is None:
+                saved = []
+            grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
+        return [_fresh(grad, tensors) for grad in grads if grad is not None]
+
+    def _fake_backward(
+        self,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        saved: list[Tensor],
+        wanted: list[bool],
+        *arguments: Any,
+    ) -> list[Tensor]:
+        return [tensor.new_empty(tensor.shape) for tensor, want in zip(arguments, wanted, strict=False) if want]
+
+    def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        out, lse, saved = output
+        ctx.count = len(TENSORS)
+        ctx.save_for_backward(*inputs[: ctx.count], out, lse, *saved)
+        ctx.constants = inputs[ctx.count :]
+        ctx.set_materialize_grads(False)
+        if not declares(self._entry, Feature.LSE_GRADIENT):
+            ctx.mark_non_differentiable(lse)
+
+    def _differentiate(self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_saved: Any) -> Any:
+        everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
+        inputs, (out, lse, *saved) = everything[: ctx.count], everything[ctx.count :]
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(_NAMES)
+        wanted = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+        grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, *inputs, *ctx.constants))
+        given = [next(grads) if want else None for want in wanted]
+        return (*given, *(None for _ in _NAMES[len(given) :]))
+
+    def _random_state(self, call: KernelCall, tensors: tuple[Any, ...]) -> list[Tensor]:
+        """Return what backward needs to run forward again: the random state, if forward draws numbers."""
+        if self.kernel.fake is not None or self.kernel.backward is None or not call.constant("dropout"):
+            return []
+        with _disable_current_modes():
+            return [_generator_state(tensors[0].device)]
+
+    def _call(self, arguments: tuple[Any, ...]) -> tuple[KernelCall, tuple[Any, ...]]:
+        """Return the call that the operator's arguments describe, and its tensors."""
+        tensors, values = arguments[: len(TENSORS)], dict(zip(_NAMES, arguments, strict=True))
+        values["causal_variant"] = CausalVariant(values["causal_variant"])
+        values["window_size"] = tuple(values["window_size"])
+        # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
+        values["return_lse"] = self._gives_lse
+        return KernelCall(self._entry, tuple(values[name] for name in CONSTANTS)), tensors
+
+
+def arguments_of(params: SDPAParams) -> tuple[Any, ...]:
+    """Return `params` as the operators of this module take it."""
+    return (
+        *tensors_of(params),
+        params.dropout,
+        params.is_causal,
+        params.enable_gqa,
+        params.scale,
+        int(params.causal_variant),
+        list(params.window_size),
+        params.softcap,
+        params.return_lse,
+        params.max_q,
+        params.max_k,
+        _next_draw() if params.dropout > 0 else 0,
+    )
+
+
+@constant_in_traces
+def _next_draw() -> int:
+    """Return another number at each call: a graph merges operators whose arguments are equal, random ones too."""
+    return next(_draws)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """Return the state of the device's default generator."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    module = torch.get_device_module(device)
+    if not module.is_available():  # fake tensors of a device that is not there: seed and offset, 8 bytes each
+        return torch.empty(16, dtype=torch.uint8)
+    return module.get_rng_state(device)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _random_state(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Put the device's default generator into the state in `states`, if there is one, and back afterwards."""
+    if not states:
+        yield
+        return
+    others = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(others, device_type="cuda" if device.type == "cpu" else device.type):
+        if others:
+            torch.get_device_module(device).set_rng_state(states[0], device)
+        else:
+            torch.set_rng_state(states[0])
+        yield
+
+
+def _free_name(name: str) -> str:
+    """Return an operator name that was never used: an operator, once defined, stays."""
+    base = re.sub(r"\W", "_", name)
+    free = base
+    while free in _defined:
+        free = f"{base}_{len(_defined)}"
+    _defined.add(free)
+    return free
+
+
+def _fresh(grad: Tensor, tensors: tuple[Any, ...]) -> Tensor:
+    """Return a contiguous gradient that is none of the inputs: what the fake kernel promises."""
+    return grad.clone() if any(grad is tensor for tensor in tensors) else grad.contiguous()
+
+
+def _no_lse(call: KernelCall, tensors: tuple[Any, ...]) -> Tensor:
+    """Return what stands for an lse where there is none: an operator's result cannot be None."""
+    return tensors[0].new_empty((0,), dtype=call.params(tensors).lse_dtype)
+
+
+assert _NAMES[: len(TENSORS)] == TENSORS
+assert set(_NAMES[len(TENSORS) :]) == {*CONSTANTS, "draw"}

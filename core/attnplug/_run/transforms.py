@@ -1,0 +1,130 @@
+"""Kernels under `torch.func` (grad, vmap and what is made of them) and under forward-mode derivatives.
+
+A kernel made of PyTorch operators is run as it stands, and they transform it. For an opaque one the
+transforms need rules: `vmap` runs it once for each element, since a kernel has no dimension to spare, and
+what has no rule (forward-mode and second derivatives) raises, rather than giving a zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnplug._errors import GradientError
+from attnplug._registry.registry import Entry
+from attnplug._run.autograd import refusing_lse_gradient
+from attnplug._run.contract import (
+    DIFFERENTIABLE,
+    TENSORS,
+    KernelCall,
+    no_second_derivatives,
+    run_forward,
+    tensors_of,
+)
+from attnplug._types import SDPAParams
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, or a level of forward-mode derivatives, is around this call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def run_transformed(entry: Entry, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
+    """Run the chosen kernel so that the transforms around this call see it; returns `out` and `lse`.
+
+    Raises:
+        GradientError: the kernel has no rule for one of them.
+    """
+    if entry.kernel.composite:
+        return refusing_lse_gradient(entry, params, *run_forward(entry, params)[:2])
+    returned = _Forward.apply(KernelCall.of(entry, params), *tensors_of(params))  # type: ignore[no-untyped-call]
+    return returned[0], returned[1]
+
+
+class _Forward(torch.autograd.Function):
+    """The kernel's forward."""
+
+    @staticmethod
+    def forward(call: KernelCall, *tensors: Tensor | None) -> tuple[Any, ...]:
+        return call.forward(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *grad_saved: Tensor | None) -> Any:
+        call: KernelCall = ctx.call
+        everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
+        tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
+        wanted = tuple(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
+        given = (*tensors, grad_out, grad_lse, out, lse, *saved)
+        grads = _Backward.apply(call, wanted, *given)  # type: ignore[no-untyped-call]
+        return (None, *grads, *(None for _ in TENSORS[len(DIFFERENTIABLE) :]))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise GradientError(
+            f"implementation {ctx.call.entry.name!r} has no forward-mode derivatives; use one of the MATH family, "
+            f"for example inside sdpa_kernel(SDPBackend.MATH)"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, *tensors: Tensor | None) -> Any:
+        _refuse_equal_draws(call, info.randomness)
+        return _one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))  # type: ignore[no-untyped-call]
+
+
+class _Backward(torch.autograd.Function):
+    """The kernel's backward: one gradient, or None where none is wanted, for each of `DIFFERENTIABLE`."""
+
+    @staticmethod
+    def forward(call: KernelCall, wanted: tuple[bool, ...], *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, (grad_out, grad_lse, out, lse, *saved) = given[: len(TENSORS)], given[len(TENSORS) :]
+        assert out is not None
+        with torch.no_grad():
+            return tuple(call.backward(tensors, wanted, grad_out, grad_lse, out, lse, tuple(saved)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.call = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise GradientError(no_second_derivatives(ctx.call.entry))
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, wanted: tuple[bool, ...], *given: Any) -> Any:
+        return _one_by_one(info.batch_size, in_dims[2:], given, lambda each: _Backward.apply(call, wanted, *each))  # type: ignore[no-untyped-call]
+
+
+def _one_by_one(size: int, dims: tuple[Any, ...], tensors: tuple[Any, ...], run: Any) -> tuple[Any, Any]:
+    """Run on each element of the dimensions that `vmap` took away; return the results stacked, and where."""
+    elements = (
+        [
+            tensor if dim is None else tensor.select(dim, position).contiguous()
+            for tensor, dim in zip(tensors, dims, strict=True)
+        ]
+        for position in range(size)
+    )
+    results = list(zip(*map(run, elements), strict=True))
+    stacked = tuple(None if column[0] is None else torch.stack(column) for column in results)
+    return stacked, tuple(None if tensor is None else 0 for tensor in stacked)
+
+
+def _refuse_equal_draws(call: KernelCall, randomness: str) -> None:
+    """Raise where `vmap` asks for what dropout cannot give."""
+    if call.constant("dropout") == 0 or randomness == "different":
+        return
+    asked = "called random operations" if randomness == "error" else "asked for the same randomness in each element"
+    raise RuntimeError(
+        f"vmap: implementation {call.entry.name!r} with dropout_p > 0 {asked}; it draws anew for each: "
+        f"vmap(..., randomness='different')"
+    )

@@ -1,0 +1,93 @@
+"""Who decides about one call: `impl=`, the scope, the activation, the environment, and the order of the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attnplug._errors import SpecError
+from attnplug._registry.registry import Entry, Registry
+from attnplug._selection.state import Scope, process, thread
+from attnplug._types import as_backend
+
+FAMILY = ":"  # begins the entry of a family; no implementation's name begins so
+
+
+@dataclass(frozen=True)
+class Selection:
+    """All that decides about one call, besides the call itself."""
+
+    impl: str | None = None
+    scope: Scope | None = None
+    activation: str | None = None
+    preferred: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> str:
+        """What names exactly the implementations that are allowed; empty if any is."""
+        if self.impl is not None:
+            return f"impl={self.impl!r}"
+        return describe_scope(self.scope) if self.scope is not None else ""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The first choices that may be passed over, but not in silence."""
+        if self.impl is not None:
+            return ()
+        return tuple(name for name in (self.activation, *self.preferred) if name is not None)
+
+    def candidates(self, registry: Registry) -> list[Entry]:
+        """Return the allowed implementations, most preferred first."""
+        if self.impl is not None:
+            return [registry.get(self.impl, "impl")]
+        order = list(dict.fromkeys(self.wanted))
+        entries = sorted(registry, key=lambda entry: order.index(entry.name) if entry.name in order else len(order))
+        if self.scope is None:
+            return entries
+        set_priority, allowed = self.scope
+        if not set_priority:
+            return [entry for entry in entries if any(_covers(item, entry) for item in allowed)]
+        ordered = [entry for item in allowed for entry in entries if _covers(item, entry)]
+        return list(dict.fromkeys(ordered))
+
+
+def current_selection(impl: str | None = None) -> Selection:
+    """Return what decides in this thread now."""
+    return Selection(impl, thread.state.scope, process.activation, process.preferred)
+
+
+def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:
+    """Check the arguments of `sdpa_kernel` and return the scope that they describe.
+
+    Raises:
+        TypeError, ValueError: `backends` is empty, or holds something that is neither a family nor a name.
+        UnknownImplementationError: no implementation has a given name.
+    """
+    if not isinstance(set_priority, bool):
+        raise TypeError(f"set_priority: expected a bool, got {set_priority!r}")
+    items = list(backends) if isinstance(backends, (list, tuple, set, frozenset)) else [backends]
+    if not items:
+        raise ValueError("backends: got an empty list; name at least one SDPBackend or implementation")
+    entries: list[str] = []
+    for item in items:
+        if isinstance(item, str):
+            entries.append(registry.get(item, "backends").name)
+        else:
+            try:
+                entries.append(FAMILY + as_backend(item, "backends").name)
+            except SpecError as error:
+                raise TypeError(f"{error}; or the name of an implementation") from None
+    return (set_priority, tuple(dict.fromkeys(entries)))
+
+
+def describe_scope(scope: Scope) -> str:
+    """Return a scope as the user would write it."""
+    set_priority, entries = scope
+    shown = ", ".join(item.removeprefix(FAMILY) if item.startswith(FAMILY) else repr(item) for item in entries)
+    return f"sdpa_kernel([{shown}]{', set_priority=True' if set_priority else ''})"
+
+
+def _covers(item: str, entry: Entry) -> bool:
+    if not item.startswith(FAMILY):
+        return item == entry.name
+    return entry.spec.backend is not None and entry.spec.backend.name == item.removeprefix(FAMILY)

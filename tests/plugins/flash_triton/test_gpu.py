@@ -1,0 +1,190 @@
+"""What flash_triton does that only a card can show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnplug
+from attnplug import CausalVariant
+from attnplug.testing import assert_right
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(1, 1), (64, 128), (239, 1), (799, 3), (113, 203), (384, 256), (1023, 1024), (1024, 1023), (2048, 2048)]
+DEVICE = "cuda"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def attend(*tensors: Tensor, **arguments: Any) -> Any:
+    return attnplug.scaled_dot_product_attention(*tensors, enable_gqa=True, impl="flash_triton", **arguments)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [64, 72, 128, 256])
+@pytest.mark.parametrize("lengths", SHAPES, ids=str)
+def test_out_lse_and_gradients_are_right(dtype: torch.dtype, causal: bool, size: int, lengths: tuple[int, int]) -> None:
+    queries, keys = lengths
+    tensors = [random(1, 4, queries, size), random(1, 2, keys, size, seed=1), random(1, 2, keys, size, seed=2)]
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    weights = random(1, 4, queries, size, seed=3).to(dtype)
+    arguments = dict(zip(("query", "key", "value"), leaves, strict=True))
+    arguments |= dict(is_causal=causal, causal_variant=CausalVariant.LOWER_RIGHT)
+    out, lse = attend(**arguments, return_lse=True)
+    gradients = dict(zip(arguments, torch.autograd.grad(out, leaves, weights), strict=False))
+    assert_right(arguments, out.detach(), lse.detach(), gradients, grad_out=weights)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("zero", ["query", "key"])
+def test_small_integers_are_exact(zero: str, size: int, dtype: torch.dtype, causal: bool) -> None:
+    """Every product and every sum of these numbers is exact, so that one wrong bit in a product shows.
+
+    Either queries or keys are 0, so that all logits are; values come as `v, -v`, so that the mean of an even number
+    of them, and with it delta, is 0. A causal call's loss has the rows alone that see a power of two of keys.
+    """
+    length = 512
+    generator = torch.Generator(DEVICE).manual_seed(size)
+    numbers = [torch.randint(-1, 2, (2, 4, length, size), generator=generator, device=DEVICE) for _ in range(4)]
+    query, key, value, weights = (tensor.to(dtype) for tensor in numbers)
+    value[:, :, 1::2] = -value[:, :, ::2]
+    if causal:  # a power of two of keys for each row in the loss
+        rows = torch.arange(length, device=DEVICE) + 1
+        weights[:, :, (rows & (rows - 1) != 0) | (rows == 1)] = 0
+    (query if zero == "query" else key).zero_()
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    out = attend(*leaves, is_causal=causal, scale=0.5)
+    grads = torch.autograd.grad(out, leaves, weights)
+
+    visible = torch.ones(length, length, dtype=torch.float64, device=DEVICE)
+    p = visible.tril() if causal else visible
+    p = p / p.sum(-1, keepdim=True)
+    ref_out = p @ value.double()
+    grad_p = weights.double() @ value.double().mT
+    grad_logits = 0.5 * p * (grad_p - (ref_out * weights.double()).sum(-1, keepdim=True))
+    refs = (grad_logits @ key.double(), grad_logits.mT @ query.double(), p.mT @ weights.double())
+    in_loss = weights.any(-1).any(0).any(0)
+    assert torch.equal(out[:, :, in_loss], ref_out[:, :, in_loss].to(dtype))
+    for grad, ref in zip(grads, refs, strict=True):
+        assert torch.equal(grad, ref.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeated_runs_give_equal_bits(dtype: torch.dtype) -> None:
+    tensors = [random(2, 8, 1000, 64, dtype=dtype, seed=seed).requires_grad_() for seed in range(3)]
+    runs = []
+    for _ in range(3):
+        out = attend(*tensors, is_causal=True)
+        runs.append((out, *torch.autograd.grad(out, tensors, torch.ones_like(out))))
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+
+
+def test_a_captured_graph_of_forward_and_backward_replays() -> None:
+    tensors = [random(1, 4, 256, 64, seed=seed).requires_grad_() for seed in range(3)]
+    grad_out = random(1, 4, 256, 64, seed=3)
+
+    def run() -> tuple[Tensor, ...]:
+        out = attend(*tensors, is_causal=True)
+        return out, *torch.autograd.grad(out, tensors, grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    with torch.no_grad():
+        for seed, tensor in enumerate(tensors):
+            tensor.copy_(random(1, 4, 256, 64, seed=seed + 5))
+    graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(results, run(), strict=True))
+
+
+def test_a_replayed_graph_draws_new_dropout() -> None:
+    tensors = [random(1, 4, 256, 64, seed=seed) for seed in range(3)]
+    attend(*tensors, dropout_p=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*tensors, dropout_p=0.5)
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(first, out)
+
+
+def needs_memory(gibibytes: int) -> None:
+    free = torch.cuda.mem_get_info()[0]
+    if free < gibibytes * 2**30:
+        pytest.skip(f"needs {gibibytes} GiB of free memory, there are {free / 2**30:.0f}")
+
+
+def large(*shape: int) -> Tensor:
+    tensor = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+    assert tensor.numel() > 2**31
+    return tensor
+
+
+def test_keys_beyond_32_bits_are_right() -> None:
+    """The last head, which lies beyond 2**31 elements, must equal a call of its own, gradients too."""
+    needs_memory(30)
+    query, key = random(1, 132, 64, 128), large(1, 132, 2**17, 128)
+    weights = random(1, 132, 64, 128, seed=1)
+    results = []
+    for heads in (slice(None), slice(-1, None)):
+        leaves = [tensor[:, heads].detach().requires_grad_() for tensor in (query, key, key)]
+        out = attend(*leaves)
+        results.append([out[:, -1:], *(grad[:, -1:] for grad in torch.autograd.grad(out, leaves, weights[:, heads]))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_queries_beyond_32_bits_are_right() -> None:
+    needs_memory(30)
+    query, key = large(1, 132, 2**17, 128), random(1, 132, 64, 128)
+    results = []
+    for heads in (slice(None), slice(-1, None)):
+        leaves = [tensor[:, heads].detach().requires_grad_() for tensor in (query, key, key)]
+        out = attend(*leaves)
+        results.append([out[:, -1:], *(grad[:, -1:] for grad in torch.autograd.grad(out, leaves, out))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_tokens_and_masks_beyond_32_bits_are_right() -> None:
+    """Rows of a mask that start beyond 2**31 elements, and rows of tokens laid out (tokens, heads, size)."""
+    needs_memory(24)
+    mask = torch.rand(1, 1, 2**16 + 64, 2**15, device="cuda") < 0.5
+    assert mask.numel() > 2**31
+    query, key = random(1, 1, 2**16 + 64, 32), random(1, 1, 2**15, 32)
+    out = attend(query, key, key, attn_mask=mask)
+    assert torch.equal(out[:, :, -64:], attend(query[:, :, -64:], key, key, attn_mask=mask[:, :, -64:]))
+    del mask, out
+    key = large(1, 2**18 + 64, 64, 128).transpose(1, 2)
+    query = random(1, 64, 64, 128)
+    windowed = dict(causal_variant=CausalVariant.LOWER_RIGHT, window_size=(64, -1))
+    out = attend(query, key, key, **windowed)
+    assert torch.equal(out, attend(query, *[key[:, :, -256:]] * 2, **windowed))
+
+
+def test_forward_and_backward_compile_without_a_graph_break() -> None:
+    tensors = [random(1, 4, 256, 64, seed=seed).requires_grad_() for seed in range(3)]
+    out = torch.compile(attend, fullgraph=True)(*tensors, is_causal=True)
+    ref = attend(*tensors, is_causal=True)
+    assert torch.equal(out, ref)
+    for grad, ref_grad in zip(
+        torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(ref.sum(), tensors), strict=True
+    ):
+        assert torch.equal(grad, ref_grad)
