@@ -63,6 +63,10 @@ REGISTERS = {2: (240, 24, 168), 3: (160, 32, 128)}
 def reasons(params: SDPAParams) -> list[str]:
     """Return why this kernel does not run forward of a call; none if it does."""
     query, key, value = params.query, params.key, params.value
+    queries = query.shape[2] if params.cu_seq_q is None else params.max_q
+    rows = int(queries or 0) * (query.shape[1] // max(1, key.shape[1]))
+    if rows <= config.FEW and params.block_table is None:
+        return [f"{rows} rows for each head of keys are few: the plain kernel packs them, and splits the keys"]
     found = []
     if query.dtype not in (torch.float16, torch.bfloat16):
         found.append(f"dtype {query.dtype} is none of float16 and bfloat16")
