@@ -173,6 +173,16 @@ def test_scales_of_zero_and_below_under_a_causal_mask_are_right(
     assert_right(arguments, out.detach(), gradients=gradients, grad_out=grad)
 
 
+@pytest.mark.parametrize("impl", [None, "torch", "aten_flash"])
+def test_a_decision_that_is_kept_for_one_scale_serves_the_others(impl: str | None) -> None:
+    query, key, value = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    for scale in (None, 0.3, -0.3, 0.0, 0.3):
+        with attnplug.record() as calls:  # whose routes are the kept ones
+            out = attend(query, key, value, is_causal=True, scale=scale, impl=impl)
+        assert len(calls) == 1
+        assert_right(dict(query=query, key=key, value=value, is_causal=True, scale=scale), out)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", [None, "torch", "aten_flash"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import attnplug
-from attnplug import UnknownImplementationError
+from attnplug._control.registration import check_name
 from attnplug.cli import render
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for position, report in enumerate(reports):
             if position:
-                print()
+                render.put("")
             render.print_table(_HEADERS, report.rows(), _HEADERS.index("result"))
-            print(f"\n{report.details()}")
+            render.put(f"\n{report.details()}")
     return 0 if len(usable) == len(arguments.names) and all(report.passed for report in reports) else 1
 
 
@@ -113,7 +113,7 @@ def _unusable(name: str) -> str | None:
     """Return why an implementation cannot run here, or None if it can."""
     records = {record.name: record for record in attnplug.list_impls()}
     if name not in records:
-        raise UnknownImplementationError(name, records)
+        check_name(name)
     record = records[name]
     return None if record.status == "available" else f"{record.status}: {record.reason}"
 

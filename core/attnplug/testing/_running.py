@@ -8,7 +8,7 @@ import warnings
 import torch
 
 import attnplug
-from attnplug._errors import UnknownImplementationError
+from attnplug._control.registration import check_name
 from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check
@@ -26,7 +26,7 @@ def find(name: str) -> ImplRecord:
     """
     records = {record.name: record for record in attnplug.list_impls()}
     if name not in records:
-        raise UnknownImplementationError(name, records)
+        check_name(name)
     loads = records[name].status == "broken" and name in get_registry()  # a kernel, not a plugin: a check says so
     if records[name].status != "available" and not loads:
         raise ValueError(f"implementation {name!r} is {records[name].status}: {records[name].reason}")
