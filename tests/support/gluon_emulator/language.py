@@ -61,9 +61,19 @@ def _store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
     flat[at[mask]] = value[mask]
 
 
+def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: Any = None) -> Any:
+    before = _load(pointer)
+    _store(pointer, before + value, mask)
+    return before if isinstance(before, Tensor) else int(before)
+
+
 def _reduction(name: str) -> Callable[..., Any]:
     def reduce(x: Tensor, axis: int | None = None) -> Any:
-        return tensor(getattr(torch, f"a{name}" if name in ("max", "min") else name)(plain(x), dim=axis))
+        result = getattr(torch, f"a{name}" if name in ("max", "min") else name)(plain(x), dim=axis)
+        if result.dim():
+            return tensor(result)
+        number = result.item()  # shared memory holds whole numbers as float32, too
+        return int(number) if number == number // 1 else number
 
     return reduce
 
@@ -102,7 +112,7 @@ class Language:
     join = staticmethod(lambda a, b: tensor(torch.stack((plain(a), plain(b)), -1)))
     split = staticmethod(lambda x: (x[..., 0], x[..., 1]))
     expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
-    atomic_add = staticmethod(lambda p, value, mask=None, sem=None: _store(p, _load(p) + value, mask))
+    atomic_add = staticmethod(_atomic_add)
 
     @staticmethod
     def static_assert(condition: bool, *_: Any) -> None:

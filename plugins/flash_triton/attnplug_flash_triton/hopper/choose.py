@@ -1,10 +1,12 @@
 """The family of kernels for compute capability 9.0: Hopper's own for the calls that they take, else the plain ones.
 
-`FLASH_TRITON_HOPPER` says which of them may run: 0 none, 1 all, also what has not been proven on such a GPU; by default
-what has.
+`FLASH_TRITON_HOPPER` says which of Hopper's own may run: 0 none, 1 all, also those that have not been run on such a GPU
+(`PROVEN` lists those that have); by default, what is proven.
 """
 
 from __future__ import annotations
+
+import os
 
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from attnplug_flash_triton.plans import Plan
 from attnplug_flash_triton.problem import Machine
 
 VARIABLE = "FLASH_TRITON_HOPPER"
+FORWARD, BACKWARD = "forward", "backward"
+PROVEN = (FORWARD, BACKWARD)
+"""What has been run on an H100 with this code: right, exact where it can be, and equal on repeated runs."""
 
 
 def forward(params: SDPAParams, machine: Machine) -> Plan:
@@ -38,9 +43,31 @@ def backward(
 
 def reasons_forward(params: SDPAParams) -> list[str]:
     """Return why the plain kernels run forward of a call; none if Hopper's own do."""
-    return outputs.reasons(params)
+    return _kept_out(FORWARD) or outputs.reasons(params)
 
 
 def reasons_backward(params: SDPAParams) -> list[str]:
     """Return why the plain kernels run backward of a call; none if Hopper's own do."""
-    return gradients.reasons(params)
+    return _kept_out(BACKWARD) or gradients.reasons(params)
+
+
+def _kept_out(kernels: str) -> list[str]:
+    """Return why none of these kernels may run."""
+    wish = wanted()
+    if wish == "0":
+        return [f"{VARIABLE}=0 keeps Hopper's own kernels from running"]
+    if kernels not in PROVEN and not wish:
+        return [f"{kernels} is not yet proven on sm_90; {VARIABLE}=1 uses it"]
+    return []
+
+
+def wanted() -> str:
+    """Return what the environment asks for: 0, 1, or nothing.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    wish = os.environ.get(VARIABLE, "")
+    if wish not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE}={wish!r} is none of 0 (plain kernels alone), 1 (also what is not yet proven)")
+    return wish

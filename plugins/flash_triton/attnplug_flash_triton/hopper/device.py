@@ -80,6 +80,32 @@ def multiplied_where_needed(x, factors):
 
 
 @gluon.jit
+def hidden_above(x, place, last):
+    """Return `x`, with -inf where `place` is above `last`. Triton's own comparison makes bits of it first."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
+        "=f,f,r,r",
+        [x, place, last],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def hidden_below(x, place, first):
+    """Return `x`, with -inf where `place` is below `first`."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ge.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
+        "=f,f,r,r",
+        [x, place, first],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def above_wait(x):
     """Return `x`, computed before the next wait for products.
 

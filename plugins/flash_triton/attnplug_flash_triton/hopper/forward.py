@@ -1,19 +1,22 @@
 """The forward kernel for Hopper: one warp that loads, two or three warpgroups that multiply 64 rows of queries each.
 
-    loads       K(n-1)  Q  K(n-2)  V(n-1)  K(n-3)  V(n-2) ...                 (TMA, as far ahead as there are buffers)
-    products            | K(i+1) and V(i) are multiplied ...     | K(i+2), V(i+1) ...
-    softmax             | ... while the exponentials of tile i+1 are computed as soon as its scores are there
+    loads       K(n-1)  Q  K(n-2)  V(n-1)  K(n-3)  V(n-2) ...             (TMA, as far ahead as there are buffers)
+    products    | Q K(i+1)'  P(i) V(i) ............. | Q K(i+2)'  P(i+1) V(i+1) ...
+    softmax     |           | exponentials of i+1 .. |           | exponentials of i+2 ...
 
 That is the pipeline within a warpgroup of FlashAttention-3 (Shah et al., 2024, section 3.2): in every round the
 product of the queries with the next keys and the one of the last probabilities with their values are issued together;
-softmax waits for the first, the rescaling of the output for the second. With three warpgroups (`BATCHED`) it is
-enough that they take turns, and softmax waits for both.
+softmax waits for the first, the rescaling of the output for the second. Meanwhile the other warpgroups multiply.
 
 Tiles of keys are taken from the last one to the first: masked ones at the end, whole ones, masked ones at the beginning
 of a window. Only the first and the masked ones pay for masking.
 
-Where a sequence's length is not known on the host (variable length, `seqused_k`), keys and values come through
-descriptors in which TMA itself ends the tile at the end of the sequence: see `ragged` in `launching.py`.
+A program computes one tile of queries, or one after another (PERSISTENT), and then loads the next while it finishes the
+last. Where tiles differ in length, the loading warp takes their numbers from a counter in global memory, and hands
+them on through shared memory.
+
+Where a sequence's length is not known on the host (variable length, `seqused_k`), keys, values and outputs go through
+ragged descriptors, with which TMA itself ends a tile at the end of its sequence: see `descriptors.py`.
 """
 
 # mypy: ignore-errors
@@ -35,6 +38,8 @@ from attnplug_flash_triton.hopper.device import (
     after_wait,
     as_operand,
     exp2,
+    hidden_above,
+    hidden_below,
     load_tile,
     multiplied_where_needed,
     packed,
@@ -46,8 +51,13 @@ from attnplug_flash_triton.hopper.device import (
 
 RAGGED_ROWS = gl.constexpr(2**30)
 AHEAD = gl.constexpr(2)
+"""Tiles that a program has taken from the counter and not finished."""
 GROWTH = gl.constexpr(8.0)
+"""By how much, in powers of two, a logit may exceed what is subtracted from it before that is raised (the idea is
+FlashAttention-4's). Exponentials are then larger than they need be, up to 2**8, and no less exact, and most rounds need
+not rescale the output."""
 DYNAMIC = gl.constexpr(2)
+"""For PERSISTENT: the next tile is the next that no program has taken, by a counter in global memory."""
 
 # Arguments that are not compiled in, so that a kernel is compiled once for all lengths.
 RUNTIME = [
@@ -61,7 +71,8 @@ def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, cu_q, cu_k, used, sinks, counter,
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs, scale, inner_scale,
     in_order, SIZE: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
@@ -76,24 +87,26 @@ def forward_kernel(
         k_rows: with `used`, how many rows of keys there are from one sequence to the next.
         left, right: of the window; `HAS_LOW` and `HAS_HIGH` say which of them are sides.
         tiles, columns, section: see `schedule`; a column is a head of a sequence.
-        programs: how many there are; PERSISTENT: each of them takes one tile after another.
+        counter: with PERSISTENT = DYNAMIC, how many tiles were taken besides the first one of each program; 0.
+        programs: how many there are.
         scale: of the logits in powers of two, positive; with NEGATE, of the negated products.
         inner_scale: with SOFTCAP, what products are multiplied by within the tanh, times 2 log2(e).
         in_order: 0x3210; see `after_wait`.
+        PERSISTENT: 0, 1 for every `programs`-th tile, or DYNAMIC.
+        OWN_OUT: the output has its own shared memory; else it takes that of the queries.
         SIZE: of a head, rounded up to 64, 128 or 256.
-        BATCHED, LATE: softmax waits for both products; the output is rescaled while the next scores are computed.
     """
     dtype: gl.constexpr = q_desc.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     if OWN_OUT:
         o_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
     else:
         o_bufs = q_bufs
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -104,7 +117,7 @@ def forward_kernel(
     for i in gl.static_range(AHEAD):
         mbarrier.init(next_full.index(i), count=1)
         mbarrier.init(next_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(CONSUMERS):
+    for i in gl.static_range(Q_STAGES * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -128,15 +141,17 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
-                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, CONSUMERS,
+                    STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
-                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, CONSUMERS,
+                    STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_load, (
-                    shared, 1, M, BLOCK_N, CONSUMERS, STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
+                    shared, 1, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
                     LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )),
             ],
@@ -147,20 +162,23 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_load, (
-                    shared, 4, M, BLOCK_N, CONSUMERS, STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
+                    shared, 4, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
                     LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
-                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, CONSUMERS,
+                    STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
-                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, CONSUMERS,
+                    STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
                 (_attend, (
-                    shared, lse, sinks, scale, inner_scale, in_order, 2, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
-                    PERSISTENT, OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    shared, lse, sinks, scale, inner_scale, in_order, 2, SIZE, M, BLOCK_N, CONSUMERS,
+                    STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )),
             ],
             [4, 4, 4],
@@ -172,7 +190,7 @@ def forward_kernel(
 def _load(
     shared,
     WARPS: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    PERSISTENT: gl.constexpr, RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
+    Q_STAGES: gl.constexpr, PERSISTENT: gl.constexpr, RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
     """Bring tiles to shared memory in the order in which they are multiplied."""
@@ -193,8 +211,8 @@ def _load(
             mbarrier.arrive(next_full.index(slot), count=1)
             for _ in range(_is_there(at, lengths, numbers, M, HAS_HIGH)):
                 done = _load_tile(
-                    at, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES, RAGGED_Q, RAGGED_K,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH,
+                    at, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                    RAGGED_Q, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
                 turn += 1
             at = after
@@ -202,7 +220,7 @@ def _load(
     else:
         for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
             done = _load_tile(
-                gl.program_id(0) + turn * programs, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES,
+                gl.program_id(0) + turn * programs, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
                 RAGGED_Q, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
             )  # fmt: skip
 
@@ -210,7 +228,7 @@ def _load(
 @gluon.jit
 def _load_tile(
     at, turn, done, shared, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
+    Q_STAGES: gl.constexpr, RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
     """Bring one tile of queries, the `turn`-th of this program, and its keys, before which there were `done` tiles."""
@@ -225,9 +243,10 @@ def _load_tile(
     q_batch = batch * (1 - RAGGED_Q)
     kv_head = head // numbers[1]
     for c in gl.static_range(CONSUMERS):
-        mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
-        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-        load_tile(q_desc, [q_batch, head, first_q + row + c * WARPGROUP, 0], q_full.index(c), q_bufs.index(c))
+        at_q = turn % Q_STAGES * CONSUMERS + c
+        mbarrier.wait(q_empty.index(at_q), ((turn // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(q_full.index(at_q), q_desc.block_type.nbytes)
+        load_tile(q_desc, [q_batch, head, first_q + row + c * WARPGROUP, 0], q_full.index(at_q), q_bufs.index(at_q))
         if c == 0:
             _bring(k_desc, k_bufs, k_full, k_empty, done, (end - 1) * BLOCK_N, batch, kv_head, first_k, len_k,
                    STAGES, RAGGED_K)  # fmt: skip
@@ -258,8 +277,9 @@ def _bring(
 @gluon.jit
 def _attend(
     shared, lse, sinks, scale, inner_scale, in_order,
-    CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
+    CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
     RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -277,7 +297,7 @@ def _attend(
             for _ in range(_is_there(at, lengths, numbers, M, HAS_HIGH)):
                 done = _attend_tile(
                     at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
-                    CONSUMER, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                    CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
                     OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
                 )  # fmt: skip
                 turn += 1
@@ -290,7 +310,7 @@ def _attend(
         for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
             done = _attend_tile(
                 gl.program_id(0) + turn * programs, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
-                CONSUMER, SIZE, M, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+                CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
                 OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
             )  # fmt: skip
     store_wait(0)
@@ -299,8 +319,9 @@ def _attend(
 @gluon.jit
 def _attend_tile(
     at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
-    CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, OWN_OUT: gl.constexpr, RAGGED_Q: gl.constexpr,
+    CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    OWN_OUT: gl.constexpr, RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -316,7 +337,8 @@ def _attend_tile(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     zero = gl.zeros([WARPGROUP, BLOCK_N], gl.float32, s_layout)
-    q = q_bufs.index(CONSUMER).reshape([WARPGROUP, SIZE])
+    at_q = turn % Q_STAGES * CONSUMERS + CONSUMER
+    q = q_bufs.index(at_q).reshape([WARPGROUP, SIZE])
     rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
 
     tile_row, batch, head = _place(at, numbers, M, HAS_HIGH)
@@ -333,7 +355,7 @@ def _attend_tile(
     _pass_over(rings, done, done + end_all - end, STAGES)  # what only warpgroups of later rows see
     done += end_all - end
 
-    mbarrier.wait(q_full.index(CONSUMER), turn & 1)
+    mbarrier.wait(q_full.index(at_q), (turn // Q_STAGES) & 1)
     at = done % STAGES
     mbarrier.wait(k_full.index(at), (done // STAGES) & 1)
     keys = k_bufs.index(at).reshape([BLOCK_N, SIZE]).permute((1, 0))
@@ -342,36 +364,34 @@ def _attend_tile(
     mbarrier.arrive(k_empty.index(at), count=1)
     p, top, total, fade = _softmax(
         s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
-        SKIP, True, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+        True, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
     )  # fmt: skip
     o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
-    p = _weights(p, o, in_order, dtype, BATCHED)
+    p = _weights(p, o, in_order, dtype)
 
     if HAS_HIGH:
         for i in range(done + 1, done + end - whole_end):
-            p, top, total, fade, o = _round(
-                q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
-                inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+            p, top, total, o = _round(
+                q, rings, i, zero, p, top, total, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
+                inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES,
                 True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
             )  # fmt: skip
     for i in range(done + end - whole_end, done + end - whole_begin):
-        p, top, total, fade, o = _round(
-            q, rings, i, zero, p, top, total, fade, o, bounds, 0, scale, inner_scale,
-            in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+        p, top, total, o = _round(
+            q, rings, i, zero, p, top, total, o, bounds, 0, scale, inner_scale,
+            in_order, dtype, SIZE, BLOCK_N, STAGES,
             False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
         )  # fmt: skip
     if HAS_LOW:
         for i in range(done + end - whole_begin, done + end - begin):
-            p, top, total, fade, o = _round(
-                q, rings, i, zero, p, top, total, fade, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
-                inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES, BATCHED, LATE, SKIP,
+            p, top, total, o = _round(
+                q, rings, i, zero, p, top, total, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
+                inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES,
                 True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
             )  # fmt: skip
 
-    if LATE:
-        o = _faded(o, fade, SKIP)
     if OWN_OUT:
-        mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        mbarrier.arrive(q_empty.index(at_q), count=1)
     last = done + end - begin - 1
     at = last % STAGES
     mbarrier.wait(v_full.index(at), (last // STAGES) & 1)
@@ -388,7 +408,10 @@ def _attend_tile(
     o = o * gl.convert_layout(share, o_rows, assert_trivial=True)[:, None]
     if OWN_OUT:
         store_wait(0)
-    written = o_bufs.index(CONSUMER).reshape(o_desc.block_type.shape)
+    if OWN_OUT:
+        written = o_bufs.index(CONSUMER).reshape(o_desc.block_type.shape)
+    else:
+        written = o_bufs.index(at_q).reshape(o_desc.block_type.shape)
     written.reshape([WARPGROUP, SIZE]).store(o.to(dtype))
     fence_async_shared()
     if RAGGED_Q:
@@ -402,56 +425,45 @@ def _attend_tile(
     gl.store(lse_rows + i, row_lse, mask=i < len_q)
     if not OWN_OUT:
         store_wait(0)
-        mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        mbarrier.arrive(q_empty.index(at_q), count=1)
     return done
 
 
 @gluon.jit
 def _round(
-    q, rings, i, zero, p, top, total, fade, o, bounds, column, scale, inner_scale, in_order,
+    q, rings, i, zero, p, top, total, o, bounds, column, scale, inner_scale, in_order,
     dtype: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BATCHED: gl.constexpr, LATE: gl.constexpr, SKIP: gl.constexpr, MASKED: gl.constexpr,
+    MASKED: gl.constexpr,
     HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Add the values of tile `i - 1`, whose probabilities are `p`; return the probabilities of tile `i`, and the rest."""
+    """Add the values of tile `i - 1`, whose probabilities are `p`; return those of tile `i`, and what else changes."""
     k_bufs, v_bufs, k_full, v_full, k_empty, v_empty = rings
-    o_rows: gl.constexpr = gl.SliceLayout(1, o.type.layout)
     at_k = i % STAGES
     at_v = (i - 1) % STAGES
     mbarrier.wait(k_full.index(at_k), (i // STAGES) & 1)
     keys = k_bufs.index(at_k).reshape([BLOCK_N, SIZE]).permute((1, 0))
     s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
-    if LATE:
-        o = _faded(o, fade, SKIP)
     mbarrier.wait(v_full.index(at_v), ((i - 1) // STAGES) & 1)
     operand = _operand(p, o, dtype)
     o_acc = warpgroup_mma(operand, v_bufs.index(at_v).reshape([BLOCK_N, SIZE]), o, is_async=True)
-    if BATCHED:
-        s, o, operand = warpgroup_mma_wait(0, deps=(s_acc, o_acc, operand))
-        mbarrier.arrive(k_empty.index(at_k), count=1)
-        mbarrier.arrive(v_empty.index(at_v), count=1)
-    else:
-        s = warpgroup_mma_wait(1, deps=(s_acc,))
-        mbarrier.arrive(k_empty.index(at_k), count=1)
+    s = warpgroup_mma_wait(1, deps=(s_acc,))
+    mbarrier.arrive(k_empty.index(at_k), count=1)
     p32, top, total, fade = _softmax(
         s, top, total, bounds, column, scale, inner_scale,
-        SKIP, False, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+        False, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
     )  # fmt: skip
-    if not BATCHED:
-        total = above_wait(total)
-        o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
-        mbarrier.arrive(v_empty.index(at_v), count=1)
-    p = _weights(p32, o, in_order, dtype, BATCHED)
-    if not LATE:
-        o = _faded(o, fade, SKIP)
-    return p, top, total, fade, o
+    total = above_wait(total)
+    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
+    mbarrier.arrive(v_empty.index(at_v), count=1)
+    p = _weights(p32, o, in_order, dtype)
+    return p, top, total, _faded(o, fade)
 
 
 @gluon.jit
-def _weights(p, o, in_order, dtype: gl.constexpr, BATCHED: gl.constexpr):
+def _weights(p, o, in_order, dtype: gl.constexpr):
     """Return probabilities in the form in which they go from one round to the next; see `after_wait`."""
-    if not BATCHED and p.shape[1] == 2 * o.shape[1]:  # as many words as there are elements of the output
+    if p.shape[1] == 2 * o.shape[1]:  # as many words as there are elements of the output
         return after_wait(packed(p, dtype), o, in_order)
     else:
         return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o.type.layout, 2), assert_trivial=True)
@@ -467,18 +479,16 @@ def _operand(p, o, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _faded(o, fade, SKIP: gl.constexpr):
+def _faded(o, fade):
+    """Return the output so far, multiplied by what it fades by as maxima grow."""
     fade = gl.convert_layout(fade, gl.SliceLayout(1, o.type.layout), assert_trivial=True)
-    if SKIP:
-        return multiplied_where_needed(o, fade)
-    else:
-        return o * fade[:, None]
+    return multiplied_where_needed(o, fade)
 
 
 @gluon.jit
 def _softmax(
     s, top, total, bounds, column, scale, inner_scale,
-    SKIP: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    FIRST: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Return unscaled probabilities of the products `s`, the rows' new maxima and sums, and what earlier ones fade by.
@@ -494,14 +504,13 @@ def _softmax(
     higher = gl.max(s, 1)
     if not FIRST:
         higher = gl.maximum(top, higher)
-        if SKIP:  # a maximum that is left behind by less than that makes larger exponentials, no wrong ones
-            higher = gl.where((higher - top) * scale > GROWTH, higher, top)
+        higher = gl.where((higher - top) * scale > GROWTH, higher, top)
     shift = higher
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
         shift = gl.where(higher == float("-inf"), 0.0, higher)
     p = exp2(s * scale - (shift * scale)[:, None])
     if FIRST:
-        fade = gl.full([s.shape[0]], 1.0, gl.float32, higher.type.layout)
+        fade = higher  # of nothing
         total = _part_sums(p)
     else:
         fade = exp2((top - shift) * scale)
@@ -519,11 +528,11 @@ def _masked(s, bounds, column, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr):
     if HAS_LOW or HAS_HIGH:
         i = row + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, layout))
     if HAS_HIGH:
-        s = gl.where(j[None, :] <= gl.minimum(i + high, len_k - 1)[:, None], s, float("-inf"))
+        s = hidden_above(s, j[None, :], gl.minimum(i + high, len_k - 1)[:, None])
     else:
-        s = gl.where((j < len_k)[None, :], s, float("-inf"))
+        s = hidden_above(s, j[None, :], len_k - 1)
     if HAS_LOW:
-        s = gl.where(j[None, :] >= (i + low)[:, None], s, float("-inf"))
+        s = hidden_below(s, j[None, :], (i + low)[:, None])
     return s
 
 
