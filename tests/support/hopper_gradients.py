@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
-import gluon_emulator
 import torch
+from torch import Tensor
+
+import gluon_emulator
+from attnplug import CausalVariant, SDPAParams
 from attnplug_flash_triton import impl
 from attnplug_flash_triton.hopper import gradients
 from attnplug_flash_triton.problem import Machine
-from torch import Tensor
-
-from attnplug import CausalVariant, SDPAParams
 
 HOPPER = Machine("sm_90", 132)
 WITH_ONE_PROCESSOR = Machine("sm_90", 1)
@@ -142,9 +142,12 @@ def _seen(queries: int, keys: int, length: int, offset: int, left: int, right: i
 
 
 def plan_of(made: Call, machine: Machine = HOPPER, deterministic: bool = False) -> Any:
-    """Return the plan of a call, as if its tensors were in bfloat16."""
+    """Return the plan of a call, as if its tensors were in bfloat16.
+
+    What PyTorch is asked for is patched: to ask it for determinism imports its compiler.
+    """
     grad_out, out = (made.given[name].bfloat16() for name in ("grad_out", "out"))
-    with mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: deterministic):  # importing nothing
+    with mock.patch.object(torch, "are_deterministic_algorithms_enabled", return_value=deterministic):
         return gradients.backward(made.params, machine, grad_out, made.given.get("grad_lse"), out, made.given["lse"])
 
 

@@ -21,6 +21,13 @@ FUSED = dict(size=64, heads=(1, 1), queries=700, keys=200)
 DETERMINISTIC = dict(size=64, heads=(1, 1), queries=300, keys=500)
 WIDE = dict(size=256, heads=(1, 1), queries=400, keys=300)
 
+WAITED = "        dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))\n"
+RELEASED = "        mbarrier.arrive(q_empty.index(stage), count=1)\n"
+ASKED = "        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n"
+KEYS_RELEASED = "        mbarrier.arrive(k_empty.index(of_k), count=1)\n"
+STORED = "            store_wait(0)\n"
+FREE = "            mbarrier.wait({}_empty.index(stage), phase)\n"
+
 Changes = tuple[tuple[str, str], ...]
 PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
     "no wait for keys and values": (FUSED, (("    mbarrier.wait(kv_full, 0)\n", ""),)),
@@ -68,12 +75,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
     ),
     "one warpgroup does not release queries": (
         FUSED,
-        (
-            (
-                "            mbarrier.arrive(q_empty.index(stage), count=1)\n            store_wait(0)\n",
-                "            mbarrier.arrive(q_empty.index(stage), count=1, pred=MINE == 0)\n            store_wait(0)\n",
-            ),
-        ),
+        (("    " + RELEASED + STORED, "    " + RELEASED.replace("count=1", "count=1, pred=MINE == 0") + STORED),),
     ),
     "no wait for a store before its buffer is written": (
         FUSED,
@@ -88,13 +90,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
         FUSED,
         (("    result = v_bufs.index(MINE)  #", "    result = k_bufs.index(MINE)  #"),),
     ),
-    "queries loaded into a buffer that is not free": (
-        FUSED,
-        (
-            ("            mbarrier.wait(q_empty.index(stage), phase)\n", ""),
-            ("            mbarrier.wait(do_empty.index(stage), phase)\n", ""),
-        ),
-    ),
+    "queries loaded into a buffer that is not free": (FUSED, ((FREE.format("q"), ""), (FREE.format("do"), ""))),
     "the other phase of a free buffer": (
         FUSED,
         (("            phase = ((done // STAGES) & 1) ^ 1\n", "            phase = (done // STAGES) & 1\n"),),
@@ -128,14 +124,9 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
             ),
         ),
     ),
-    "the current keys released in place of the last ones": (
+    "the next keys released in place of the current ones": (
         DETERMINISTIC,
-        (
-            (
-                "        mbarrier.arrive(k_empty.index(of_k), count=1)\n",
-                "        mbarrier.arrive(k_empty.index(next_k), count=1)\n",
-            ),
-        ),
+        ((KEYS_RELEASED, KEYS_RELEASED.replace("of_k", "next_k")),),
     ),
     "probabilities of all rounds in one buffer": (
         WIDE,
@@ -143,16 +134,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
     ),
     "queries released as soon as probabilities are asked for": (
         WIDE,
-        (
-            (
-                "        dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))\n        mbarrier.arrive(q_empty.index(stage), count=1)\n",
-                "        dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))\n",
-            ),
-            (
-                "        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n",
-                "        mbarrier.arrive(q_empty.index(stage), count=1)\n        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n",
-            ),
-        ),
+        ((WAITED + RELEASED, WAITED), (ASKED, RELEASED + ASKED)),
     ),
     "probabilities read before they are written": (
         WIDE,
@@ -162,15 +144,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
         WIDE,
         (("    _store(k_bufs.index(0), dv,", "    _store(v_bufs.index(0), dv,"),),
     ),
-    "queries released before dK": (
-        WIDE,
-        (
-            (
-                "        dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))\n        mbarrier.arrive(q_empty.index(stage), count=1)\n",
-                "        mbarrier.arrive(q_empty.index(stage), count=1)\n        dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))\n",
-            ),
-        ),
-    ),
+    "queries released before dK": (WIDE, ((WAITED + RELEASED, RELEASED + WAITED),)),
 }
 
 

@@ -13,9 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-import hopper_gradients  # noqa: E402
-from attnplug_flash_triton.hopper import gradients  # noqa: E402
-from hopper_gradients import HOPPER, WITH_ONE_PROCESSOR, call, error, plan_of  # noqa: E402
+import hopper_gradients
+from attnplug_flash_triton.hopper import gradients
+from hopper_gradients import HOPPER, WITH_ONE_PROCESSOR, call, error, plan_of
 
 LARGEST = 1e-4
 """Of an error in float32, relative to the largest element."""

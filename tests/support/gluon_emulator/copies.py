@@ -6,11 +6,12 @@ import types
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from gluon_emulator.events import Clock, Fault
 from gluon_emulator.memory import Barrier, Buffer
 from gluon_emulator.program import Thread, current
 from gluon_emulator.values import HALF, NAN, tensor
-from torch import Tensor
 
 
 class Descriptor:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from gluon_emulator.memory import Barriers, Buffer
 from gluon_emulator.program import current
 from gluon_emulator.values import HALF, plain, tensor
-from torch import Tensor
 
 
 def _both(function: Callable[..., Tensor], scalar: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import triton
-from gluon_emulator import copies, memory
-from gluon_emulator.language import Language, Pointer
-from gluon_emulator.program import Program, current
-from gluon_emulator.values import HALF, NAN
 from torch import Tensor
 from triton.experimental.gluon import language as gl
+
+from gluon_emulator import copies, memory
+from gluon_emulator.language import Language, Pointer
+from gluon_emulator.program import Program
+from gluon_emulator.values import HALF, NAN
 
 TWINS: dict[str, Any] = {
     "gl": Language,

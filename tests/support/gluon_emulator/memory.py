@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from gluon_emulator.events import Cell, Clock, Fault
 from gluon_emulator.program import current
 from gluon_emulator.values import NAN, tensor
-from torch import Tensor
 
 
 class Buffer:

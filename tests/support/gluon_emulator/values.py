@@ -6,8 +6,9 @@ import types
 from typing import Any
 
 import torch
-from gluon_emulator.events import Fault
 from torch import Tensor
+
+from gluon_emulator.events import Fault
 
 NAN = float("nan")
 HALF = "half"
