@@ -124,3 +124,13 @@ def test_what_runs_on_the_plain_kernels_says_why(change: dict[str, Any], reason:
     params = replace(call().params, query=query, key=key, value=value, **change)
     assert reason in gradients.reasons(params)
     assert not gradients.reasons(call().params)
+
+
+def test_a_gradient_that_tma_cannot_read_runs_on_the_plain_kernels() -> None:
+    """One that is not contiguous is copied; one that is would not be."""
+    made = call()
+    grad = made.given["out"].bfloat16()
+    assert not gradients.reasons(made.params, grad)
+    assert not gradients.reasons(made.params, grad[..., :1].expand(grad.shape))
+    elsewhere = torch.zeros(grad.numel() + 1, dtype=grad.dtype)[1:].view(grad.shape)
+    assert gradients.reasons(made.params, elsewhere) == ["grad_out: its data does not start at a multiple of 16 bytes"]
