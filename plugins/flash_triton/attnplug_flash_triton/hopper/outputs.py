@@ -11,6 +11,7 @@ from attnplug import SDPAParams
 from attnplug_flash_triton import config
 from attnplug_flash_triton.hopper.descriptors import of_rows, rows_between_sequences, why_not
 from attnplug_flash_triton.hopper.forward import forward_kernel
+from attnplug_flash_triton.launches import FUSED
 from attnplug_flash_triton.plans import Launch, New, Plan
 from attnplug_flash_triton.problem import LONGEST, Machine, Problem, cdiv, read
 
@@ -148,6 +149,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         LOADER_REGISTERS=loader_registers,
         num_warps=4,
         maxnreg=at_start,
+        **FUSED,
     )
     return Plan((Launch(forward_kernel, programs, arguments, compiled_in),), new, ("out", "lse"))
 
