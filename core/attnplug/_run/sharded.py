@@ -60,13 +60,12 @@ def run_sharded(params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Resu
         if not isinstance(tensor, DTensor):
             tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
         dimensions = (None, 0) if name == "alibi_slopes" and tensor.dim() == 1 else _DIMENSIONS[name]
-        wanted: list[Any] = []
-        gradients: list[Any] = []
+        wanted, gradients = [], []
         for placement in placements:
             at = None if placement == Replicate() else dimensions[placement.dim]
-            kept = at is not None and tensor.shape[at] > 1
-            wanted.append(Shard(at) if at is not None and kept else Replicate())
-            gradients.append(wanted[-1] if kept or placement == Replicate() else Partial())
+            shared = at is not None and tensor.shape[at] > 1
+            wanted.append(Shard(at) if at is not None and shared else Replicate())
+            gradients.append(wanted[-1] if shared or placement == Replicate() else Partial())
         return tensor.redistribute(placements=wanted).to_local(grad_placements=gradients)
 
     out, lse = run(replace(params, **{name: local(name) for name in _DIMENSIONS}))
