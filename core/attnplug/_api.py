@@ -210,7 +210,7 @@ def scaled_dot_product_attention(
         if any_autocast() and (dtype := autocast_dtype(query)) is not None:
             query, key, value, attn_mask = (cast(tensor, dtype) for tensor in (query, key, value, attn_mask))
         # The kept route: the facts of this call are those of one before it, and the kernel needs no record.
-        if plain and attn_mask is None:
+        if plain and attn_mask is None and (return_lse is False or return_lse is True):
             try:
                 facts = facts_of(query, key, value, None, dropout_p, is_causal, scale, enable_gqa, return_lse)
                 generation = process.registry.generation  # type: ignore[union-attr]

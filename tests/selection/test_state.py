@@ -299,6 +299,9 @@ def test_a_compiled_copy_carries_its_binding(bind: Any) -> None:
             torch.compile(each, backend=keep, fullgraph=True)(hidden)
     assert ["attention_math" in graph.code for graph in graphs] == [False, True]
     torch._dynamo.reset()
+    del model, other, each, handle
+    graphs.clear()
+    gc.collect()  # a binding counts as long as its module is there, and a copy's too
 
 
 def test_a_bound_model_may_run_in_many_threads_at_once(bind: Any) -> None:
