@@ -70,6 +70,7 @@ def parts(folder: Path, implementations: list[str]) -> list[Part]:
             told_by_pytest,
         ),
         Part("launching", "what a call costs on the host", [python, "benchmarks/launching.py"], 15.0, told_as_it_is),
+        Part("backward", "backward beside cuDNN's", [python, "benchmarks/backward.py"], 15.0, told_as_it_is),
         Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 40.0, told_last),
     ]
 
