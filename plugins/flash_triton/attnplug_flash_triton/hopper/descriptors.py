@@ -58,9 +58,9 @@ def of_rows(
     if not ragged:
         block = (1, 1, rows, columns)
         return Descriptor(name, shape, stride, block, _layout(block, tensor.dtype))
-    block = (1, 1, rows, 1, columns)
+    tile = (1, 1, rows, 1, columns)
     moved = (MOST, MOST, RAGGED_ROWS, heads, size)
-    return Descriptor(name, moved, (2**34 - row, row, row, head, 1), block, _layout(block, tensor.dtype))
+    return Descriptor(name, moved, (2**34 - row, row, row, head, 1), tile, _layout(tile, tensor.dtype))
 
 
 def rows_between_sequences(tensor: Tensor) -> int | None:
