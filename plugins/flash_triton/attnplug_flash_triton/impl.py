@@ -41,6 +41,10 @@ def lacks() -> dict[Feature, str]:
     majors = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
     if 9 not in majors or torch.version.hip is not None:
         return {}
+    from attnplug_flash_triton.hopper import choose
+
+    if choose.wanted() == "0":
+        return {}
     order = "on compute capability 9.0 the query's gradient is added up in no fixed order"
     return {Feature.DETERMINISTIC: f"{order}, unless torch.use_deterministic_algorithms(True) is in force"}
 

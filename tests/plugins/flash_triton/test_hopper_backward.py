@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("triton")
 
 import hopper_gradients
+from attnplug import Feature
+from attnplug_flash_triton import impl
 from attnplug_flash_triton.hopper import gradients
 from hopper_gradients import HOPPER, WITH_ONE_PROCESSOR, call, error, plan_of
 
@@ -124,3 +126,25 @@ def test_what_runs_on_the_plain_kernels_says_why(change: dict[str, Any], reason:
     params = replace(call().params, query=query, key=key, value=value, **change)
     assert reason in gradients.reasons(params)
     assert not gradients.reasons(call().params)
+
+
+def test_a_gradient_that_tma_cannot_read_runs_on_the_plain_kernels() -> None:
+    """One that is not contiguous is copied; one that is would not be."""
+    made = call()
+    grad = made.given["out"].bfloat16()
+    assert not gradients.reasons(made.params, grad)
+    assert not gradients.reasons(made.params, grad[..., :1].expand(grad.shape))
+    elsewhere = torch.zeros(grad.numel() + 1, dtype=grad.dtype)[1:].view(grad.shape)
+    assert gradients.reasons(made.params, elsewhere) == ["grad_out: its data does not start at a multiple of 16 bytes"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "variable", "lacking"), [((9, 0), "", True), ((9, 0), "0", False), ((8, 0), "", False)]
+)
+def test_equal_bits_are_said_to_be_lacking_where_additions_have_no_order(
+    capability: tuple[int, int], variable: str, lacking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("FLASH_TRITON_HOPPER", variable)
+    assert set(impl.lacks()) == ({Feature.DETERMINISTIC} if lacking else set())

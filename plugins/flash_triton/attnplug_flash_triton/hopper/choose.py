@@ -37,7 +37,7 @@ def backward(
     *statistics: Tensor,
 ) -> Plan:
     """Return the plan of backward; see `launches.backward`."""
-    family = launches if reasons_backward(params) else gradients
+    family = launches if reasons_backward(params, grad_out) else gradients
     return family.backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
 
 
@@ -46,9 +46,9 @@ def reasons_forward(params: SDPAParams) -> list[str]:
     return _kept_out(FORWARD) or outputs.reasons(params)
 
 
-def reasons_backward(params: SDPAParams) -> list[str]:
-    """Return why the plain kernels run backward of a call; none if Hopper's own do."""
-    return _kept_out(BACKWARD) or gradients.reasons(params)
+def reasons_backward(params: SDPAParams, grad_out: Tensor | None = None) -> list[str]:
+    """Return why the plain kernels run backward of a call, with `grad_out` if it is there; none if Hopper's own do."""
+    return _kept_out(BACKWARD) or gradients.reasons(params, grad_out)
 
 
 def _kept_out(kernels: str) -> list[str]:

@@ -53,14 +53,13 @@ def of_rows(
     shape, stride = tuple(tensor.shape), _strides(tensor)
     if packed:
         shape, stride = (1, shape[1], shape[0], shape[2]), (stride[0] * shape[0], stride[1], stride[0], 1)
-    _, heads, length, size = shape
+    _, heads, _, size = shape
     _, head, row, _ = stride
-    if not ragged:
-        block = (1, 1, rows, columns)
-        return Descriptor(name, shape, stride, block, _layout(block, tensor.dtype))
-    tile = (1, 1, rows, 1, columns)
-    moved = (MOST, MOST, RAGGED_ROWS, heads, size)
-    return Descriptor(name, moved, (2**34 - row, row, row, head, 1), tile, _layout(tile, tensor.dtype))
+    block: tuple[int, ...] = (1, 1, rows, columns)
+    if ragged:
+        block = (1, 1, rows, 1, columns)
+        shape, stride = (MOST, MOST, RAGGED_ROWS, heads, size), (2**34 - row, row, row, head, 1)
+    return Descriptor(name, shape, stride, block, _layout(block, tensor.dtype))
 
 
 def rows_between_sequences(tensor: Tensor) -> int | None:

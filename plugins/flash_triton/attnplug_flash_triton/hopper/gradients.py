@@ -46,10 +46,15 @@ class Tiles(NamedTuple):
 TILES = {64: Tiles(128, 128, 64), 128: Tiles(64, 128, 64), 256: Tiles(64, 64, 32)}
 
 
-def reasons(params: SDPAParams) -> list[str]:
-    """Return why these kernels do not run backward of a call; none if they do."""
+def reasons(params: SDPAParams, grad_out: Tensor | None = None) -> list[str]:
+    """Return why these kernels do not run backward of a call; none if they do.
+
+    `grad_out`, once it is there, is made contiguous where it must be; what is contiguous already is not moved.
+    """
     query, key, value = params.query, params.key, params.value
     found = []
+    if grad_out is not None and grad_out.is_contiguous() and (reason := why_not("grad_out", grad_out)):
+        found.append(reason)
     if query.dtype not in (torch.float16, torch.bfloat16):
         found.append(f"dtype {query.dtype} is none of float16 and bfloat16")
     for name in ("attn_mask", "alibi_slopes", "block_table"):
@@ -289,7 +294,7 @@ def _gathering(call: _Call, of_query: New) -> Launch:
 def _steps(tensor: New, packed: bool) -> tuple[int, int, int]:
     """Return the strides of batch, head and row."""
     stride = tensor.stride
-    return (0, stride[1], stride[0]) if packed else stride[:3]
+    return (0, stride[1], stride[0]) if packed else (stride[0], stride[1], stride[2])
 
 
 def _columns(size: int) -> dict[str, int]:
