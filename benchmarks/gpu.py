@@ -66,10 +66,11 @@ def parts(folder: Path, implementations: list[str]) -> list[Part]:
             "tests",
             "the tests marked gpu",
             [python, "-m", "pytest", *spread, *pytest_arguments()],
-            75.0,
+            66.0,
             told_by_pytest,
         ),
         Part("launching", "what a call costs on the host", [python, "benchmarks/launching.py"], 15.0, told_as_it_is),
+        Part("backward", "backward beside cuDNN's", [python, "benchmarks/backward.py"], 12.0, told_as_it_is),
         Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 40.0, told_last),
     ]
 
