@@ -14,7 +14,7 @@ from mkdocs.exceptions import PluginError
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplRecord
-from attnplug._config import VARIABLES
+from attnplug._registry.config import VARIABLES
 from attnplug.cli import COMMANDS, build_parser
 
 _MARK = re.compile(r"^<!-- generate: (\w+) -->$", re.MULTILINE)

@@ -46,7 +46,7 @@ BAD_HOOKS = {
     "unmarked_hook": ("def attnplug_register_impls(): return []", "SpecError: .* @attnplug.hookimpl"),
     "misspelt_hook": (
         f"{HEAD}@hookimpl\ndef attnplug_register_impl(): return []",
-        "SpecError: misspelt_hook: 'attnplug_register_impl' is no hook .*did you mean 'attnplug_register_impls'",
+        "SpecError: misspelt_hook: 'attnplug_register_impl' is not a hook .*did you mean 'attnplug_register_impls'",
     ),
 }
 

@@ -22,8 +22,9 @@ import pytest
 import attnplug
 import attnplug.integrations
 import pages
-from attnplug import Feature, _hookspecs
-from attnplug._config import VARIABLES
+from attnplug import Feature
+from attnplug._registry import hooks as hookspecs
+from attnplug._registry.config import VARIABLES
 from attnplug.cli import COMMANDS, build_parser
 
 pytest.importorskip("mkdocs", reason="the documentation is built with mkdocs")
@@ -158,9 +159,9 @@ def test_examples_in_docstrings_run(name):
 
 
 def test_every_hook_and_every_argument_of_one_is_in_the_reference(site):
-    assert hooks(_hookspecs)
-    for hook in hooks(_hookspecs):
-        assert undocumented([f"{_hookspecs.__name__}.{hook.__name__}"], site) == []
+    assert hooks(hookspecs)
+    for hook in hooks(hookspecs):
+        assert undocumented([f"{hookspecs.__name__}.{hook.__name__}"], site) == []
         assert undescribed(hook) == []
 
 

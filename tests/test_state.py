@@ -326,7 +326,7 @@ def test_patches_may_come_and_go_while_other_threads_compute() -> None:
                 pass
         stop.set()
         assert [work.result(timeout=60) for work in working] == [1, 1]
-    assert F.scaled_dot_product_attention.__module__ != "attnplug._bridge"
+    assert F.scaled_dot_product_attention.__module__ != "attnplug._control.patch"
 
 
 # --- worker processes ---

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnplug._catalogue import list_flash_attention_impls, list_impls, register_impl, unregister_impl
+from attnplug._control.registration import list_flash_attention_impls, list_impls, register_impl, unregister_impl
 from attnplug._errors import (
     AttnplugError,
     ConfigError,
@@ -24,7 +24,8 @@ from attnplug._errors import (
     SpecError,
     UnknownImplementationError,
 )
-from attnplug._hookspecs import hookimpl
+from attnplug._registry.hooks import hookimpl
+from attnplug._registry.kernel import Kernel
 from attnplug._types import (
     Capabilities,
     CausalVariant,
@@ -38,42 +39,42 @@ from attnplug._types import (
 from attnplug._version import __version__
 
 if TYPE_CHECKING:
-    from attnplug._activation import (
+    from attnplug._api import scaled_dot_product_attention, varlen_attn
+    from attnplug._call.device import compute_capability
+    from attnplug._control.activation import (
         activate_flash_attention_impl,
         current_flash_attention_impl,
         register_flash_attention_impl,
         restore_flash_attention_impl,
     )
-    from attnplug._api import scaled_dot_product_attention, varlen_attn
-    from attnplug._binding import BindingHandle, bind, checkpoint_contexts
-    from attnplug._bridge import PatchHandle, patch_torch
-    from attnplug._card import compute_capability
-    from attnplug._explain import Explanation, can_use_impl, explain
-    from attnplug._recording import RecordedCall, record
-    from attnplug._scopes import sdpa_kernel
+    from attnplug._control.binding import BindingHandle, bind, checkpoint_contexts
+    from attnplug._control.explain import Explanation, can_use_impl, explain
+    from attnplug._control.patch import PatchHandle, patch_torch
+    from attnplug._control.scopes import sdpa_kernel
+    from attnplug._dispatch.recording import RecordedCall, record
 
 WARN_FOR_UNFUSED_KERNELS = False
 """Set to True to be warned, with each reason, whenever a call falls back to the MATH family."""
 
 _NEEDS_TORCH = {
-    "activate_flash_attention_impl": "attnplug._activation",
-    "current_flash_attention_impl": "attnplug._activation",
-    "register_flash_attention_impl": "attnplug._activation",
-    "restore_flash_attention_impl": "attnplug._activation",
+    "activate_flash_attention_impl": "attnplug._control.activation",
+    "current_flash_attention_impl": "attnplug._control.activation",
+    "register_flash_attention_impl": "attnplug._control.activation",
+    "restore_flash_attention_impl": "attnplug._control.activation",
     "scaled_dot_product_attention": "attnplug._api",
     "varlen_attn": "attnplug._api",
-    "compute_capability": "attnplug._card",
-    "Explanation": "attnplug._explain",
-    "can_use_impl": "attnplug._explain",
-    "explain": "attnplug._explain",
-    "BindingHandle": "attnplug._binding",
-    "PatchHandle": "attnplug._bridge",
-    "RecordedCall": "attnplug._recording",
-    "bind": "attnplug._binding",
-    "checkpoint_contexts": "attnplug._binding",
-    "patch_torch": "attnplug._bridge",
-    "record": "attnplug._recording",
-    "sdpa_kernel": "attnplug._scopes",
+    "compute_capability": "attnplug._call.device",
+    "Explanation": "attnplug._control.explain",
+    "can_use_impl": "attnplug._control.explain",
+    "explain": "attnplug._control.explain",
+    "BindingHandle": "attnplug._control.binding",
+    "PatchHandle": "attnplug._control.patch",
+    "RecordedCall": "attnplug._dispatch.recording",
+    "bind": "attnplug._control.binding",
+    "checkpoint_contexts": "attnplug._control.binding",
+    "patch_torch": "attnplug._control.patch",
+    "record": "attnplug._dispatch.recording",
+    "sdpa_kernel": "attnplug._control.scopes",
 }
 
 __all__ = [
@@ -90,6 +91,7 @@ __all__ = [
     "GradientError",
     "ImplRecord",
     "ImplSpec",
+    "Kernel",
     "KernelError",
     "NoImplementationError",
     "PatchHandle",
@@ -129,7 +131,7 @@ def __getattr__(name: str) -> Any:
     module = _NEEDS_TORCH.get(name)
     if module is None:
         raise AttributeError(f"module 'attnplug' has no attribute {name!r}")
-    importlib.import_module("attnplug._torch_registry")
+    importlib.import_module("attnplug._control.torch_registry")
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value  # the next access is an ordinary one
     return value

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling
 
-from attnplug import _traced
-from attnplug._dispatch import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, record_of, regular_form, varlen
-from attnplug._prepare import prepare_dense
-from attnplug._selection import process, start_outside, thread
+from attnplug._call.prepare import prepare_dense
+from attnplug._dispatch import traced
+from attnplug._dispatch.eager import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, record_of, regular_form, varlen
+from attnplug._selection.state import process, start_outside, thread
 from attnplug._types import CausalVariant, SDPAParams
-from attnplug.builtin.torch_sdpa import sdpa as _torch_sdpa
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -133,7 +133,7 @@ def scaled_dot_product_attention(
         seqused_k=seqused_k,
         return_lse=return_lse,
     )
-    out, lse = (_traced.dense if compiling else dense)(params, impl)
+    out, lse = (traced.dense if compiling else dense)(params, impl)
     return (out, lse) if return_lse else out
 
 
@@ -225,7 +225,7 @@ def varlen_attn(
         max_k=max_k,
         block_table=block_table,
     )
-    out, lse = (_traced.varlen if is_compiling() else varlen)(params, impl)
+    out, lse = (traced.varlen if is_compiling() else varlen)(params, impl)
     return (out, lse) if return_lse else out
 
 

@@ -162,7 +162,7 @@ class ImplSpec:
         kernel: where the kernel is: `"package.module"` or `"package.module:attribute"`, imported when
             first chosen; or, from a program, the object itself. It is a function (the forward), or
             anything with a `forward` and, optionally, `backward`, `supports`, `composite` and
-            `shape_dependent`; see `attnplug._kernel.Kernel`.
+            `shape_dependent`; see `Kernel`.
         backend: the family that `sdpa_kernel` scopes select by.
         capabilities: what it supports.
         priority: higher is preferred, among the implementations that stand behind `torch`.
@@ -257,6 +257,34 @@ class SDPAParams:
     max_q: int | None = field(default=None, kw_only=True)
     max_k: int | None = field(default=None, kw_only=True)
     block_table: Any = field(default=None, kw_only=True)
+
+    @property
+    def is_varlen(self) -> bool:
+        """Whether this is a call of `varlen_attn`."""
+        return self.cu_seq_q is not None
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """The shape of `lse`: `(B, Hq, Sq)`, or `(Hq, Tq)` in a call of variable length."""
+        query = self.query
+        return (query.shape[1], query.shape[0]) if self.is_varlen else tuple(query.shape[:-1])
+
+    @property
+    def lse_dtype(self) -> Any:
+        """The dtype of `lse`: `torch.float64` for float64 queries, else `torch.float32`."""
+        import torch
+
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd records this call."""
+        import torch
+
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @dataclass(frozen=True)

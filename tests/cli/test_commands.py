@@ -28,7 +28,7 @@ def test_listing_imports_neither_torch_nor_a_kernel(shell):
 def test_explaining_is_seen_to_import_torch_and_the_kernels(shell):
     """The test above can fail."""
     modules = imported(shell("explain", "--query", "1,8,128,64", options=("-X", "importtime")).err)
-    assert {"torch", "attnplug.builtin.torch_sdpa"} <= modules
+    assert {"torch", "attnplug.builtin.masks"} <= modules
 
 
 def test_help_and_version_import_no_torch(shell):

@@ -242,7 +242,7 @@ def test_a_changed_schema_is_a_reason_that_names_operator_and_release(
             operators.changed.cache_clear()
             (found,) = attnplug.can_use_impl(implementation, params, compute_capability=(9, 0)).reasons
             assert reason in found and f"aten::{name}" in found and torch.__version__ in found
-            monkeypatch.setattr("attnplug._registry.device_types", lambda: {"cpu", "cuda"})
+            monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: {"cpu", "cuda"})
             with pytest.raises(attnplug.NoImplementationError, match=f"aten::{name} of PyTorch"):
                 attnplug.activate_flash_attention_impl(implementation)
         appended = torch._C.parse_schema(text.replace(") ->", ", Tensor? sinks=None) ->", 1))

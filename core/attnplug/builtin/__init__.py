@@ -1,12 +1,13 @@
 """The implementations that come with the core: PyTorch's own function, two of its leaf kernels, and the
 providers that its registry has built in.
 
-This module is light, like a plugin's: the kernels beside it import torch, it does not.
+A plugin like any other: found by its dotted name, asked through the same hook, held to attnplug's public names.
+This module is light, as theirs are: the kernels beside it import torch, it does not.
 """
 
 from __future__ import annotations
 
-from attnplug._types import Capabilities, Feature, ImplSpec, SDPBackend
+from attnplug import Capabilities, Feature, ImplSpec, SDPBackend, hookimpl
 
 _TORCH = Capabilities(
     dtypes=("float16", "bfloat16", "float32", "float64"),
@@ -27,7 +28,7 @@ _MATH = Capabilities(
     dtypes=_TORCH.dtypes,
     features=frozenset(_TORCH.features) - {Feature.NESTED} | {Feature.SECOND_DERIVATIVES},
 )
-FLASH_CPU = Capabilities(
+_FLASH_CPU = Capabilities(
     devices=("cpu",),
     dtypes=_TORCH.dtypes,
     features={
@@ -39,7 +40,7 @@ FLASH_CPU = Capabilities(
         Feature.LSE,
     },
 )
-FLASH_CUDA = Capabilities(
+_FLASH_CUDA = Capabilities(
     devices=("cuda",),
     dtypes=("float16", "bfloat16"),
     compute_capability=(8, 0),
@@ -47,7 +48,7 @@ FLASH_CUDA = Capabilities(
     features={Feature.CAUSAL, Feature.LOWER_RIGHT, Feature.DROPOUT, Feature.GQA, Feature.LSE},
 )
 
-SPECS = (
+_SPECS = [
     ImplSpec(
         name="torch",
         kernel="attnplug.builtin.torch_sdpa",
@@ -59,22 +60,22 @@ SPECS = (
         name="aten_flash",
         kernel="attnplug.builtin.aten_flash",
         backend=SDPBackend.FLASH_ATTENTION,
-        capabilities=FLASH_CPU | FLASH_CUDA,
+        capabilities=_FLASH_CPU | _FLASH_CUDA,
         priority=0,
     ),
     ImplSpec(
         name="FA3",
-        kernel="attnplug.builtin.torch_providers:FA3",
+        kernel="attnplug._control.providers:FA3",
         backend=SDPBackend.FLASH_ATTENTION,
-        capabilities=FLASH_CUDA,
+        capabilities=_FLASH_CUDA,
         priority=-10,
         requires=("flash_attn_interface",),
     ),
     ImplSpec(
         name="FA4",
-        kernel="attnplug.builtin.torch_providers:FA4",
+        kernel="attnplug._control.providers:FA4",
         backend=SDPBackend.FLASH_ATTENTION,
-        capabilities=FLASH_CUDA,
+        capabilities=_FLASH_CUDA,
         priority=-10,
         requires=("flash_attn",),
     ),
@@ -85,4 +86,10 @@ SPECS = (
         capabilities=_MATH,
         priority=-50,
     ),
-)
+]
+
+
+@hookimpl
+def attnplug_register_impls() -> list[ImplSpec]:
+    """Return the implementations that need nothing but PyTorch."""
+    return _SPECS

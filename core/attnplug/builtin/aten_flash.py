@@ -11,9 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnplug._card import compute_capability
-from attnplug._requirements import needs_grad
-from attnplug._types import SDPAParams
+from attnplug import SDPAParams, compute_capability
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
 
@@ -33,7 +31,7 @@ _flash_cuda = operator(
 def supports(params: SDPAParams) -> str | None:
     """Decline what FlashAttention-2's backward refuses, on cards whose multiprocessors have less shared memory."""
     card, size = compute_capability(params.query.device), params.query.shape[-1]
-    if card is None or not ((8, 6) <= card <= (8, 9) or card[0] == 12) or not needs_grad(params):
+    if card is None or not ((8, 6) <= card <= (8, 9) or card[0] == 12) or not params.needs_grad:
         return None
     if 192 < size <= 224 or (size > 224 and params.dropout > 0):
         dropout = " with dropout" if size > 224 else ""

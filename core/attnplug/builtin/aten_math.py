@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnplug._types import SDPAParams
+from attnplug import SDPAParams
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnplug._errors import PluginError
+from attnplug import PluginError
 
 
 def operator(schema: str) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._nn import scaled_dot_product_attention as sdpa  # which patch_torch leaves alone
 
-from attnplug._types import SDPAParams, SDPBackend
+from attnplug import SDPAParams, SDPBackend
 from attnplug.builtin.masks import as_wide
 
 composite = True
 any_form = True
-sdpa = torch.nn.functional.scaled_dot_product_attention
-"""PyTorch's function itself, taken before `patch_torch` can have replaced it."""
 
 
 def supports(params: SDPAParams) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import attnplug
 from attnplug import Capabilities, Feature
-from attnplug._prepare import prepare_dense, prepare_varlen
-from attnplug._requirements import lacking, requirements
+from attnplug._call.prepare import prepare_dense, prepare_varlen
+from attnplug._call.requirements import lacking, requirements
 from attnplug._types import ImplRecord
 from attnplug.testing._call import Call, Inputs
 from attnplug.testing._compare import AGAIN, CheckFailure, Declined, compare, failure

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import attnplug
 from attnplug import Feature
-from attnplug._discovery import get_registry
-from attnplug._operator import arguments_of, operator_of
-from attnplug._prepare import prepare_dense
+from attnplug._call.prepare import prepare_dense
+from attnplug._registry.discovery import get_registry
+from attnplug._run.operator import arguments_of, operator_of
 from attnplug.testing._call import Call, Inputs, Outcome
 from attnplug.testing._checks import check
 from attnplug.testing._compare import compare, failure

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._types import SDPAParams
-from attnplug._validate import (
+from attnplug._call.validate import (
     can_look,
     check_extras,
     check_head_sizes,
@@ -20,6 +19,7 @@ from attnplug._validate import (
     check_tensors,
     shape,
 )
+from attnplug._types import SDPAParams
 
 
 def check_varlen(params: SDPAParams) -> None:

@@ -15,18 +15,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnplug._autocast import no_autocast
-from attnplug._autograd import check_outputs
-from attnplug._constant import constant_in_traces
-from attnplug._dispatch import Result
+from attnplug._call.autocast import no_autocast
+from attnplug._call.prepare import default_scale, empty, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._call.requirements import is_aligned, is_square
+from attnplug._dispatch.eager import Result
+from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
+from attnplug._dispatch.resolver import resolve
 from attnplug._errors import AttnplugError
-from attnplug._operator import arguments_of, operator_of
-from attnplug._prepare import default_scale, empty, is_empty, own_terms, prepare_dense, prepare_varlen
-from attnplug._recording import unfused_warnings_wanted, warn_unfused
-from attnplug._requirements import is_aligned, is_square
-from attnplug._resolver import resolve
-from attnplug._selection import Selection, process, start, start_outside, thread
-from attnplug._transforms import is_transformed
+from attnplug._run.autograd import check_outputs
+from attnplug._run.operator import arguments_of, operator_of
+from attnplug._run.transforms import is_transformed
+from attnplug._selection.selection import Selection
+from attnplug._selection.state import process, start, start_outside, thread
+from attnplug._tracing import constant_in_traces
 from attnplug._types import CausalVariant, SDPAParams, SDPBackend
 
 

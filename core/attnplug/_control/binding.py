@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from attnplug._control.scopes import sdpa_kernel
+from attnplug._dispatch.recording import Replay, record
 from attnplug._errors import ScopeError
-from attnplug._recording import Replay, record
-from attnplug._scopes import sdpa_kernel
-from attnplug._selection import process, start, thread
+from attnplug._selection.state import process, start, thread
 
 _lock = threading.RLock()  # a module may be collected while it is held
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._autocast import autocasts
+from attnplug._call.autocast import autocasts
+from attnplug._call.validate import broadcast_leading, check_dense, check_scalars
+from attnplug._call.validate_varlen import check_varlen
 from attnplug._types import CausalVariant, SDPAParams
-from attnplug._validate import broadcast_leading, check_dense, check_scalars
-from attnplug._validate_varlen import check_varlen
 
 Shape = tuple[int, ...]
 

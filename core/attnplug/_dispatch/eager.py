@@ -20,18 +20,27 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from attnplug._autocast import any_autocast, no_autocast
-from attnplug._autograd import run
-from attnplug._operator import is_watched, operator_of
-from attnplug._prepare import default_scale, empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
-from attnplug._recording import observe, replayed, unfused_warnings_wanted, warn_unfused
-from attnplug._registry import BUILTIN, Registry
-from attnplug._requirements import is_aligned, needs_grad
-from attnplug._resolver import Decision, resolve
-from attnplug._selection import current_selection, process, start, thread
-from attnplug._transforms import is_transformed, run_transformed
+from attnplug._call.autocast import any_autocast, no_autocast
+from attnplug._call.prepare import (
+    default_scale,
+    empty,
+    is_causal_bias,
+    is_empty,
+    own_terms,
+    prepare_dense,
+    prepare_varlen,
+)
+from attnplug._call.requirements import is_aligned
+from attnplug._call.validate import check_extras
+from attnplug._dispatch.recording import observe, replayed, unfused_warnings_wanted, warn_unfused
+from attnplug._dispatch.resolver import Decision, resolve
+from attnplug._registry.registry import BUILTIN, Registry
+from attnplug._run.autograd import run
+from attnplug._run.operator import is_watched, operator_of
+from attnplug._run.transforms import is_transformed, run_transformed
+from attnplug._selection.selection import current_selection
+from attnplug._selection.state import process, start, thread
 from attnplug._types import CausalVariant, SDPAParams, SDPBackend
-from attnplug._validate import check_extras
 
 Result = tuple[Tensor, Tensor | None]
 Form = tuple[int, int, bool, bool]
@@ -364,7 +373,7 @@ def _plan(params: SDPAParams, impl: str | None, key: Hashable | None) -> Plan:
     if plan is None:
         decision = resolve(start(), current_selection(impl), params)
         unfused = decision.backend is SDPBackend.MATH and bool(decision.passed_over)
-        plan = Plan(decision, needs_grad(params), unfused)
+        plan = Plan(decision, params.needs_grad, unfused)
         if key is not None and _is_simple(plan):
             plan.scale, plan.direct = default_scale(params.query), decision.kernel.forward
         if key is not None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._autocast import no_autocast
+from attnplug._call.autocast import no_autocast
 from attnplug._errors import GradientError, KernelError
-from attnplug._registry import BUILTIN, Entry
+from attnplug._registry.registry import BUILTIN, Entry
 from attnplug._types import Feature, SDPAParams
 
 TENSORS = (
@@ -77,9 +77,7 @@ def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
     check_output(name, "out", out, (*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
     if lse is None and not params.return_lse:
         return
-    rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    check_output(name, "lse", lse, tuple(rows), dtype, query.device)
+    check_output(name, "lse", lse, params.lse_shape, params.lse_dtype, query.device)
 
 
 def check_output(

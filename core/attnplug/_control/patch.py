@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._nn import scaled_dot_product_attention as _original
 from torch.overrides import handle_torch_function, has_torch_function
 
 from attnplug._api import scaled_dot_product_attention
-from attnplug._prepare import is_causal_bias
-from attnplug._selection import process, start, thread
-from attnplug.builtin.torch_sdpa import sdpa as _original
+from attnplug._call.prepare import is_causal_bias
+from attnplug._selection.state import process, start, thread
 
 _is_mode_on = torch._C._is_torch_function_mode_enabled
 _lock = threading.RLock()

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from attnplug._dispatch.resolver import Decision
 from attnplug._errors import ScopeError
-from attnplug._resolver import Decision
-from attnplug._selection import process, thread
+from attnplug._selection.state import process, thread
 from attnplug._types import SDPAParams, SDPBackend
 
 logger = logging.getLogger("attnplug")

@@ -6,6 +6,7 @@ is loaded, validated and asked by itself, and one that fails becomes a record wi
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import threading
 import warnings
@@ -13,15 +14,15 @@ from typing import Any
 
 import pluggy
 
-from attnplug import _hookspecs
-from attnplug._config import get_config
 from attnplug._errors import ConfigError, DuplicateImplementationError, PluginWarning, SpecError, did_you_mean
-from attnplug._registry import BUILTIN, Registry, report_broken
+from attnplug._registry import hooks
+from attnplug._registry.config import get_config
+from attnplug._registry.registry import BUILTIN, Registry, report_broken
 from attnplug._types import ImplSpec
 from attnplug._version import __version__
-from attnplug.builtin import SPECS
 
 GROUP = "attnplug"
+BUILTIN_PLUGIN = "attnplug.builtin"
 
 _lock = threading.RLock()
 _registry: Registry | None = None
@@ -41,7 +42,7 @@ def get_registry() -> Registry:
         if _registry is None and _loading is None:
             _loading = Registry()
             try:
-                for spec in SPECS:
+                for spec in ask(BUILTIN_PLUGIN, importlib.import_module(BUILTIN_PLUGIN)):
                     _loading.add(spec, BUILTIN, __version__)
                 discover(_loading)
                 _registry = _loading
@@ -62,7 +63,7 @@ def discover(registry: Registry) -> None:
     for entry_point in _allowed(installed_plugins()):
         distribution, version = _origin(entry_point)
         try:
-            specs = _ask(entry_point)
+            specs = ask(entry_point.value, entry_point.load())
         except (Exception, SystemExit) as error:  # sys.exit in a plugin must not end the host
             registry.add_failed(entry_point.name, distribution, version, error)
             report_broken(f"plugin {entry_point.name!r} of {distribution} {version}", error)
@@ -109,8 +110,8 @@ def _allowed(entry_points: list[Any]) -> list[Any]:
     ]
 
 
-def _ask(entry_point: Any) -> list[ImplSpec]:
-    """Load one plugin and return what it registers.
+def ask(name: str, plugin: Any) -> list[ImplSpec]:
+    """Return what one plugin, called `name` in messages, registers.
 
     A manager for each plugin keeps a failure, and a misspelt hook, where it belongs.
 
@@ -118,29 +119,28 @@ def _ask(entry_point: Any) -> list[ImplSpec]:
         Exception: whatever the plugin raises, or what pluggy has against it.
         SpecError: it does not answer the hook, misspells it, or answers with something else than specifications.
     """
-    manager = pluggy.PluginManager(_hookspecs.PROJECT)
-    manager.add_hookspecs(_hookspecs)
-    manager.register(entry_point.load(), name=entry_point.name)
-    known = [name for name, hook in vars(manager.hook).items() if hook.has_spec()]
-    for name, hook in vars(manager.hook).items():
-        if name not in known and not all(answer.optionalhook for answer in hook.get_hookimpls()):
+    manager = pluggy.PluginManager(hooks.PROJECT)
+    manager.add_hookspecs(hooks)
+    manager.register(plugin, name=name)
+    known = [role for role, hook in vars(manager.hook).items() if hook.has_spec()]
+    for role, hook in vars(manager.hook).items():
+        if role not in known and not all(answer.optionalhook for answer in hook.get_hookimpls()):
             raise SpecError(
-                f"{entry_point.value}: {name!r} is no hook of attnplug{did_you_mean(name, known)}; "
+                f"{name}: {role!r} is not a hook of attnplug{did_you_mean(role, known)}; "
                 f"known: {', '.join(sorted(known))}"
             )
     if not manager.hook.attnplug_register_impls.get_hookimpls():
         raise SpecError(
-            f"{entry_point.value} answers no hook of attnplug; define attnplug_register_impls() and mark it "
-            f"with @attnplug.hookimpl"
+            f"{name} answers no hook of attnplug; define attnplug_register_impls() and mark it with @attnplug.hookimpl"
         )
     answers = manager.hook.attnplug_register_impls()
     if not answers:  # pluggy drops an answer of None
-        raise SpecError(f"{entry_point.value}: attnplug_register_impls returned None; return a list of ImplSpec")
-    return [spec for answer in answers for spec in _checked(entry_point, answer)]
+        raise SpecError(f"{name}: attnplug_register_impls returned None; return a list of ImplSpec")
+    return [spec for answer in answers for spec in _checked(name, answer)]
 
 
-def _checked(entry_point: Any, answer: Any) -> list[ImplSpec]:
+def _checked(name: str, answer: Any) -> list[ImplSpec]:
     answer = [answer] if isinstance(answer, ImplSpec) else answer
     if not isinstance(answer, (list, tuple)) or not all(isinstance(spec, ImplSpec) for spec in answer):
-        raise SpecError(f"{entry_point.value}: attnplug_register_impls must return a list of ImplSpec, got {answer!r}")
+        raise SpecError(f"{name}: attnplug_register_impls must return a list of ImplSpec, got {answer!r}")
     return list(answer)

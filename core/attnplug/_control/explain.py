@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from attnplug._api import scaled_dot_product_attention, varlen_attn
-from attnplug._autograd import DIFFERENTIABLE
-from attnplug._card import described
-from attnplug._prepare import is_empty, prepare_dense, prepare_varlen
-from attnplug._requirements import requirements
-from attnplug._resolver import explain_all, refusals
-from attnplug._selection import current_selection, start
+from attnplug._call.device import described
+from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
+from attnplug._call.requirements import requirements
+from attnplug._dispatch.resolver import explain_all, refusals
+from attnplug._run.autograd import DIFFERENTIABLE
+from attnplug._selection.selection import current_selection
+from attnplug._selection.state import start
 from attnplug._tables import table
 from attnplug._types import CausalVariant, SDPAParams, Verdict
 

@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from attnplug._config import get_config
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
-from attnplug._kernel import Kernel, load_kernel
-from attnplug._machine import device_types, missing_modules
+from attnplug._registry.config import get_config
+from attnplug._registry.kernel import Kernel, load_kernel
+from attnplug._registry.machine import device_types, missing_modules
 from attnplug._types import Capabilities, ImplRecord, ImplSpec
 
 BUILTIN = "attnplug"

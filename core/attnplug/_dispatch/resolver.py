@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnplug._call.requirements import Requirements, lacking, requirements
 from attnplug._errors import FallbackWarning, NoImplementationError
-from attnplug._kernel import Kernel
-from attnplug._registry import Entry, Registry
-from attnplug._requirements import Requirements, lacking, requirements
-from attnplug._selection import Selection
+from attnplug._registry.kernel import Kernel
+from attnplug._registry.registry import Entry, Registry
+from attnplug._selection.selection import Selection
+from attnplug._selection.state import process
 from attnplug._types import SDPAParams, SDPBackend, Verdict
 
 
@@ -71,6 +72,10 @@ def refusals(entry: Entry, call: Requirements, params: SDPAParams) -> tuple[str,
         return (f"is broken: {entry.broken}" if entry.broken else "is still being imported",)
     if call.needs_grad and not kernel.differentiable:
         reasons += ("has no backward, and a gradient is needed",)
+    if kernel.register_fn is not None and process.activation != entry.name:
+        reasons += (
+            f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({entry.name!r})",
+        )
     return reasons + kernel.refusals(params)
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnplug._autograd import (
+from attnplug._errors import GradientError
+from attnplug._registry.registry import Entry
+from attnplug._run.autograd import (
     CONSTANTS,
     DIFFERENTIABLE,
     TENSORS,
@@ -23,8 +25,6 @@ from attnplug._autograd import (
     refusing_lse_gradient,
     run_forward,
 )
-from attnplug._errors import GradientError
-from attnplug._registry import Entry
 from attnplug._types import Feature, SDPAParams
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnplug._autograd import CONSTANTS, DIFFERENTIABLE, TENSORS, checked_gradients, run_forward
-from attnplug._constant import constant_in_traces
-from attnplug._registry import Entry
+from attnplug._registry.registry import Entry
+from attnplug._run.autograd import CONSTANTS, DIFFERENTIABLE, TENSORS, checked_gradients, run_forward
+from attnplug._tracing import constant_in_traces
 from attnplug._types import CausalVariant, Feature, SDPAParams
 
 _ARGUMENTS = (
@@ -112,8 +112,7 @@ class Operator:
         before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(params)]
         if not self._gives_lse:
             return out, self._no_lse(params), before
-        rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
-        return out, query.new_empty(rows, dtype=_lse_dtype(query)), before
+        return out, query.new_empty(params.lse_shape, dtype=params.lse_dtype), before
 
     def _backward(
         self,
@@ -185,7 +184,7 @@ class Operator:
         return SDPAParams(**values)
 
     def _no_lse(self, params: SDPAParams) -> Tensor:
-        return params.query.new_empty((0,), dtype=_lse_dtype(params.query))
+        return params.query.new_empty((0,), dtype=params.lse_dtype)
 
 
 def arguments_of(params: SDPAParams) -> tuple[Any, ...]:
@@ -258,10 +257,6 @@ def _wanting(params: SDPAParams, wanted: list[bool]) -> SDPAParams:
 def _fresh(grad: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     """Return a contiguous gradient that is none of the inputs: what the fake kernel promises."""
     return grad.clone() if any(grad is tensor for tensor in arguments) else grad.contiguous()
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _declares(entry: Entry, feature: Feature) -> bool:

@@ -11,14 +11,14 @@ import functools
 
 import torch.nn.attention as torch_attention
 
-from attnplug._activation import (
+from attnplug._control.activation import (
     activate_flash_attention_impl,
     current_flash_attention_impl,
     restore_flash_attention_impl,
 )
-from attnplug._registry import Registry
-from attnplug._selection import process
-from attnplug.builtin.torch_providers import provider_of_torch, provider_spec
+from attnplug._control.providers import ActivatedByTorch, provider_spec
+from attnplug._registry.registry import Registry
+from attnplug._selection.state import process
 
 TORCH = "torch"
 _offered: set[str] = set()
@@ -28,7 +28,7 @@ def synchronise(registry: Registry) -> None:
     """Bring providers of PyTorch's registry into `registry`, and offer its implementations there."""
     theirs = set(torch_attention.list_flash_attention_impls()) - _offered
     for name in sorted(theirs.difference(registry.names())):
-        registry.add(provider_spec(name, provider_of_torch(name)), TORCH)
+        registry.add(provider_spec(name, ActivatedByTorch(name)), TORCH)
     for name in registry.names():
         if name not in theirs and name not in _offered:
             _offered.add(name)

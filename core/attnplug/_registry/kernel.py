@@ -47,7 +47,7 @@ class Kernel:
         family: `family(params) -> SDPBackend or None`: what a kernel that delegates really runs, for
             `record()`.
         register_fn: for providers of `torch.nn.attention`: called on activation, it overrides PyTorch's
-            operators and may return a handle whose `remove()` undoes that.
+            operators and may return a handle whose `remove()` undoes that. The kernel runs only while it is active.
     """
 
     forward: Callable[[SDPAParams], Any]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 
-from attnplug._constant import constant_in_traces
-from attnplug._registry import PROGRAM
-from attnplug._selection import process, start, start_outside
+from attnplug._registry.registry import PROGRAM
+from attnplug._selection.state import process, start, start_outside
+from attnplug._tracing import constant_in_traces
 from attnplug._types import ImplRecord, ImplSpec
 
 

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from torch.compiler import is_compiling
 
-from attnplug._constant import constant_in_traces
 from attnplug._errors import ScopeError
-from attnplug._selection import Scope, describe_scope, parse_scope, process, start, thread
+from attnplug._selection.selection import describe_scope, parse_scope
+from attnplug._selection.state import Scope, process, start, thread
+from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPBackend
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnplug._card import architecture_name, compute_capability
+from attnplug._call.device import architecture_name, compute_capability
 from attnplug._types import Capabilities, CausalVariant, Feature, SDPAParams
 
 
@@ -26,14 +26,6 @@ class Requirements:
     needs_grad: bool
 
 
-def needs_grad(params: SDPAParams) -> bool:
-    """Whether autograd would record this call."""
-    if not torch.is_grad_enabled():
-        return False
-    tensors = (params.query, params.key, params.value, params.attn_mask, params.sinks)
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def requirements(params: SDPAParams) -> Requirements:
     """Read the requirements off checked and normalised `params`."""
     query = params.query
@@ -43,7 +35,7 @@ def requirements(params: SDPAParams) -> Requirements:
         dtype=str(query.dtype).removeprefix("torch."),
         head_size=None if nested else query.shape[-1],
         features=frozenset(_features(params)) if not nested else frozenset({Feature.NESTED}),
-        needs_grad=needs_grad(params),
+        needs_grad=params.needs_grad,
     )
 
 

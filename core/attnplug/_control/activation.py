@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attnplug._bridge import PatchHandle, patch_torch
+from attnplug._control.patch import PatchHandle, patch_torch
+from attnplug._control.providers import provider_spec
 from attnplug._errors import DuplicateImplementationError, NoImplementationError, PluginError
-from attnplug._registry import PROGRAM
-from attnplug._selection import process, start
-from attnplug.builtin.torch_providers import Provider, provider_spec
+from attnplug._registry.kernel import Kernel
+from attnplug._registry.registry import PROGRAM, Entry
+from attnplug._selection.state import process, start
 
 _lock = threading.RLock()
 
@@ -54,12 +55,12 @@ def register_flash_attention_impl(impl: str, *, register_fn: Callable[[], Any]) 
         registry = start()
         if impl in registry:
             entry = registry.get(impl)
-            if not isinstance(entry.spec.kernel, Provider) or entry.distribution != PROGRAM:
+            if not _is_provider(entry) or entry.distribution != PROGRAM:
                 raise DuplicateImplementationError(impl, entry.distribution, PROGRAM)
             if process.activation == impl:
                 raise ValueError(f"impl: {impl!r} is active; restore_flash_attention_impl() first")
             registry.remove(impl)
-        registry.add(provider_spec(impl, Provider(impl, register_fn)), PROGRAM)
+        registry.add(provider_spec(impl, register_fn), PROGRAM)
 
 
 def activate_flash_attention_impl(impl: str) -> None:
@@ -117,6 +118,10 @@ def restore_flash_attention_impl() -> None:
 def current_flash_attention_impl() -> str | None:
     """Return the name of the active implementation, or None."""
     return process.activation
+
+
+def _is_provider(entry: Entry) -> bool:
+    return isinstance(entry.spec.kernel, Kernel) and entry.spec.kernel.register_fn is not None
 
 
 def _register(name: str, register_fn: Callable[[], Any]) -> Any:

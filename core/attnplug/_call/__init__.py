@@ -1,0 +1,1 @@
+"""What is asked: a call checked, brought into one form, and described."""

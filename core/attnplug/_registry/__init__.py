@@ -1,0 +1,4 @@
+"""What there is: the environment, the hook, plugins found and loaded, and names to implementations.
+
+Nothing here imports torch.
+"""
