@@ -102,9 +102,11 @@ class Capabilities:
         architectures: AMD architectures, such as `("gfx942",)`; matched by prefix, asked only on ROCm.
         head_sizes: the query head sizes; `range(8, 257, 8)` says multiples of 8 up to 256.
         features: the `Feature`s, beyond the plain formula.
+        quantized: whether the kernel rounds its inputs to fewer bits. It is then right within 5 % of the result's
+            norm, and runs only where it is named; lists say so. It holds for all that an implementation does.
 
     Raises:
-        SpecError: a field has a wrong type or an unknown value.
+        SpecError: a field has a wrong type or an unknown value, or `|` joins a quantized part and another.
     """
 
     devices: Collection[str] | None = None
@@ -113,6 +115,7 @@ class Capabilities:
     architectures: Collection[str] | None = None
     head_sizes: Collection[int] | None = None
     features: Collection[Feature] = frozenset()
+    quantized: bool = False
     alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,13 +139,21 @@ class Capabilities:
                 raise SpecError(f"Capabilities.head_sizes: expected a range or integers, got {self.head_sizes!r}")
             put(self, "head_sizes", frozenset(sizes))
         put(self, "features", frozenset(_feature(item) for item in _items("features", self.features)))
+        if not isinstance(self.quantized, bool):
+            raise SpecError(f"Capabilities.quantized: expected a bool, got {self.quantized!r}")
         if not self.alternatives:
             put(self, "alternatives", (self,))
 
     def __or__(self, other: Capabilities) -> Capabilities:
         if not isinstance(other, Capabilities):
             return NotImplemented
+        if self.quantized != other.quantized:
+            raise SpecError(
+                "Capabilities.quantized: one part is and the other is not; register two implementations, so that "
+                "naming one says what is asked for"
+            )
         return Capabilities(
+            quantized=self.quantized,
             devices=_either(self.devices, other.devices),
             dtypes=_either(self.dtypes, other.dtypes),
             compute_capability=_least(self.compute_capability, other.compute_capability),
@@ -166,8 +177,8 @@ class ImplSpec:
         backend: the family that `sdpa_kernel` scopes select by.
         capabilities: what it supports.
         priority: higher is preferred, among the implementations that stand behind `torch`.
-        requires: modules that must be installed, such as `("triton",)`; without them the
-            implementation is listed as unavailable, and its kernel is never imported.
+        requires: modules that must be installed, such as `("triton",)` or `("flash_attn.cute",)`; without them
+            the implementation is listed as unavailable, and its kernel is never imported.
 
     Raises:
         SpecError: a field has a wrong type or value.

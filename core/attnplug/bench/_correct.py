@@ -17,7 +17,7 @@ from attnplug import CausalVariant
 from attnplug.bench._cases import Case
 from attnplug.bench._inputs import LEAVES, Problem
 from attnplug.testing import Call, CheckFailure, Inputs, Outcome
-from attnplug.testing._compare import assert_right, lows, ref
+from attnplug.testing._compare import assert_right, is_quantized, lows, ref
 
 SCORES = {"cpu": 2**21, "cuda": 2**24}
 """How many scores the reference may hold at once, for each device type."""
@@ -61,9 +61,11 @@ class Reference:
         """Run an implementation; return what is wrong with its result, an empty string if it is right."""
         out = self._problem.forward(impl)
         gradients = self._problem.backward(out, self._grad_out) if self._problem.case.backward else ()
+        quantized = is_quantized(impl)
         for sample in self.samples:
+            outcome = sample.outcome(out, gradients)
             try:
-                assert_right(sample.call, sample.inputs, sample.outcome(out, gradients), sample.ref, sample.lows)
+                assert_right(sample.call, sample.inputs, outcome, sample.ref, sample.lows, quantized)
             except CheckFailure as failure:
                 return str(failure.args[0]).replace("\n", "; ")
         return ""

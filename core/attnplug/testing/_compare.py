@@ -3,7 +3,7 @@
 With `ref` the call in float64, and `low` the plain formula with every operation in the input's own dtype,
 `max|out - ref| <= 2 max|low - ref| + 2 max|ref + 0.3 - 0.3 - ref|`, the last term computed in the input's dtype;
 for gradients the same with factor 3. `lse` has a tolerance relative to `max(1, |lse|)`. In float64 `ref` rounds too,
-and the bound is doubled.
+and the bound is doubled. A quantized kernel is held to 5 % of the norm of `ref` instead.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnplug._registry.discovery import get_registry
 from attnplug.testing._call import Call, Inputs, Outcome
 from attnplug.testing._reference import LOWS, OPPOSITE, attention
 
 AGAIN = "again: "
 OUT, GRADIENT = 2.0, 3.0
+QUANTIZED = 0.05
 LSE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
 
 
@@ -71,18 +73,28 @@ def compare(impl: str, call: Call, inputs: Inputs | None = None, outcome: Outcom
         torch.manual_seed(call.seed)  # of dropout
         outcome = run(impl, call, inputs)
     factors = revealed(call, outcome.out)
-    assert_right(call, inputs, outcome, ref(call, inputs, factors), lows(call, inputs, factors))
+    quantized = is_quantized(impl)
+    assert_right(call, inputs, outcome, ref(call, inputs, factors), lows(call, inputs, factors), quantized)
 
 
-def assert_right(call: Call, inputs: Inputs, outcome: Outcome, ref: Outcome, lows: tuple[Outcome, ...]) -> None:
+def is_quantized(impl: str) -> bool:
+    """Whether an implementation says that it rounds its inputs to fewer bits."""
+    return get_registry().get(impl).spec.capabilities.quantized
+
+
+def assert_right(
+    call: Call, inputs: Inputs, outcome: Outcome, ref: Outcome, lows: tuple[Outcome, ...], quantized: bool = False
+) -> None:
     """Hold all of an outcome against what the formulas give, which may serve several implementations.
+
+    That of a quantized one may be wrong by `QUANTIZED` of its norm, and must hold no NaN.
 
     Raises:
         CheckFailure: something is further from the formula than the contract allows.
     """
     names = ["out", *(["lse"] if outcome.lse is not None else []), *outcome.gradients]
     for name in names:
-        _assert_right(call, inputs, name, outcome, ref, lows)
+        _assert_right(call, inputs, name, outcome, ref, lows, quantized)
 
 
 def revealed(call: Call, out: Tensor) -> Tensor | None:
@@ -106,7 +118,7 @@ def run(impl: str, call: Call, inputs: Inputs) -> Outcome:
 
 
 def _assert_right(
-    call: Call, inputs: Inputs, name: str, outcome: Outcome, ref: Outcome, lows: tuple[Outcome, ...]
+    call: Call, inputs: Inputs, name: str, outcome: Outcome, ref: Outcome, lows: tuple[Outcome, ...], quantized: bool
 ) -> None:
     from attnplug.testing._hints import hint
 
@@ -118,7 +130,9 @@ def _assert_right(
         raise failure(call, f"{what}: dtype {actual.dtype}, expected {dtype}")
     if actual.shape != exact.shape:
         raise failure(call, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
-    if name == "lse":
+    if quantized:
+        error, allowed = _norm_error(actual, exact)
+    elif name == "lse":
         error, allowed = lse_error(actual, exact, call.dtype)
     else:
         error, allowed = _away(actual.double() - exact), tolerance(name, exact, rounded)
@@ -154,6 +168,14 @@ def lse_error(actual: Tensor, ref: Tensor, dtype: str) -> tuple[Tensor, float]:
     """Return the error relative to `max(1, |lse|)`, where infinities must be equal, and the largest allowed."""
     error = _away((actual.double() - ref) / ref.abs().clamp(min=1))
     return error.masked_fill(actual.double() == ref, 0.0), LSE[dtype]
+
+
+def _norm_error(actual: Tensor, ref: Tensor) -> tuple[Tensor, float]:
+    """Return the error's norm as a share of the reference's, and the largest allowed; infinities must be equal."""
+    differs = _away(actual.double() - ref).masked_fill(actual.double() == ref, 0.0)
+    norm = ref.masked_fill(ref.isinf(), 0.0).norm()
+    share = differs.norm() / norm if norm > 0 else differs.norm()
+    return torch.where(differs > 0, share, 0.0), QUANTIZED
 
 
 def _away(difference: Tensor) -> Tensor:
