@@ -160,9 +160,7 @@ def band_mod(limits: Tensor) -> Mask:
 def ends(offset: int, band: tuple[int, int], device: torch.device) -> Tensor:
     """Return the least and the largest `j - i` that a band sees."""
     left, right = band
-    return torch.tensor(
-        [offset - left if left >= 0 else -_FAR, offset + right if right >= 0 else _FAR], device=device
-    )
+    return torch.tensor([offset - left if left >= 0 else -_FAR, offset + right if right >= 0 else _FAR], device=device)
 
 
 @lru_cache(maxsize=256)
