@@ -21,17 +21,6 @@ OPEN = (-1, -1)
 READ_BYTES = 16
 
 
-def is_packed(params: SDPAParams) -> bool:
-    """Whether this is a call of `varlen_attn`."""
-    return params.cu_seq_q is not None
-
-
-def wants_gradient(params: SDPAParams) -> bool:
-    """Whether autograd records this call."""
-    tensors = (params.query, params.key, params.value, params.attn_mask, params.sinks)
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def positive_scale(params: SDPAParams) -> tuple[SDPAParams, int]:
     """Return a call of the same logits whose scale is above 0, and the factor of the query's gradient.
 
@@ -102,7 +91,7 @@ def band(params: SDPAParams) -> tuple[int, int]:
 
 def is_lower_right(params: SDPAParams) -> bool:
     """Whether the diagonal ends at the last key; variable length always does."""
-    return is_packed(params) or params.causal_variant == CausalVariant.LOWER_RIGHT
+    return params.is_varlen or params.causal_variant == CausalVariant.LOWER_RIGHT
 
 
 def blind_rows(params: SDPAParams) -> Tensor | None:
@@ -113,7 +102,7 @@ def blind_rows(params: SDPAParams) -> Tensor | None:
     """
     left, right = band(params)
     device = params.query.device
-    if is_packed(params):
+    if params.is_varlen:
         sequence, position, outside = tokens_of(params.cu_seq_q, params.query.shape[0])
         used = used_keys(params)[sequence]
         row = position + used - params.cu_seq_q.diff()[sequence]
@@ -143,7 +132,7 @@ def cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
     blind = blind_rows(params)
     if blind is None:
         return out, lse
-    rows = blind.view(-1, 1, 1) if is_packed(params) else blind.unsqueeze(-1)
+    rows = blind.view(-1, 1, 1) if params.is_varlen else blind.unsqueeze(-1)
     return out.masked_fill(rows, 0.0), lse.masked_fill(blind, MINUS_INFINITY)
 
 
@@ -205,23 +194,6 @@ def sum_heads(grad: Tensor, kv_heads: int, dim: int = 2) -> Tensor:
     if grad.shape[dim] == kv_heads:
         return grad
     return grad.unflatten(dim, (kv_heads, -1)).sum(dim + 1)
-
-
-def empty_result(params: SDPAParams, heads_behind_rows: bool = True) -> tuple[Tensor, Tensor]:
-    """Return empty `out` and `lse` as an adapter returns them; what its `fake` is made of.
-
-    `heads_behind_rows` says that a dense `out` is a view of memory that lies `(B, Sq, Hq, Ev)`.
-    """
-    query, size = params.query, params.value.shape[-1]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if is_packed(params):
-        tokens, heads = query.shape[:2]
-        return query.new_empty(tokens, heads, size), query.new_empty(heads, tokens, dtype=dtype)
-    batch, heads, queries, _ = query.shape
-    lse = query.new_empty(batch, heads, queries, dtype=dtype)
-    if heads_behind_rows:
-        return heads_behind(query.new_empty(batch, queries, heads, size)), lse
-    return query.new_empty(batch, heads, queries, size), lse
 
 
 def is_here(device: torch.device) -> bool:

@@ -124,7 +124,7 @@ class FlashAttn2(Adapter):
             reasons.append("takes no softcap together with dropout")
         if params.block_table is not None and params.key.shape[1] % PAGE:
             reasons.append(f"needs pages of a multiple of {PAGE} keys, got {params.key.shape[1]}")
-        if not convert.wants_gradient(params):
+        if not params.needs_grad:
             return reasons
         for name in ("seqused_k", "block_table"):
             if getattr(params, name) is not None:
@@ -140,13 +140,13 @@ class FlashAttn2(Adapter):
         if params.dropout == 1:  # nothing is left, and the kernel refuses to divide by what is
             out, *others = self.forward(replace(params, dropout=0.0))
             return torch.zeros_like(out), *others
-        if params.seqused_k is not None and not convert.is_packed(params):
+        if params.seqused_k is not None and not params.is_varlen:
             batch = params.query.shape[0]
             out, lse, *state = self.forward(convert.as_tokens(params))
             return convert.from_tokens(out, batch), convert.lse_from_tokens(lse, batch), *state
         size = params.value.shape[-1]
         query, key, value = (self._given(params, tensor) for tensor in (params.query, params.key, params.value))
-        if convert.is_packed(params):
+        if params.is_varlen:
             out, lse, _, state = self._packed(params, query, key, value)
             out = convert.first(out, size)
         else:
@@ -193,7 +193,7 @@ class FlashAttn2(Adapter):
         grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in given[1:4]]
         options = self._options(params) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
         infinite = convert.blind_as_infinity(lse)
-        if convert.is_packed(params):
+        if params.is_varlen:
             self.library._flash_attn_varlen_backward(
                 *given,
                 infinite,
@@ -213,7 +213,9 @@ class FlashAttn2(Adapter):
 
     def fake(self, params: SDPAParams) -> tuple[Tensor, ...]:
         """Return empty tensors like those of forward."""
-        out, lse = convert.empty_result(params)
+        lse = params.query.new_empty(params.lse_shape, dtype=torch.float32)
+        out = convert.first(torch.empty_like(self._given(params, params.query)), params.value.shape[-1])
+        out = out if params.is_varlen else convert.heads_behind(out)
         if 0 < params.dropout < 1:
             return out, lse, lse.new_empty(2, dtype=torch.int64)
         return out, lse
@@ -221,7 +223,7 @@ class FlashAttn2(Adapter):
     def _given(self, params: SDPAParams, tensor: Tensor) -> Tensor:
         """Return a tensor of the call as the kernel reads it: heads behind rows, head size a multiple of 8."""
         tensor = convert.padded(tensor, convert.rounded_up(tensor.shape[-1], 8))
-        return convert.aligned(tensor if convert.is_packed(params) else convert.heads_behind(tensor))
+        return convert.aligned(tensor if params.is_varlen else convert.heads_behind(tensor))
 
     def _options(self, params: SDPAParams) -> dict[str, Any]:
         left, right = convert.band(params)

@@ -25,7 +25,7 @@ _compiled = torch.compile(flex_attention)
 
 def supports(params: SDPAParams) -> str | None:
     """Decline gradients on CPU, for which PyTorch has no kernel."""
-    if params.query.device.type == "cpu" and convert.wants_gradient(params):
+    if params.query.device.type == "cpu" and params.needs_grad:
         return "PyTorch's flex_attention has no backward on CPU"
     if params.query.device.type == "cuda" and params.value.shape[-1] < 16:
         return f"value head size {params.value.shape[-1]} is below 16"
@@ -50,7 +50,7 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     out, lse = (returned[0], returned[1].lse) if wants_lse else (returned, None)
     if params.sinks is not None:
         out, lse = _with_sinks(out, lse, params.sinks)
-    if convert.is_packed(params):
+    if params.is_varlen:
         out, lse = out[0].transpose(0, 1), None if lse is None else lse[0]
     return out, lse if params.return_lse else None
 

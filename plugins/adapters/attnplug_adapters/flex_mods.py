@@ -43,7 +43,7 @@ class Positions:
 
     @classmethod
     def of(cls, params: SDPAParams) -> Positions:
-        if convert.is_packed(params):
+        if params.is_varlen:
             return _packed(params)
         queries, keys, used = params.query.shape[2], params.key.shape[2], params.seqused_k
         if not convert.is_lower_right(params):

@@ -43,7 +43,7 @@ FLEX_CUDA = Capabilities(
 )
 
 
-def specs() -> list[ImplSpec]:
+def all_specs() -> list[ImplSpec]:
     """Return the specification of every adapter."""
     return [
         ImplSpec(
