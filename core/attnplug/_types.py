@@ -179,6 +179,7 @@ class ImplSpec:
         priority: higher is preferred, among the implementations that stand behind `torch`.
         requires: modules that must be installed, such as `("triton",)` or `("flash_attn.cute",)`; without them
             the implementation is listed as unavailable, and its kernel is never imported.
+        install: the command that brings what it requires, such as `pip install triton`; shown where that is missing.
 
     Raises:
         SpecError: a field has a wrong type or value.
@@ -190,6 +191,7 @@ class ImplSpec:
     capabilities: Capabilities = field(default_factory=Capabilities)
     priority: int = 0
     requires: Collection[str] = ()
+    install: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -209,6 +211,8 @@ class ImplSpec:
             raise SpecError(f"{where}.capabilities: expected Capabilities, got {type(self.capabilities).__name__}")
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             raise SpecError(f"{where}.priority: expected an int, got {self.priority!r}")
+        if not isinstance(self.install, str):
+            raise SpecError(f"{where}.install: expected a command, got {self.install!r}")
         object.__setattr__(self, "requires", tuple(sorted(_strings("requires", self.requires, where) or ())))
 
 

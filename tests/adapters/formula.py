@@ -70,7 +70,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, blind: float)
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, mask: Mask
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of one sequence from the lse that is given: what that is decides what comes out."""
     if key.shape[0] == 0 or query.shape[0] == 0:
@@ -83,6 +90,8 @@ def backward(
     keep = 1.0 if mask.keep is None else mask.keep
     grad, values = grad_out.double().transpose(0, 1), value.double().transpose(0, 1).repeat_interleave(group, 0)
     delta = (grad * out.double().transpose(0, 1)).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse.double().unsqueeze(-1)
     grad_logits = weights * (grad @ values.mT * keep - delta)
     grad_query, grad_key = torch.autograd.grad(logits, leaves[:2], grad_logits)
     grad_value = ((weights * keep).mT @ grad).unflatten(0, (kv_heads, group)).sum(1).transpose(0, 1)

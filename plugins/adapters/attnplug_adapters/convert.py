@@ -68,6 +68,28 @@ def rounded_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def as_kernel_reads(params: SDPAParams, tensor: Tensor, multiple: int = 8) -> Tensor:
+    """Return a tensor of the call with heads behind rows, its head size a multiple, and aligned.
+
+    `(B, H, S, E)` becomes `(B, S, H, E)`; packed tokens `(T, H, E)` and pages have their heads there already.
+    """
+    tensor = padded(tensor, rounded_up(tensor.shape[-1], multiple))
+    return aligned(tensor if params.is_varlen else heads_behind(tensor))
+
+
+def as_caller_reads(params: SDPAParams, tensor: Tensor, size: int) -> Tensor:
+    """Return what `as_kernel_reads` undone gives, with the head size that the caller knows."""
+    tensor = first(tensor, size)
+    return tensor if params.is_varlen else heads_behind(tensor)
+
+
+def outside_cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out with 0, and lse with minus infinity, for packed queries of no sequence, which nobody wrote."""
+    token = torch.arange(params.query.shape[0], device=out.device)
+    nowhere = token >= params.cu_seq_q[-1]
+    return out.masked_fill(nowhere.view(-1, 1, 1), 0.0), lse.masked_fill(nowhere, MINUS_INFINITY)
+
+
 def natural(lse: Tensor) -> Tensor:
     """Return an lse in natural units, given one to the base of 2."""
     return lse * math.log(2.0)

@@ -145,16 +145,16 @@ class FlashAttn2(Adapter):
             out, lse, *state = self.forward(convert.as_tokens(params))
             return convert.from_tokens(out, batch), convert.lse_from_tokens(lse, batch), *state
         size = params.value.shape[-1]
-        query, key, value = (self._given(params, tensor) for tensor in (params.query, params.key, params.value))
+        query, key, value = (
+            convert.as_kernel_reads(params, tensor) for tensor in (params.query, params.key, params.value)
+        )
         if params.is_varlen:
             out, lse, _, state = self._packed(params, query, key, value)
-            out = convert.first(out, size)
         else:
             out, lse, _, state = self.library._flash_attn_forward(
                 query, key, value, **self._options(params), return_softmax=False
             )
-            out = convert.heads_behind(convert.first(out, size))
-        lse = convert.blind_as_minus_infinity(lse)
+        out, lse = convert.as_caller_reads(params, out, size), convert.blind_as_minus_infinity(lse)
         return (out, lse, state) if params.dropout > 0 else (out, lse)
 
     def _packed(self, params: SDPAParams, query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -189,7 +189,7 @@ class FlashAttn2(Adapter):
         if params.dropout == 1:
             return tuple(torch.zeros_like(tensor) for tensor in (params.query, params.key, params.value))
         tensors = (grad_out, params.query, params.key, params.value, out)
-        given = [self._given(params, tensor) for tensor in tensors]
+        given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]
         grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in given[1:4]]
         options = self._options(params) | {"deterministic": torch.are_deterministic_algorithms_enabled()}
         infinite = convert.blind_as_infinity(lse)
@@ -207,23 +207,17 @@ class FlashAttn2(Adapter):
             )
         else:
             self.library._flash_attn_backward(*given, infinite, *grads, **options, rng_state=state)
-            grads = [convert.heads_behind(grad) for grad in grads]
-        grad_query, *others = (convert.first(grad, params.query.shape[-1]) for grad in grads)
+        grad_query, *others = (convert.as_caller_reads(params, grad, params.query.shape[-1]) for grad in grads)
         return grad_query if sign == 1 else grad_query * sign, *others
 
     def fake(self, params: SDPAParams) -> tuple[Tensor, ...]:
         """Return empty tensors like those of forward."""
         lse = params.query.new_empty(params.lse_shape, dtype=torch.float32)
-        out = convert.first(torch.empty_like(self._given(params, params.query)), params.value.shape[-1])
-        out = out if params.is_varlen else convert.heads_behind(out)
+        like_query = torch.empty_like(convert.as_kernel_reads(params, params.query))
+        out = convert.as_caller_reads(params, like_query, params.value.shape[-1])
         if 0 < params.dropout < 1:
             return out, lse, lse.new_empty(2, dtype=torch.int64)
         return out, lse
-
-    def _given(self, params: SDPAParams, tensor: Tensor) -> Tensor:
-        """Return a tensor of the call as the kernel reads it: heads behind rows, head size a multiple of 8."""
-        tensor = convert.padded(tensor, convert.rounded_up(tensor.shape[-1], 8))
-        return convert.aligned(tensor if params.is_varlen else convert.heads_behind(tensor))
 
     def _options(self, params: SDPAParams) -> dict[str, Any]:
         left, right = convert.band(params)

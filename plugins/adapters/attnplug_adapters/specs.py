@@ -18,6 +18,36 @@ FLASH_ATTN2 = Capabilities(
     head_sizes=range(1, 257),
     features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.ALIBI, Feature.DROPOUT},
 )
+FLASH_ATTN3 = Capabilities(
+    devices=("cuda",),
+    dtypes=_HALF,
+    compute_capability=(9, 0),
+    head_sizes=range(1, 257),
+    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.VALUE_HEAD_SIZE},
+)
+FLASH_ATTN3_WHEEL = Capabilities(
+    devices=("cuda",),
+    dtypes=("bfloat16",),
+    compute_capability=(9, 0),
+    head_sizes=range(1, 257),
+    features=frozenset(FLASH_ATTN3.features) - {Feature.WINDOW, Feature.PAGED},
+)
+FLASH_ATTN4 = Capabilities(
+    devices=("cuda",),
+    dtypes=_HALF,
+    compute_capability=(9, 0),
+    head_sizes=range(1, 257),
+    features=_LOWER_RIGHT
+    | _SEQUENCES
+    | {
+        Feature.WINDOW,
+        Feature.SOFTCAP,
+        Feature.SINKS,
+        Feature.SINKS_GRADIENT,
+        Feature.LSE_GRADIENT,
+        Feature.VALUE_HEAD_SIZE,
+    },
+)
 _FLEX = {
     Feature.BOOLEAN_MASK,
     Feature.ADDITIVE_MASK,
