@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attnplug import ImplSpec, hookimpl
+from attnplug_adapters.hub_names import hub_spec
 from attnplug_adapters.specs import all_specs
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["attnplug_register_impls", "hub"]
 @hookimpl
 def attnplug_register_impls() -> list[ImplSpec]:
     """Return every implementation, installed library or not: what lacks its library is listed with the reason."""
-    return all_specs()
+    return [*all_specs(), hub_spec()]
 
 
 def __getattr__(name: str) -> Any:

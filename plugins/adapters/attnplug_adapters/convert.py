@@ -149,6 +149,23 @@ def _sees_nothing(row: Tensor, keys: Tensor | int, left: int, right: int) -> Ten
     return nothing
 
 
+def hidden(params: SDPAParams) -> Tensor | None:
+    """Return `(Sq, Sk)`, which keys the band of a dense call hides; None if it hides none."""
+    left, right = band(params)
+    if (left, right) == OPEN:
+        return None
+    queries, keys = params.query.shape[2], params.key.shape[2]
+    offset = keys - queries if is_lower_right(params) else 0
+    row = torch.arange(queries, device=params.query.device).view(-1, 1) + offset
+    column = torch.arange(keys, device=params.query.device)
+    outside = torch.zeros(queries, keys, dtype=torch.bool, device=params.query.device)
+    if left >= 0:
+        outside |= column < row - left
+    if right >= 0:
+        outside |= column > row + right
+    return outside
+
+
 def cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return out with 0, and lse with minus infinity, for queries that see no key, whatever was there."""
     blind = blind_rows(params)

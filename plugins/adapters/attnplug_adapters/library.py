@@ -24,8 +24,8 @@ class Adapter:
         library: the library's module, or its name, which is imported when it is first asked for.
 
     Attributes:
-        interfaces: what the adapter calls, as classes whose static methods have the functions' signatures; one
-            for each form that the library has had, the newest first.
+        interfaces: what the adapter calls, as classes whose static methods have the functions' signatures, and
+            whose classes have those of methods; one for each form that the library has had, the newest first.
     """
 
     interfaces: ClassVar[tuple[type, ...]] = ()
@@ -93,7 +93,10 @@ def fits(found: inspect.Signature, expected: inspect.Signature) -> bool:
 
 
 def _difference(library: ModuleType, name: str, stub: Callable[..., Any]) -> str:
-    function, expected = getattr(library, name, None), signature(stub)
+    function: Any = library
+    for part in name.split("."):
+        function = getattr(function, part, None)
+    expected = signature(stub)
     if function is None:
         return f"{library.__name__} has no {name}; written for {name}{expected}"
     found = signature(function)
@@ -102,7 +105,12 @@ def _difference(library: ModuleType, name: str, stub: Callable[..., Any]) -> str
     return f"{library.__name__}.{name} has changed: written for {name}{expected}, found {name}{found}"
 
 
-def _stubs(interface: type) -> Iterator[tuple[str, Callable[..., Any]]]:
+def _stubs(interface: type, within: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yield the functions of an interface, and the methods of its classes, by their dotted names."""
     for name, member in vars(interface).items():
         if isinstance(member, staticmethod):
-            yield name, member.__func__
+            yield within + name, member.__func__
+        elif inspect.isclass(member):
+            yield from _stubs(member, f"{within}{name}.")
+        elif within and inspect.isfunction(member):
+            yield within + name, member

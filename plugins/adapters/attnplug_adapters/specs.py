@@ -5,6 +5,8 @@ The priorities stand behind those of attnplug's other plugins until there are me
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 
 _HALF = ("float16", "bfloat16")
@@ -48,6 +50,34 @@ FLASH_ATTN4 = Capabilities(
         Feature.VALUE_HEAD_SIZE,
     },
 )
+SAGE_ATTENTION = Capabilities(
+    devices=("cuda",),
+    dtypes=_HALF,
+    compute_capability=(8, 0),
+    head_sizes=range(1, 129),
+    features={Feature.CAUSAL, Feature.GQA, Feature.LSE},
+    quantized=True,
+)
+XFORMERS = Capabilities(
+    devices=("cuda",),
+    dtypes=(*_HALF, "float32"),
+    compute_capability=(8, 0),
+    head_sizes=range(1, 257),
+    features=_LOWER_RIGHT
+    | {
+        Feature.BOOLEAN_MASK,
+        Feature.ADDITIVE_MASK,
+        Feature.UPPER_LEFT,
+        Feature.WINDOW,
+    },
+)
+FLASHINFER = Capabilities(
+    devices=("cuda",),
+    dtypes=_HALF,
+    compute_capability=(8, 0),
+    head_sizes=(64, 128, 256),
+    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP},
+)
 _FLEX = {
     Feature.BOOLEAN_MASK,
     Feature.ADDITIVE_MASK,
@@ -75,20 +105,47 @@ FLEX_CUDA = Capabilities(
 
 def all_specs() -> list[ImplSpec]:
     """Return the specification of every adapter."""
+    flash, efficient = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
     return [
-        ImplSpec(
-            name="flash_attn2",
-            kernel="attnplug_adapters.flash_attn2:kernel",
-            backend=SDPBackend.FLASH_ATTENTION,
-            capabilities=FLASH_ATTN2,
-            priority=-33,
-            requires=("flash_attn.flash_attn_interface",),
-        ),
+        _spec("flash_attn4", flash, FLASH_ATTN4, -31, "flash_attn.cute.interface", "pip install --pre flash-attn-4"),
+        _flash_attn3(),
+        _spec("flash_attn2", flash, FLASH_ATTN2, -33, "flash_attn.flash_attn_interface", "pip install flash-attn"),
+        _spec("xformers", efficient, XFORMERS, -34, "xformers.ops", "pip install xformers"),
+        _spec("flashinfer", flash, FLASHINFER, -35, "flashinfer", "pip install flashinfer-python"),
+        _spec("sage_attention", flash, SAGE_ATTENTION, -36, "sageattention", "pip install sageattention"),
         ImplSpec(
             name="flex",
             kernel="attnplug_adapters.flex",
-            backend=SDPBackend.FLASH_ATTENTION,
+            backend=flash,
             capabilities=FLEX_CPU | FLEX_CUDA,
             priority=-60,
         ),
     ]
+
+
+def _spec(
+    name: str, backend: SDPBackend, capabilities: Capabilities, priority: int, needs: str, install: str
+) -> ImplSpec:
+    return ImplSpec(
+        name=name,
+        kernel=f"attnplug_adapters.{name}:kernel",
+        backend=backend,
+        capabilities=capabilities,
+        priority=priority,
+        requires=(needs,),
+        install=install,
+    )
+
+
+def _flash_attn3() -> ImplSpec:
+    """Return FlashAttention 3: the build from source, or the wheel where only that is installed."""
+    wheel = find_spec("flash_attn_interface") is None and find_spec("fa3_fwd_interface") is not None
+    return ImplSpec(
+        name="flash_attn3",
+        kernel=f"attnplug_adapters.flash_attn3:{'wheel' if wheel else 'source'}",
+        backend=SDPBackend.FLASH_ATTENTION,
+        capabilities=FLASH_ATTN3_WHEEL if wheel else FLASH_ATTN3,
+        priority=-32,
+        requires=("fa3_fwd_interface",) if wheel else ("flash_attn_interface",),
+        install="pip install fa3-fwd, forward only; or build flash-attention/hopper",
+    )
