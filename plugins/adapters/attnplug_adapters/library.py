@@ -14,6 +14,7 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -86,7 +87,10 @@ def fits(found: inspect.Signature, expected: inspect.Signature) -> bool:
         return False
     for parameter in wanted:
         other = found.parameters.get(parameter.name)
-        if other is None or other.kind != parameter.kind or other.default != parameter.default:
+        if other is None or other.default != parameter.default:
+            return False
+        by_name = parameter.default is not parameter.empty  # adapters pass what has a default by its name
+        if other.kind != parameter.kind and not (by_name and other.kind in _NAMED):
             return False
     added = (other for name, other in found.parameters.items() if name not in expected.parameters)
     return all(other.default is not other.empty or other.kind in _VARIADIC for other in added)

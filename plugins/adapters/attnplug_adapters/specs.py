@@ -5,6 +5,8 @@ The priorities stand behind those of attnplug's other plugins until there are me
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
@@ -58,6 +60,7 @@ SAGE_ATTENTION = Capabilities(
     features={Feature.CAUSAL, Feature.GQA, Feature.LSE},
     quantized=True,
 )
+SAGE_ATTENTION1 = replace(SAGE_ATTENTION, features={Feature.CAUSAL, Feature.GQA}, alternatives=())
 XFORMERS = Capabilities(
     devices=("cuda",),
     dtypes=(*_HALF, "float32"),
@@ -112,7 +115,7 @@ def all_specs() -> list[ImplSpec]:
         _spec("flash_attn2", flash, FLASH_ATTN2, -33, "flash_attn.flash_attn_interface", "pip install flash-attn"),
         _spec("xformers", efficient, XFORMERS, -34, "xformers.ops", "pip install xformers"),
         _spec("flashinfer", flash, FLASHINFER, -35, "flashinfer", "pip install flashinfer-python"),
-        _spec("sage_attention", flash, SAGE_ATTENTION, -36, "sageattention", "pip install sageattention"),
+        _spec("sage_attention", flash, _sage_attention(), -36, "sageattention", "pip install sageattention"),
         ImplSpec(
             name="flex",
             kernel="attnplug_adapters.flex",
@@ -135,6 +138,14 @@ def _spec(
         requires=(needs,),
         install=install,
     )
+
+
+def _sage_attention() -> Capabilities:
+    """Return what the installed version supports: an lse from 2.0 on."""
+    try:
+        return SAGE_ATTENTION1 if version("sageattention").startswith("1.") else SAGE_ATTENTION
+    except PackageNotFoundError:
+        return SAGE_ATTENTION
 
 
 def _flash_attn3() -> ImplSpec:
