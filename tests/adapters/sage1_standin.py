@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from sage_standin import attend
@@ -14,7 +14,7 @@ def sageattn(
     v: torch.Tensor,
     tensor_layout: str = "HND",
     is_causal=False,
-    sm_scale: Optional[float] = None,
+    sm_scale: float | None = None,
     smooth_k: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor:

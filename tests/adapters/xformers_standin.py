@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Optional, Type, Union
+from typing import Any
 
 import torch
 from formula import INF, NAN, Mask, backward, check_memory, forward
@@ -49,12 +49,12 @@ def memory_efficient_attention_forward_requires_grad(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_bias: Optional[Union[torch.Tensor, AttentionBias]] = None,
+    attn_bias: torch.Tensor | AttentionBias | None = None,
     p: float = 0.0,
-    scale: Optional[float] = None,
+    scale: float | None = None,
     *,
-    op: Optional[Type[Any]] = None,
-    output_dtype: Optional[torch.dtype] = None,
+    op: type[Any] | None = None,
+    output_dtype: torch.dtype | None = None,
 ):
     _check(query, key, value, attn_bias)
     cutlass = _is_cutlass(query, attn_bias)
@@ -79,11 +79,11 @@ def memory_efficient_attention_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_bias: Optional[Union[torch.Tensor, AttentionBias]] = None,
+    attn_bias: torch.Tensor | AttentionBias | None = None,
     p: float = 0.0,
-    scale: Optional[float] = None,
+    scale: float | None = None,
     *,
-    op: Optional[Type[Any]] = None,
+    op: type[Any] | None = None,
 ):
     _check(query, key, value, attn_bias)
     check_memory(grad, output)
