@@ -10,11 +10,12 @@ from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling
 
+from attnplug._call.facts import UPPER_LEFT, have_fitting_sizes
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import traced
-from attnplug._dispatch.eager import OPEN_WINDOW, UPPER_LEFT, dense, ordinary, record_of, regular_form, varlen
+from attnplug._dispatch.eager import dense, varlen
 from attnplug._selection.state import process, start_outside, thread
-from attnplug._types import CausalVariant, SDPAParams
+from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -80,31 +81,31 @@ def scaled_dot_product_attention(
         >>> attnplug.scaled_dot_product_attention(query, query, query, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    # Where `torch` comes first, a call that PyTorch's own function can take goes straight to it: the
-    # comparisons cost about 2 us. They include the shapes, which PyTorch's CPU kernel does not check. A trace
-    # takes the same way: each function that it goes through costs a compiled model guards, at every call.
+    # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. The
+    # comparisons cost about 2 us; they include what PyTorch gets wrong in silence. A trace takes the same way: each
+    # function that it goes through costs a compiled model guards, at every call.
     compiling = is_compiling()
     if compiling:
         start_outside()
-    form = None
-    if (
+    plain = (
         sinks is None
         and alibi_slopes is None
         and seqused_k is None
         and not return_lse
         and softcap == 0.0
-        and window_size == OPEN_WINDOW
+        and window_size is OPEN_WINDOW
         and causal_variant is UPPER_LEFT
-        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-        and (scale is None or (type(scale) is float and -inf < scale < inf))
-        and (enable_gqa is False or enable_gqa is True)
-    ):
-        form = regular_form(query, key, value, enable_gqa)
+    )
     if (
-        form is not None
+        plain
         and process.plain
         and (thread.state.torch_first if impl is None else impl == "torch")
         and not thread.state.recordings
+        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
+        and (scale is None or (type(scale) is float and 0.0 < scale < inf))
+        and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
+        and (enable_gqa is False or enable_gqa is True)
+        and have_fitting_sizes(query, key, value, enable_gqa)
     ):
         try:
             if scale is None and not enable_gqa:  # keyword arguments cost PyTorch's parser 0.8 us
@@ -114,26 +115,27 @@ def scaled_dot_product_attention(
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise
-    if form is not None and not compiling:
-        return ordinary(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale, impl, form)
-    params = record_of(
-        query=query,
-        key=key,
-        value=value,
-        attn_mask=attn_mask,
-        dropout=dropout_p,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-        scale=scale,
-        causal_variant=causal_variant,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        seqused_k=seqused_k,
-        return_lse=return_lse,
-    )
-    out, lse = (traced.dense if compiling else dense)(params, impl)
+    fields: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "attn_mask": attn_mask,
+        "dropout": dropout_p,
+        "is_causal": is_causal,
+        "enable_gqa": enable_gqa,
+        "scale": scale,
+    }
+    if not plain:
+        fields |= {
+            "causal_variant": causal_variant,
+            "window_size": window_size,
+            "softcap": softcap,
+            "sinks": sinks,
+            "alibi_slopes": alibi_slopes,
+            "seqused_k": seqused_k,
+            "return_lse": return_lse,
+        }
+    out, lse = traced.dense(SDPAParams(**fields), impl) if compiling else dense(_params_of(fields), impl)
     return (out, lse) if return_lse else out
 
 
@@ -204,29 +206,39 @@ def varlen_attn(
         >>> attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8, is_causal=True).shape
         torch.Size([16, 8, 64])
     """
-    params = record_of(
-        query=query,
-        key=key,
-        value=value,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        causal_variant=CausalVariant.LOWER_RIGHT,
-        window_size=window_size,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        seqused_k=seqused_k,
-        return_lse=return_lse,
-        dropout=dropout_p,
-        cu_seq_q=cu_seq_q,
-        cu_seq_k=cu_seq_k,
-        max_q=max_q,
-        max_k=max_k,
-        block_table=block_table,
-    )
-    out, lse = (traced.varlen if is_compiling() else varlen)(params, impl)
+    fields: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "dropout": dropout_p,
+        "is_causal": is_causal,
+        "enable_gqa": enable_gqa,
+        "scale": scale,
+        "causal_variant": CausalVariant.LOWER_RIGHT,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "seqused_k": seqused_k,
+        "return_lse": return_lse,
+        "cu_seq_q": cu_seq_q,
+        "cu_seq_k": cu_seq_k,
+        "max_q": max_q,
+        "max_k": max_k,
+        "block_table": block_table,
+    }
+    out, lse = traced.varlen(SDPAParams(**fields), impl) if is_compiling() else varlen(_params_of(fields), impl)
     return (out, lse) if return_lse else out
+
+
+def _params_of(fields: dict[str, Any]) -> SDPAParams:
+    """Build the description of a call without the frozen dataclass's `__init__`, which costs more than the rest.
+
+    Fields that are not given read as the class's defaults.
+    """
+    params = object.__new__(SDPAParams)
+    object.__setattr__(params, "__dict__", fields)
+    return params
 
 
 def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
@@ -235,5 +247,6 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
         type(mask) in _PLAIN
         and mask.dim() > 1
         and mask.device == query.device
+        and not mask.is_cuda  # whose kernels misread dtypes, strides and alignments that `torch` converts
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )

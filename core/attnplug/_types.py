@@ -80,6 +80,9 @@ class Feature(Enum, metaclass=_Features):
     DETERMINISTIC = "equal bits on repeated runs, backward included"
 
 
+OPEN_WINDOW = (-1, -1)
+"""The one tuple that an unrestricted window is in a checked call."""
+
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*")
 
@@ -261,7 +264,7 @@ class SDPAParams:
     enable_gqa: bool = False
     scale: float | None = field(default=None, kw_only=True)
     causal_variant: CausalVariant = field(default=CausalVariant.UPPER_LEFT, kw_only=True)
-    window_size: tuple[int, int] = field(default=(-1, -1), kw_only=True)
+    window_size: tuple[int, int] = field(default=OPEN_WINDOW, kw_only=True)
     softcap: float = field(default=0.0, kw_only=True)
     sinks: Any = field(default=None, kw_only=True)
     alibi_slopes: Any = field(default=None, kw_only=True)

@@ -1,6 +1,6 @@
 """The conformance kit in full, for every implementation that runs on a CUDA card, a case for each check.
 
-Those of attnplug-efficient-cuda are in `tests/plugins/test_efficient_cuda_gpu.py`: what they decline of what they
+Those of attnplug-efficient-cuda are in `tests/plugins/efficient_cuda/test_gpu.py`: what they decline of what they
 declare depends on PyTorch, cuDNN and the card.
 """
 

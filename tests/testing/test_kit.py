@@ -6,20 +6,22 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+import attnplug
+import mutants
+from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
+from attnplug.testing import Call, CheckFailure, all_checks, check_impl, parametrize_with_checks
+from attnplug.testing._runner import find, run_check
+from attnplug.testing._subject import Subject
 from mutants.kernel import CAPABILITIES, Kernel
 from mutants.logits import SoftcapIgnored
 from mutants.masks import AlwaysUpperLeft
 from mutants.running import DeclinesSoftcap, SharedWorkspace
 from mutants.softmax import LseInBaseTwo, MissingScale
-
-import attnplug
-from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
-from attnplug.testing import Call, CheckFailure, all_checks, check_impl, parametrize_with_checks
-from attnplug.testing._runner import find, run_check
-from attnplug.testing._subject import Subject
 
 
 @pytest.fixture
@@ -235,7 +237,7 @@ def pytester_run(tmp_path):
     return run
 
 
-_FOLDER = __file__.rpartition("/")[0]
+_FOLDER = Path(mutants.__file__).parents[1]
 _TEST = """
 import sys
 sys.path.insert(0, {folder!r})

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from functools import cache
 
 import pytest
-from mutants import Mutant, all_mutants
-from mutants.kernel import CAPABILITIES, Kernel
 
 import attnplug
 from attnplug import ImplSpec, SDPBackend
 from attnplug.testing import Check, CheckFailure, Result, all_checks, check_impl
 from attnplug.testing._runner import find, plan, run_check
 from attnplug.testing._subject import Subject
+from mutants import Mutant, all_mutants
+from mutants.kernel import CAPABILITIES, Kernel
 
 CHECKS: dict[str, Check] = {check.name: check for check in all_checks()}
 NAME = "under_test"

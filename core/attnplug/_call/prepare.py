@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._call.autocast import autocasts
+from attnplug._call.autocast import autocasted
 from attnplug._call.validate import broadcast_leading, check_dense, check_scalars
 from attnplug._call.validate_varlen import check_varlen
-from attnplug._types import CausalVariant, SDPAParams
+from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 Shape = tuple[int, ...]
 
@@ -37,7 +37,7 @@ def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
     if getattr(params.query, "is_nested", False):
         check_scalars(params)
         return params, ()
-    params = _autocast(params)
+    params = autocasted(params)
     check_dense(params)
     rank = max(tensor.dim() for tensor in (params.query, params.key, params.value))
     query, key, value = (_with_heads(tensor) for tensor in (params.query, params.key, params.value))
@@ -50,8 +50,7 @@ def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
         key=_flatten(key, leading, kv_heads),
         value=_flatten(value, leading, kv_heads),
         attn_mask=_four_dimensions(params.attn_mask, leading),
-        scale=_scale(params),
-        window_size=(params.window_size[0], params.window_size[1]),
+        **_plain_scalars(params),
     )
     full = (*leading, heads, query.shape[-2])
     return params, full[len(full) - rank + 1 :]
@@ -63,9 +62,9 @@ def prepare_varlen(params: SDPAParams) -> SDPAParams:
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
     """
-    params = _autocast(_own_enums(params))
+    params = autocasted(_own_enums(params))
     check_varlen(params)
-    return replace(params, scale=_scale(params), window_size=(params.window_size[0], params.window_size[1]))
+    return replace(params, **_plain_scalars(params))
 
 
 def is_empty(params: SDPAParams) -> bool:
@@ -137,22 +136,6 @@ def _causal_bias(params: SDPAParams) -> SDPAParams:
     return replace(params, attn_mask=None, is_causal=True, causal_variant=variant)
 
 
-def _autocast(params: SDPAParams) -> SDPAParams:
-    """Cast as autocast does for PyTorch's function: every floating argument but float64."""
-    query = params.query
-    if not isinstance(query, Tensor) or not autocasts(query):
-        return params
-    dtype = torch.get_autocast_dtype(query.device.type)
-
-    def cast(tensor: Any) -> Any:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    return replace(
-        params, query=cast(query), key=cast(params.key), value=cast(params.value), attn_mask=cast(params.attn_mask)
-    )
-
-
 def _with_heads(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() > 2 else tensor.unsqueeze(0)
 
@@ -186,8 +169,20 @@ def _four_dimensions(mask: Tensor | None, leading: Shape) -> Tensor | None:
     return mask
 
 
-def _scale(params: SDPAParams) -> float:
-    return params.scale if params.scale is not None else default_scale(params.query)
+def _plain_scalars(params: SDPAParams) -> dict[str, Any]:
+    """Return the arguments that are not tensors as plain numbers, with every default made explicit."""
+    window, slopes = params.window_size, params.alibi_slopes
+    return {
+        "dropout": _plain_number(params.dropout),
+        "scale": default_scale(params.query) if params.scale is None else _plain_number(params.scale),
+        "softcap": _plain_number(params.softcap),
+        "window_size": OPEN_WINDOW if max(window) < 0 else (index(window[0]), index(window[1])),
+        "alibi_slopes": slopes if slopes is None else slopes.float(),
+    }
+
+
+def _plain_number(value: Any) -> Any:
+    return value if isinstance(value, (int, torch.SymInt, torch.SymFloat)) or type(value) is float else float(value)
 
 
 def default_scale(query: Tensor) -> float:

@@ -1,86 +1,52 @@
-"""What a call needs, and what a statement of capabilities lacks of it, in words.
-
-`Requirements` holds everything about a call that `Capabilities` can speak of; two calls with equal
-requirements get equal answers, whatever their lengths.
-"""
+"""What a call needs, and what a statement of capabilities lacks of it, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 
 from attnplug._call.device import architecture_name, compute_capability
-from attnplug._types import Capabilities, CausalVariant, Feature, SDPAParams
+from attnplug._call.facts import NO_EXTENSIONS, CallFacts
+from attnplug._types import OPEN_WINDOW, Capabilities, CausalVariant, Feature
 
 
-@dataclass(frozen=True)
-class Requirements:
-    """What one call asks of a kernel."""
-
-    device: torch.device
-    dtype: str
-    head_size: int | None
-    features: frozenset[Feature]
-    needs_grad: bool
-
-
-def requirements(params: SDPAParams) -> Requirements:
-    """Read the requirements off checked and normalised `params`."""
-    query = params.query
-    nested = query.is_nested
-    return Requirements(
-        device=query.device,
-        dtype=str(query.dtype).removeprefix("torch."),
-        head_size=None if nested else query.shape[-1],
-        features=frozenset(_features(params)) if not nested else frozenset({Feature.NESTED}),
-        needs_grad=params.needs_grad,
-    )
-
-
-def _features(params: SDPAParams) -> set[Feature]:
-    query, key, value, mask = params.query, params.key, params.value, params.attn_mask
-    recording = torch.is_grad_enabled()
-    varlen, paged = params.cu_seq_q is not None, params.block_table is not None
-    heads, kv_heads = query.shape[1 if varlen else -3], key.shape[(2 if paged else 1) if varlen else -3]
+def features(call: CallFacts) -> frozenset[Feature]:
+    """Return the features that a call asks for."""
+    mask, more = call.mask, call.extensions or NO_EXTENSIONS
+    if more.nested:
+        return frozenset({Feature.NESTED})
     asked = {
         Feature.BOOLEAN_MASK: mask is not None and mask.dtype == torch.bool,
         Feature.ADDITIVE_MASK: mask is not None and mask.dtype != torch.bool,
-        Feature.MASK_GRADIENT: mask is not None and mask.requires_grad and recording,
-        Feature.CAUSAL: params.is_causal,
-        Feature.WINDOW: params.window_size != (-1, -1),
-        Feature.SOFTCAP: params.softcap > 0,
-        Feature.SINKS: params.sinks is not None,
-        Feature.SINKS_GRADIENT: params.sinks is not None and params.sinks.requires_grad and recording,
-        Feature.ALIBI: params.alibi_slopes is not None,
-        Feature.DROPOUT: params.dropout > 0,
-        Feature.GQA: heads != kv_heads,
-        Feature.VALUE_HEAD_SIZE: value.shape[-1] != query.shape[-1],
-        Feature.LSE: params.return_lse,
-        Feature.SEQUSED_K: params.seqused_k is not None,
-        Feature.VARLEN: varlen,
-        Feature.PAGED: paged,
+        Feature.MASK_GRADIENT: mask is not None and mask.wants_grad,
+        Feature.CAUSAL: call.is_causal,
+        Feature.WINDOW: more.window_size != OPEN_WINDOW,
+        Feature.SOFTCAP: more.softcap,
+        Feature.SINKS: more.sinks is not None,
+        Feature.SINKS_GRADIENT: more.sinks is not None and more.sinks.wants_grad,
+        Feature.ALIBI: more.slopes > 0,
+        Feature.DROPOUT: call.dropout,
+        Feature.GQA: call.heads != call.kv_heads,
+        Feature.VALUE_HEAD_SIZE: call.value_head_size != call.head_size,
+        Feature.LSE: more.return_lse,
+        Feature.SEQUSED_K: more.seqused,
+        Feature.VARLEN: more.varlen,
+        Feature.PAGED: more.paged,
     }
-    if is_aligned(params) and not is_square(params):
-        asked[Feature.LOWER_RIGHT] = params.causal_variant == CausalVariant.LOWER_RIGHT
-        asked[Feature.UPPER_LEFT] = params.causal_variant == CausalVariant.UPPER_LEFT
-    return {feature for feature, wanted in asked.items() if wanted}
+    if not call.square and (call.is_causal or more.slopes or more.window_size != OPEN_WINDOW):
+        asked[Feature.LOWER_RIGHT] = more.causal_variant == CausalVariant.LOWER_RIGHT
+        asked[Feature.UPPER_LEFT] = more.causal_variant == CausalVariant.UPPER_LEFT
+    return frozenset(feature for feature, wanted in asked.items() if wanted)
 
 
-def is_aligned(params: SDPAParams) -> bool:
-    """Whether the result depends on where the diagonal starts."""
-    return params.is_causal or params.window_size != (-1, -1) or params.alibi_slopes is not None
+def needs_grad(call: CallFacts) -> bool:
+    """Whether autograd records the call."""
+    sinks = call.extensions.sinks if call.extensions is not None else None
+    return call.recorded or any(tensor is not None and tensor.wants_grad for tensor in (call.mask, sinks))
 
 
-def is_square(params: SDPAParams) -> bool:
-    """Whether every sequence surely has as many keys as queries, so that both alignments agree."""
-    if params.cu_seq_q is not None or params.seqused_k is not None:
-        return False
-    return params.query.shape[-2] == params.key.shape[-2]
-
-
-def lacking(capabilities: Capabilities, call: Requirements) -> tuple[str, ...]:
+def lacking(capabilities: Capabilities, call: CallFacts) -> tuple[str, ...]:
     """Return each reason why `capabilities` does not cover `call`; none means that it does.
 
     Of several alternatives, the one for the call's device and dtype speaks.
@@ -90,22 +56,20 @@ def lacking(capabilities: Capabilities, call: Requirements) -> tuple[str, ...]:
     if not here:
         devices = sorted(capabilities.devices or ())
         return (f"runs on {', '.join(devices)}; the call is on {call.device.type}",)
-    fitting = [part for part in here if part.dtypes is None or call.dtype in part.dtypes]
-    answers = [_lacking_one(part, call) for part in fitting or here]
+    dtype, asked = str(call.dtype).removeprefix("torch."), features(call)
+    fitting = [part for part in here if part.dtypes is None or dtype in part.dtypes]
+    answers = [_lacking_one(part, call, dtype, asked) for part in fitting or here]
     return min(answers, key=len)
 
 
-def _lacking_one(part: Capabilities, call: Requirements) -> tuple[str, ...]:
+def _lacking_one(part: Capabilities, call: CallFacts, dtype: str, asked: frozenset[Feature]) -> tuple[str, ...]:
     reasons: list[str] = []
-    if part.dtypes is not None and call.dtype not in part.dtypes:
-        reasons.append(f"does not support {call.dtype} (only {', '.join(sorted(part.dtypes))})")
-    if call.head_size is not None and part.head_sizes is not None:
+    if part.dtypes is not None and dtype not in part.dtypes:
+        reasons.append(f"does not support {dtype} (only {', '.join(sorted(part.dtypes))})")
+    if part.head_sizes is not None and Feature.NESTED not in asked:
         reasons += _head_size(call.head_size, part.head_sizes)
-    reasons += [
-        f"does not support {feature.value}"
-        for feature in Feature
-        if feature in call.features - frozenset(part.features)
-    ]
+    missing = asked - frozenset(part.features)
+    reasons += [f"does not support {feature.value}" for feature in Feature if feature in missing]
     if call.device.type == "cuda":
         reasons += _architecture(part, call.device)
     return tuple(reasons)

@@ -26,7 +26,7 @@ def check_varlen(params: SDPAParams) -> None:
     """Raise TypeError or ValueError unless `params` is a variable-length call with a meaning."""
     check_tensors(params)
     check_scalars(params)
-    query, key, value, device = params.query, params.key, params.value, params.query.device
+    query, key, value = params.query, params.key, params.value
     _rank("query", query, 3, "(tokens, heads, head size)")
     paged = params.block_table is not None
     rank, meaning = (4, "(pages, page size, heads, head size)") if paged else (3, "(tokens, heads, head size)")
@@ -36,6 +36,13 @@ def check_varlen(params: SDPAParams) -> None:
     if key.shape[:-2] != value.shape[:-2]:
         raise ValueError(f"value: {meaning} must agree with the key; got key {shape(key)}, value {shape(value)}")
     check_heads(query.shape[1], key.shape[-2], value.shape[-2], params.enable_gqa, broadcast=False)
+    check_lengths(params)
+    check_extras(params, query.shape[1], params.cu_seq_q.shape[0] - 1, None)
+
+
+def check_lengths(params: SDPAParams) -> None:
+    """Raise unless what says where sequences begin and end fits the tensors, whose shapes have been checked."""
+    query, device = params.query, params.query.device
     for name in ("max_q", "max_k"):
         size = getattr(params, name)
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
@@ -47,7 +54,8 @@ def check_varlen(params: SDPAParams) -> None:
     if batch < 0:
         raise ValueError("cu_seq_q: expected length batch + 1, at least 1, got an empty tensor")
     _cumulative("cu_seq_q", params.cu_seq_q, query.shape[0], "max_q", params.max_q)
-    check_extras(params, query.shape[1], batch, None)
+    if params.seqused_k is not None:
+        check_int32("seqused_k", params.seqused_k, (batch,), device)
     _check_keys(params, batch)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attnplug._api import scaled_dot_product_attention, varlen_attn
 from attnplug._call.device import described
+from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
-from attnplug._call.requirements import requirements
 from attnplug._dispatch.resolver import explain_all, refusals
-from attnplug._run.autograd import DIFFERENTIABLE
+from attnplug._run.contract import DIFFERENTIABLE
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import start
 from attnplug._tables import table
@@ -49,6 +49,7 @@ class Explanation:
         return table(("implementation", "family", "", "reasons"), rows)
 
 
+_EMPTY = ("is not asked: the call is empty, and no kernel runs",)
 _DENSE = inspect.signature(scaled_dot_product_attention)
 _VARLEN = inspect.signature(varlen_attn)
 
@@ -100,11 +101,10 @@ def explain(
     registry, selection = start(), current_selection(impl)
     with described(compute_capability, params.query.device):
         if not params.query.is_nested and is_empty(params):
-            reason = ("is not asked: the call is empty, and no kernel runs",)
             return Explanation(
-                None, tuple(Verdict(entry.name, entry.spec.backend, False, reason) for entry in registry), empty=True
+                None, tuple(Verdict(entry.name, entry.spec.backend, False, _EMPTY) for entry in registry), empty=True
             )
-        chosen, verdicts = explain_all(registry, selection, params)
+        chosen, verdicts = explain_all(registry, selection, _facts(params), params)
     return Explanation(chosen, tuple(verdicts))
 
 
@@ -125,8 +125,10 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
     entry = start().get(name, "name")
     prepared = _prepared(params)
+    if not prepared.query.is_nested and is_empty(prepared):
+        return Verdict(entry.name, entry.spec.backend, False, _EMPTY)
     with described(compute_capability, prepared.query.device):
-        reasons = refusals(entry, requirements(prepared), prepared)
+        reasons = refusals(entry, _facts(prepared), prepared)
     return Verdict(entry.name, entry.spec.backend, not reasons, reasons)
 
 
@@ -144,3 +146,9 @@ def _prepared(params: SDPAParams) -> SDPAParams:
         if isinstance(view, Tensor) and given.requires_grad and not view.requires_grad:
             wanting[name] = view.detach().requires_grad_()
     return replace(prepared, **wanting)
+
+
+def _facts(prepared: SDPAParams) -> CallFacts:
+    facts = nested_facts(prepared) if prepared.query.is_nested else CallFacts.of(prepared)
+    assert facts is not None, prepared
+    return facts

@@ -9,7 +9,8 @@ function with the very arguments that came.
 the patch is in place a copy of it, which it knows nothing of, stands there and is traced.
 
 `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` have a fast path in C++ that computes attention
-by itself; while something is selected in a thread, that thread is told that there is none.
+by itself; while something is selected in a thread, that thread is told that there is none. While any
+module is bound, all are told so: `nn.TransformerEncoder` asks before the layers that may be bound.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as _original
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from attnplug._api import scaled_dot_product_attention
@@ -108,7 +110,9 @@ def _routed(
         if _is_mode_on():  # a mode may look for PyTorch's function under the name that it has now
             arguments = query, key, value, attn_mask, dropout_p, is_causal
             return handle_torch_function(_routed, arguments[:4], *arguments, scale=scale, enable_gqa=enable_gqa)
-        if _selected() and not _answers_itself(query, key, value):
+        # Compiled code has no guard on a module's hooks: where there may be some, it needs that on the registry.
+        may_be_bound = process.bindings > 0 and is_compiling()
+        if (_selected() or may_be_bound) and not _answers_itself(query, key, value):
             return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if attn_mask is not None and is_causal_bias(attn_mask):  # its class looks for that name too
             return attn_mask._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -139,12 +143,12 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 
 def _fastpath_enabled() -> bool:
-    return _original_fastpath() and not _selected()
+    return _original_fastpath() and not _selected() and process.bindings == 0
 
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread."""
-    return not process.plain or thread.state.scope is not None or bool(thread.state.recordings) or process.bindings > 0
+    return not process.plain or thread.state.scope is not None or bool(thread.state.recordings)
 
 
 def _places(function: Any) -> list[tuple[dict[str, Any], str]]:

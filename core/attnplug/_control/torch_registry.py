@@ -18,7 +18,7 @@ from attnplug._control.activation import (
 )
 from attnplug._control.providers import ActivatedByTorch, provider_spec
 from attnplug._registry.registry import Registry
-from attnplug._selection.state import process
+from attnplug._selection.state import when_started
 
 TORCH = "torch"
 _offered: set[str] = set()
@@ -48,10 +48,8 @@ class _Offer:
 
 
 def _follow(registry: Registry) -> None:
-    registry.on_change = synchronise
+    registry.listeners.append(synchronise)
     synchronise(registry)
 
 
-process.on_start = _follow
-if process.registry is not None:  # it was there before torch was
-    _follow(process.registry)
+when_started(_follow)

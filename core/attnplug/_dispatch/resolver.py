@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from attnplug._call.requirements import Requirements, lacking, requirements
+from attnplug._call.facts import CallFacts
+from attnplug._call.requirements import lacking, needs_grad
 from attnplug._errors import FallbackWarning, NoImplementationError
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import Entry, Registry
@@ -37,14 +38,13 @@ class Decision:
         return self.entry.spec.backend
 
 
-def resolve(registry: Registry, selection: Selection, params: SDPAParams) -> Decision:
-    """Choose the implementation that runs `params`, which must be checked and normalised.
+def resolve(registry: Registry, selection: Selection, call: CallFacts, params: SDPAParams) -> Decision:
+    """Choose the implementation that runs a call; `params`, which has its facts, is for the kernels' `supports`.
 
     Raises:
         NoImplementationError: no allowed candidate supports the call; lists all reasons of each.
         UnknownImplementationError: `impl=` names none.
     """
-    call = requirements(params)
     refused: dict[str, tuple[str, ...]] = {}
     shape_dependent = False
     for entry in selection.candidates(registry):
@@ -57,7 +57,7 @@ def resolve(registry: Registry, selection: Selection, params: SDPAParams) -> Dec
     raise NoImplementationError(refused, selection.exact)
 
 
-def refusals(entry: Entry, call: Requirements, params: SDPAParams) -> tuple[str, ...]:
+def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ...]:
     """Return each reason why `entry` does not take the call; none means that it does.
 
     The kernel is imported only when everything that can be said without it speaks for it.
@@ -70,7 +70,7 @@ def refusals(entry: Entry, call: Requirements, params: SDPAParams) -> tuple[str,
     kernel = entry.load()
     if kernel is None:
         return (f"is broken: {entry.broken}" if entry.broken else "is still being imported",)
-    if call.needs_grad and not kernel.differentiable:
+    if needs_grad(call) and not kernel.differentiable:
         reasons += ("has no backward, and a gradient is needed",)
     if kernel.register_fn is not None and process.activation != entry.name:
         reasons += (
@@ -79,9 +79,10 @@ def refusals(entry: Entry, call: Requirements, params: SDPAParams) -> tuple[str,
     return reasons + kernel.refusals(params)
 
 
-def explain_all(registry: Registry, selection: Selection, params: SDPAParams) -> tuple[str | None, list[Verdict]]:
+def explain_all(
+    registry: Registry, selection: Selection, call: CallFacts, params: SDPAParams
+) -> tuple[str | None, list[Verdict]]:
     """Return what `resolve` would choose, and a verdict for every implementation, chosen one first."""
-    call = requirements(params)
     candidates = selection.candidates(registry)
     chosen: str | None = None
     verdicts = []

@@ -11,24 +11,23 @@ from operator import index  # under a trace it makes a symbolic size a constant,
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._call.autocast import no_autocast
-from attnplug._call.prepare import default_scale, empty, is_empty, own_terms, prepare_dense, prepare_varlen
-from attnplug._call.requirements import is_aligned, is_square
-from attnplug._dispatch.eager import Result
+from attnplug._call.facts import CallFacts, Extensions, Layout, TensorFacts, example
+from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._dispatch.plans import Result
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
-from attnplug._dispatch.resolver import resolve
+from attnplug._dispatch.resolver import Decision, resolve
 from attnplug._errors import AttnplugError
-from attnplug._run.autograd import check_outputs
+from attnplug._run.contract import check_outputs
 from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._tracing import constant_in_traces
-from attnplug._types import CausalVariant, SDPAParams, SDPBackend
+from attnplug._types import SDPAParams, SDPBackend
 
 
 class _Chosen:
@@ -72,12 +71,11 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
     """Return, as constants, the name of the chosen implementation and whether it is traced into."""
     registry = process.registry
     assert registry is not None
-    facts = _facts(params)
+    facts = _constant(CallFacts.of(params))
     selected = (thread.state.scope, impl, process.activation, index(registry.generation))
-    lengths = None
     if _shape_matters(*selected, facts):
-        lengths = tuple(index(size) for size in (params.query.shape[0], params.query.shape[-2], params.key.shape[-2]))
-    name, composite, error = _choose(*selected, facts, lengths)
+        facts = (*facts[:-1], _constant(Layout.of(params)))
+    name, composite, error = _choose(*selected, facts)
     if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
         raise AttnplugError(error)
     return name, composite
@@ -93,65 +91,53 @@ def _run(params: SDPAParams, name: str, composite: bool) -> Result:
     return out, lse if params.return_lse else None
 
 
-def _facts(params: SDPAParams) -> tuple[Any, ...]:
-    """Return, as constants, all that a decision depends on but lengths."""
-    query, key, value = params.query, params.key, params.value
-    recording = torch.is_grad_enabled()
-    heads_at = 1 if params.cu_seq_q is not None else -3
-    kv_heads_at = -2 if params.block_table is not None else heads_at
-    return (
-        query.device,
-        query.dtype,
-        index(query.shape[-1]),
-        index(value.shape[-1]),
-        index(query.shape[heads_at]),
-        index(key.shape[kv_heads_at]),
-        recording and (query.requires_grad or key.requires_grad or value.requires_grad),
-        _tensor_facts(params.attn_mask, recording),
-        _tensor_facts(params.sinks, recording),
-        params.alibi_slopes is not None,
-        params.seqused_k is not None,
-        params.cu_seq_q is not None,
-        params.block_table is not None,
-        _settled(not is_aligned(params) or is_square(params)),
-        _settled(params.dropout > 0),
-        params.is_causal,
-        int(params.causal_variant),
-        (index(params.window_size[0]), index(params.window_size[1])),
-        _settled(params.softcap > 0),
-        params.return_lse,
-        params.enable_gqa,
+def _constant(value: Any) -> Any:
+    """Return facts as plain tuples of constants; a size that is symbolic becomes a number, with a guard."""
+    if isinstance(value, tuple):
+        return tuple(_constant(item) for item in value)
+    if value is None or value is True or value is False or isinstance(value, (torch.dtype, torch.device)):
+        return value
+    return index(value)
+
+
+def _facts(items: tuple[Any, ...]) -> CallFacts:
+    """Return the facts whose constants `items` are."""
+    *sizes, mask, extensions, layout = items
+    if extensions is not None:
+        variant, window, softcap, sinks, *others = extensions
+        extensions = Extensions(variant, window, softcap, None if sinks is None else TensorFacts(*sinks), *others)
+    return CallFacts._make(
+        (
+            *sizes,
+            None if mask is None else TensorFacts(*mask),
+            extensions,
+            None if layout is None else Layout(*layout),
+        )
     )
 
 
-def _settled(condition: bool) -> bool:
-    """Branch on a condition, which under a trace may be symbolic, so that it becomes a constant with a guard."""
-    if condition:  # noqa: SIM103
-        return True
-    return False
-
-
-def _tensor_facts(tensor: Tensor | None, recording: bool) -> Any:
-    return None if tensor is None else (tensor.dtype, recording and tensor.requires_grad)
+def _resolved(scope: Any, impl: str | None, activation: str | None, items: tuple[Any, ...]) -> Decision:
+    """Decide as an eager call with these facts would, on fake tensors that have them."""
+    facts = _facts(items)
+    with _disable_current_modes(), FakeTensorMode():
+        params = example(facts)
+        with torch.enable_grad():
+            return resolve(start(), Selection(impl, scope, activation, process.preferred), facts, params)
 
 
 @constant_in_traces
-def _shape_matters(scope: Any, impl: str | None, activation: str | None, generation: int, facts: Any) -> bool:
+def _shape_matters(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> bool:
     try:
-        decision = resolve(start(), Selection(impl, scope, activation, process.preferred), _example(facts, None))
+        return _resolved(scope, impl, activation, items).shape_dependent
     except AttnplugError:
         return True  # another shape may do, and if not then `_choose` says so
-    return decision.shape_dependent
 
 
 @constant_in_traces
-def _choose(
-    scope: Any, impl: str | None, activation: str | None, generation: int, facts: Any, lengths: Any
-) -> tuple[str, bool, str]:
+def _choose(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[str, bool, str]:
     """Return the name under which the chosen kernel is kept, whether it is traced into, and what went wrong."""
-    selection = Selection(impl, scope, activation, process.preferred)
     try:
-        decision = resolve(start(), selection, _example(facts, lengths))
+        decision = _resolved(scope, impl, activation, items)
     except AttnplugError as error:
         return "", False, str(error)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
@@ -169,47 +155,3 @@ def _choose(
     else:
         setattr(_operators, decision.name, operator_of(decision.entry).forward)
     return decision.name, decision.kernel.composite, ""
-
-
-def _example(facts: tuple[Any, ...], lengths: tuple[int, int, int] | None) -> SDPAParams:
-    """Return a call of fake tensors that has these facts, for the resolver and for `supports` to look at."""
-    device, dtype, size, value_size, heads, kv_heads, grad, mask, sinks = facts[:9]
-    slopes, used, is_varlen, paged, square, dropout, is_causal, variant, window, softcap, lse, gqa = facts[9:]
-    batch, queries, keys = lengths or (2, 16, 16 if square else 24)
-    with _disable_current_modes(), FakeTensorMode(), torch.set_grad_enabled(True):
-
-        def make(*shape: int, dtype: torch.dtype = dtype, grad: bool = False) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device, requires_grad=grad)
-
-        def integers(*shape: int) -> Tensor:
-            return make(*shape, dtype=torch.int32)
-
-        if is_varlen:
-            query = make(batch * queries, heads, size, grad=grad)
-            rows = (keys, 16) if paged else (batch * keys,)
-            key, value = (make(*rows, kv_heads, last, grad=grad) for last in (size, value_size))
-        else:
-            query = make(batch, heads, queries, size, grad=grad)
-            key, value = (make(batch, kv_heads, keys, last, grad=grad) for last in (size, value_size))
-        return SDPAParams(
-            query,
-            key,
-            value,
-            None if mask is None else make(1, 1, queries, keys, dtype=mask[0], grad=mask[1]),
-            0.5 if dropout else 0.0,
-            is_causal,
-            gqa,
-            scale=default_scale(query),
-            causal_variant=CausalVariant(variant),
-            window_size=window,
-            softcap=30.0 if softcap else 0.0,
-            sinks=None if sinks is None else make(heads, dtype=sinks[0], grad=sinks[1]),
-            alibi_slopes=make(heads, dtype=torch.float32) if slopes else None,
-            seqused_k=integers(batch) if used else None,
-            return_lse=lse,
-            cu_seq_q=integers(batch + 1) if is_varlen else None,
-            cu_seq_k=integers(batch + 1) if is_varlen else None,
-            max_q=queries if is_varlen else None,
-            max_k=keys if is_varlen else None,
-            block_table=integers(batch, 4) if paged else None,
-        )

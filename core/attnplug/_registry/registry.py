@@ -106,8 +106,8 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._names: tuple[str, ...] = ()
         self._failed: list[ImplRecord] = []
-        self.on_change: Callable[[Registry], None] | None = None
-        """Called after each change, by whoever keeps another registry in step with this one."""
+        self.listeners: list[Callable[[Registry], None]] = []
+        """Called after each change, by whoever keeps something in step with this registry."""
 
     def add(self, spec: ImplSpec, distribution: str, version: str = "") -> None:
         """Add an implementation.
@@ -177,8 +177,8 @@ class Registry:
         with self._lock:
             self._names = tuple(sorted(self._entries))
             self.generation += 1
-        if self.on_change is not None:
-            self.on_change(self)
+        for listener in self.listeners:
+            listener(self)
 
 
 def describe(error: BaseException) -> str:

@@ -15,7 +15,6 @@ import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._registry.registry import Entry
-from attnplug._run.autograd import CONSTANTS, DIFFERENTIABLE, TENSORS, checked_gradients, run_forward
+from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, KernelCall, declares, tensors_of
 from attnplug._tracing import constant_in_traces
 from attnplug._types import CausalVariant, Feature, SDPAParams
 
@@ -36,7 +35,7 @@ _ARGUMENTS = (
 )
 _FORWARD = f"({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
 _BACKWARD = (
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor[] saved, bool[] wanted, {_ARGUMENTS}) "
+    f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor[] saved, bool[] wanted, {_ARGUMENTS}) "
     f"-> Tensor[]"
 )
 _NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
@@ -70,11 +69,11 @@ class Operator:
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
         self.kernel = entry.kernel
-        self._gives_lse = _declares(entry, Feature.LSE)
+        self._gives_lse = declares(entry, Feature.LSE)
         self._saves = False
         """Whether forward has ever saved something that it has no `fake` to describe."""
         name = _free_name(entry.name)
-        tags = (torch.Tag.nondeterministic_seeded,) if _declares(entry, Feature.DROPOUT) else ()
+        tags = (torch.Tag.nondeterministic_seeded,) if declares(entry, Feature.DROPOUT) else ()
         for suffix, schema, real, fake in (
             ("", _FORWARD, self._forward, self._fake_forward),
             ("_backward", _BACKWARD, self._backward, self._fake_backward),
@@ -94,29 +93,31 @@ class Operator:
         return out, lse if params.return_lse else None
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-        params = self._params(arguments)
-        before = self._random_state(params)
-        out, lse, *saved = run_forward(self._entry, params)
+        call, tensors = self._call(arguments)
+        before = self._random_state(call, tensors)
+        out, lse, *saved = call.forward(tensors)
         if self.kernel.fake is None:
             self._saves |= bool(saved)
             out, saved = out.contiguous(), before
-        return out, self._no_lse(params) if lse is None else lse, saved
+        return out, _no_lse(call, tensors) if lse is None else lse, saved
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-        params = self._params(arguments)
+        call, tensors = self._call(arguments)
+        described = call.fake(tensors)
+        if described is not None:
+            out, lse, *saved = described
+            return out, _no_lse(call, tensors) if lse is None else lse, saved
+        params = call.params(tensors)
         query, value = params.query, params.value
-        if self.kernel.fake is not None:
-            out, lse, *saved = self.kernel.fake(params)
-            return out, self._no_lse(params) if lse is None else lse, saved
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(params)]
+        before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(call, tensors)]
         if not self._gives_lse:
-            return out, self._no_lse(params), before
+            return out, _no_lse(call, tensors), before
         return out, query.new_empty(params.lse_shape, dtype=params.lse_dtype), before
 
     def _backward(
         self,
-        grad_out: Tensor,
+        grad_out: Tensor | None,
         grad_lse: Tensor | None,
         out: Tensor,
         lse: Tensor,
@@ -124,22 +125,19 @@ class Operator:
         wanted: list[bool],
         *arguments: Any,
     ) -> list[Tensor]:
-        params = _wanting(self._params(arguments), wanted)
-        backward = self._entry.kernel.backward
-        assert backward is not None
+        call, tensors = self._call(arguments)
         with torch.no_grad():
             if self.kernel.fake is None and self._saves:
-                with _random_state(saved, params.query.device):
-                    _, _, *saved = run_forward(self._entry, params)
+                with _random_state(saved, out.device):
+                    _, _, *saved = call.forward(tensors)
             elif self.kernel.fake is None:
                 saved = []
-            returned = backward(params, grad_out, grad_lse, out, lse, *saved)
-        grads = checked_gradients(self._entry.name, params, returned)
-        return [_fresh(grad, arguments) for grad in grads if grad is not None]
+            grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
+        return [_fresh(grad, tensors) for grad in grads if grad is not None]
 
     def _fake_backward(
         self,
-        grad_out: Tensor,
+        grad_out: Tensor | None,
         grad_lse: Tensor | None,
         out: Tensor,
         lse: Tensor,
@@ -155,42 +153,40 @@ class Operator:
         ctx.save_for_backward(*inputs[: ctx.count], out, lse, *saved)
         ctx.constants = inputs[ctx.count :]
         ctx.set_materialize_grads(False)
-        if not _declares(self._entry, Feature.LSE_GRADIENT):
+        if not declares(self._entry, Feature.LSE_GRADIENT):
             ctx.mark_non_differentiable(lse)
 
     def _differentiate(self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_saved: Any) -> Any:
-        inputs, (out, lse, *saved) = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
+        everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
+        inputs, (out, lse, *saved) = everything[: ctx.count], everything[ctx.count :]
+        if grad_out is None and grad_lse is None:
+            return (None,) * len(_NAMES)
         wanted = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
         grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, *inputs, *ctx.constants))
         given = [next(grads) if want else None for want in wanted]
         return (*given, *(None for _ in _NAMES[len(given) :]))
 
-    def _random_state(self, params: SDPAParams) -> list[Tensor]:
+    def _random_state(self, call: KernelCall, tensors: tuple[Any, ...]) -> list[Tensor]:
         """Return what backward needs to run forward again: the random state, if forward draws numbers."""
-        if self.kernel.fake is not None or self.kernel.backward is None or not params.dropout:
+        if self.kernel.fake is not None or self.kernel.backward is None or not call.constant("dropout"):
             return []
         with _disable_current_modes():
-            return [_generator_state(params.query.device)]
+            return [_generator_state(tensors[0].device)]
 
-    def _params(self, arguments: tuple[Any, ...]) -> SDPAParams:
-        values = dict(zip(_NAMES, arguments, strict=True))
-        del values["draw"]
+    def _call(self, arguments: tuple[Any, ...]) -> tuple[KernelCall, tuple[Any, ...]]:
+        """Return the call that the operator's arguments describe, and its tensors."""
+        tensors, values = arguments[: len(TENSORS)], dict(zip(_NAMES, arguments, strict=True))
         values["causal_variant"] = CausalVariant(values["causal_variant"])
         values["window_size"] = tuple(values["window_size"])
         # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
         values["return_lse"] = self._gives_lse
-        return SDPAParams(**values)
-
-    def _no_lse(self, params: SDPAParams) -> Tensor:
-        return params.query.new_empty((0,), dtype=params.lse_dtype)
+        return KernelCall(self._entry, tuple(values[name] for name in CONSTANTS)), tensors
 
 
 def arguments_of(params: SDPAParams) -> tuple[Any, ...]:
     """Return `params` as the operators of this module take it."""
     return (
-        *(getattr(params, name) for name in TENSORS),
+        *tensors_of(params),
         params.dropout,
         params.is_causal,
         params.enable_gqa,
@@ -246,21 +242,14 @@ def _free_name(name: str) -> str:
     return free
 
 
-def _wanting(params: SDPAParams, wanted: list[bool]) -> SDPAParams:
-    """Return `params` whose tensors say by `requires_grad` what `wanted` says: below autograd they do not."""
-    named = zip(DIFFERENTIABLE, wanted, strict=True)
-    present = {name: want for name, want in named if getattr(params, name) is not None}
-    tensors: dict[str, Any] = {name: getattr(params, name).detach() for name in present}
-    return replace(params, **{name: tensor.requires_grad_(present[name]) for name, tensor in tensors.items()})
-
-
-def _fresh(grad: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+def _fresh(grad: Tensor, tensors: tuple[Any, ...]) -> Tensor:
     """Return a contiguous gradient that is none of the inputs: what the fake kernel promises."""
-    return grad.clone() if any(grad is tensor for tensor in arguments) else grad.contiguous()
+    return grad.clone() if any(grad is tensor for tensor in tensors) else grad.contiguous()
 
 
-def _declares(entry: Entry, feature: Feature) -> bool:
-    return feature in entry.spec.capabilities.features
+def _no_lse(call: KernelCall, tensors: tuple[Any, ...]) -> Tensor:
+    """Return what stands for an lse where there is none: an operator's result cannot be None."""
+    return tensors[0].new_empty((0,), dtype=call.params(tensors).lse_dtype)
 
 
 assert _NAMES[: len(TENSORS)] == TENSORS

@@ -46,7 +46,7 @@ class _ProcessState:
         self.plain = False  # whether `torch` runs whatever it supports, outside any scope
         self.trace = False
         self.bindings = 0  # how many modules are bound
-        self.on_start: Callable[[Registry], None] | None = None  # told about the registry when it is there
+        self.listeners: list[Callable[[Registry], None]] = []  # told about the registry when it is there
 
     def activate(self, name: str | None) -> None:
         """Make `name`, or nothing, the first choice of the process."""
@@ -57,6 +57,13 @@ class _ProcessState:
 
 thread = _Thread()
 process = _ProcessState()
+
+
+def when_started(listener: Callable[[Registry], None]) -> None:
+    """Call `listener` with the registry: at once, or when it is there."""
+    process.listeners.append(listener)
+    if process.registry is not None:
+        listener(process.registry)
 
 
 def start() -> Registry:
@@ -72,8 +79,8 @@ def start() -> Registry:
         process.trace = config.trace
         process.plain = process.activation is None and not process.preferred and not config.trace
         process.registry = registry
-        if process.on_start is not None:
-            process.on_start(registry)
+        for listener in process.listeners:
+            listener(registry)
     return process.registry
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import attnplug
 from attnplug import Capabilities, Feature
-from attnplug._call.prepare import prepare_dense, prepare_varlen
-from attnplug._call.requirements import lacking, requirements
+from attnplug._call.facts import CallFacts
+from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
+from attnplug._call.requirements import lacking
 from attnplug._types import ImplRecord
 from attnplug.testing._call import Call, Inputs
 from attnplug.testing._compare import AGAIN, CheckFailure, Declined, compare, failure
@@ -96,7 +97,11 @@ class Subject:
         """Return what the call asks that the capabilities do not state."""
         params = call.params(inputs)
         prepared = prepare_varlen(params) if call.is_varlen else prepare_dense(params)[0]
-        return lacking(self.record.capabilities, requirements(prepared))
+        if is_empty(prepared):  # which no kernel is asked about
+            return ()
+        facts = CallFacts.of(prepared)
+        assert facts is not None, prepared
+        return lacking(self.record.capabilities, facts)
 
     def takes(self, call: Call, inputs: Inputs) -> bool:
         """Whether the implementation takes the call; why not is remembered for the report."""

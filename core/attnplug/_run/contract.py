@@ -1,0 +1,210 @@
+"""What the core and a kernel owe each other, in one place: what goes in, what must come out, for every caller.
+
+Autograd, operators and the transforms of `torch.func` each run kernels in their own way; what they run is a
+`KernelCall`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._call.autocast import no_autocast
+from attnplug._errors import GradientError, KernelError
+from attnplug._registry.registry import BUILTIN, Entry
+from attnplug._types import Feature, SDPAParams
+
+TENSORS = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "sinks",
+    "alibi_slopes",
+    "seqused_k",
+    "cu_seq_q",
+    "cu_seq_k",
+    "block_table",
+)
+DIFFERENTIABLE = TENSORS[:5]
+CONSTANTS = tuple(item.name for item in fields(SDPAParams) if item.name not in TENSORS)
+
+Given = tuple[Tensor | None, ...]
+
+
+def tensors_of(params: SDPAParams) -> Given:
+    """Return the tensors of a call, in the order of `TENSORS`."""
+    return tuple(getattr(params, name) for name in TENSORS)
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A chosen kernel, and what a call is besides its tensors. Its methods take those, in the order of `TENSORS`."""
+
+    entry: Entry
+    constants: tuple[Any, ...]  # in the order of CONSTANTS
+
+    @classmethod
+    def of(cls, entry: Entry, params: SDPAParams) -> KernelCall:
+        return cls(entry, tuple(getattr(params, name) for name in CONSTANTS))
+
+    def constant(self, name: str) -> Any:
+        return self.constants[CONSTANTS.index(name)]
+
+    def params(self, tensors: Given) -> SDPAParams:
+        """Return the description of the call, as the kernel gets it."""
+        fields: dict[str, Any] = dict(zip(TENSORS + CONSTANTS, (*tensors, *self.constants), strict=True))
+        return SDPAParams(**fields)
+
+    def forward(self, tensors: Given) -> tuple[Any, ...]:
+        """Run the kernel's forward; return `(out, lse, *saved)`.
+
+        Raises:
+            KernelError: it returned something else than it must.
+        """
+        return run_forward(self.entry, self.params(tensors))
+
+    def backward(
+        self,
+        tensors: Given,
+        wanted: tuple[bool, ...],
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+        saved: Given,
+    ) -> list[Tensor | None]:
+        """Run the kernel's backward, without autocast; return a gradient for each of `DIFFERENTIABLE` that is wanted.
+
+        The kernel sees by `requires_grad` which are. It records no graph, unless someone wants to differentiate
+        its result and it declares second derivatives.
+
+        Raises:
+            GradientError: a gradient is asked for that the kernel does not give.
+            KernelError: it returned something else than it must.
+        """
+        entry = self.entry
+        if grad_lse is not None and not declares(entry, Feature.LSE_GRADIENT):
+            raise GradientError(no_lse_gradient(entry))
+        backward = entry.kernel.backward
+        if backward is None:
+            raise GradientError(f"implementation {entry.name!r} has no backward")
+        if grad_out is None and grad_lse is None:
+            return [None] * len(DIFFERENTIABLE)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        once = not (torch.is_grad_enabled() and declares(entry, Feature.SECOND_DERIVATIVES))
+        if once:  # second derivatives go through the tensors themselves
+            tensors = (*map(_marked, tensors, wanted), *tensors[len(wanted) :])
+        params = self.params(tensors)
+        with no_autocast(params.query), torch.no_grad() if once else nullcontext():
+            returned = backward(params, grad_out, grad_lse, out, lse, *saved)
+            return _checked_gradients(entry.name, params, returned)
+
+    def fake(self, tensors: Given) -> tuple[Any, ...] | None:
+        """Return what the kernel says that its forward returns, as empty tensors; None if it does not say."""
+        kernel = self.entry.kernel
+        return None if kernel.fake is None else tuple(kernel.fake(self.params(tensors)))
+
+
+def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
+    """Run a kernel's forward, without autocast, and check what it returns; built-in ones are taken at their word."""
+    with no_autocast(params.query):
+        returned = entry.kernel.forward(params)
+    if entry.distribution != BUILTIN:
+        check_outputs(entry.name, params, returned)
+    return returned  # type: ignore[no-any-return]
+
+
+def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
+    """Raise KernelError unless `returned` is `(out, lse, *saved)` as a forward must return it."""
+    if not isinstance(returned, tuple) or len(returned) < 2:
+        got = type(returned).__name__ + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
+        raise KernelError(f"implementation {name!r}: forward must return a tuple (out, lse, *saved), got {got}")
+    for item in returned[2:]:
+        if item is not None and not isinstance(item, Tensor):
+            raise KernelError(f"implementation {name!r}: forward must save tensors, got {type(item).__name__}")
+    query, value = params.query, params.value
+    out, lse = returned[0], returned[1]
+    if query.is_nested:
+        return
+    _check_output(name, "out", out, (*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
+    if lse is not None or params.return_lse:
+        _check_output(name, "lse", lse, params.lse_shape, params.lse_dtype, query.device)
+
+
+def no_lse_gradient(entry: Entry) -> str:
+    """Return the message for whoever asks for a gradient through lse that there is none of."""
+    return f"implementation {entry.name!r} gives no gradient through lse; detach lse, or use one that does"
+
+
+def no_second_derivatives(entry: Entry) -> str:
+    """Return the message for whoever asks for second derivatives that there are none."""
+    return (
+        f"implementation {entry.name!r} has no second derivatives; use one of the MATH family for them, "
+        f"for example inside sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
+def declares(entry: Entry, feature: Feature) -> bool:
+    """Whether the implementation's capabilities name this feature."""
+    return feature in entry.spec.capabilities.features
+
+
+def _marked(tensor: Tensor | None, want: bool) -> Tensor | None:
+    """Return a tensor that says by `requires_grad` whether its gradient is wanted: below autograd it does not."""
+    if tensor is None or tensor.requires_grad is want:
+        return tensor
+    return tensor.detach().requires_grad_(want)
+
+
+def _check_output(
+    name: str, what: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise KernelError unless `tensor` has the shape, dtype and device that the contract gives it."""
+    if not isinstance(tensor, Tensor):
+        raise KernelError(f"implementation {name!r}: {what} must be a tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise KernelError(f"implementation {name!r}: {what} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise KernelError(f"implementation {name!r}: {what} must have dtype {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise KernelError(f"implementation {name!r}: {what} must be on {device}, got {tensor.device}")
+
+
+def _checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Tensor | None]:
+    """Return one gradient, or None where none is wanted, for each of `DIFFERENTIABLE`."""
+    if not isinstance(returned, (tuple, list)) or not 3 <= len(returned) <= 5:
+        raise KernelError(
+            f"implementation {name!r}: backward must return (grad_query, grad_key, grad_value[, grad_attn_mask"
+            f"[, grad_sinks]]), got {returned if returned is None else type(returned).__name__}"
+        )
+    grads: list[Tensor | None] = []
+    for position, field in enumerate(DIFFERENTIABLE):
+        tensor = getattr(params, field)
+        grad = returned[position] if position < len(returned) else None
+        if tensor is None or not tensor.requires_grad:
+            grads.append(None)
+            continue
+        if grad is None:
+            raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which was asked for")
+        if field == "attn_mask":
+            grad = _summed(name, grad, tensor)
+        _check_output(name, f"the gradient of {field}", grad, tuple(tensor.shape), tensor.dtype, tensor.device)
+        grads.append(grad)
+    return grads
+
+
+def _summed(name: str, grad: Any, mask: Tensor) -> Tensor:
+    """Sum the gradient of a broadcast mask to the mask's shape."""
+    try:
+        return grad.sum_to_size(mask.shape).to(mask.dtype)  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError):
+        got = tuple(grad.shape) if isinstance(grad, Tensor) else type(grad).__name__
+        raise KernelError(
+            f"implementation {name!r}: the gradient of attn_mask must broadcast from {tuple(mask.shape)}, got {got}"
+        ) from None

@@ -1,0 +1,412 @@
+"""PyTorch's own function, routed through attnplug, in models that know nothing of it."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import bias
+from torch.nn.functional import scaled_dot_product_attention as imported_by_name
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils.checkpoint import checkpoint
+
+import attnplug
+from attnplug import ImplSpec, SDPBackend
+
+Q = torch.randn(1, 2, 4, 8)
+ORIGINAL = F.scaled_dot_product_attention
+
+
+class Model(torch.nn.Module):
+    def forward(self, query: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, query, query)
+
+
+def ran(function: Callable[[], Any]) -> list[str]:
+    with attnplug.record() as calls:
+        function()
+    return [call.impl for call in calls]
+
+
+def test_scopes_apply_to_pytorch_s_function_while_it_is_patched() -> None:
+    model = Model()
+    with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
+        assert ran(lambda: model(Q)) == ["aten_math"]
+    with attnplug.sdpa_kernel("aten_math"):
+        assert ran(lambda: model(Q)) == []
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_with_nothing_selected_it_is_pytorch_s_function_bit_for_bit() -> None:
+    info = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+    for sample in info.sample_inputs("cpu", torch.float32):
+        torch.manual_seed(0)
+        expected = F.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+        torch.manual_seed(0)
+        with attnplug.patch_torch():
+            actual = F.scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+        assert torch.equal(actual, expected)
+
+
+def test_a_name_imported_before_follows_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("some_model")
+    module.sdpa = imported_by_name  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "some_model", module)
+    with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
+        assert ran(lambda: module.sdpa(Q, Q, Q)) == ["aten_math"]
+        kept = module.sdpa
+    assert module.sdpa is ORIGINAL
+    with attnplug.sdpa_kernel("aten_math"):
+        assert ran(lambda: kept(Q, Q, Q)) == []  # a reference that outlives the patch calls PyTorch
+
+
+def test_several_patches_are_removed_in_any_order() -> None:
+    handles = [attnplug.patch_torch() for _ in range(3)]
+    attnplug.activate_flash_attention_impl("aten_math")
+    for handle in (handles[1], handles[0], handles[0], handles[2]):
+        handle.remove()
+    assert ran(lambda: Model()(Q)) == ["aten_math"]
+    attnplug.restore_flash_attention_impl()
+    assert F.scaled_dot_product_attention is ORIGINAL
+    assert ran(lambda: Model()(Q)) == []
+
+
+def test_models_compiled_before_follow_the_activation_and_the_restore() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model = torch.compile(Model(), backend=counter, fullgraph=True)
+    expected = model(Q)
+    for _ in range(2):
+        attnplug.activate_flash_attention_impl("aten_math")
+        torch.testing.assert_close(model(Q), expected)
+        assert "attention_math" in counter.graphs[-1].code
+        attnplug.restore_flash_attention_impl()
+        assert torch.equal(model(Q), expected)
+    assert counter.frame_count == 2  # coming back compiled nothing
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transformer_layers_follow_in_spite_of_their_fast_path(compiled: bool) -> None:
+    torch._dynamo.reset()
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+    model = torch.compile(layer, backend="eager") if compiled else layer
+    inputs = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = model(inputs)
+        with attnplug.patch_torch():
+            assert torch.equal(model(inputs), expected)
+            with attnplug.sdpa_kernel("aten_math"):
+                torch.testing.assert_close(model(inputs), expected)
+                if not compiled:
+                    assert ran(lambda: model(inputs)) == ["aten_math"]
+        assert torch.equal(model(inputs), expected)
+
+
+# --- activation, and providers written for torch.nn.attention ---
+
+
+class Provider:
+    """A provider as `torch.nn.attention.register_flash_attention_impl` takes it: it overrides a leaf operator."""
+
+    def __init__(self, shift: float) -> None:
+        self.shift, self.removed = shift, 0
+        self.library: Any = None
+
+    def __call__(self) -> Provider:
+        def flash(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+            return value + self.shift, query.sum(-1)
+
+        self.library = torch.library.Library("aten", "IMPL")
+        self.library.impl("_scaled_dot_product_flash_attention_for_cpu", flash, "CPU")
+        return self
+
+    def remove(self) -> None:
+        self.removed += 1
+        self.library._destroy()
+
+
+def test_a_provider_written_for_pytorch_works_unchanged() -> None:
+    provider = Provider(1.0)
+    attnplug.register_flash_attention_impl("theirs", register_fn=provider)
+    with pytest.raises(attnplug.NoImplementationError, match=r"activate_flash_attention_impl\('theirs'\)"):
+        attnplug.scaled_dot_product_attention(Q, Q, Q, impl="theirs")
+    attnplug.activate_flash_attention_impl("theirs")
+    assert attnplug.current_flash_attention_impl() == "theirs"
+    with torch.no_grad():
+        assert torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 1)
+        assert torch.equal(attnplug.scaled_dot_product_attention(Q, Q, Q), Q + 1)
+    attnplug.restore_flash_attention_impl()
+    assert provider.removed == 1
+    torch.testing.assert_close(F.scaled_dot_product_attention(Q, Q, Q), ORIGINAL(Q, Q, Q))
+    assert not torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 1)
+
+
+def test_an_activation_that_fails_changes_nothing() -> None:
+    working = Provider(1.0)
+
+    def broken() -> Any:
+        raise OSError("no such library")
+
+    attnplug.register_flash_attention_impl("working", register_fn=working)
+    attnplug.register_flash_attention_impl("broken", register_fn=broken)
+    attnplug.register_flash_attention_impl("odd", register_fn=lambda: "no handle")
+    attnplug.activate_flash_attention_impl("working")
+    for name, error in (("broken", OSError), ("odd", TypeError), ("nowhere", attnplug.UnknownImplementationError)):
+        with pytest.raises(error):
+            attnplug.activate_flash_attention_impl(name)
+        assert attnplug.current_flash_attention_impl() == "working"
+        assert torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 1)
+    attnplug.activate_flash_attention_impl("aten_math")
+    assert attnplug.current_flash_attention_impl() == "aten_math"
+    assert not torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 1)
+
+
+def test_a_provider_without_a_handle_is_active_all_the_same() -> None:
+    attnplug.register_flash_attention_impl("bare", register_fn=lambda: None)
+    attnplug.activate_flash_attention_impl("bare")
+    assert attnplug.current_flash_attention_impl() == "bare"
+    with pytest.warns(UserWarning, match="'bare' gave no handle"):
+        attnplug.restore_flash_attention_impl()
+    assert attnplug.current_flash_attention_impl() is None
+
+
+def test_restoring_nothing_warns() -> None:
+    with pytest.warns(UserWarning, match="no implementation is active"):
+        attnplug.restore_flash_attention_impl()
+
+
+def test_activating_what_cannot_work_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    attnplug.register_impl(ImplSpec(name="lost", kernel="no_such_module.kernel", backend=SDPBackend.MATH))
+    with (
+        pytest.warns(attnplug.PluginWarning, match="no_such_module"),
+        pytest.raises(attnplug.PluginError, match="'lost' cannot be activated: ModuleNotFoundError"),
+    ):
+        attnplug.activate_flash_attention_impl("lost")
+    assert attnplug.current_flash_attention_impl() is None
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_register_fn_must_be_callable_and_names_stay_unique() -> None:
+    with pytest.raises(TypeError, match="register_fn: expected a callable, got 3"):
+        attnplug.register_flash_attention_impl("x", register_fn=3)  # type: ignore[arg-type]
+    with pytest.raises(attnplug.DuplicateImplementationError):
+        attnplug.register_flash_attention_impl("torch", register_fn=Provider(0.0))
+
+
+# --- bindings and checkpoints ---
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Model(), Model()
+
+    def forward(self, query: Tensor) -> Tensor:
+        return self.second(self.first(query))
+
+
+def test_a_binding_holds_for_one_module() -> None:
+    model = TwoLayers()
+    with attnplug.patch_torch():
+        handle = attnplug.bind(model.first, SDPBackend.MATH)
+        assert ran(lambda: model(Q)) == ["aten_math", "torch"]
+        with attnplug.sdpa_kernel("aten_flash"):
+            assert ran(lambda: model(Q)) == ["aten_math", "aten_flash"]
+        handle.remove()
+        handle.remove()
+        assert ran(lambda: model(Q)) == ["torch", "torch"]
+
+
+def test_a_binding_ends_when_the_forward_raises() -> None:
+    class Raises(torch.nn.Module):
+        def forward(self) -> None:
+            raise KeyError
+
+    module = Raises()
+    handle = attnplug.bind(module, "aten_math")
+    with pytest.raises(KeyError):
+        module()
+    with attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(Q, Q, Q)
+    handle.remove()
+    assert calls[0].impl == "torch"
+
+
+def test_what_is_outside_a_bound_module_stays_pytorch_s_own_bit_for_bit() -> None:
+    """PyTorch masks this bias by itself, in other sums than an implementation of attnplug that aligns it."""
+    query, keys, mask = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8), bias.causal_lower_right(3, 5)
+    expected = F.scaled_dot_product_attention(query, keys, keys, mask)
+    model = Model()
+    handle = attnplug.bind(model, "aten_math")
+    with attnplug.patch_torch():
+        found = F.scaled_dot_product_attention(query, keys, keys, mask)
+    handle.remove()
+    assert torch.equal(found, expected)
+
+
+def test_bindings_survive_copies_and_pickles() -> None:
+    model = TwoLayers()
+    handle = attnplug.bind(model.second, ["aten_math"])
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    handle.remove()
+    with attnplug.patch_torch():
+        assert ran(lambda: model(Q)) == ["torch", "torch"]
+        for other in copies:
+            assert ran(lambda other=other: other(Q)) == ["torch", "aten_math"]
+
+
+def test_compiled_models_follow_a_binding() -> None:
+    class Marked:
+        composite = True
+
+        @staticmethod
+        def forward(params: Any) -> Any:
+            return params.value + 100, None
+
+    attnplug.register_impl(ImplSpec(name="marked", kernel=Marked, backend=None))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model = TwoLayers()
+    with attnplug.patch_torch():
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        assert (compiled(Q) < 50).all()
+        handle = attnplug.bind(model.second, "marked")
+        assert (compiled(Q) > 50).all()
+        handle.remove()
+        assert (compiled(Q) < 50).all() and counter.frame_count == 2  # coming back compiles nothing
+
+
+def test_a_wrong_binding_is_an_error_when_it_is_made() -> None:
+    with pytest.raises(TypeError, match="module: expected a torch.nn.Module, got str"):
+        attnplug.bind("layer", "torch")  # type: ignore[arg-type]
+    with pytest.raises(attnplug.UnknownImplementationError):
+        attnplug.bind(Model(), "tourch")
+
+
+def block(query: Tensor) -> Tensor:
+    out = attnplug.scaled_dot_product_attention(query, query, query)
+    return out + attnplug.scaled_dot_product_attention(out, query, query, impl="aten_flash")
+
+
+def test_a_checkpoint_recomputes_with_the_implementations_of_its_forward() -> None:
+    query = torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True)
+    with attnplug.sdpa_kernel("aten_math"):
+        (expected,) = torch.autograd.grad(block(query).sum(), query)
+        out = checkpoint(block, query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
+    with attnplug.sdpa_kernel("torch"), attnplug.record() as calls:
+        (grad,) = torch.autograd.grad(out.sum(), query)
+    assert [call.impl for call in calls] == ["aten_math", "aten_flash"]
+    torch.testing.assert_close(grad, expected)
+
+
+def test_a_checkpoint_of_an_unmodified_model_recomputes_alike() -> None:
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with attnplug.patch_torch():
+        with attnplug.sdpa_kernel("aten_math"):
+            out = checkpoint(Model(), query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
+        assert ran(lambda: out.sum().backward()) == ["aten_math"]
+
+
+# --- transforms, threads and processes ---
+
+
+def test_functorch_transforms_are_right_or_a_clear_error() -> None:
+    query, key, value = (torch.randn(1, 2, 4, 8, dtype=torch.float64) for _ in range(3))
+
+    def loss(query: Tensor, impl: str) -> Tensor:
+        return attnplug.scaled_dot_product_attention(query, key, value, impl=impl).sum()
+
+    expected = torch.func.grad(lambda query: ORIGINAL(query, key, value).sum())(query)
+    for impl in ("torch", "aten_math", "aten_flash"):
+        torch.testing.assert_close(torch.func.grad(loss)(query, impl), expected)
+    batched = torch.randn(3, 1, 2, 4, 8, dtype=torch.float64)
+    expected = torch.stack([ORIGINAL(item, key, value) for item in batched])
+    for impl in ("torch", "aten_math"):
+        mapped = torch.vmap(lambda item, impl=impl: attnplug.scaled_dot_product_attention(item, key, value, impl=impl))
+        torch.testing.assert_close(mapped(batched), expected)
+
+
+def _in_child(queue: Any) -> None:
+    query = torch.ones(1, 1, 2, 4)
+    with attnplug.sdpa_kernel("aten_math"), attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(query, query, query)
+    queue.put([call.impl for call in calls])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_make_choices_of_their_own(method: str) -> None:
+    attnplug.scaled_dot_product_attention(Q, Q, Q)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    process = context.Process(target=_in_child, args=(queue,))
+    process.start()
+    assert queue.get(timeout=120) == ["aten_math"]
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_an_activation_holds_in_every_thread() -> None:
+    attnplug.activate_flash_attention_impl("aten_math")
+    seen: list[str] = []
+    thread = threading.Thread(target=lambda: seen.extend(ran(lambda: Model()(Q))))
+    thread.start()
+    thread.join()
+    assert seen == ["aten_math"]
+
+
+# --- PyTorch's own registry, both ways ---
+
+
+def test_implementations_can_be_activated_through_pytorch_s_registry() -> None:
+    from torch.nn import attention as theirs
+
+    attnplug.scaled_dot_product_attention(Q, Q, Q)
+    assert set(attnplug.list_flash_attention_impls()) <= set(theirs.list_flash_attention_impls())
+    theirs.activate_flash_attention_impl("aten_math")
+    assert attnplug.current_flash_attention_impl() == theirs.current_flash_attention_impl() == "aten_math"
+    assert ran(lambda: Model()(Q)) == ["aten_math"]
+    theirs.restore_flash_attention_impl()
+    assert attnplug.current_flash_attention_impl() is None
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_providers_of_pytorch_s_registry_appear_and_can_be_activated() -> None:
+    from torch.nn import attention as theirs
+
+    attnplug.scaled_dot_product_attention(Q, Q, Q)  # the registries are kept in step once attnplug has been used
+    provider = Provider(2.0)
+    theirs.register_flash_attention_impl("from_torch", register_fn=provider)
+    attnplug.register_impl(ImplSpec(name="any_change", kernel=lambda params: None, backend=None))
+    assert "from_torch" in attnplug.list_flash_attention_impls()
+    attnplug.activate_flash_attention_impl("from_torch")
+    assert theirs.current_flash_attention_impl() == "from_torch"
+    with torch.no_grad():
+        assert torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 2)
+    attnplug.restore_flash_attention_impl()
+    assert theirs.current_flash_attention_impl() is None and provider.removed == 1
+
+
+def test_what_pytorch_has_built_in_says_what_it_needs() -> None:
+    records = {record.name: record for record in attnplug.list_impls()}
+    assert records["FA3"].reason == "needs flash_attn_interface, not installed"
+    assert records["FA4"].reason == "needs flash_attn.cute, not installed"
+    with pytest.raises(attnplug.NoImplementationError, match="needs flash_attn.cute, not installed"):
+        attnplug.activate_flash_attention_impl("FA4")
+
+
+def test_what_is_active_cannot_be_unregistered() -> None:
+    attnplug.register_impl(ImplSpec(name="mine", kernel=lambda params: (params.value, None), backend=None))
+    attnplug.activate_flash_attention_impl("mine")
+    with pytest.raises(ValueError, match="'mine' is active"):
+        attnplug.unregister_impl("mine")

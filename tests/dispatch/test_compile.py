@@ -1,0 +1,352 @@
+"""Under torch.compile: one graph, the chosen kernel alone in it, and never a stale choice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.attention as torch_attention
+from torch import Tensor
+
+import attnplug
+from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, SDPAParams, SDPBackend
+from author_kernels import WithBackward
+
+SHAPE = (1, 2, 4, 8)
+
+
+class Opaque(WithBackward):
+    """A kernel that no trace can look into, and that says what forward returns."""
+
+    @staticmethod
+    def fake(params: SDPAParams) -> tuple[Tensor, Tensor, Tensor]:
+        query = params.query
+        return (
+            query.new_empty(query.shape),
+            query.new_empty(query.shape[:-1], dtype=query.dtype),
+            query.new_empty(1, dtype=torch.int64),
+        )
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    spec = ImplSpec(
+        name="opaque",
+        kernel=Opaque,
+        backend=SDPBackend.EFFICIENT_ATTENTION,
+        capabilities=Capabilities(features={Feature.LSE, Feature.LSE_GRADIENT}),
+    )
+    attnplug.register_impl(spec)
+    yield
+    torch._dynamo.reset()
+
+
+class Compiled:
+    """A function compiled in one graph, its graphs, and how often it was compiled."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+        self.call = torch.compile(function, backend=self._counter, fullgraph=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    @property
+    def count(self) -> int:
+        return self._counter.frame_count
+
+    @property
+    def operations(self) -> list[str]:
+        nodes = self._counter.graphs[-1].graph.nodes
+        return [str(node.target) for node in nodes if node.op == "call_function" and "getitem" not in str(node.target)]
+
+
+def tensors(requires_grad: bool = False) -> list[Tensor]:
+    return [torch.randn(SHAPE, requires_grad=requires_grad) for _ in range(3)]
+
+
+def call(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
+    return attnplug.scaled_dot_product_attention(query, key, value, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("impl", "operation"),
+    [
+        (None, "scaled_dot_product_attention"),
+        ("torch", "scaled_dot_product_attention"),
+        ("aten_flash", "aten._scaled_dot_product_flash_attention_for_cpu.default"),
+        ("aten_math", "aten._scaled_dot_product_attention_math.default"),
+        ("opaque", "attnplug.opaque"),
+    ],
+)
+def test_the_graph_holds_the_chosen_kernel_alone(impl: str | None, operation: str) -> None:
+    compiled, inputs = Compiled(call), tensors()
+    torch.testing.assert_close(compiled(*inputs, impl=impl), call(*inputs, impl=impl))
+    assert len(compiled.operations) == 1
+    assert operation in compiled.operations[0]
+
+
+@pytest.mark.parametrize("enum", [SDPBackend, torch_attention.SDPBackend])
+def test_a_scope_inside_the_function_is_traced(enum: Any) -> None:
+    def function(*inputs: Tensor) -> Tensor:
+        with attnplug.sdpa_kernel([enum.MATH, "torch"], set_priority=True):
+            inner = call(*inputs)
+            with attnplug.sdpa_kernel(enum.FLASH_ATTENTION):
+                return inner + call(*inputs)
+
+    compiled, inputs = Compiled(function), tensors()
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    assert [name.split("_for_cpu")[0] for name in compiled.operations[:2]] == [
+        "aten._scaled_dot_product_attention_math.default",
+        "aten._scaled_dot_product_flash_attention",
+    ]
+
+
+def test_a_decorated_function_is_traced() -> None:
+    compiled = Compiled(attnplug.sdpa_kernel("aten_math")(call))
+    compiled(*tensors())
+    assert compiled.operations == ["aten._scaled_dot_product_attention_math.default"]
+
+
+def test_a_change_of_scope_is_seen_and_coming_back_compiles_nothing() -> None:
+    compiled, inputs = Compiled(call), tensors()
+    compiled(*inputs)
+    for _ in range(3):
+        with attnplug.sdpa_kernel("aten_math"):
+            compiled(*inputs)
+        assert compiled.count == 2
+        compiled(*inputs)
+        with attnplug.sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            pass
+    assert compiled.count == 2
+    assert "math" in compiled.operations[0]
+
+
+def test_a_change_of_activation_is_seen_and_coming_back_compiles_nothing() -> None:
+    compiled, inputs = Compiled(call), tensors()
+    compiled(*inputs)
+    for _ in range(2):
+        attnplug.activate_flash_attention_impl("aten_math")
+        compiled(*inputs)
+        assert "math" in compiled.operations[0]
+        attnplug.restore_flash_attention_impl()
+        compiled(*inputs)
+    assert compiled.count == 2
+
+
+def test_a_change_of_the_registry_is_seen() -> None:
+    def shifted(params: SDPAParams) -> tuple[Tensor, None]:
+        return params.value + 1, None
+
+    compiled, inputs = Compiled(call), tensors()
+    with attnplug.sdpa_kernel(SDPBackend.OVERRIDEABLE):
+        for bias in (1, 2):
+
+            def kernel(params: SDPAParams, bias: int = bias) -> tuple[Tensor, None]:
+                return params.value + bias, None
+
+            spec = ImplSpec(name="shifted", kernel=kernel, backend=SDPBackend.OVERRIDEABLE)
+            attnplug.register_impl(spec)
+            torch.testing.assert_close(compiled(*inputs), inputs[2] + bias)
+            attnplug.unregister_impl("shifted")
+
+
+def test_a_scope_in_another_thread_is_not_seen() -> None:
+    compiled, inputs = Compiled(call), tensors()
+    compiled(*inputs)
+    with attnplug.sdpa_kernel("aten_math"):
+        thread = threading.Thread(target=lambda: compiled(*inputs))
+        thread.start()
+        thread.join()
+    assert compiled.count == 1
+
+
+@pytest.mark.parametrize("impl", [None, "aten_flash", "opaque", "math_ref"])
+def test_a_decode_loop_compiles_at_most_twice(impl: str | None) -> None:
+    compiled = Compiled(call)
+    query = torch.randn(1, 2, 1, 8)
+    for length in range(5, 12):
+        key = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(compiled(query, key, key, impl=impl), call(query, key, key))
+    assert compiled.count <= 2
+
+
+def test_records_of_calls_are_built_passed_returned_and_read() -> None:
+    def function(params: SDPAParams) -> tuple[SDPAParams, Tensor]:
+        out = call(params.query, params.key, params.value, is_causal=params.is_causal, scale=params.scale)
+        return SDPAParams(out, params.key, params.value, None, 0.0, True, False, softcap=2.0), out + params.softcap
+
+    compiled, inputs = Compiled(function), tensors()
+    params = SDPAParams(*inputs, None, 0.0, True, False, scale=0.5, softcap=1.0)
+    returned, out = compiled(params)
+    assert isinstance(returned, SDPAParams) and returned.softcap == 2.0 and returned.is_causal
+    torch.testing.assert_close(out, call(*inputs, is_causal=True, scale=0.5) + 1.0)
+    torch.testing.assert_close(returned.query, out - 1.0)
+
+
+def test_queries_of_the_state_are_traced() -> None:
+    def function(query: Tensor) -> Any:
+        return query + 1, attnplug.current_flash_attention_impl(), attnplug.list_flash_attention_impls()
+
+    compiled = Compiled(function)
+    _, current, names = compiled(torch.randn(2))
+    assert current is None and names == attnplug.list_flash_attention_impls()
+    attnplug.activate_flash_attention_impl("aten_math")
+    assert compiled(torch.randn(2))[1] == "aten_math"
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "aten_flash", "aten_math", "opaque", "math_ref"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gradients_equal_eager_ones(impl: str | None, backend: str) -> None:
+    inputs, grad = tensors(requires_grad=True), torch.randn(SHAPE)
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
+    out, expected = compiled(*inputs, impl=impl), call(*inputs, impl=impl)
+    torch.testing.assert_close(out, expected)
+    for one, other in zip(
+        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_same_tensor_may_come_three_times() -> None:
+    query = torch.randn(SHAPE, requires_grad=True)
+    for impl in ("opaque", "math_ref", "aten_flash"):
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        out = compiled(query, query, query, impl=impl)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        grads = [torch.autograd.grad(result.sum(), query)[0] for result in (out, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_every_feature_of_the_reference_is_traced() -> None:
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)
+    arguments: list[dict[str, Any]] = [
+        dict(is_causal=True, causal_variant=CausalVariant.LOWER_RIGHT),
+        dict(window_size=(1, 0), softcap=2.0),
+        dict(sinks=torch.randn(4), alibi_slopes=torch.rand(4)),
+        dict(attn_mask=torch.rand(3, 5) > 0.3, is_causal=True),
+        dict(seqused_k=torch.tensor([2, 5], dtype=torch.int32), return_lse=True),
+    ]
+    for extra in arguments:
+        compiled = Compiled(call)
+        extra = {"enable_gqa": True, "impl": "math_ref"} | extra
+        torch.testing.assert_close(compiled(query, key, key, **extra), call(query, key, key, **extra))
+
+
+def test_variable_length_calls_are_traced() -> None:
+    def function(tokens: Tensor, starts: Tensor) -> Any:
+        return attnplug.varlen_attn(tokens, tokens, tokens, starts, starts, 3, 3, is_causal=True, return_lse=True)
+
+    tokens, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    torch.testing.assert_close(Compiled(function)(tokens, starts), function(tokens, starts))
+
+
+def test_other_ranks_and_empty_inputs_are_traced() -> None:
+    for shape in ((4, 8), (2, 4, 8), (1, 2, 0, 8), (2, 3, 2, 4, 8)):
+        query = torch.randn(shape)
+        for impl in ("torch", "aten_flash", "opaque"):
+            torch._dynamo.reset()
+            torch.testing.assert_close(
+                Compiled(call)(query, query, query, impl=impl), call(query, query, query, impl=impl)
+            )
+
+
+def test_autocast_is_traced() -> None:
+    def function(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(*inputs, impl="aten_flash")
+
+    inputs = tensors()
+    out = Compiled(function)(*inputs)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, function(*inputs))
+
+
+def test_a_call_that_nothing_supports_says_why() -> None:
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="aten_math: does not support softcap"):
+        Compiled(call)(*tensors(), softcap=1.0, impl="aten_math")
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager")  # where a graph may break, errors are what they are without one
+    with pytest.raises(attnplug.NoImplementationError) as caught:
+        compiled(*tensors(), softcap=1.0, impl="aten_math")
+    assert caught.value.reasons == {"aten_math": ("does not support softcap",)}
+    with pytest.raises(attnplug.UnknownImplementationError, match="did you mean 'aten_math'"):
+        compiled(*tensors(), impl="aten_meth")
+
+
+def test_the_registry_may_be_asked_for_the_first_time_in_a_trace() -> None:
+    program = """
+import torch, attnplug
+
+@torch.compile(fullgraph=True, backend="eager")
+def function(query):
+    records, names = attnplug.list_impls(), attnplug.list_flash_attention_impls()
+    out = attnplug.scaled_dot_product_attention(query, query[:, :2], query[:, :2], enable_gqa=True)
+    return out, [record.name for record in records], names
+
+out, records, names = function(torch.randn(1, 4, 3, 8))
+assert out.shape == (1, 4, 3, 8) and sorted(records) == sorted(names) == attnplug.list_flash_attention_impls()
+attnplug.register_impl(attnplug.ImplSpec(name="another", kernel=lambda params: None, backend=None))
+assert "another" in function(torch.randn(1, 4, 3, 8))[1]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("impl", ["torch", "aten_flash", "opaque"])
+def test_export_round_trips(impl: str, strict: bool) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return call(query, key, value, impl=impl)
+
+    inputs = tensors()
+    program = torch.export.export(Model(), tuple(inputs), strict=strict)
+    torch.testing.assert_close(program.module()(*inputs), call(*inputs, impl=impl))
+
+
+def test_the_operator_of_an_opaque_kernel_passes_opcheck() -> None:
+    compiled, inputs = Compiled(call), tensors(requires_grad=True)
+    compiled(*inputs, impl="opaque")
+    operator = getattr(torch.ops.attnplug, compiled.operations[0].split(".")[1])
+    arguments = (*inputs, *[None] * 7, 0.0, False, False, 0.3, 1, [-1, -1], 0.0, True, None, None, 0)
+    torch.library.opcheck(operator.default, arguments)
+
+
+def test_fake_tensors_see_an_opaque_kernel() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        query = torch.randn(SHAPE, requires_grad=True)
+        out = call(query, query, query, impl="opaque")
+        out.sum().backward()
+    assert out.shape == SHAPE and query.grad is not None and query.grad.shape == SHAPE
+
+
+def test_dynamic_numbers_are_traced() -> None:
+    def function(query: Tensor, numbers: dict[str, float]) -> Tensor:
+        return call(query, query, query, scale=numbers["scale"], impl="aten_math")
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=True)
+    query = torch.randn(SHAPE)
+    for scale in (0.5, 0.25):
+        torch.testing.assert_close(compiled(query, {"scale": scale}), function(query, {"scale": scale}))
+
+
+def test_dynamic_shapes_are_traced_in_every_scope() -> None:
+    for scope in ("torch", SDPBackend.MATH, [SDPBackend.FLASH_ATTENTION, "opaque"]):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend="eager", fullgraph=True, dynamic=True)
+        with attnplug.sdpa_kernel(scope):
+            for length in (4, 6):
+                query = torch.randn(1, 2, length, 8)
+                torch.testing.assert_close(
+                    compiled(query, query, query, is_causal=scope == "torch"),
+                    call(query, query, query, is_causal=scope == "torch"),
+                )

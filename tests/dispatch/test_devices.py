@@ -1,0 +1,157 @@
+"""What must hold wherever tensors live: each claim runs on the CPU, and on a card where there is one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnplug
+from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, SDPAParams
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+IMPLS = ["torch", "aten_flash", "aten_math", "math_ref", "flash_triton", "efficient_cuda", "cudnn", "opaque"]
+
+
+class Opaque:
+    """A kernel of float32 formulas that autograd and traces cannot look into, on any device."""
+
+    @staticmethod
+    @torch.no_grad()
+    def forward(params: SDPAParams) -> tuple[Tensor, ...]:
+        logits = params.scale * params.query.float() @ params.key.float().mT
+        weights = torch.softmax(logits, -1)
+        return (weights @ params.value.float()).to(params.query.dtype), torch.logsumexp(logits, -1), weights
+
+    @staticmethod
+    def backward(
+        params: SDPAParams, grad_out: Tensor, grad_lse: None, out: Tensor, lse: Tensor, weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        query, key, value, grad_out = (tensor.float() for tensor in (params.query, params.key, params.value, grad_out))
+        grad_weights = grad_out @ value.mT
+        grad_logits = params.scale * weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
+        grads = grad_logits @ key, grad_logits.mT @ query, weights.mT @ grad_out
+        return tuple(grad.to(params.query.dtype) for grad in grads)
+
+
+@pytest.fixture(autouse=True)
+def _opaque() -> Iterator[None]:
+    torch._dynamo.reset()
+    capabilities = Capabilities(features={Feature.LSE})
+    attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque, backend=None, capabilities=capabilities))
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(device: str, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(2, 4, 64, 64, generator=generator).to(device, dtype) for _ in range(3)]
+    return [tensor.requires_grad_() for tensor in made]
+
+
+def accepted(impl: str, *tensors: Tensor, **arguments: Any) -> None:
+    """Skip the test, with the reasons, where the implementation declines the call."""
+    verdict = attnplug.can_use_impl(impl, SDPAParams(*tensors, **arguments))
+    if not verdict:
+        pytest.skip(f"{impl}: {'; '.join(verdict.reasons)}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mode_reduce_overhead_gives_what_eager_gives(impl: str, device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    accepted(impl, *inputs(device, dtype))
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return attnplug.scaled_dot_product_attention(*tensors, impl=impl)
+
+    compiled = torch.compile(attend, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):  # the first calls record a graph, the later ones replay it with other values
+        tensors = inputs(device, dtype, seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(*tensors)
+        grads = torch.autograd.grad(out.float().square().sum(), tensors)
+        expected = attend(*tensors)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected.float().square().sum(), tensors))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_casts_as_for_pytorch_s_function(impl: str, device: str) -> None:
+    dtype = torch.bfloat16
+    accepted(impl, *inputs(device, dtype))
+    tensors = inputs(device, torch.float32)
+    with torch.autocast(device, dtype):
+        out = attnplug.scaled_dot_product_attention(*tensors, impl=impl)
+    assert out.dtype == dtype
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    with torch.no_grad():
+        low = attnplug.scaled_dot_product_attention(*(tensor.to(dtype) for tensor in tensors), impl=impl)
+    torch.testing.assert_close(out, low)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_runs_what_ran_forward_in_another_thread_and_scope(impl: str, device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    tensors = inputs(device, dtype)
+    accepted(impl, *tensors)
+    with attnplug.sdpa_kernel(impl):
+        out = attnplug.scaled_dot_product_attention(*tensors)
+        here = torch.autograd.grad(out.float().sum(), tensors, retain_graph=True)
+    there: list[Any] = []
+
+    def backward() -> None:
+        with attnplug.sdpa_kernel("aten_math"):
+            there.extend(torch.autograd.grad(out.float().sum(), tensors))
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(tuple(there), here)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lower_right_and_rows_that_see_no_key(impl: str, device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    query = torch.randn(1, 2, 6, 64, device=device, dtype=dtype)
+    key, value = (torch.randn(1, 2, 4, 64, device=device, dtype=dtype) for _ in range(2))
+    arguments = dict(is_causal=True, causal_variant=CausalVariant.LOWER_RIGHT, return_lse=True)
+    accepted(impl, query, key, value, **arguments)
+    out, lse = attnplug.scaled_dot_product_attention(query, key, value, impl=impl, **arguments)
+    reference = attnplug.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), impl="math_ref", **arguments
+    )
+    assert (out[:, :, :2] == 0).all() and (lse[:, :, :2] == float("-inf")).all()
+    torch.testing.assert_close(out.double(), reference[0], atol=4e-3, rtol=0)
+    torch.testing.assert_close(lse.double(), reference[1], atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_unmodified_encoder_follows_the_activation(device: str) -> None:
+    layer = torch.nn.TransformerEncoderLayer(128, 2, dropout=0.0, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(device).eval()
+    tokens = torch.randn(2, 16, 128, device=device)
+    expected = encoder(tokens)
+    attnplug.activate_flash_attention_impl("math_ref")
+    with attnplug.record() as calls:
+        out = encoder(tokens)
+    assert [call.impl for call in calls] == ["math_ref", "math_ref"]
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_example_runs_on_a_card() -> None:
+    pytest.importorskip("transformers")
+    example = Path(__file__).parents[2] / "examples" / "semantic_search.py"
+    subprocess.run([sys.executable, str(example), "--device", "cuda"], check=True)

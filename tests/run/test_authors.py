@@ -1,0 +1,218 @@
+"""What an author writes, and what they get for it: one forward, maybe a backward, and a statement."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnplug
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
+from author_kernels import WithBackward, forward
+
+SHAPE = (1, 2, 4, 8)
+
+
+@pytest.fixture
+def register() -> Callable[..., None]:
+    def add(name: str, kernel: Any, *features: Feature, **fields: Any) -> None:
+        capabilities = Capabilities(features=features, **fields)
+        attnplug.register_impl(
+            ImplSpec(name=name, kernel=kernel, backend=SDPBackend.EFFICIENT_ATTENTION, capabilities=capabilities)
+        )
+
+    return add
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(SHAPE, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+def test_a_forward_alone_runs_and_shows_up_everywhere(register: Callable[..., None]) -> None:
+    register("mine", forward, Feature.LSE)
+    query = torch.randn(SHAPE)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    torch.testing.assert_close(attnplug.scaled_dot_product_attention(query, query, query, impl="mine"), expected)
+    assert "mine" in attnplug.list_flash_attention_impls()
+    record = next(record for record in attnplug.list_impls() if record.name == "mine")
+    assert (record.status, record.distribution) == ("available", "this program")
+    assert "mine" in str(attnplug.explain(query, query, query))
+
+
+def test_without_a_backward_it_is_passed_over_when_a_gradient_is_needed(register: Callable[..., None]) -> None:
+    register("mine", forward)
+    query, key, value = inputs()
+    with attnplug.sdpa_kernel(["mine", "aten_math"], set_priority=True), attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(query, key, value)
+        with torch.no_grad():
+            attnplug.scaled_dot_product_attention(query, key, value)
+        attnplug.scaled_dot_product_attention(query.detach(), key.detach(), value.detach())
+    assert [call.impl for call in calls] == ["aten_math", "mine", "mine"]
+    assert calls[0].passed_over == {"mine": ("has no backward, and a gradient is needed",)}
+
+
+def test_with_a_backward_it_gets_autograd(register: Callable[..., None]) -> None:
+    register("mine", WithBackward, Feature.LSE, Feature.LSE_GRADIENT)
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        return attnplug.scaled_dot_product_attention(query, key, value, return_lse=True, impl="mine")
+
+    assert torch.autograd.gradcheck(call, inputs())
+
+
+def test_the_same_tensor_may_come_three_times(register: Callable[..., None]) -> None:
+    register("mine", WithBackward)
+    query = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    out = attnplug.scaled_dot_product_attention(query, query, query, impl="mine")
+    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(*(torch.autograd.grad(result, query, grad)[0] for result in (out, expected)))
+
+
+def test_lse_gradients_are_refused_unless_declared(register: Callable[..., None]) -> None:
+    register("mine", WithBackward, Feature.LSE)
+    out, lse = attnplug.scaled_dot_product_attention(*inputs(), return_lse=True, impl="mine")
+    with pytest.raises(attnplug.GradientError, match="'mine' gives no gradient through lse"):
+        (out.sum() + lse.sum()).backward()
+
+
+def test_second_derivatives_are_refused_unless_declared(register: Callable[..., None]) -> None:
+    register("mine", WithBackward)
+    query, key, value = inputs()
+    out = attnplug.scaled_dot_product_attention(query, key, value, impl="mine")
+    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), query)[0])
+    with pytest.raises(attnplug.GradientError, match="'mine' has no second derivatives"):
+        grad.sum().backward()
+
+
+def test_backward_runs_what_ran_forward_wherever_it_runs(register: Callable[..., None]) -> None:
+    register("mine", WithBackward)
+    tensors = inputs()
+    with attnplug.sdpa_kernel("mine"):
+        out = attnplug.scaled_dot_product_attention(*tensors)
+    WithBackward.ran_backward.clear()
+
+    def work() -> None:
+        with attnplug.sdpa_kernel("aten_math"):
+            out.sum().backward()
+
+    thread = threading.Thread(target=work, name="another")
+    thread.start()
+    thread.join()
+    assert WithBackward.ran_backward == ["another"]
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    for tensor, grad in zip(tensors, torch.autograd.grad(expected.sum(), tensors), strict=True):
+        torch.testing.assert_close(tensor.grad, grad)
+
+
+def test_inference_mode_runs_without_a_graph(register: Callable[..., None]) -> None:
+    register("mine", WithBackward)
+    with torch.inference_mode():
+        query = torch.randn(SHAPE)
+        out = attnplug.scaled_dot_product_attention(query, query, query, impl="mine")
+    assert out.is_inference() and not out.requires_grad
+
+
+def test_the_kernel_sees_one_form_whatever_the_call_looked_like(register: Callable[..., None]) -> None:
+    seen: list[SDPAParams] = []
+
+    def look(params: SDPAParams) -> tuple[Tensor, None]:
+        seen.append(params)
+        groups = params.query.shape[1] // params.key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (params.key, params.value))
+        logits = params.scale * params.query @ key.mT
+        if params.attn_mask is not None:
+            logits = logits.masked_fill(~params.attn_mask, float("-inf"))
+        return torch.softmax(logits, -1) @ value, None
+
+    register("look", look, Feature.BOOLEAN_MASK, Feature.GQA)
+    shapes = [
+        ((4, 8), (6, 8), (4, 6)),
+        ((2, 4, 8), (2, 6, 8), (4, 6)),
+        ((2, 4, 8), (3, 2, 6, 8), (3, 1, 4, 6)),
+        ((3, 1, 2, 4, 8), (5, 2, 6, 8), (3, 5, 2, 4, 6)),
+        ((3, 5, 1, 4, 8), (3, 5, 2, 6, 8), (1, 6)),
+    ]
+    for query_shape, key_shape, mask_shape in shapes:
+        query, key = torch.randn(query_shape), torch.randn(key_shape)
+        mask = torch.rand(mask_shape) > 0.3
+        mask[..., 0] = True
+        out = attnplug.scaled_dot_product_attention(query, key, key, mask, impl="look")
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, key, key, mask))
+        params = seen[-1]
+        full = (*params.query.shape[:3], params.key.shape[2])
+        assert params.query.dim() == params.key.dim() == params.value.dim() == params.attn_mask.dim() == 4
+        assert all(have in (1, want) for have, want in zip(params.attn_mask.shape, full, strict=True))
+        assert params.scale == pytest.approx(8**-0.5)
+    query, key = torch.randn(4, 3, 8), torch.randn(2, 3, 8)
+    out = attnplug.scaled_dot_product_attention(query, key, key, enable_gqa=True, impl="look")
+    assert out.shape == (4, 3, 8) and seen[-1].key.shape == (1, 2, 3, 8)
+
+
+def test_a_broadcast_mask_gets_a_gradient_of_its_own_shape(register: Callable[..., None]) -> None:
+    class Masked:
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor, None]:
+            logits = params.scale * params.query @ params.key.mT + params.attn_mask
+            return torch.softmax(logits, -1) @ params.value, None
+
+        @staticmethod
+        def backward(params: SDPAParams, grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            leaves = [getattr(params, name).detach().requires_grad_() for name in ("query", "key", "value")]
+            mask = params.attn_mask.detach().expand(*params.query.shape[:3], -1).clone().requires_grad_()
+            with torch.enable_grad():
+                out, _ = Masked.forward(SDPAParams(*leaves, mask, scale=params.scale))
+            return torch.autograd.grad(out, [*leaves, mask], grad_out)
+
+    register("masked", Masked, Feature.ADDITIVE_MASK, Feature.MASK_GRADIENT)
+    query, key, value = inputs()
+    mask = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def call(*tensors: Tensor) -> Tensor:
+        return attnplug.scaled_dot_product_attention(*tensors, impl="masked")
+
+    assert torch.autograd.gradcheck(call, (query, key, value, mask))
+
+
+def test_a_path_may_name_a_module_or_something_in_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_kernel.py").write_text(
+        "import torch\n"
+        "def forward(params):\n"
+        "    logits = params.scale * params.query @ params.key.mT\n"
+        "    return torch.softmax(logits, -1) @ params.value, None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    query = torch.randn(SHAPE)
+    for name, path in (("whole", "some_kernel"), ("part", "some_kernel:forward")):
+        attnplug.register_impl(ImplSpec(name=name, kernel=path, backend=None))
+        assert attnplug.scaled_dot_product_attention(query, query, query, impl=name).shape == SHAPE
+
+
+def test_a_feature_that_does_not_exist_is_an_error_with_the_closest_one() -> None:
+    with pytest.raises(AttributeError, match="Feature has no 'CAUSL'; did you mean 'CAUSAL'"):
+        Feature.CAUSL  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("no_such_module.impl", "No module named 'no_such_module'; write 'package.module' or 'package.module:object'"),
+        ("math:squirt", "math has no 'squirt'; did you mean 'sqrt'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::attnplug.PluginWarning")
+def test_a_dotted_path_that_does_not_resolve_names_plugin_field_and_fix(
+    register: Callable[..., None], path: str, said: str
+) -> None:
+    register("mine", path)
+    query = torch.randn(SHAPE)
+    with pytest.raises(attnplug.NoImplementationError) as raised:
+        attnplug.scaled_dot_product_attention(query, query, query, impl="mine")
+    assert f"ImplSpec 'mine'.kernel: {path!r} does not resolve" in str(raised.value)
+    assert said in str(raised.value)
