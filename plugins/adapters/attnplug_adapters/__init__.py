@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attnplug import ImplSpec, hookimpl
-from attnplug_adapters.hub_names import hub_spec
+from attnplug_adapters.hub_pins import hub_spec
 from attnplug_adapters.specs import all_specs
 
 if TYPE_CHECKING:
-    from attnplug_adapters.hub import hub
+    from attnplug_adapters.hub_kernels import hub
 
 __all__ = ["attnplug_register_impls", "hub"]
 
@@ -27,7 +27,7 @@ def attnplug_register_impls() -> list[ImplSpec]:
 
 def __getattr__(name: str) -> Any:
     if name == "hub":
-        from attnplug_adapters.hub import hub
+        from attnplug_adapters.hub_kernels import hub
 
         return hub
     raise AttributeError(f"module 'attnplug_adapters' has no attribute {name!r}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from attnplug import SDPAParams
@@ -37,7 +38,7 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     positions = flex_mods.Positions.of(params)
     query, key, value = flex_mods.dense(params, positions)
     wants_lse = params.return_lse or params.sinks is not None
-    returned = _attend()(
+    returned = _attend(query)(
         query,
         key,
         value,
@@ -55,9 +56,12 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     return out, lse if params.return_lse else None
 
 
-def _attend() -> Any:
-    """Return what to call: in a trace the function itself, which becomes part of the graph."""
-    return flex_attention if torch.compiler.is_compiling() else _compiled
+def _attend(query: Tensor) -> Any:
+    """Return what to call: in a trace the function itself, which becomes part of the graph.
+
+    A compiled kernel would read the memory of fake tensors, which have none.
+    """
+    return flex_attention if flex_mods.is_watched() or isinstance(query, FakeTensor) else _compiled
 
 
 def _with_sinks(out: Tensor, lse: Any, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def _block_mask(params: SDPAParams, positions: flex_mods.Positions, queries: int
     mask_mod = flex_mods.mask_mod(params, positions)
     if mask_mod is None:
         return None
-    if positions.is_plain and params.attn_mask is None and not torch.compiler.is_compiling():
+    if positions.is_plain and params.attn_mask is None and not flex_mods.is_watched():
         return _band_blocks(positions.offset, convert.band(params), queries, keys, params.query.device)
     mask = params.attn_mask
     by_mask = mask is not None and mask.dtype == torch.bool

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from attnplug import SDPAParams
 from attnplug_adapters import convert
@@ -111,11 +112,10 @@ def mask_mod(params: SDPAParams, positions: Positions) -> Mask | None:
         parts.append(_used(positions.used))
     left, right = convert.band(params)
     if (left, right) != convert.OPEN:
-        limits = ends(0, (left, right), params.query.device)
         if positions.is_plain:
             parts.append(band_mod(ends(positions.offset, (left, right), params.query.device)))
         else:
-            parts.append(_within(positions, limits))
+            parts.append(_within(positions, ends(0, (left, right), params.query.device)))
     if params.attn_mask is not None and params.attn_mask.dtype == torch.bool:
         parts.append(_allowed(_full(params)))
     return reduce(_both, parts) if parts else None
@@ -125,7 +125,7 @@ def score_mod(params: SDPAParams, positions: Positions) -> Any:
     """Return what becomes of a logit; None if nothing."""
     softcap, slopes, bias = None, None, None
     if params.softcap > 0:
-        softcap = number(params.softcap, params.query.device)
+        softcap = numbers((params.softcap,), params.query.device)
     if params.alibi_slopes is not None:
         slopes = params.alibi_slopes
     if params.attn_mask is not None and params.attn_mask.dtype != torch.bool:
@@ -135,7 +135,7 @@ def score_mod(params: SDPAParams, positions: Positions) -> Any:
 
     def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if softcap is not None:
-            logit = softcap * torch.tanh(logit / softcap)
+            logit = softcap[0] * torch.tanh(logit / softcap[0])
         if slopes is not None:
             if slopes.dim() == 1:
                 slope = slopes[h]
@@ -156,17 +156,25 @@ def band_mod(limits: Tensor) -> Mask:
     return band
 
 
-@lru_cache(maxsize=256)
 def ends(offset: int, band: tuple[int, int], device: torch.device) -> Tensor:
     """Return the least and the largest `j - i` that a band sees."""
     left, right = band
-    return torch.tensor([offset - left if left >= 0 else -_FAR, offset + right if right >= 0 else _FAR], device=device)
+    return numbers((offset - left if left >= 0 else -_FAR, offset + right if right >= 0 else _FAR), device)
+
+
+def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a tensor, which a compiled kernel takes as an argument."""
+    return torch.tensor(values, device=device) if is_watched() else _kept(values, device)
 
 
 @lru_cache(maxsize=256)
-def number(value: float, device: torch.device) -> Tensor:
-    """Return a number as a tensor, which a compiled kernel takes as an argument."""
-    return torch.tensor(value, dtype=torch.float32, device=device)
+def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
+def is_watched() -> bool:
+    """Whether a trace or a mode looks on: tensors may be fake, must not be kept, and have no memory to be read."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _same_sequence(positions: Positions) -> Mask:

@@ -14,7 +14,7 @@ import libraries
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
 from adapters_on_standins import standin
-from attnplug_adapters import flash_attn2, flash_attn3, flash_attn4, flashinfer, hub, sage_attention, xformers
+from attnplug_adapters import flash_attn2, flash_attn3, flash_attn4, flashinfer, hub_kernels, sage_attention, xformers
 from attnplug_adapters.library import Adapter, differences, fits
 
 RECORDED = Path(libraries.__file__).with_name("signatures.json")
@@ -27,7 +27,7 @@ INTERFACES: dict[str, tuple[type, ...]] = {
     "sage_attention": sage_attention.SageAttention.interfaces,
     "xformers": xformers.XFormers.interfaces,
     "flashinfer": flashinfer.FlashInfer.interfaces,
-    "hub": (hub.Interface,),
+    "hub": (hub_kernels.Interface,),
 }
 
 
@@ -136,4 +136,4 @@ class TestRealPackages:
 
     def test_kernels(self) -> None:
         library = pytest.importorskip("kernels", reason="pip install kernels would run this")
-        assert not differences(library, hub.Interface)
+        assert not differences(library, hub_kernels.Interface)

@@ -76,7 +76,7 @@ def hub_spec() -> ImplSpec:
     capabilities = Capabilities(devices=("cuda",)) if pinned is None else CAPABILITIES[pinned.library]
     return ImplSpec(
         name="hub",
-        kernel="attnplug_adapters.hub:kernel",
+        kernel="attnplug_adapters.hub_kernels:kernel",
         backend=SDPBackend.FLASH_ATTENTION,
         capabilities=capabilities,
         priority=-37,

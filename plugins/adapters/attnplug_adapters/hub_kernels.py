@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import attnplug
 from attnplug import ImplSpec, SDPAParams, SDPBackend
-from attnplug_adapters import hub_names
+from attnplug_adapters import hub_pins
 from attnplug_adapters.flash_attn2 import FlashAttn2
 from attnplug_adapters.flash_attn3 import FlashAttn3
 from attnplug_adapters.flash_attn4 import FlashAttn4
-from attnplug_adapters.hub_names import VARIABLE, Pinned
+from attnplug_adapters.hub_pins import VARIABLE, Pinned
 from attnplug_adapters.library import Adapter, differences
 from attnplug_adapters.sage_attention import SageAttention
 
@@ -72,7 +72,7 @@ def hub(
             name=name,
             kernel=adapter,
             backend=SDPBackend.FLASH_ATTENTION,
-            capabilities=hub_names.CAPABILITIES[pinned.library],
+            capabilities=hub_pins.CAPABILITIES[pinned.library],
             priority=-37,
         )
     )
