@@ -28,6 +28,8 @@ lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/lint-imports
 
 # The figures are worth having when a test fails too: each says whether the kernel was right.
+# Those whose library is not there are listed with the reason. flex compiles for each case, which takes long.
+ADAPTERS := flash_attn4,flash_attn3,flash_attn2,xformers,flashinfer,sage_attention
 FIGURES := $(or $(OUT),benchmarks/results)/{device}/kernels
 # A machine with a card may have no network: this is installed beside the Python that has torch, from here alone.
 SITE := build/gpu
@@ -39,7 +41,7 @@ gpu:  ## everything that needs a card, with the Python that has torch: tests, th
 	$(WITH_SITE) -m pytest -m gpu $(WORKERS) --durations=15 $(ON_CARD); status=$$?; \
 	$(WITH_SITE) benchmarks/launching.py; \
 	$(WITH_SITE) -m attnplug bench --set kernels --device cuda --seconds 0.1 \
-		--impl torch,aten_flash,efficient_cuda,cudnn,flash_triton \
+		--impl torch,aten_flash,efficient_cuda,cudnn,flash_triton,$(ADAPTERS) \
 		-o '$(FIGURES).json' -o '$(FIGURES).csv' -o '$(FIGURES).png' || status=1; \
 	exit $$status
 
