@@ -10,16 +10,21 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu bench docs clean
+.PHONY: help demo test test-slow lint gpu bench docs clean
 
 help:  ## show what there is to make
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 demo: $(VENV)/demo  ## a real model, semantic search, once with each implementation
 	$(BIN)/python examples/semantic_search.py
 
-test: $(VENV)/dev  ## every test that needs no card
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# In random order. A run prints its seed, and `--randomly-seed=SEED` repeats it.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15 --durations-min=2
+test: $(VENV)/dev  ## the tests, but for slow ones and those that need a GPU
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/dev  ## the slow tests: each shipped configuration compiled, kernels emulated, packages installed
+	$(PYTEST) -m slow
 
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .

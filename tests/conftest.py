@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 
 import attnplug
+from process_state import differences, snapshot
 
 settings.register_profile("repeatable", derandomize=True)  # a run that fails fails again
 settings.load_profile("repeatable")
@@ -24,8 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
+def _leaves_no_trace() -> Iterator[None]:
+    """Fail a test that leaves the process in another state than it found; what it registered is taken away."""
     torch.manual_seed(0)
+    before = snapshot()
     yield
     if attnplug.current_flash_attention_impl() is not None:
         with warnings.catch_warnings():
@@ -34,3 +37,5 @@ def _clean() -> Iterator[None]:
     for record in attnplug.list_impls():
         if record.distribution == "this program":
             attnplug.unregister_impl(record.name)
+    changed = differences(before, snapshot())
+    assert not changed, "the test leaves the process changed: " + "; ".join(changed)

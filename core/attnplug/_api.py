@@ -3,23 +3,88 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling
 
-from attnplug._call.facts import UPPER_LEFT, have_fitting_sizes
+from attnplug._call.autocast import any_autocast, autocast_dtype, cast
+from attnplug._call.facts import UPPER_LEFT, dense_sizes, facts_of, fit_in_three
 from attnplug._call.prepare import prepare_dense
-from attnplug._dispatch import traced
-from attnplug._dispatch.eager import dense, varlen
+from attnplug._dispatch import eager, traced
+from attnplug._dispatch.plans import is_deterministic, plans
+from attnplug._dispatch.recording import observe, replayed
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalVariant as TorchVariant
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -30,7 +95,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    causal_variant: CausalVariant = UPPER_LEFT,
+    causal_variant: CausalVariant | TorchVariant = UPPER_LEFT,
     window_size: tuple[int, int] = OPEN_WINDOW,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
@@ -81,40 +146,61 @@ def scaled_dot_product_attention(
         >>> attnplug.scaled_dot_product_attention(query, query, query, is_causal=True).shape
         torch.Size([2, 8, 16, 64])
     """
-    # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. The
-    # comparisons cost about 2 us; they include what PyTorch gets wrong in silence. A trace takes the same way: each
-    # function that it goes through costs a compiled model guards, at every call.
-    compiling = is_compiling()
-    if compiling:
+    # Each comparison below is a share of a tiny call's time. PyTorch's keyword arguments cost 0.8 us, so they are
+    # left out where they say nothing.
+    state = thread.state
+    if not process.plain and is_compiling():
         start_outside()
     plain = (
         sinks is None
         and alibi_slopes is None
         and seqused_k is None
-        and not return_lse
         and softcap == 0.0
         and window_size is OPEN_WINDOW
         and causal_variant is UPPER_LEFT
     )
+    # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
+    # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
     if (
         plain
         and process.plain
-        and (thread.state.torch_first if impl is None else impl == "torch")
-        and not thread.state.recordings
+        and return_lse is False
+        and (state.torch_first if impl is None else impl == "torch")
+        and not state.recordings
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
         and (enable_gqa is False or enable_gqa is True)
-        and have_fitting_sizes(query, key, value, enable_gqa)
+        and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
     ):
         try:
-            if scale is None and not enable_gqa:  # keyword arguments cost PyTorch's parser 0.8 us
+            if scale is None and not enable_gqa:
                 return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal)
             return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         except (RuntimeError, TypeError, ValueError):
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise
+    compiling = is_compiling()
+    if not compiling:
+        if state.recordings:
+            impl = replayed(impl)
+        if any_autocast() and (dtype := autocast_dtype(query)) is not None:
+            query, key, value, attn_mask = (cast(tensor, dtype) for tensor in (query, key, value, attn_mask))
+        # The kept route: the facts of this call are those of one before it, and the kernel needs no record.
+        if plain and attn_mask is None:
+            try:
+                facts = facts_of(query, key, value, None, dropout_p, is_causal, scale, enable_gqa, return_lse)
+                generation = process.registry.generation  # type: ignore[union-attr]
+                plan = plans.get((state.scope, impl, process.activation, generation, is_deterministic(), facts))
+            except (AttributeError, TypeError):  # not tensors, not hashable, or the first call of all
+                plan = None
+            if plan is not None and plan.plain is not None:
+                if state.recordings:
+                    given = dict(query=query, key=key, value=value, dropout=dropout_p, is_causal=is_causal)
+                    observe(plan.decision, eager.params_of(given | {"enable_gqa": enable_gqa}))
+                out, lse = plan.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+                return (out, lse) if return_lse else out
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -124,6 +210,7 @@ def scaled_dot_product_attention(
         "is_causal": is_causal,
         "enable_gqa": enable_gqa,
         "scale": scale,
+        "return_lse": return_lse,
     }
     if not plain:
         fields |= {
@@ -133,12 +220,80 @@ def scaled_dot_product_attention(
             "sinks": sinks,
             "alibi_slopes": alibi_slopes,
             "seqused_k": seqused_k,
-            "return_lse": return_lse,
         }
-    out, lse = traced.dense(SDPAParams(**fields), impl) if compiling else dense(_params_of(fields), impl)
+    out, lse = traced.dense(SDPAParams(**fields), impl) if compiling else eager.dense(eager.params_of(fields), impl)
     return (out, lse) if return_lse else out
 
 
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def varlen_attn(
     query: Tensor,
     key: Tensor,
@@ -227,26 +382,18 @@ def varlen_attn(
         "max_k": max_k,
         "block_table": block_table,
     }
-    out, lse = traced.varlen(SDPAParams(**fields), impl) if is_compiling() else varlen(_params_of(fields), impl)
+    compiling = is_compiling()
+    if not compiling and thread.state.recordings:
+        impl = replayed(impl)
+    out, lse = traced.varlen(SDPAParams(**fields), impl) if compiling else eager.varlen(eager.params_of(fields), impl)
     return (out, lse) if return_lse else out
-
-
-def _params_of(fields: dict[str, Any]) -> SDPAParams:
-    """Build the description of a call without the frozen dataclass's `__init__`, which costs more than the rest.
-
-    Fields that are not given read as the class's defaults.
-    """
-    params = object.__new__(SDPAParams)
-    object.__setattr__(params, "__dict__", fields)
-    return params
 
 
 def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
     """Whether PyTorch's function takes this mask as it is; it also takes some that it then misreads."""
     return (
         type(mask) in _PLAIN
+        and mask.is_cpu is query.is_cpu is True  # CUDA kernels misread what `torch` first converts
         and mask.dim() > 1
-        and mask.device == query.device
-        and not mask.is_cuda  # whose kernels misread dtypes, strides and alignments that `torch` converts
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )

@@ -16,45 +16,49 @@ class AttnplugError(Exception):
 
 
 class UnknownImplementationError(AttnplugError, ValueError):
-    """A name that no implementation has.
+    """A name that no implementation has, or whose plugin is broken, disabled or not installed.
 
     Args:
         name: what was asked for.
         available: the names that exist.
         where: where the name came from, when it was not an argument (for example `ATTNPLUG_IMPL`).
+        absent: names that are known and cannot be used, with the reason, a phrase such as
+            `is disabled by ATTNPLUG_DISABLE`.
     """
 
-    def __init__(self, name: str, available: Iterable[str], where: str = "") -> None:
+    def __init__(
+        self, name: str, available: Iterable[str], where: str = "", absent: Mapping[str, str] | None = None
+    ) -> None:
         self.name, self.where = name, where
-        self.available = tuple(sorted(available))
+        self.available, self.absent = tuple(sorted(available)), dict(absent or {})
         prefix = f"{where}: " if where else ""
-        super().__init__(
-            f"{prefix}unknown implementation {name!r}{did_you_mean(name, self.available) or '.'} "
-            f"Available: {', '.join(self.available) or 'none'}"
-        )
+        if name in self.absent:
+            text = f"implementation {name!r} {self.absent[name]}."
+        else:
+            close = did_you_mean(name, dict.fromkeys((*self.available, *self.absent)), self.absent)
+            text = f"unknown implementation {name!r}{close or '.'}"
+        super().__init__(f"{prefix}{text} Available: {', '.join(self.available) or 'none'}")
 
     def __reduce__(self) -> Any:
-        return type(self), (self.name, self.available, self.where)
+        return type(self), (self.name, self.available, self.where, self.absent)
 
 
 class DuplicateImplementationError(AttnplugError, ValueError):
-    """Two providers claim one name; the first keeps it.
+    """Two providers claim one name.
 
     Args:
         name: the name that both claim.
-        owner: the distribution (or program) that has it.
+        owner: the distribution (or program) that has it, or claimed it first.
         claimant: the distribution (or program) that wanted it too.
+        way_out: what settles it.
     """
 
-    def __init__(self, name: str, owner: str, claimant: str) -> None:
-        self.name, self.owner, self.claimant = name, owner, claimant
-        super().__init__(
-            f"implementation {name!r} of {claimant} is already provided by {owner}, which keeps it; "
-            f"rename one of them or uninstall one distribution"
-        )
+    def __init__(self, name: str, owner: str, claimant: str, way_out: str = "rename one of them") -> None:
+        self.name, self.owner, self.claimant, self.way_out = name, owner, claimant, way_out
+        super().__init__(f"implementation {name!r} of {claimant} is already provided by {owner}; {way_out}")
 
     def __reduce__(self) -> Any:
-        return type(self), (self.name, self.owner, self.claimant)
+        return type(self), (self.name, self.owner, self.claimant, self.way_out)
 
 
 class NoImplementationError(AttnplugError, RuntimeError):
@@ -63,17 +67,19 @@ class NoImplementationError(AttnplugError, RuntimeError):
     Args:
         reasons: for every candidate, in the order in which it was asked, all its reasons.
         selection: what restricted the candidates (for example `impl='flash_triton'`).
+        way_out: what would bring an implementation that supports it; empty if nothing is known.
     """
 
-    def __init__(self, reasons: Mapping[str, Sequence[str]], selection: str = "") -> None:
+    def __init__(self, reasons: Mapping[str, Sequence[str]], selection: str = "", way_out: str = "") -> None:
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
-        self.selection = selection
+        self.selection, self.way_out = selection, way_out
         head = "no implementation supports this call" + (f" ({selection})" if selection else "")
         lines = [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
-        super().__init__("\n".join([head + ":", *lines] if lines else [head + ": no candidates"]))
+        text = "\n".join([head + ":", *lines] if lines else [head + ": no candidates"])
+        super().__init__(f"{text}\n{way_out}" if way_out else text)
 
     def __reduce__(self) -> Any:
-        return type(self), (self.reasons, self.selection)
+        return type(self), (self.reasons, self.selection, self.way_out)
 
 
 class ConfigError(AttnplugError, ValueError):
@@ -108,7 +114,10 @@ class FallbackWarning(UserWarning):
     """A preferred implementation could not take a call, and the next candidate did."""
 
 
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the closest of `known`, or an empty string."""
+def did_you_mean(name: object, known: Iterable[str], remarks: Mapping[str, str] | None = None) -> str:
+    """Return `; did you mean 'x'?` for the closest of `known`, or an empty string; `remarks` says more of some."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    if not close:
+        return ""
+    remark = (remarks or {}).get(close[0], "")
+    return f"; did you mean {close[0]!r}{f', which {remark}' if remark else ''}?"

@@ -1,4 +1,4 @@
-"""The vocabulary: backends, features, capabilities, specifications, and the record of one call.
+"""The vocabulary: backends, features, capabilities and specifications; the record of a call is in `_params`.
 
 Nothing here imports torch: a plugin's light module and `attnplug list` need only these names.
 """
@@ -6,12 +6,20 @@ Nothing here imports torch: a plugin's light module and `attnplug list` need onl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, EnumMeta, IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import SpecError, did_you_mean
+from attnplug._params import OPEN_WINDOW as OPEN_WINDOW
+from attnplug._params import CausalVariant as CausalVariant
+from attnplug._params import SDPAParams as SDPAParams
+from attnplug._version import __version__
+
+if TYPE_CHECKING:
+    from torch import dtype
+    from torch.nn.attention import SDPBackend as TorchBackend
 
 
 class SDPBackend(IntEnum):
@@ -28,25 +36,15 @@ class SDPBackend(IntEnum):
     OVERRIDEABLE = 4
 
 
-class CausalVariant(IntEnum):
-    """Where the diagonal of query and key positions starts; values of `torch.nn.attention.bias.CausalVariant`.
-
-    With `Sq` queries and `Sk` keys, query `i` stands at key position `i + off`: `off = 0` for
-    `UPPER_LEFT` (PyTorch's meaning of `is_causal`), `off = Sk - Sq` for `LOWER_RIGHT`
-    (FlashAttention's). Causal masks, windows and ALiBi distances all count from there.
-    """
-
-    UPPER_LEFT = 1
-    LOWER_RIGHT = 2
-
-
 class _Features(EnumMeta):
-    def __getattr__(cls, name: str) -> Any:
-        try:
-            return super().__getattr__(name)  # type: ignore[misc]
-        except AttributeError:
-            close = "" if name.startswith("_") else did_you_mean(name, cls.__members__)
-            raise AttributeError(f"Feature has no {name!r}{close}") from None
+    if not TYPE_CHECKING:  # with it, a type checker would let every name pass
+
+        def __getattr__(cls, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                close = "" if name.startswith("_") else did_you_mean(name, cls.__members__)
+                raise AttributeError(f"Feature of attnplug {__version__} has no {name!r}{close}") from None
 
 
 class Feature(Enum, metaclass=_Features):
@@ -80,9 +78,6 @@ class Feature(Enum, metaclass=_Features):
     DETERMINISTIC = "equal bits on repeated runs, backward included"
 
 
-OPEN_WINDOW = (-1, -1)
-"""The one tuple that an unrestricted window is in a checked call."""
-
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*")
 
@@ -99,12 +94,11 @@ class Capabilities:
 
     Args:
         devices: torch device types, such as `("cpu", "cuda")`.
-        dtypes: names of the query's dtype: float16, bfloat16, float32, float64 (torch dtypes are
-            accepted).
+        dtypes: of the query: float16, bfloat16, float32, float64, by name or as torch's own.
         compute_capability: the least NVIDIA compute capability, such as `(8, 0)`.
         architectures: AMD architectures, such as `("gfx942",)`; matched by prefix, asked only on ROCm.
         head_sizes: the query head sizes; `range(8, 257, 8)` says multiples of 8 up to 256.
-        features: the `Feature`s, beyond the plain formula.
+        features: the `Feature`s, or their names, beyond the plain formula.
         quantized: whether the kernel rounds its inputs to fewer bits. It is then right within 5 % of the result's
             norm, and runs only where it is named; lists say so. It holds for all that an implementation does.
 
@@ -112,14 +106,29 @@ class Capabilities:
         SpecError: a field has a wrong type or an unknown value, or `|` joins a quantized part and another.
     """
 
-    devices: Collection[str] | None = None
-    dtypes: Collection[str] | None = None
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[str] | None = None
     compute_capability: tuple[int, int] | None = None
-    architectures: Collection[str] | None = None
-    head_sizes: Collection[int] | None = None
-    features: Collection[Feature] = frozenset()
+    architectures: frozenset[str] | None = None
+    head_sizes: range | frozenset[int] | None = None
+    features: frozenset[Feature] = frozenset()
     quantized: bool = False
     alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
+
+    if TYPE_CHECKING:  # more is accepted than is kept
+
+        def __init__(
+            self,
+            *,
+            devices: Collection[str] | None = None,
+            dtypes: Collection[str | dtype] | None = None,
+            compute_capability: tuple[int, int] | None = None,
+            architectures: Collection[str] | None = None,
+            head_sizes: Collection[int] | None = None,
+            features: Collection[Feature | str] | type[Feature] = (),
+            quantized: bool = False,
+            alternatives: tuple[Capabilities, ...] = (),
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -131,7 +140,7 @@ class Capabilities:
                 if name not in _DTYPES:
                     raise SpecError(
                         f"Capabilities.dtypes: unknown dtype {name!r}{did_you_mean(name, _DTYPES)}; "
-                        f"accepted: {', '.join(_DTYPES)}"
+                        f"attnplug {__version__} accepts {', '.join(_DTYPES)}"
                     )
             put(self, "dtypes", frozenset(names))
         if self.compute_capability is not None:
@@ -174,12 +183,13 @@ class ImplSpec:
     Args:
         name: what users write in `impl=`, scopes and `ATTNPLUG_IMPL`.
         kernel: where the kernel is: `"package.module"` or `"package.module:attribute"`, imported when
-            first chosen; or, from a program, the object itself. It is a function (the forward), or
-            anything with a `forward` and, optionally, `backward`, `supports`, `composite` and
-            `shape_dependent`; see `Kernel`.
+            first chosen; or, from a program, the object itself. It is a function (the forward), or a
+            module or object with a `forward` and whatever else `Kernel` lists; an attribute that looks like
+            one of those and is not is an error.
         backend: the family that `sdpa_kernel` scopes select by.
         capabilities: what it supports.
-        priority: higher is preferred, among the implementations that stand behind `torch`.
+        priority: higher is preferred. `torch` stands first and attnplug's own implementations next, whatever
+            the others claim; the priority orders those of one rank.
         requires: modules that must be installed, such as `("triton",)` or `("flash_attn.cute",)`; without them
             the implementation is listed as unavailable, and its kernel is never imported.
         install: the command that brings what it requires, such as `pip install triton`; shown where that is missing.
@@ -189,12 +199,26 @@ class ImplSpec:
     """
 
     name: str
-    kernel: str | Callable[..., Any] | Any
+    kernel: Any
     backend: SDPBackend | None
     capabilities: Capabilities = field(default_factory=Capabilities)
     priority: int = 0
-    requires: Collection[str] = ()
+    requires: tuple[str, ...] = ()
     install: str = ""
+
+    if TYPE_CHECKING:  # more is accepted than is kept
+
+        def __init__(
+            self,
+            *,
+            name: str,
+            kernel: object,
+            backend: SDPBackend | TorchBackend | None,
+            capabilities: Capabilities = ...,
+            priority: int = 0,
+            requires: Collection[str] = (),
+            install: str = "",
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -217,92 +241,6 @@ class ImplSpec:
         if not isinstance(self.install, str):
             raise SpecError(f"{where}.install: expected a command, got {self.install!r}")
         object.__setattr__(self, "requires", tuple(sorted(_strings("requires", self.requires, where) or ())))
-
-
-@dataclass(frozen=True, eq=False)
-class SDPAParams:
-    """A read-only record of one call; building one checks nothing.
-
-    The first seven fields are those of `torch.backends.cuda.SDPAParams`, in its order. What a kernel's
-    forward receives is such a record, already checked and brought into one form:
-
-    * dense: `query (B, Hq, Sq, E)`, `key (B, Hkv, Sk, E)`, `value (B, Hkv, Sk, Ev)`, `attn_mask` of
-      four dimensions, each 1 or the full size of `(B, Hq, Sq, Sk)`;
-    * variable length: `query (Tq, Hq, E)`, `key (Tk, Hkv, E)`, `value (Tk, Hkv, Ev)`, or pages
-      `(pages, page_size, Hkv, E)` with `block_table`; `cu_seq_q`, `cu_seq_k` int32 of length B + 1;
-    * `scale` is a number, `alibi_slopes` float32, and no size among B, Hq, Sq, Sk is zero.
-
-    Attributes:
-        query: the queries.
-        key: the keys.
-        value: the values.
-        attn_mask: boolean, True takes part; or floating, added to the logits; or None.
-        dropout: `dropout_p` of the call.
-        is_causal: query `i` sees keys `j <= i + off`.
-        enable_gqa: whether `Hq` may be a multiple of `Hkv`; a kernel looks at the shapes.
-        scale: factor of the logits.
-        causal_variant: alignment of causal masks, windows and ALiBi distances.
-        window_size: `(left, right)`; -1 leaves a side open.
-        softcap: 0 is off.
-        sinks: `(Hq,)` or None.
-        alibi_slopes: `(Hq,)` or `(B, Hq)` or None.
-        seqused_k: int32 `(B,)` or None.
-        return_lse: whether the caller wants `lse`.
-        cu_seq_q: of a call of variable length; None in a dense one.
-        cu_seq_k: likewise.
-        max_q: the longest sequence of queries.
-        max_k: the longest sequence of keys.
-        block_table: int32 `(B, blocks)` or None.
-    """
-
-    query: Any
-    key: Any
-    value: Any
-    attn_mask: Any = None
-    dropout: float = 0.0
-    is_causal: bool = False
-    enable_gqa: bool = False
-    scale: float | None = field(default=None, kw_only=True)
-    causal_variant: CausalVariant = field(default=CausalVariant.UPPER_LEFT, kw_only=True)
-    window_size: tuple[int, int] = field(default=OPEN_WINDOW, kw_only=True)
-    softcap: float = field(default=0.0, kw_only=True)
-    sinks: Any = field(default=None, kw_only=True)
-    alibi_slopes: Any = field(default=None, kw_only=True)
-    seqused_k: Any = field(default=None, kw_only=True)
-    return_lse: bool = field(default=False, kw_only=True)
-    cu_seq_q: Any = field(default=None, kw_only=True)
-    cu_seq_k: Any = field(default=None, kw_only=True)
-    max_q: int | None = field(default=None, kw_only=True)
-    max_k: int | None = field(default=None, kw_only=True)
-    block_table: Any = field(default=None, kw_only=True)
-
-    @property
-    def is_varlen(self) -> bool:
-        """Whether this is a call of `varlen_attn`."""
-        return self.cu_seq_q is not None
-
-    @property
-    def lse_shape(self) -> tuple[int, ...]:
-        """The shape of `lse`: `(B, Hq, Sq)`, or `(Hq, Tq)` in a call of variable length."""
-        query = self.query
-        return (query.shape[1], query.shape[0]) if self.is_varlen else tuple(query.shape[:-1])
-
-    @property
-    def lse_dtype(self) -> Any:
-        """The dtype of `lse`: `torch.float64` for float64 queries, else `torch.float32`."""
-        import torch
-
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
-
-    @property
-    def needs_grad(self) -> bool:
-        """Whether autograd records this call."""
-        import torch
-
-        if not torch.is_grad_enabled():
-            return False
-        tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -329,7 +267,8 @@ class Verdict:
 class ImplRecord:
     """What is known of one implementation, as `list_impls()` returns it.
 
-    A plugin that could not be loaded has one too, under its entry point's name.
+    A plugin that could not be loaded, or that the environment keeps from loading, has one too, under its entry
+    point's name. Of two implementations with one name, both are listed.
 
     Attributes:
         name: of the implementation.
@@ -337,9 +276,9 @@ class ImplRecord:
         priority: higher is preferred, behind `torch`.
         distribution: the installed package that it comes from, or `this program`.
         version: of the distribution.
-        capabilities: what it supports.
-        status: `available`, `unavailable` (something it needs is not on this machine) or `broken` (it failed
-            to load).
+        capabilities: what it supports; no device and no dtype where the plugin was not, or could not be, loaded.
+        status: `available`, `unavailable` (something it needs is not on this machine, or the environment
+            keeps its plugin from loading) or `broken` (it failed to load, or another claims its name).
         reason: what is lacking or what failed; empty when it is available.
     """
 
@@ -383,9 +322,13 @@ def _items(name: str, value: Any) -> list[Any]:
 def _strings(name: str, value: Any, where: str = "Capabilities") -> frozenset[str] | None:
     if value is None:
         return None
-    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
+    items = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    if items is None or not all(isinstance(item, str) for item in items):
         raise SpecError(f"{where}.{name}: expected a collection of strings, got {value!r}")
-    return frozenset(value)
+    for item in items:
+        if not item.isprintable():  # reasons quote it, and go to terminals
+            raise SpecError(f"{where}.{name}: {item!r} holds characters that do not print")
+    return frozenset(items)
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
@@ -397,10 +340,12 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 def _feature(item: Any) -> Feature:
     if isinstance(item, Feature):
         return item
-    known = [feature.name for feature in Feature]
+    known = Feature.__members__
+    if isinstance(item, str) and item in known:
+        return known[item]
     raise SpecError(
-        f"Capabilities.features: {item!r} is not a Feature{did_you_mean(str(item).upper(), known) or ';'} "
-        f"Known: {', '.join(known)}"
+        f"Capabilities.features: {item!r} is not a Feature of attnplug {__version__}"
+        f"{did_you_mean(str(item).upper(), known) or ';'} Known: {', '.join(known)}"
     )
 
 

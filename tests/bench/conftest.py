@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,18 +11,42 @@ import pytest
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, bench
-from attnplug.bench import _run
-from bench_kernels import Kernel, kernel, zeros
+from bench_kernels import Kernel, kernel, plain, zeros
 
 FEATURES = {Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.ADDITIVE_MASK, Feature.GQA, Feature.LOWER_RIGHT}
 
 
 @pytest.fixture(autouse=True)
 def _known_ceiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's ceilings take a second to measure; the report that tests share, and cards, have real ones."""
+    """The machine's ceilings take a second to measure; the report that tests share, and GPUs, have real ones."""
     if "gpu" not in request.keywords:
         known = lambda device, dtype, clock: bench.Ceiling(device, dtype, 1e11, 1e10)  # noqa: E731
-        monkeypatch.setattr(_run, "measure_ceiling", known)
+        monkeypatch.setattr("attnplug.bench._run.measure_ceiling", known)
+
+
+class Ticking:
+    """A time that passes only in kernels made by `taking`, in seconds, whatever the machine does."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def taking(self, *seconds: float) -> Kernel:
+        """Return a right kernel whose calls take so long, one after the other and again from the start."""
+        left = itertools.cycle(seconds)
+
+        def forward(params: Any) -> Any:
+            self.now += next(left)
+            return plain(params)
+
+        return forward
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Ticking:
+    """Let calls on the CPU be timed by a time of the test's own: `timeit` is what they are timed with."""
+    time, timer = Ticking(), timeit.Timer
+    monkeypatch.setattr(timeit, "Timer", lambda call: timer(call, timer=lambda: time.now))
+    return time
 
 
 @pytest.fixture

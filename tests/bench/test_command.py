@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from attnplug import bench
 from attnplug.cli import main
 from bench_kernels import plain, zeros
@@ -208,7 +209,7 @@ def test_an_interruption_keeps_what_is_measured_and_makes_the_status_1(tmp_path)
 
 def test_drawing_libraries_are_imported_only_when_something_is_drawn():
     program = "import sys, attnplug.bench; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    done = forked.run(program)
     assert "torch" in done.stdout.split()
     assert not {"matplotlib", "jinja2", "rich", "yaml"} & set(done.stdout.split())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,6 @@ import torch
 import attnplug
 from attnplug import Capabilities, bench
 from attnplug.bench import BenchError, Case, Record, Timing
-from attnplug.bench._correct import SCORES, Reference
-from attnplug.bench._inputs import make
-from attnplug.bench._measure import measure_case
-from attnplug.bench._records import ranked
 from bench_kernels import plain, zeros
 
 TINY = Case(heads=2, queries=8, head_size=8)
@@ -105,29 +102,33 @@ def test_a_known_mistake_is_named(register):
     assert "no scale" in record.reason
 
 
+LARGE = Case(heads=2, kv_heads=1, queries=1100, keys=1100, head_size=8)
+"""A reference of all its scores would take too much memory: results are held against samples of it."""
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("variant", ["UPPER_LEFT", "LOWER_RIGHT"])
-@pytest.mark.parametrize("lengths", [(96, 96), (64, 96), (96, 64)])
-def test_samples_of_a_large_case_agree_with_a_right_kernel(monkeypatch, causal, variant, lengths):
-    monkeypatch.setitem(SCORES, "cpu", 2000)
+@pytest.mark.parametrize("lengths", [(1100, 1100), (900, 1300), (1300, 900)])
+def test_a_right_kernel_agrees_with_the_samples_of_a_large_case(causal, lengths):
     queries, keys = lengths
-    case = Case(batch=3, heads=4, kv_heads=2, queries=queries, keys=keys, head_size=8, causal=causal, backward=True)
-    for mask in ("", "boolean"):
-        problem = make(case.but(causal_variant=variant, mask=mask, window=(70, -1)))
-        assert Reference(problem).mistake("math_ref") == ""
+    large = LARGE.but(queries=queries, keys=keys, causal=causal, window=(900, -1), backward=True)
+    cases = [
+        large.but(causal_variant=variant, mask=mask)
+        for variant, mask in (("UPPER_LEFT", "boolean"), ("LOWER_RIGHT", ""))
+    ]
+    records = bench.run(cases, ["math_ref"], baseline="math_ref", caches=["warm"], seconds=1e-9)
+    assert [(record.correct, record.reason) for record in records] == [(True, "")] * 2
 
 
 @pytest.mark.parametrize("place", [(0, 0, -1), (-1, -1, -1)])
-def test_samples_of_a_large_case_find_a_wrong_last_row_of_the_first_and_the_last_head(register, monkeypatch, place):
-    monkeypatch.setitem(SCORES, "cpu", 2000)
-
+def test_samples_of_a_large_case_find_a_wrong_last_row_of_the_first_and_the_last_head(register, place):
     def wrong_row(params):
         out, lse = plain(params)
         spoilt = torch.zeros_like(out)
         spoilt[place] = 1.0
         return out + spoilt, lse
 
-    (record,) = only(register("wrong_row", wrong_row), TINY.but(batch=2, queries=128))
+    name = register("wrong_row", wrong_row)
+    (record,) = bench.run(LARGE.but(kv_heads=2, batch=2), [name], baseline=name, caches=["warm"], seconds=1e-9)
     assert record.correct is False
 
 
@@ -177,7 +178,12 @@ def test_inputs_that_do_not_fit_are_rows_and_the_other_cases_go_on():
 
 
 def test_memory_that_the_system_promises_but_does_not_have_is_out_of_memory(register, monkeypatch):
-    monkeypatch.setattr("attnplug.bench._memory._available", lambda: 2**30)
+    read = Path.read_text
+
+    def little(path, *arguments, **named):
+        return "MemAvailable: 1048576 kB" if path == Path("/proc/meminfo") else read(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "read_text", little)
 
     def hungry(params):
         return torch.empty(2**33, dtype=torch.uint8), None
@@ -190,13 +196,6 @@ def test_memory_that_the_system_promises_but_does_not_have_is_out_of_memory(regi
 def test_candidates_take_turns_so_that_drift_hits_all_alike(register):
     calls = []
 
-    class Clock:
-        buffer_bytes = 0
-
-        def warm(self, call, count):
-            call()
-            return 1e-3
-
     def logging(name):
         def forward(params):
             calls.append(name)
@@ -205,9 +204,10 @@ def test_candidates_take_turns_so_that_drift_hits_all_alike(register):
         return forward
 
     names = [register(name, logging(name)) for name in ("one", "two")]
-    measure_case(TINY, names, Clock(), caches=("warm",), seconds=0.03)
-    timed = "".join(name[0] for name in calls[4:])  # after one run each for the result, and one for its memory
-    assert abs(timed.count("o") - timed.count("t")) <= 1 and "ooo" not in timed and "ttt" not in timed
+    report = bench.run(TINY, names, baseline="one", caches=["cold"], seconds=1e-9)
+    assert [record.forward_cold.samples for record in report] == [3, 3]
+    # Before them each runs once for its result, once for its memory and once for its time.
+    assert calls[-6:] in (["one", "two", "two", "one", "one", "two"], ["two", "one", "one", "two", "two", "one"])
 
 
 def test_an_interruption_keeps_the_cases_that_are_complete(register):
@@ -267,25 +267,27 @@ def test_percentiles_are_those_of_the_samples():
     assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
 
 
-def record(impl: str, median: float, spread: float = 0.0, **fields) -> Record:
-    timing = Timing(median, median - spread, median + spread, 9)
-    return Record(TINY, impl, "ran", **{"correct": True, "forward": timing} | fields)
+def test_a_time_is_that_of_one_call_however_many_a_sample_has(ticking, register):
+    (record,) = only(register("mine", ticking.taking(1e-5)), baseline="mine")
+    assert record.forward.calls > 1
+    for timing in (record.forward, record.forward_cold):
+        assert (timing.p20, timing.median, timing.p80) == pytest.approx((1e-5, 1e-5, 1e-5))
 
 
-def test_the_fastest_are_those_that_noise_does_not_tell_from_the_first():
-    given = [record("base", 2.0), record("first", 1.0), record("level", 1.05, 0.1), record("slower", 1.2, 0.1)]
-    wrong = record("wrong", 0.1, correct=False)
-    failed = Record(TINY, "failed", "failed")
-    made = {each.impl: each for each in ranked([*given, wrong, failed], "base")}
-    assert [impl for impl, each in made.items() if each.fastest] == ["first", "level"]
-    assert {impl: each.ratio for impl, each in made.items()} == {
-        "base": 1.0,
-        "first": 0.5,
-        "level": 0.525,
-        "slower": 0.6,
-        "wrong": 0.05,
-        "failed": None,
+def test_the_fastest_are_those_that_noise_does_not_tell_from_the_first(ticking, register):
+    kernels = {
+        "base": ticking.taking(2.0),
+        "first": ticking.taking(1.0),
+        "level": ticking.taking(0.95, 1.05, 1.15),
+        "slower": ticking.taking(1.1, 1.2, 1.3),
+        "wrong": lambda params: zeros(params),
     }
+    for name, forward in kernels.items():
+        register(name, forward)
+    report = bench.run(TINY, list(kernels), baseline="base", caches=["warm"], seconds=1e-9)
+    assert [record.impl for record in report if record.fastest] == ["first", "level"]
+    ratios = {record.impl: record.ratio for record in report if record.correct}
+    assert ratios == pytest.approx({"base": 1.0, "first": 0.5, "level": 0.525, "slower": 0.6})
 
 
 def test_where_the_baseline_does_not_run_there_are_no_ratios_but_a_fastest(register):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import json
 import re
 import sys
+from dataclasses import replace
 
 import matplotlib.image
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
 from attnplug import bench
-from attnplug.bench import BenchError, Case, Report, _plots
-from attnplug.bench._errors import needed
-from attnplug.bench._plots import groups
+from attnplug.bench import BenchError, Case, Record, Report, Timing
 
 
 def test_json_holds_all_of_it_and_reads_back_as_the_same(report, tmp_path):
@@ -97,12 +99,25 @@ def colour(code):
     return tuple(int(code[at : at + 2], 16) for at in (1, 3, 5))
 
 
-def test_plots_show_each_implementation_in_its_colour(report, tmp_path):
+@pytest.fixture
+def plotted(monkeypatch):
+    """What matplotlib is asked to plot: axes, horizontal and vertical values, and colour of each line."""
+    lines, plot = [], Axes.plot
+
+    def noted(axes, across, up, *style, **look):
+        lines.append((axes, list(across), list(up), to_hex(look["color"])))
+        return plot(axes, across, up, *style, **look)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    return lines
+
+
+def test_plots_show_each_implementation_in_its_colour(report, tmp_path, plotted):
     seen, (height, width, _) = drawn(report, tmp_path)
     assert height > 700 and width > 1000
-    expected = {colour(code) for code in _plots._COLOURS[: len(report.impls)]}
-    assert len(report.impls) == 3 and expected <= seen
-    assert colour(_plots._COLOURS[3]) not in seen
+    colours = {line[-1] for line in plotted}
+    assert len(report.impls) == 3 == len(colours)
+    assert {colour(code) for code in colours} <= seen
 
 
 def test_plots_of_nothing_are_a_picture_too(report, tmp_path):
@@ -111,39 +126,51 @@ def test_plots_of_nothing_are_a_picture_too(report, tmp_path):
     assert (255, 255, 255) in seen
 
 
-def test_each_point_of_a_plot_is_a_number_of_a_record(report, cases):
-    for panel in _plots.PANELS:
-        points = list(_plots._points(report, cases[:2], panel))
-        assert {impl for impl, _, _ in points} == {"torch", "aten_math", "all_zeros"}
-        for impl, direction, records in points:
-            assert [record.case for record in records] == cases[:2] and {record.impl for record in records} == {impl}
-            for record in records:
-                expected = {
-                    "time, ms": getattr(record, direction).median * 1e3,
-                    "TFLOP/s": getattr(record, f"{direction}_tflops"),
-                }.get(panel.title, record.memory / 2**20)
-                assert panel.value(record, direction) == expected
+def test_each_point_of_a_plot_is_a_number_of_a_record(report, cases, tmp_path, plotted):
+    bench.write(report, tmp_path / "plots.png")
+    sweep = [line for line in plotted if line[1] == [case.keys for case in cases[:2]]]
+    found = {(axes.get_ylabel(), tuple(up)) for axes, _, up, _ in sweep}
+    expected = set()
+    for impl in ("torch", "aten_math", "all_zeros"):
+        records = [record for case in cases[:2] for record in report.of(case) if record.impl == impl]
+        for direction in ("forward", "backward"):
+            times = tuple(getattr(record, direction).median * 1e3 for record in records)
+            rates = tuple(getattr(record, f"{direction}_tflops") for record in records)
+            expected |= {("time, ms", times), ("TFLOP/s", rates)}
+        expected.add(("peak memory beyond inputs, MiB", tuple(record.memory / 2**20 for record in records)))
+    assert found == expected
 
 
-def test_cases_that_differ_in_length_alone_are_one_row_of_plots():
+def rows_of_plots(report, cases, tmp_path):
+    """Return the titles of the rows of plots, and the names of the cases that are drawn each by itself."""
+    timing = Timing(1e-3, 1e-3, 1e-3, 3)
+    records = tuple(Record(case, "mine", "ran", correct=True, forward=timing, memory=1) for case in cases)
+    bench.write(replace(report, records=records), tmp_path / "page.html")
+    (picture,) = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', (tmp_path / "page.html").read_text())
+    texts = re.findall("<!-- (.*?) -->", base64.b64decode(picture).decode())  # which matplotlib draws as curves
+    titles = [text for text in texts if re.match(r"B\d+ (to \d+ )?H\d+ D\d+ \w+( Sq\d+)?$", text)]
+    return titles, [case.name for case in cases if html.escape(case.name) in texts]
+
+
+def test_cases_that_differ_in_length_alone_are_one_row_of_plots(report, tmp_path):
     by_length = [Case(queries=length, head_size=size) for size in (8, 16) for length in (64, 32)]
     same_tokens = [Case(batch=64 // length, queries=length, head_size=24) for length in (16, 32)]
     decode = [Case(queries=1, keys=length, batch=batch) for batch in (1, 2) for length in (32, 64)]
     single = [Case(queries=5, keys=7)]
-    sweeps, alone = groups([*by_length, *same_tokens, *decode, *single])
-    assert {title: [case.keys for case in members] for title, members in sweeps.items()} == {
-        "B1 H8 D8 float32": [32, 64],
-        "B1 H8 D16 float32": [32, 64],
-        "B4 to 2 H8 D24 float32": [16, 32],
-        "B1 H8 D64 float32 Sq1": [32, 64],
-        "B2 H8 D64 float32 Sq1": [32, 64],
-    }
-    assert alone == single
+    titles, alone = rows_of_plots(report, [*by_length, *same_tokens, *decode, *single], tmp_path)
+    assert sorted(titles) == [
+        "B1 H8 D16 float32",
+        "B1 H8 D64 float32 Sq1",
+        "B1 H8 D8 float32",
+        "B2 H8 D64 float32 Sq1",
+        "B4 to 2 H8 D24 float32",
+    ]
+    assert alone == [single[0].name]
 
 
-def test_cases_of_equal_length_and_shape_are_no_line():
-    twins = [Case(name=name, queries=8) for name in ("a", "b")]
-    assert groups(twins) == ({}, twins)
+def test_cases_of_equal_length_and_shape_are_no_line(report, tmp_path):
+    twins = [Case(name=name, queries=8) for name in ("one", "another")]
+    assert rows_of_plots(report, twins, tmp_path) == ([], ["one", "another"])
 
 
 def test_the_page_loads_nothing_and_holds_the_report(report, tmp_path):
@@ -178,7 +205,9 @@ def test_a_missing_library_is_an_error_with_the_way_to_get_it(report, tmp_path, 
 
 
 def test_a_library_that_is_installed_but_broken_is_not_called_missing(tmp_path, monkeypatch):
-    (tmp_path / "halfway.py").write_text("import no_such_module_at_all\n")
+    (tmp_path / "yaml.py").write_text("import no_such_module_at_all\n")
+    (tmp_path / "cases.yaml").write_text("[]")
+    monkeypatch.delitem(sys.modules, "yaml", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
-        needed("halfway", "a test")
+        bench.read_cases(tmp_path / "cases.yaml")

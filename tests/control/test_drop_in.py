@@ -346,6 +346,17 @@ def test_nested_tensors_stay_with_pytorch(layout: torch.layout) -> None:
         assert equal([*found.unbind()], [*expected.unbind()])
 
 
+def test_a_decision_about_dense_tensors_is_not_one_about_nested_tensors() -> None:
+    """Of jagged tensors, sizes and dtypes read as those of a dense call, which `aten_math` takes."""
+    parts = [torch.randn(length, 2, 8) for length in (3, 5)]
+    heads = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    dense = torch.randn(2, 2, 5, 8)
+    with attnplug.sdpa_kernel(["aten_math", "torch"], set_priority=True), attnplug.record() as calls:
+        for query in (dense, heads, dense):
+            attnplug.scaled_dot_product_attention(query, query, query)
+    assert [call.impl for call in calls] == ["aten_math", "torch", "aten_math"]
+
+
 def test_recording_does_not_break_a_call_with_jagged_tensors() -> None:
     parts = [torch.randn(length, 2, 8) for length in (3, 5)]
     heads = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)

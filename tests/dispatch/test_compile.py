@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +13,7 @@ import torch.nn.attention as torch_attention
 from torch import Tensor
 
 import attnplug
+import forked
 from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, SDPAParams, SDPBackend
 from author_kernels import WithBackward
 
@@ -296,7 +295,7 @@ assert out.shape == (1, 4, 3, 8) and sorted(records) == sorted(names) == attnplu
 attnplug.register_impl(attnplug.ImplSpec(name="another", kernel=lambda params: None, backend=None))
 assert "another" in function(torch.randn(1, 4, 3, 8))[1]
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    forked.run(program).check_returncode()
 
 
 @pytest.mark.parametrize("strict", [True, False])

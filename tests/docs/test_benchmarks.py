@@ -31,6 +31,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_benchmark_runs_alone_and_gives_every_value_a_verdict(program: str, tmp_path: Path) -> None:
     done = run(f"{program}.py", "--quick", "--json", str(tmp_path / "results.json"))

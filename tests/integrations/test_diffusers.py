@@ -8,8 +8,6 @@ binding, and never a name of diffusers.
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attnplug
+import forked
 from attnplug import FallbackWarning, SDPBackend
 
 with warnings.catch_warnings():
@@ -228,7 +227,7 @@ assert ran() == ran(backend="native") == ["aten_math"]
 handle.remove()
 assert ran() == ran(backend="native") == []
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = forked.run(program)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.generic import is_flash_attention_requested
 
 import attnplug
+import forked
 from attnplug import SDPBackend
 from attnplug.integrations import transformers as bridge
 from tiny_models import (
@@ -31,7 +31,7 @@ bridge.register()
 
 
 def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return forked.run(code)
 
 
 def test_importing_the_bridge_does_not_import_transformers() -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
-from packages import HEAD, HOOK, Site, of_plugins, plugin, spec
+from packages import HEAD, HOOK, KERNEL, Site, of_plugins, plugin, spec
 
 RAISING_MODULES = {
     "raises": ("raise RuntimeError('no luck today')", "RuntimeError: no luck today"),
@@ -157,6 +158,23 @@ def test_entry_point_that_leads_nowhere_is_broken(site: Site, value: str) -> Non
     assert len(of_plugins(report.warnings)) == 1
 
 
+def test_entry_point_of_somebody_else_that_means_nothing_hides_no_plugin(site: Site) -> None:
+    """Some releases of importlib-metadata raise for it when they list entry points."""
+    site.install("fake-console", {}, {})
+    (site.folder / "fake_console-1.0.dist-info" / "entry_points.txt").write_text("[console_scripts]\nx = 1 2 3\n")
+    refusing = """
+        import importlib_metadata
+
+        def refuse(**_):
+            raise ValueError("Invalid object reference")
+
+        importlib_metadata.entry_points = refuse
+        """
+    for script in ("", refusing):
+        report = site.run(f"{dedent(script)}\n{LISTING}")
+        assert report.records["healthy"]["status"] == "available" and of_plugins(report.warnings) == []
+
+
 def test_a_hook_of_a_later_release_may_be_answered_if_it_is_optional(site: Site) -> None:
     later = "@hookimpl(optionalhook=True)\ndef attnplug_of_a_later_release(): return []\n"
     site.install("fake-later", {"later": plugin(spec("later")) + later})
@@ -181,18 +199,60 @@ def test_keyboard_interrupt_in_a_plugin_reaches_the_user_and_the_next_call_start
     assert of_plugins(report.warnings) == []
 
 
-def test_contested_name_stays_with_the_first_distribution_and_both_are_named(site: Site) -> None:
-    site.install("fake-b", {"loser": plugin(spec("contested"), spec("second_own"))})
-    site.install("fake-a", {"winner": plugin(spec("contested"), spec("first_own"))})
-    report = site.run(LISTING)
-    assert report.records["contested"]["distribution"] == "fake-a"
-    loser = report.records["loser"]
-    assert (loser["status"], loser["distribution"]) == ("broken", "fake-b")
+CONTESTED = """
+report["records"] = [(r.name, r.distribution, r.status, r.reason) for r in attnplug.list_impls()]
+report["failures"] = [
+    failure(sdpa, impl="contested"),
+    failure(attnplug.sdpa_kernel, "contested"),
+    failure(attnplug.activate_flash_attention_impl, "contested"),
+]
+report["names"] = attnplug.list_flash_attention_impls()
+report["works"] = works(), works(impl="healthy")
+"""
+
+
+def test_name_of_two_distributions_is_listed_twice_and_an_error_where_it_is_used(site: Site) -> None:
+    site.install("fake-b", {"second": plugin(spec("contested"), spec("second_own"))})
+    site.install("fake-a", {"first": plugin(spec("contested"), spec("first_own"))})
+    report = site.run(CONTESTED)
+    claims = [record for record in report.records if record[0] == "contested"]
+    assert [(distribution, status) for _, distribution, status, _ in claims] == [
+        ("fake-a", "broken"),
+        ("fake-b", "broken"),
+    ]
     (warning,) = of_plugins(report.warnings)
-    for text in (loser["reason"], warning):
-        assert all(part in text for part in ("DuplicateImplementationError", "contested", "fake-a", "fake-b")), text
-    for own in ("first_own", "second_own", "healthy"):
-        assert report.records[own]["status"] == "available"
+    settled = "until one is left out, with ATTNPLUG_DISABLE=first or ATTNPLUG_DISABLE=second"
+    for text in (warning, *(reason for *_, reason in claims), *(each["message"] for each in report.failures)):
+        assert all(part in text for part in ("'contested'", "fake-a", "fake-b", settled)), text
+    assert all(failure["kinds"][0] == "DuplicateImplementationError" for failure in report.failures)
+    assert "contested" not in report.names and {"first_own", "second_own", "healthy"} <= set(report.names)
+    assert all(report.works)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"ATTNPLUG_DISABLE": "first"}, {"ATTNPLUG_LOAD": "second,healthy", "ATTNPLUG_DISABLE": ""}]
+)
+def test_the_environment_settles_a_contested_name(site: Site, setting: dict[str, str]) -> None:
+    for name, distribution in (("first", "fake-a"), ("second", "fake-b")):
+        site.install(distribution, {name: plugin(spec("contested")), f"{name}_kernel": KERNEL})
+    (site.folder / "contested_kernel.py").write_text(KERNEL)
+    report = site.run("report['works'] = works(impl='contested'); report['records'] = listed()", **setting)
+    assert report.works and report.records["contested"]["distribution"] == "fake-b"
+    assert of_plugins(report.warnings) == []
+
+
+def test_of_two_plugins_of_one_name_each_can_be_left_out_by_its_distribution(site: Site) -> None:
+    """What a fork of a package does that keeps the names: its entry point is called as the other one's."""
+    for distribution in ("fake-a", "fake-b"):
+        module = f"of_{distribution[-1]}"
+        site.install(distribution, {module: plugin(spec("contested"))}, {"contested": module})
+    report = site.run(CONTESTED)
+    message = report.failures[0]["message"]
+    assert "ATTNPLUG_DISABLE=fake-a:contested or ATTNPLUG_DISABLE=fake-b:contested" in message
+    script = "report['records'] = [(r.name, r.distribution, r.status) for r in attnplug.list_impls()]"
+    report = site.run(script, ATTNPLUG_DISABLE="fake-a:contested")
+    records = [tuple(record[1:]) for record in report.records if record[0] == "contested"]
+    assert records == [("fake-b", "available"), ("fake-a", "unavailable")] and of_plugins(report.warnings) == []
 
 
 def test_strict_raises_for_a_contested_name(site: Site) -> None:
@@ -211,11 +271,11 @@ def test_no_plugin_takes_the_name_of_a_built_in(site: Site) -> None:
     assert next(iter(report.records)) == "torch"
 
 
-def test_name_claimed_twice_by_one_plugin_is_reported_and_the_first_stays(site: Site) -> None:
+def test_name_claimed_twice_by_one_plugin_makes_it_broken_and_hides_nothing(site: Site) -> None:
     site.install("fake-twice", {"stutters": plugin(spec("twice"), spec("twice"))})
     report = site.run(LISTING)
-    assert report.records["twice"]["status"] == report.records["healthy"]["status"] == "available"
-    assert report.records["stutters"]["status"] == "broken"
+    assert report.records["healthy"]["status"] == "available" and "twice" not in report.records
+    assert "returned two ImplSpecs named 'twice'" in report.records["stutters"]["reason"]
     assert len(of_plugins(report.warnings)) == 1
 
 
@@ -240,10 +300,153 @@ def test_entry_point_may_name_an_object(site: Site) -> None:
     assert report.records["mine"]["status"] == "available" and of_plugins(report.warnings) == []
 
 
-def test_plugin_may_ask_the_registry_while_it_loads(site: Site) -> None:
+def test_entry_point_that_names_a_class_or_a_function_is_told_to_name_the_module(site: Site) -> None:
+    hook = f"    @hookimpl\n    def attnplug_register_impls(self): return [{spec('mine')}]\n"
+    source = f"{HEAD}class Plugin:\n{hook}\n{HOOK}    return [{spec('mine')}]\n"
+    entry_points = {"by_class": "holder:Plugin", "by_function": "holder:attnplug_register_impls"}
+    site.install("fake-object", {"holder": source}, entry_points)
+    records = site.run(LISTING).records
+    for name, kind in (("by_class", "a class"), ("by_function", "a function")):
+        assert records[name]["status"] == "broken"
+        assert f"the entry point names {kind}, {entry_points[name]}; name the module" in records[name]["reason"]
+    assert "mine" not in records and records["healthy"]["status"] == "available"
+
+
+# Whoever asks while the registry is being filled -------------------------------------------------------
+
+
+def test_plugin_that_asks_the_registry_while_it_loads_is_told_when_to_ask(site: Site) -> None:
+    """It would be told of a half of the implementations."""
     site.install("fake-asks", {"asks": "import attnplug\nattnplug.list_impls()\n" + plugin(spec("asked"))})
+    adds = "import attnplug\nattnplug.register_impl(attnplug.ImplSpec(name='x', kernel=print, backend=None))\n"
+    site.install("fake-adds", {"adds": adds + plugin(spec("added"))})
     report = site.run(LISTING)
-    assert report.records["asked"]["status"] == report.records["healthy"]["status"] == "available"
+    for name in ("asks", "adds"):
+        assert report.records[name]["status"] == "broken"
+        assert "while it loads the plugins; a plugin answers the hook" in report.records[name]["reason"]
+    assert report.records["healthy"]["status"] == "available"
+
+
+def test_no_thread_and_no_signal_handler_sees_a_half_filled_registry(site: Site) -> None:
+    site.install("a-slow", {"slow": "import meanwhile\n" + plugin(spec("slow"))})
+    meanwhile = """
+import signal, threading, time
+import attnplug
+
+seen = {}
+
+def ask(who):
+    try:
+        seen[who] = attnplug.list_flash_attention_impls()
+    except Exception as error:
+        seen[who] = str(error)
+
+signal.signal(signal.SIGALRM, lambda *_: ask("handler"))
+thread = threading.Thread(target=ask, args=("thread",))
+thread.start()
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+time.sleep(0.3)
+"""
+    (site.folder / "meanwhile.py").write_text(meanwhile)
+    report = site.run(
+        """
+        report["names"] = attnplug.list_flash_attention_impls()
+        import meanwhile
+        meanwhile.thread.join()
+        report["seen"] = meanwhile.seen
+        """
+    )
+    assert {"slow", "healthy", "torch"} <= set(report.names)
+    assert report.seen["thread"] == report.names
+    assert "asked for its implementations while it loads the plugins" in report.seen["handler"]
+
+
+def test_listing_holds_no_lock_while_it_asks_a_kernel(site: Site) -> None:
+    """Here a kernel waits, when asked whether it is available, for a thread that registers another one."""
+    kernel = (
+        KERNEL
+        + """
+def unavailable():
+    import threading, attnplug
+    spec = attnplug.ImplSpec(name="of_a_thread", kernel="math:sqrt", backend=None)
+    thread = threading.Thread(target=attnplug.register_impl, args=(spec,), kwargs={"replace": True})
+    thread.start()
+    thread.join(20)
+    return "the registry is locked" if thread.is_alive() else None
+"""
+    )
+    site.install("fake-asking", {"asking": plugin(spec("asking")), "asking_kernel": kernel})
+    report = site.run("report['works'] = works(impl='asking'); report['records'] = listed()")
+    assert report.works and report.records["asking"]["status"] == "available"
+
+
+# A plugin for a later attnplug -------------------------------------------------------------------------
+
+LATER = {
+    "feature": ("Feature.FOURTH_DERIVATIVES", "Feature of attnplug"),
+    "field": ("Capabilities(planets=('mars',))", "unexpected keyword argument 'planets'"),
+    "dtype": ("Capabilities(dtypes=('float4_e2m1',))", "unknown dtype 'float4_e2m1'"),
+    "name": ("__import__('attnplug').WormHole", "'WormHole'"),
+}
+
+
+@pytest.mark.parametrize("used", LATER)
+@pytest.mark.parametrize("needs", ["attnplug>=9.1,<10", "attnplug", None])
+def test_plugin_for_a_later_attnplug_is_told_so_with_both_versions(site: Site, used: str, needs: str | None) -> None:
+    source, said = LATER[used]
+    site.install("fake-later", {"later": f"{HEAD}{source}\n{plugin(spec('later'))}"})
+    if needs is not None:
+        with (site.folder / "fake_later-1.0.dist-info" / "METADATA").open("a") as metadata:
+            metadata.write(f"Requires-Dist: numpy>=2\nRequires-Dist: attnplug-math-ref>=7\nRequires-Dist: {needs}\n")
+    report = site.run(LISTING + "; report['version'] = attnplug.__version__")
+    reason = report.records["later"]["reason"]
+    assert said in reason
+    if needs == "attnplug>=9.1,<10":
+        assert f"fake-later 1.0 needs attnplug {needs[8:]}, and this is {report.version}" in reason
+    else:
+        assert f"this is attnplug {report.version}, and fake-later 1.0 may be written for a later one" in reason
+    (warning,) = of_plugins(report.warnings)
+    assert reason in warning
+
+
+def test_plugin_for_this_attnplug_is_not_told_of_others(site: Site) -> None:
+    site.install("fake-fits", {"fits": "raise RuntimeError('no luck')"})
+    with (site.folder / "fake_fits-1.0.dist-info" / "METADATA").open("a") as metadata:
+        metadata.write("Requires-Dist: attnplug>=0.1,<9\n")
+    assert "attnplug" not in site.run(LISTING).records["fits"]["reason"].partition("(in ")[0]
+
+
+# What plugins write reaches terminals ------------------------------------------------------------------
+
+
+def test_what_a_plugin_prints_is_not_among_what_the_command_line_prints(site: Site) -> None:
+    chatty = "print('welcome')\nimport sys\nsys.stdout.write('to chatty')\n"
+    site.install("fake-chatty", {"chatty": chatty + plugin(spec("chatty")), "chatty_kernel": chatty + KERNEL})
+    for arguments in (["list", "--json"], ["explain", "--query", "1,2,4,8", "--impl", "chatty", "--json"]):
+        done = site.python(f"import sys; from attnplug.cli import main; sys.exit(main({arguments}))")
+        assert done.returncode == 0 and "chatty" in json.dumps(json.loads(done.stdout))
+        assert done.stderr.count("welcome") == (1 if "list" in arguments else 2)
+
+
+def test_escapes_of_a_plugin_reach_no_terminal_and_what_is_long_is_cut(site: Site) -> None:
+    raising = "raise ValueError('\\x1b[2J\\x1b]0;title\\x07\\x9b31m' + 'x' * 2_000_000)"
+    site.install("fake-\x1b[31mred", {"loud": raising}, {"loud\x1b[5m": "loud"})
+    kernel = "def forward(params): ...\ndef supports(params): return ['\\x1b[8m' + 'y' * 2_000_000, 'short\\r']\n"
+    site.install("fake-quiet", {"quiet": plugin(spec("quiet")), "quiet_kernel": kernel})
+    report = site.run(
+        """
+        records = attnplug.list_impls()
+        report["texts"] = [text for r in records for text in (r.name, r.distribution, r.version, r.reason)]
+        report["texts"].append(failure(sdpa, impl="quiet")["message"])
+        report["texts"] += [message for _, message in caught]
+        """
+    )
+    for text in report.texts:
+        assert len(text) < 5000
+        assert all(line.isprintable() for line in text.split("\n")), text[:200]
+    assert any("\\x1b[2J" in text and "(cut: 2,000,0" in text for text in report.texts)
+    assert any("\\x1b[8m" in text and "short" in text for text in report.texts)
+    assert any("fake-\\x1b[31mred" in text for text in report.texts)
 
 
 def test_missing_requirement_makes_an_implementation_unavailable_not_broken(site: Site) -> None:
@@ -276,6 +479,46 @@ def test_discovery_works_among_a_thousand_distributions(site: Site) -> None:
     assert status.count("broken") == 10 == len(of_plugins(report.warnings))
     assert status.count("available") >= 990 + 1
     assert report.records["healthy"]["status"] == "available"
+
+
+WARNS = """
+import warnings
+import attnplug
+
+def lines(script):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(compile(script, "the_user_s_file.py", "exec"), {"__name__": "the_program"})
+    return [[w.filename, w.lineno, w.category.__name__] for w in caught if w.category is not DeprecationWarning]
+
+"""
+
+
+def test_warnings_point_at_the_user_s_line(site: Site) -> None:
+    """And not into attnplug, nor into PyTorch, through which some calls come."""
+    site.install("fake-broken", {"broken": "raise ValueError"})
+    site.install("fake-lost", {"lost": plugin(spec("lost", kernel="no_such_module"))})
+    report = site.run(
+        WARNS
+        + """
+report["lines"] = lines(
+'''import attnplug, torch
+query = torch.randn(1, 2, 4, 8)
+attnplug.list_impls()
+attnplug.can_use_impl("lost", attnplug.SDPAParams(query, query, query))
+attnplug.activate_flash_attention_impl("aten_math")
+attnplug.scaled_dot_product_attention(query, query, query, softcap=3.0)
+torch.nn.functional.scaled_dot_product_attention(query, query, query)
+attnplug.restore_flash_attention_impl()
+attnplug.restore_flash_attention_impl()
+''')
+""",
+        ATTNPLUG_LOAD="broken,lost,healthy",
+    )
+    assert {place for place, _, _ in report.lines} == {"the_user_s_file.py"}
+    assert [line for _, line, kind in report.lines if kind == "PluginWarning"] == [3, 4]
+    assert [line for _, line, kind in report.lines if kind == "FallbackWarning"] == [6]
+    assert [line for _, line, kind in report.lines if kind == "UserWarning"] == [9]
 
 
 # What is imported when ---------------------------------------------------------------------------------

@@ -11,7 +11,11 @@ import pytest
 
 from packages import Site, of_plugins
 
-NAMES = "report['names'] = sorted(name for name, r in listed().items() if r['distribution'] != 'attnplug')"
+NAMES = """
+report['names'] = sorted(
+    name for name, r in listed().items() if r['distribution'] != 'attnplug' and r['status'] == 'available'
+)
+"""
 FAILURE = "report['failure'] = failure(attnplug.list_impls)"
 
 
@@ -119,7 +123,7 @@ def test_variables_set_to_nothing_change_nothing(site: Site) -> None:
 
 # ATTNPLUG_LOAD and ATTNPLUG_DISABLE ---------------------------------------------------------------------
 
-LOADED = NAMES + "; report['imported'] = sorted({'healthy', 'other', 'raises'} & set(sys.modules))"
+LOADED = NAMES + "report['imported'] = sorted({'healthy', 'other', 'raises'} & set(sys.modules))"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,37 @@ def test_disabled_plugin_is_not_imported_by_calls_either(site: Site) -> None:
     )
     assert all(report.works) and not report.imported
     assert "UnknownImplementationError" in report.failure["kinds"]
+    assert "'healthy' is disabled by ATTNPLUG_DISABLE. Available: " in report.failure["message"]
+
+
+def test_plugin_that_the_environment_leaves_out_is_listed_with_the_variable_and_named_in_suggestions(
+    site: Site,
+) -> None:
+    report = site.run(
+        """
+        report["records"] = listed()
+        report["said"] = [
+            failure(sdpa, impl=name)["message"] for name in ("healthy", "helthy", "raises", "math_ref", "cudnn")
+        ]
+        report["names"] = attnplug.list_flash_attention_impls()
+        """,
+        ATTNPLUG_DISABLE="healthy,math_ref,flash_triton",
+        ATTNPLUG_LOAD="healthy,other,math_ref",
+    )
+    for name, reason in (
+        ("healthy", "disabled by ATTNPLUG_DISABLE"),
+        ("math_ref", "disabled by ATTNPLUG_DISABLE"),
+        ("raises", "not among the plugins of ATTNPLUG_LOAD"),
+        ("efficient_cuda", "not among the plugins of ATTNPLUG_LOAD"),
+    ):
+        assert (report.records[name]["status"], report.records[name]["reason"]) == ("unavailable", reason)
+    assert not {"healthy", "math_ref", "raises"} & set(report.names)
+    healthy, misspelt, raises, math_ref, cudnn = report.said
+    assert "implementation 'healthy' is disabled by ATTNPLUG_DISABLE" in healthy
+    assert "did you mean 'healthy', which is disabled by ATTNPLUG_DISABLE?" in misspelt
+    assert "implementation 'raises' is not among the plugins of ATTNPLUG_LOAD" in raises
+    assert "implementation 'math_ref' is disabled by ATTNPLUG_DISABLE" in math_ref
+    assert "'cudnn' belongs to the plugin 'efficient_cuda', which is not among the plugins of ATTNPLUG_LOAD" in cudnn
 
 
 def test_unknown_name_in_load_is_an_error_with_the_closest_match(site: Site) -> None:
@@ -175,7 +210,7 @@ def test_unknown_name_in_disable_is_one_warning_with_the_closest_match(site: Sit
         "ATTNPLUG_LOAD": "healthy,other",
         "ATTNPLUG_STRICT": strict,
     }
-    report = site.run(f"attnplug.list_impls(); {NAMES}", **values)
+    report = site.run(f"attnplug.list_impls()\n{NAMES}", **values)
     (warning,) = of_plugins(report.warnings)
     assert all(part in warning for part in ("ATTNPLUG_DISABLE", "'helthy'", "'healthy'"))
     assert report.names == ["healthy", "other"]

@@ -195,7 +195,7 @@ def test_a_path_may_name_a_module_or_something_in_it(tmp_path: Any, monkeypatch:
 
 
 def test_a_feature_that_does_not_exist_is_an_error_with_the_closest_one() -> None:
-    with pytest.raises(AttributeError, match="Feature has no 'CAUSL'; did you mean 'CAUSAL'"):
+    with pytest.raises(AttributeError, match="Feature of attnplug .* has no 'CAUSL'; did you mean 'CAUSAL'"):
         Feature.CAUSL  # noqa: B018
 
 
@@ -216,3 +216,14 @@ def test_a_dotted_path_that_does_not_resolve_names_plugin_field_and_fix(
         attnplug.scaled_dot_product_attention(query, query, query, impl="mine")
     assert f"ImplSpec 'mine'.kernel: {path!r} does not resolve" in str(raised.value)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(("scale", "sign"), [(0.5, 1), (-0.5, -1), (0.0, 0)])
+def test_a_call_with_a_positive_scale_has_the_same_logits_and_gradients(scale: float, sign: int) -> None:
+    query, key = torch.randn(2, *SHAPE, dtype=torch.float64)
+    call = SDPAParams(query, key, key, scale=scale)
+    same, factor = call.with_positive_scale()
+    assert same.scale > 0 and factor == sign and (same is call) == (scale > 0)
+    torch.testing.assert_close(same.scale * same.query @ same.key.mT, scale * query @ key.mT)
+    grad_logits = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(factor * same.scale * grad_logits @ same.key, scale * grad_logits @ key)

@@ -45,7 +45,30 @@ def test_installing_changes_nothing_by_itself(register: Callable[..., None]) -> 
 def test_what_torch_cannot_do_goes_to_the_next_that_can(register: Callable[..., None]) -> None:
     register("capped", priority=7, capabilities=Capabilities(features={Feature.SOFTCAP}))
     register("capped_too", priority=8, capabilities=Capabilities(features={Feature.SOFTCAP}))
-    assert ran(softcap=5.0) == "capped_too"
+    assert ran(softcap=5.0) == "math_ref"  # attnplug's own, whatever the others claim
+    with attnplug.sdpa_kernel(["capped", "capped_too"]):
+        assert ran(softcap=5.0) == "capped_too"
+
+
+def test_replacing_takes_the_place_of_what_a_program_registered_and_of_nothing_else() -> None:
+    def spec(name: str, value: float) -> ImplSpec:
+        def forward(params: SDPAParams) -> tuple[torch.Tensor, None]:
+            return torch.full_like(params.query, value), None
+
+        return ImplSpec(name=name, kernel=forward, backend=SDPBackend.MATH)
+
+    query = torch.ones(1, 1, 2, 8)
+    for value in (1.0, 2.0, 3.0):  # as a notebook's cell does
+        attnplug.register_impl(spec("cell", value), replace=True)
+        assert (attnplug.scaled_dot_product_attention(query, query, query, impl="cell") == value).all()
+    assert attnplug.list_flash_attention_impls().count("cell") == 1
+    with pytest.raises(attnplug.DuplicateImplementationError, match="provided by attnplug-math-ref"):
+        attnplug.register_impl(spec("math_ref", 1.0), replace=True)
+    attnplug.activate_flash_attention_impl("cell")
+    with pytest.raises(ValueError, match="'cell' is active"):
+        attnplug.register_impl(spec("cell", 4.0), replace=True)
+    with pytest.raises(TypeError, match="replace: expected a bool, got 1"):
+        attnplug.register_impl(spec("other", 1.0), replace=1)  # type: ignore[arg-type]
 
 
 def test_impl_beats_scope_beats_activation(register: Callable[..., None]) -> None:
@@ -373,9 +396,12 @@ def test_a_change_of_the_registry_is_seen_by_the_next_call(register: Callable[..
 
 def test_names_are_unique_and_what_is_installed_stays(register: Callable[..., None]) -> None:
     register("twice")
-    with pytest.raises(attnplug.DuplicateImplementationError, match="'twice' of this program .* by this program"):
+    with pytest.raises(
+        attnplug.DuplicateImplementationError,
+        match=r"'twice' of this program .* unregister_impl\('twice'\) first, or register with replace=True",
+    ):
         register("twice")
-    with pytest.raises(attnplug.DuplicateImplementationError, match="attnplug, which keeps it"):
+    with pytest.raises(attnplug.DuplicateImplementationError, match="provided by attnplug; choose another name"):
         register("torch")
     with pytest.raises(ValueError, match="only implementations added with register_impl"):
         attnplug.unregister_impl("torch")

@@ -1,7 +1,7 @@
 """Fake installed distributions, and fresh interpreters that find them; nothing is installed with pip.
 
 An installed distribution is no more than its modules and a folder NAME-1.0.dist-info beside them, anywhere
-on the path of modules. `Site` writes them into a folder and runs scripts in new interpreters that see it.
+on the path of modules. `Site` writes them into a folder and runs scripts in new processes that see it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
+
+import forked
 
 HEAD = "import attnplug\nfrom attnplug import Capabilities, Feature, ImplSpec, SDPBackend, hookimpl\n"
 
@@ -116,7 +118,18 @@ class Site:
         self.install(f"fake-{name}", {name: plugin(spec(name)), f"{name}_kernel": KERNEL})
 
     def python(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run `script` in a new interpreter.
+        """Run `script` in a new interpreter."""
+        return subprocess.run(
+            [sys.executable, "-c", dedent(script)],
+            env=self._environment(environment),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    def _environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment in which the folder's distributions are installed.
 
         Plugins that happen to be installed beside the tests stay out, unless ATTNPLUG_DISABLE is given.
         """
@@ -124,18 +137,14 @@ class Site:
         path = os.pathsep.join(filter(None, (str(self.folder), os.environ.get("PYTHONPATH"))))
         others = ",".join(sorted(importlib.metadata.entry_points(group="attnplug").names))
         defaults = {"ATTNPLUG_DISABLE": others, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, "-c", dedent(script)],
-            env=inherited | defaults | environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        return inherited | defaults | dict(given)
 
     def run(self, script: str, **environment: str) -> SimpleNamespace:
-        """Run `script`, which fills `report`; return that, with the `warnings` that came and `stderr`."""
-        done = self.python(PRELUDE + dedent(script) + EPILOGUE, **environment)
+        """Run `script`, which fills `report`; return that, with the `warnings` that came and `stderr`.
+
+        In a new process that has torch, but not attnplug, imported.
+        """
+        done = forked.run(PRELUDE + dedent(script) + EPILOGUE, self._environment(environment), self.folder)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)  # whatever else were on stdout would be an error
         return SimpleNamespace(**report, stderr=done.stderr)

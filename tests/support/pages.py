@@ -15,6 +15,7 @@ fails the page. `pip`, which would need a network, is a stand-in that does the s
 from __future__ import annotations
 
 import doctest
+import gc
 import io
 import os
 import re
@@ -113,6 +114,8 @@ class Page:
             else:
                 raise AssertionError(f"{self._where(block)}: nobody runs a block of {block.language!r}")
             ran += 1
+        self.namespace.clear()
+        gc.collect()  # a model that the page has bound counts as such until then
         assert not differences, "\n\n".join(differences)
         return ran
 

@@ -18,23 +18,33 @@ any_autocast = torch._C._is_any_autocast_enabled
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on where `tensor` lives; asking PyTorch about meta tensors is an error."""
-    device_type = tensor.device.type
-    return any_autocast() and device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return any_autocast() and autocast_dtype(tensor) is not None
+
+
+def autocast_dtype(query: Any) -> torch.dtype | None:
+    """Return the dtype that autocast casts this call to; None if it does not."""
+    if not isinstance(query, Tensor):
+        return None
+    device_type = "cpu" if query.is_cpu else query.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def autocasted(params: SDPAParams) -> SDPAParams:
     """Return a call cast as autocast casts it for PyTorch's function: every floating argument but float64."""
-    query = params.query
-    if not isinstance(query, Tensor) or not autocasts(query):
+    dtype = autocast_dtype(params.query) if any_autocast() else None
+    if dtype is None:
         return params
-    dtype = torch.get_autocast_dtype(query.device.type)
-
-    def cast(tensor: Any) -> Any:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
     names = ("query", "key", "value", "attn_mask")
-    return replace(params, **{name: cast(getattr(params, name)) for name in names})
+    return replace(params, **{name: cast(getattr(params, name), dtype) for name in names})
+
+
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor in autocast's dtype, if it is one that autocast casts."""
+    if not isinstance(tensor, Tensor) or tensor.dtype is dtype:
+        return tensor
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def no_autocast(tensor: Tensor) -> Any:
@@ -42,14 +52,14 @@ def no_autocast(tensor: Tensor) -> Any:
     if not any_autocast() or not autocasts(tensor):
         return _NOTHING
     device_type = tensor.device.type
-    return torch.autocast(device_type, enabled=False) if is_compiling() else _Off(device_type)
+    return torch.autocast(device_type, enabled=False) if is_compiling() else Off(device_type)
 
 
 _NOTHING = nullcontext()
 
 
-class _Off:
-    """`torch.autocast(device_type, enabled=False)` around one call, at a tenth of its cost."""
+class Off:
+    """`torch.autocast(device_type, enabled=False)` around one eager call where it is on, at a tenth of its cost."""
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type

@@ -122,7 +122,7 @@ def _own_enums(params: SDPAParams) -> SDPAParams:
 
 
 def _causal_bias(params: SDPAParams) -> SDPAParams:
-    mask = params.attn_mask
+    mask: Any = params.attn_mask
     if not is_causal_bias(mask):
         return params
     if params.is_causal:

@@ -170,7 +170,7 @@ def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: 
     """Check an int32 tensor of shape `wanted`, where None is any size."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype != torch.int32:
+    if tensor.dtype is not torch.int32:
         raise ValueError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")

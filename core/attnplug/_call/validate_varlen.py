@@ -45,6 +45,8 @@ def check_lengths(params: SDPAParams) -> None:
     query, device = params.query, params.query.device
     for name in ("max_q", "max_k"):
         size = getattr(params, name)
+        if type(size) is int and size >= 0:
+            continue
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"{name}: expected an int, the longest sequence, got {size!r}")
         if size < 0:
@@ -64,11 +66,13 @@ def _check_keys(params: SDPAParams, batch: int) -> None:
     if params.cu_seq_k is None:
         if not paged or params.seqused_k is None:
             raise TypeError("cu_seq_k: expected an int32 tensor; None needs both block_table and seqused_k")
-    else:
+    elif paged or not _are_keys_packed_as_queries(params):
         check_int32("cu_seq_k", params.cu_seq_k, (batch + 1,), device)
         _cumulative("cu_seq_k", params.cu_seq_k, None if paged else params.key.shape[0], "max_k", params.max_k)
     if paged:
         check_int32("block_table", params.block_table, (batch, None), device)
+    if params.seqused_k is None and not paged:
+        return
     lengths = params.seqused_k
     if lengths is None and params.cu_seq_k is not None:
         lengths = params.cu_seq_k.diff()
@@ -80,6 +84,12 @@ def _check_keys(params: SDPAParams, batch: int) -> None:
             raise ValueError("seqused_k: exceeds the length that cu_seq_k gives a sequence")
     if paged:
         _check_pages(params, lengths)
+
+
+def _are_keys_packed_as_queries(params: SDPAParams) -> bool:
+    """Whether what was checked of the queries holds for the keys too, as in self-attention."""
+    same = params.cu_seq_k is params.cu_seq_q and params.max_k == params.max_q
+    return same and params.key.shape[0] == params.query.shape[0]
 
 
 def _check_pages(params: SDPAParams, lengths: Tensor) -> None:

@@ -139,7 +139,7 @@ def _prepared(params: SDPAParams) -> SDPAParams:
     none, as for a fake CUDA tensor on a machine without CUDA.
     """
     with torch.no_grad():
-        prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
+        prepared = prepare_varlen(params) if params.is_varlen else prepare_dense(params)[0]
     wanting: dict[str, Any] = {}
     for name in DIFFERENTIABLE:
         given, view = getattr(params, name), getattr(prepared, name)

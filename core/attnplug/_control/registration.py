@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 
 from attnplug._registry.registry import PROGRAM
@@ -10,14 +11,17 @@ from attnplug._tracing import constant_in_traces
 from attnplug._types import ImplRecord, ImplSpec
 
 
-def register_impl(spec: ImplSpec) -> None:
-    """Add an implementation from a program, with no package. It is chosen like any other.
+def register_impl(spec: ImplSpec, *, replace: bool = False) -> None:
+    """Add an implementation from a program, with no package. It is chosen like a plugin's.
 
     Args:
         spec: its name, kernel, family and capabilities.
+        replace: takes the place of an implementation that a program registered under this name, as a cell of a
+            notebook does that runs again. Those that are built in or installed are not replaced.
 
     Raises:
-        TypeError: `spec` is not an `ImplSpec`.
+        TypeError: `spec` is not an `ImplSpec`, or `replace` is not a bool.
+        ValueError: the implementation to be replaced is active.
         DuplicateImplementationError: its name is taken.
 
     Examples:
@@ -34,7 +38,11 @@ def register_impl(spec: ImplSpec) -> None:
     """
     if not isinstance(spec, ImplSpec):
         raise TypeError(f"spec: expected an ImplSpec, got {type(spec).__name__}")
-    start().add(spec, PROGRAM)
+    if not isinstance(replace, bool):
+        raise TypeError(f"replace: expected a bool, got {replace!r}")
+    if replace and spec.name == process.activation:
+        raise ValueError(f"spec: {spec.name!r} is active; restore_flash_attention_impl() first")
+    start().add(spec, PROGRAM, replace=replace)
 
 
 def unregister_impl(name: str) -> None:
@@ -53,7 +61,11 @@ def unregister_impl(name: str) -> None:
 
 
 def list_impls() -> list[ImplRecord]:
-    """Return a record for each implementation, in the order of preference, broken plugins last."""
+    """Return a record for each implementation, in the order of preference, and for what cannot be used, last.
+
+    Those are plugins that are broken or that the environment keeps from loading, under their entry points' names, and
+    implementations whose name several distributions claim.
+    """
     start_outside()
     assert process.registry is not None
     return list(_records(index(process.registry.generation)))
@@ -63,6 +75,12 @@ def list_impls() -> list[ImplRecord]:
 def _records(generation: int) -> tuple[ImplRecord, ...]:
     """Return the records; in a trace they are a constant of this generation, on which it has a guard."""
     return tuple(start().records())
+
+
+def check_name(name: str, where: str = "", also: Iterable[str] = ()) -> None:
+    """Raise what a call with `impl=name` would raise if there is no such implementation; `also` would do too."""
+    if name not in also:
+        start().get(name, where, also)
 
 
 def list_flash_attention_impls() -> list[str]:

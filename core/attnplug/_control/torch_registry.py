@@ -27,7 +27,7 @@ _offered: set[str] = set()
 def synchronise(registry: Registry) -> None:
     """Bring providers of PyTorch's registry into `registry`, and offer its implementations there."""
     theirs = set(torch_attention.list_flash_attention_impls()) - _offered
-    for name in sorted(theirs.difference(registry.names())):
+    for name in sorted(name for name in theirs if name not in registry):
         registry.add(provider_spec(name, ActivatedByTorch(name)), TORCH)
     for name in registry.names():
         if name not in theirs and name not in _offered:

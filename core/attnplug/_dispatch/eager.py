@@ -7,7 +7,6 @@ brought into the one form that kernels know, and the candidates are asked.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,26 +17,30 @@ from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch.plans import Plan, Result, find, make
-from attnplug._dispatch.recording import replayed
-from attnplug._selection.state import start, thread
+from attnplug._selection.state import start
 from attnplug._types import SDPAParams
 
 
+def params_of(fields: dict[str, Any]) -> SDPAParams:
+    """Build the record of a call without the frozen dataclass's `__init__`, which costs more than the rest.
+
+    Fields that are not given read as the class's defaults.
+    """
+    params = object.__new__(SDPAParams)
+    object.__setattr__(params, "__dict__", fields)
+    return params
+
+
 def dense(params: SDPAParams, impl: str | None) -> Result:
-    """Run one dense call, described as the user gave it; returns `out`, and `lse` or None."""
-    if thread.state.recordings:
-        impl = replayed(impl)
-    if any_autocast():
-        cast = autocasted(params)
-        with no_autocast(cast.query) if isinstance(cast.query, Tensor) else _NOTHING:
-            return _route(cast, impl)
+    """Run one dense call, cast as autocast wants it and else as the user gave it; returns `out`, and `lse` or None."""
+    if any_autocast() and isinstance(params.query, Tensor):
+        with no_autocast(params.query):
+            return _route(params, impl)
     return _route(params, impl)
 
 
 def varlen(params: SDPAParams, impl: str | None) -> Result:
     """Run one variable-length call. What its lengths may have wrong is checked each time."""
-    if thread.state.recordings:
-        impl = replayed(impl)
     if any_autocast():
         params = autocasted(params)
     plan = _kept(params, impl)
@@ -66,7 +69,8 @@ def _kept(params: SDPAParams, impl: str | None) -> Plan | None:
             if is_causal_bias(mask):
                 return None
             if mask.dim() < 4 == params.query.dim():
-                params.__dict__["attn_mask"] = mask[(None,) * (4 - mask.dim())]
+                for _ in range(4 - mask.dim()):
+                    params.__dict__["attn_mask"] = params.attn_mask.unsqueeze(0)
         facts = CallFacts.of(params)
         plan = None if facts is None else find(impl, facts, params)
     except (AttributeError, TypeError):  # no tensor, or something unhashable: the decided route has words for it
@@ -123,6 +127,3 @@ def _check_impl(impl: Any) -> None:
         if not isinstance(impl, str):
             raise TypeError(f"impl: expected the name of an implementation or None, got {impl!r}")
         registry.get(impl, "impl")
-
-
-_NOTHING = nullcontext()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from attnplug._dispatch.resolver import Decision
 from attnplug._errors import ScopeError
+from attnplug._messages import warn
 from attnplug._selection.state import process, thread
 from attnplug._types import SDPAParams, SDPBackend
 
@@ -83,7 +83,7 @@ def observe(decision: Decision, params: SDPAParams) -> None:
     """Tell the recordings of this thread, and the log, what is about to run."""
     family = decision.kernel.family
     backend = family(params) if family is not None else decision.backend
-    call = RecordedCall(decision.name, backend, dict(decision.passed_over))
+    call = RecordedCall(decision.entry.spec.name, backend, decision.passed_over)
     for calls in thread.state.recordings:
         calls.append(call)
     if process.trace:
@@ -93,7 +93,7 @@ def observe(decision: Decision, params: SDPAParams) -> None:
 def warn_unfused(decision: Decision) -> None:
     """Warn, as PyTorch does, that a MATH implementation runs because no fused one could."""
     lines = [f"{name}: {'; '.join(reasons)}" for name, reasons in decision.passed_over.items()]
-    warnings.warn(f"{decision.name!r} of the MATH family runs, because " + " | ".join(lines), stacklevel=4)
+    warn(UserWarning(f"{decision.name!r} of the MATH family runs, because " + " | ".join(lines)))
 
 
 def _trace(call: RecordedCall, params: SDPAParams) -> None:

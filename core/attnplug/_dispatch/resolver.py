@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from attnplug._call.facts import CallFacts
 from attnplug._call.requirements import lacking, needs_grad
 from attnplug._errors import FallbackWarning, NoImplementationError
+from attnplug._messages import warn
+from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import Entry, Registry
 from attnplug._selection.selection import Selection
@@ -52,9 +54,22 @@ def resolve(registry: Registry, selection: Selection, call: CallFacts, params: S
         shape_dependent |= _looks_at_shape(entry)
         if not reasons:
             _report_fallback(selection, refused, entry.name)
-            return Decision(entry, refused, shape_dependent)
+            return Decision(entry, MappingProxyType(refused), shape_dependent)
         refused[entry.name] = reasons
-    raise NoImplementationError(refused, selection.exact)
+    raise NoImplementationError(refused, selection.exact, _way_out(registry, selection, call))
+
+
+def _way_out(registry: Registry, selection: Selection, call: CallFacts) -> str:
+    """Return which of attnplug's own implementations would take the call if it were there, and what keeps it out."""
+    absent = registry.absent()
+    return "\n".join(
+        f"{name!r}, which takes such calls, {absent[name]}"
+        for name, known in KNOWN.items()
+        if name in absent
+        and known.spec is not None
+        and selection.allows(known.spec)
+        and not lacking(known.spec.capabilities, call)
+    )
 
 
 def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ...]:
@@ -115,6 +130,4 @@ def _report_fallback(selection: Selection, refused: Mapping[str, tuple[str, ...]
         if name in refused and (name, refused[name]) not in _reported:
             _reported.add((name, refused[name]))
             reasons = "; ".join(refused[name])
-            warnings.warn(
-                FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"), stacklevel=2
-            )
+            warn(FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"))

@@ -7,118 +7,254 @@ is loaded, validated and asked by itself, and one that fails becomes a record wi
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
+import inspect
+import re
 import threading
-import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pluggy
 
-from attnplug._errors import ConfigError, DuplicateImplementationError, PluginWarning, SpecError, did_you_mean
+from attnplug._errors import ConfigError, PluginError, PluginWarning, SpecError, did_you_mean
+from attnplug._messages import plain, warn
 from attnplug._registry import hooks
+from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.config import get_config
-from attnplug._registry.registry import BUILTIN, Registry, report_broken
+from attnplug._registry.registry import BUILTIN, Entry, Registry, describe, report_broken
 from attnplug._types import ImplSpec
 from attnplug._version import __version__
 
 GROUP = "attnplug"
 BUILTIN_PLUGIN = "attnplug.builtin"
 
+_UNKNOWN_HERE = re.compile(
+    r"Feature of attnplug|unknown dtype|from 'attnplug'|(module 'attnplug'|'SDPBackend') has no attribute"
+    r"|(Capabilities|ImplSpec)\.__init__\(\) got an unexpected keyword"
+)
+"""In the error of a plugin that uses what this version of attnplug does not have, or that has a typing error."""
+
 _lock = threading.RLock()
 _registry: Registry | None = None
-_loading: Registry | None = None
+_failure: PluginError | None = None
+_filling = False
 
 
 def get_registry() -> Registry:
     """Return the registry of this process; the first call fills it with the built-ins and the plugins.
 
+    Nobody sees it before it is full: another thread waits, and what asks in the middle of it, a plugin that is being
+    imported or a signal handler, is refused.
+
     Raises:
-        ConfigError, PluginError: what `discover` raises; the next call tries again.
+        ConfigError: the environment means nothing; the next call tries again.
+        PluginError: a plugin is broken and `ATTNPLUG_STRICT` is set, now and at every later call; or it is asked for
+            while it is being filled.
     """
-    global _registry, _loading
+    global _registry, _failure, _filling
     if _registry is not None:
         return _registry
     with _lock:
-        if _registry is None and _loading is None:
-            _loading = Registry()
+        if _registry is None:
+            if _failure is not None:
+                raise PluginError(*_failure.args) from _failure.__cause__
+            if _filling:
+                raise PluginError(
+                    "attnplug is asked for its implementations while it loads the plugins; a plugin answers the hook "
+                    "attnplug_register_impls, and asks when it is used"
+                )
+            _filling = True
             try:
-                for spec in ask(BUILTIN_PLUGIN, importlib.import_module(BUILTIN_PLUGIN)):
-                    _loading.add(spec, BUILTIN, __version__)
-                discover(_loading)
-                _registry = _loading
+                _registry = _filled()
+            except PluginError as error:
+                _failure = error
+                raise
             finally:
-                _loading = None
-        return _registry or _loading  # type: ignore[return-value]  # a plugin may ask while it loads
+                _filling = False
+        return _registry
+
+
+def _filled() -> Registry:
+    registry = Registry()
+    for spec in ask(BUILTIN_PLUGIN, importlib.import_module(BUILTIN_PLUGIN)):
+        registry.add(spec, BUILTIN, __version__)
+    discover(registry)
+    return registry
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point of group `attnplug`, and the distribution that it belongs to."""
+
+    name: str
+    distribution: str
+    version: str
+    needs: str
+    """The range of attnplug that the distribution asks for, such as `>=0.2,<0.3`; empty if it asks for none."""
+    entry_point: Any
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What `ATTNPLUG_LOAD` and `ATTNPLUG_DISABLE` may call it; the longer one, where two have one name."""
+        return frozenset({self.name, f"{self.distribution}:{self.name}"})
+
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} of {self.distribution} {self.version}".rstrip()
 
 
 def discover(registry: Registry) -> None:
     """Add the implementations of every installed plugin to `registry`.
 
-    Distributions are taken in the order of their names, so that who wins a contested name does not
-    depend on the order of `sys.path`.
-
     Raises:
         ConfigError: `ATTNPLUG_LOAD` names an entry point that is not installed.
+        PluginError: a plugin is broken, and `ATTNPLUG_STRICT` is set.
     """
-    for entry_point in _allowed(installed_plugins()):
-        distribution, version = _origin(entry_point)
+    entries: list[Entry] = []
+    for plugin in _allowed(registry, installed_plugins()):
         try:
-            specs = ask(entry_point.value, entry_point.load())
+            specs = ask(plugin.name, plugin.entry_point.load(), plugin.entry_point.value)
         except (Exception, SystemExit) as error:  # sys.exit in a plugin must not end the host
-            registry.add_failed(entry_point.name, distribution, version, error)
-            report_broken(f"plugin {entry_point.name!r} of {distribution} {version}", error)
-            continue
-        for spec in specs:
-            try:
-                registry.add(spec, distribution, version)
-            except DuplicateImplementationError as error:
-                registry.add_failed(entry_point.name, distribution, version, error)
-                report_broken(f"implementation {spec.name!r} of {distribution} {version}", error)
+            reason = describe(error) + _version_mismatch(plugin, error)
+            registry.leave_out(plugin.name, plugin.distribution, plugin.version, "broken", reason)
+            report_broken(str(plugin), error, reason)
+        else:
+            entries += [Entry(spec, plugin.distribution, plugin.version, plugin.name) for spec in specs]
+    for duplicate in registry.claim(entries):
+        report_broken(f"implementation {duplicate.name!r}", duplicate)
 
 
-def installed_plugins() -> list[Any]:
+def installed_plugins() -> list[Plugin]:
     """Return the entry points of group `attnplug`, by distribution and name; nothing is imported."""
-    found = importlib.metadata.entry_points(group=GROUP)
-    return sorted(found, key=lambda entry_point: (*_origin(entry_point), entry_point.name))
+    import importlib_metadata  # 20 ms that `import attnplug` need not pay
 
-
-def _origin(entry_point: Any) -> tuple[str, str]:
-    """Return the name and version of the distribution; an interrupted uninstall leaves one without metadata."""
+    found: Iterable[Any]
     try:
-        return entry_point.dist.name or "unknown", entry_point.dist.version or ""
-    except Exception:  # what importlib.metadata raises for it depends on Python's version
-        return "unknown", ""
+        found = importlib_metadata.entry_points(group=GROUP)
+    except ValueError:  # some releases stop at the first entry point, in any group, that means nothing
+        found = _entry_points_one_by_one()
+    plugins = [_plugin(entry_point) for entry_point in found]
+    return sorted(plugins, key=lambda plugin: (plugin.distribution, plugin.version, plugin.name))
 
 
-def _allowed(entry_points: list[Any]) -> list[Any]:
-    config, known = get_config(), {entry_point.name for entry_point in entry_points}
-    for name in sorted(config.load or ()):
-        if name not in known:
-            raise ConfigError(
-                f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{did_you_mean(name, known)}; "
-                f"installed: {', '.join(sorted(known)) or 'none'}"
-            )
-    for name in sorted(config.disable - known):
-        warnings.warn(
-            PluginWarning(f"ATTNPLUG_DISABLE: no installed plugin is named {name!r}{did_you_mean(name, known)}"),
-            stacklevel=4,
+@dataclass(frozen=True)
+class _EntryPoint:
+    """An entry point whose value is looked at when it is loaded."""
+
+    name: str
+    value: str
+    dist: Any
+
+    def load(self) -> Any:
+        from importlib_metadata import EntryPoint
+
+        return EntryPoint(self.name, self.value, GROUP).load()
+
+
+def _entry_points_one_by_one() -> Iterator[_EntryPoint]:
+    """Return the entry points of the first distribution of each name, as importlib-metadata does."""
+    import configparser
+
+    from importlib_metadata import distributions
+
+    seen = set()
+    for distribution in distributions():
+        name = re.sub(r"[-_.]+", "-", _fields(distribution)[0].get("Name", "")).lower()
+        sections = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
+        sections.optionxform = str  # type: ignore[assignment, method-assign]
+        try:
+            sections.read_string(distribution.read_text("entry_points.txt") or "")
+        except (configparser.Error, UnicodeDecodeError):  # nothing in it can be named
+            continue
+        if name not in seen and GROUP in sections:
+            yield from (_EntryPoint(key, value, distribution) for key, value in sections[GROUP].items())
+        seen.add(name)
+
+
+def _plugin(entry_point: Any) -> Plugin:
+    """Return an entry point with its origin; an interrupted uninstall leaves one without metadata."""
+    first, every = _fields(entry_point.dist)
+    asked = (re.match(r"attnplug\s*\(?([<>=!~][^;)]*)", value) for name, value in every if name == "Requires-Dist")
+    return Plugin(
+        name=plain(entry_point.name),
+        distribution=plain(first.get("Name", "unknown")),
+        version=plain(first.get("Version", "")),
+        needs=plain(next((match[1] for match in asked if match), "")),
+        entry_point=entry_point,
+    )
+
+
+def _fields(distribution: Any) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Return the first of each, and all, of the fields of a distribution's metadata.
+
+    They are read from the text: to parse it, importlib-metadata imports 30 modules for electronic mail.
+    """
+    try:
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    except (AttributeError, UnicodeDecodeError):  # there is no distribution, or what it has is not text
+        text = ""
+    lines = (line.partition(": ") for line in text.partition("\n\n")[0].splitlines())
+    every = [(name, value) for name, _, value in lines]
+    return dict(reversed(every)), every
+
+
+def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
+    """Return the plugins that the environment lets load; the others are listed with the variable that forbids it."""
+    config = get_config()
+    names, known = sorted({plugin.name for plugin in plugins}), {name for plugin in plugins for name in plugin.names}
+    for name in sorted((config.load or frozenset()) - known):
+        install = f"; to install it: {KNOWN[name].install}" if name in KNOWN else ""
+        raise ConfigError(
+            f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{did_you_mean(name, known)}; "
+            f"installed: {', '.join(names) or 'none'}{install}"
         )
-    return [
-        entry_point
-        for entry_point in entry_points
-        if entry_point.name not in config.disable and (config.load is None or entry_point.name in config.load)
-    ]
+    for name in sorted(config.disable - known):
+        warn(PluginWarning(f"ATTNPLUG_DISABLE: no installed plugin is named {name!r}{did_you_mean(name, known)}"))
+    allowed = []
+    for plugin in plugins:
+        reason = ""
+        if config.disable & plugin.names:
+            reason = "disabled by ATTNPLUG_DISABLE"
+        elif config.load is not None and not config.load & plugin.names:
+            reason = "not among the plugins of ATTNPLUG_LOAD"
+        if reason:
+            registry.leave_out(plugin.name, plugin.distribution, plugin.version, "unavailable", reason)
+        else:
+            allowed.append(plugin)
+    return allowed
 
 
-def ask(name: str, plugin: Any) -> list[ImplSpec]:
-    """Return what one plugin, called `name` in messages, registers.
+def _version_mismatch(plugin: Plugin, error: BaseException) -> str:
+    """Return that a plugin was written for a later attnplug, or may have been, if that may be why it failed."""
+    origin = f"{plugin.distribution} {plugin.version}"
+    least = re.search(r">=?\s*([\d.]+)", plugin.needs)
+    if least and _numbers(least[1]) > _numbers(__version__):
+        return f"; {origin} needs attnplug {plugin.needs}, and this is {__version__}: pip install --upgrade attnplug"
+    if isinstance(error, (AttributeError, ImportError, SpecError, TypeError)) and _UNKNOWN_HERE.search(describe(error)):
+        needs = f", for attnplug {plugin.needs}" if plugin.needs else ""
+        return f"; this is attnplug {__version__}, and {origin} may be written for a later one{needs}"
+    return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def ask(name: str, plugin: Any, where: str = "") -> list[ImplSpec]:
+    """Return what one plugin, called `name` in messages and found at `where`, registers.
 
     A manager for each plugin keeps a failure, and a misspelt hook, where it belongs.
 
     Raises:
         Exception: whatever the plugin raises, or what pluggy has against it.
-        SpecError: it does not answer the hook, misspells it, or answers with something else than specifications.
+        SpecError: it is neither a module nor an instance, does not answer the hook, misspells it, or answers with
+            something else than specifications.
     """
+    if inspect.isclass(plugin) or inspect.isroutine(plugin):
+        kind = "a class" if inspect.isclass(plugin) else "a function"
+        raise SpecError(
+            f"{name}: the entry point names {kind}, {where}; name the module that defines attnplug_register_impls, or "
+            f"an instance that has it"
+        )
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
     manager.register(plugin, name=name)
@@ -136,11 +272,17 @@ def ask(name: str, plugin: Any) -> list[ImplSpec]:
     answers = manager.hook.attnplug_register_impls()
     if not answers:  # pluggy drops an answer of None
         raise SpecError(f"{name}: attnplug_register_impls returned None; return a list of ImplSpec")
-    return [spec for answer in answers for spec in _checked(name, answer)]
+    return _checked(name, answers)
 
 
-def _checked(name: str, answer: Any) -> list[ImplSpec]:
-    answer = [answer] if isinstance(answer, ImplSpec) else answer
-    if not isinstance(answer, (list, tuple)) or not all(isinstance(spec, ImplSpec) for spec in answer):
-        raise SpecError(f"{name}: attnplug_register_impls must return a list of ImplSpec, got {answer!r}")
-    return list(answer)
+def _checked(name: str, answers: Iterable[Any]) -> list[ImplSpec]:
+    specs: list[ImplSpec] = []
+    for answer in answers:
+        given = [answer] if isinstance(answer, ImplSpec) else answer
+        if not isinstance(given, (list, tuple)) or not all(isinstance(spec, ImplSpec) for spec in given):
+            raise SpecError(f"{name}: attnplug_register_impls must return a list of ImplSpec, got {answer!r}")
+        specs += given
+    names = [spec.name for spec in specs]
+    for twice in dict.fromkeys(spec for spec in names if names.count(spec) > 1):
+        raise SpecError(f"{name}: attnplug_register_impls returned two ImplSpecs named {twice!r}; rename one")
+    return specs

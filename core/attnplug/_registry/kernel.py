@@ -6,13 +6,16 @@ A kernel is imported when it is first chosen, because a broken CUDA build must b
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any
 
 from attnplug._errors import SpecError, did_you_mean
+from attnplug._messages import plain
 from attnplug._types import ImplSpec, SDPAParams
 
 Reasons = str | Sequence[str] | None
@@ -20,7 +23,11 @@ Reasons = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Kernel:
-    """The functions of a kernel. An author writes a module or an object with attributes of these names.
+    """What a kernel may define. An author writes a module or an object with attributes of these names.
+
+    Only `forward` must be there. A public attribute whose name is nearly one of these, such as `support` or
+    `shape_dependant`, is an error if the author defined it: it would be ignored, and a lost `supports` means wrong
+    results. What is imported from elsewhere, and whatever begins with an underscore, is the author's own business.
 
     Attributes:
         forward: `forward(params) -> (out, lse, *saved)`. `out` has the query's dtype; `lse` is float32
@@ -40,6 +47,9 @@ class Kernel:
             shape, rather than for each combination of dtype, device, head sizes and features.
         any_form: forward takes dense calls as PyTorch's function does, of any rank and with broadcasting, and
             is given them as the user wrote them, as every kernel is given nested tensors.
+        plain: `plain(query, key, value, dropout, is_causal, scale, enable_gqa) -> (out, lse)`: what forward returns for
+            a call without a mask that asks for nothing beyond PyTorch's arguments and an lse, with no record to build;
+            `scale` may be None. For composite kernels that need no backward; it saves tiny calls a microsecond.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -57,6 +67,7 @@ class Kernel:
     composite: bool = False
     shape_dependent: bool = False
     any_form: bool = False
+    plain: Callable[..., Any] | None = None
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
     register_fn: Callable[[], Any] | None = None
@@ -82,45 +93,94 @@ def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDP
     try:
         answer = function(*arguments)
     except Exception as error:  # a call that does not need this kernel must not see its mistakes
-        return (f"{role}() raised {type(error).__name__}: {error}",)
+        return (plain(f"{role}() raised {type(error).__name__}: {error}"),)
     if answer is None or isinstance(answer, str):
-        return (answer,) if answer else ()
+        return (plain(answer),) if answer else ()
     if isinstance(answer, (list, tuple)):
-        return tuple(str(reason) for reason in answer)
-    return (f"{role}() returned {answer!r}, which is neither reasons nor None",)
+        return tuple(plain(reason) for reason in answer)
+    return (plain(f"{role}() returned {answer!r}, which is neither reasons nor None"),)
+
+
+_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "forward": ("params",),
+    "backward": ("params", "grad_out", "grad_lse", "out", "lse"),
+    "supports": ("params",),
+    "unavailable": (),
+    "plain": ("query", "key", "value", "dropout", "is_causal", "scale", "enable_gqa"),
+    "fake": ("params",),
+    "family": ("params",),
+    "register_fn": (),
+}
+_FLAGS = ("composite", "shape_dependent", "any_form")
+_DEFAULTS = {field.name: field.default for field in fields(Kernel)}
 
 
 def load_kernel(spec: ImplSpec) -> Kernel:
     """Import what `spec.kernel` names and return its functions.
 
     Raises:
-        SpecError: it has no forward, or one of its functions cannot be called as documented.
+        SpecError: it has no forward, one of its attributes is not as documented, or is nearly called so.
         Exception: whatever the import raises.
     """
     target = _import(spec.name, spec.kernel) if isinstance(spec.kernel, str) else spec.kernel
+    where = f"ImplSpec {spec.name!r}.kernel"
     if isinstance(target, Kernel):
-        return target
-    forward = getattr(target, "forward", target)
-    if not callable(forward):
-        raise SpecError(f"ImplSpec {spec.name!r}.kernel: {spec.kernel!r} is no function and has no forward")
-    kernel = Kernel(
-        forward=forward,
-        backward=getattr(target, "backward", None),
-        supports=getattr(target, "supports", None),
-        unavailable=getattr(target, "unavailable", None),
-        composite=bool(getattr(target, "composite", False)),
-        shape_dependent=bool(getattr(target, "shape_dependent", False)),
-        any_form=bool(getattr(target, "any_form", False)),
-        fake=getattr(target, "fake", None),
-        family=getattr(target, "family", None),
-        register_fn=getattr(target, "register_fn", None),
-    )
-    _check_signature(spec, "forward", kernel.forward, ("params",))
-    _check_signature(spec, "supports", kernel.supports, ("params",))
-    _check_signature(spec, "unavailable", kernel.unavailable, ())
-    _check_signature(spec, "fake", kernel.fake, ("params",))
-    _check_signature(spec, "backward", kernel.backward, ("params", "grad_out", "grad_lse", "out", "lse"))
+        kernel = target
+    else:
+        _refuse_misspelt(where, target)
+        forward = getattr(target, "forward", target)
+        if not callable(forward):
+            raise SpecError(f"{where}: {spec.kernel!r} is not callable and has no forward")
+        given: dict[str, Any] = {
+            name: getattr(target, name, default) for name, default in _DEFAULTS.items() if name != "forward"
+        }
+        kernel = Kernel(forward=forward, **given)
+    for flag in _FLAGS:
+        if not isinstance(getattr(kernel, flag), bool):
+            raise SpecError(f"{where}: {flag} is {getattr(kernel, flag)!r}; expected True or False")
+    for role, arguments in _ARGUMENTS.items():
+        _check_signature(where, role, getattr(kernel, role), arguments)
     return kernel
+
+
+def _refuse_misspelt(where: str, target: Any) -> None:
+    """Raise if the author defined something that would be ignored, and whose name is nearly that of an attribute.
+
+    It is taken for one if its first letter is right, at most one letter is missing or too many, it is what the
+    attribute would be, a function or a flag, and the attribute itself is not there: beside `supports`, `support` may
+    be anything.
+    """
+    for name, value in _own_attributes(target):
+        if name in _DEFAULTS:
+            continue
+        for meant in _DEFAULTS:
+            if hasattr(target, meant) or not _is_near(name, meant):
+                continue
+            if callable(value) if meant in _ARGUMENTS else isinstance(value, (bool, int, str)):
+                raise SpecError(
+                    f"{where}: {name!r} is not an attribute of a kernel; did you mean {meant!r}? (A helper may begin "
+                    f"with an underscore.) Known: {', '.join(_DEFAULTS)}"
+                )
+
+
+def _own_attributes(target: Any) -> Iterator[tuple[str, Any]]:
+    """Return the public attributes that the author defined on a kernel, without those that a module imported."""
+    for owner in (target,) if isinstance(target, (ModuleType, type)) else (target, type(target)):
+        for name, value in list(getattr(owner, "__dict__", {}).items()):
+            imported = isinstance(owner, ModuleType) and (
+                isinstance(value, ModuleType) or getattr(value, "__module__", owner.__name__) != owner.__name__
+            )
+            if not name.startswith("_") and not imported:
+                yield name, value
+
+
+def _is_near(name: str, meant: str) -> bool:
+    one, other = (text.lower().replace("_", "") for text in (name, meant))
+    return (
+        one[:1] == other[:1]
+        and abs(len(one) - len(other)) <= 1
+        and difflib.SequenceMatcher(None, one, other).ratio() >= 0.86
+    )
 
 
 def _import(name: str, path: str) -> Any:
@@ -140,12 +200,11 @@ def _import(name: str, path: str) -> Any:
     return found
 
 
-def _check_signature(spec: ImplSpec, role: str, function: Any, arguments: tuple[str, ...]) -> None:
-    if function is None:
+def _check_signature(where: str, role: str, function: Any, arguments: tuple[str, ...]) -> None:
+    if function is None and role != "forward":
         return
-    where = f"ImplSpec {spec.name!r}.kernel: {role}"
     if not callable(function):
-        raise SpecError(f"{where} is {function!r}, which cannot be called")
+        raise SpecError(f"{where}: {role} is {function!r}, which is not callable")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # built-in functions may have none
@@ -154,4 +213,5 @@ def _check_signature(spec: ImplSpec, role: str, function: Any, arguments: tuple[
         # backward gets more than these: the tensors that forward saves
         (signature.bind_partial if role == "backward" else signature.bind)(*arguments)
     except TypeError as error:
-        raise SpecError(f"{where}{signature} cannot be called as {role}({', '.join(arguments)}): {error}") from None
+        called = f"{role}({', '.join(arguments)})"
+        raise SpecError(f"{where}: {role}{signature} cannot be called as {called}: {error}") from None

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
+from attnplug._messages import plain, warn
+from attnplug._registry.catalogue import KNOWN, OWN
 from attnplug._registry.config import get_config
 from attnplug._registry.kernel import Kernel, load_kernel
 from attnplug._registry.machine import device_types, missing_modules
@@ -21,6 +22,8 @@ from attnplug._types import Capabilities, ImplRecord, ImplSpec
 BUILTIN = "attnplug"
 PROGRAM = "this program"
 DEFAULT = "torch"
+NOTHING = Capabilities(devices=(), dtypes=())
+"""What is known to be supported by a plugin that is not loaded."""
 
 
 @dataclass(eq=False)
@@ -30,8 +33,11 @@ class Entry:
     spec: ImplSpec
     distribution: str
     version: str = ""
+    plugin: str = ""
+    """The name of the entry point that brought it; empty if none did."""
     broken: str = ""
     loaded: Kernel | None = None
+    _error: BaseException | None = None
     _loading: bool = False
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -40,13 +46,15 @@ class Entry:
         return self.spec.name
 
     @property
-    def rank(self) -> tuple[bool, int, str]:
-        """What the implementations are sorted by: `torch`, then by priority, then by name.
+    def rank(self) -> tuple[bool, bool, int, str, str]:
+        """What the implementations are sorted by: `torch`, attnplug's own, then everybody else's.
 
-        `torch` stands first whatever priority a plugin claims: installing a package never changes what
-        runs by itself.
+        Within each, by priority, distribution and name. Whatever priority a plugin claims, installing it takes no
+        call away from what ran before. A distribution cannot claim to be one of attnplug's: an installed one is
+        known by its metadata, and no two of one name can be installed.
         """
-        return (self.name != DEFAULT, -self.spec.priority, self.name)
+        own = self.distribution in OWN
+        return (not own or self.name != DEFAULT, not own, -self.spec.priority, self.distribution, self.name)
 
     @property
     def kernel(self) -> Kernel:
@@ -62,7 +70,7 @@ class Entry:
         return f"needs {', '.join(missing)}, not installed" + (f" ({self.spec.install})" if self.spec.install else "")
 
     def unavailable(self) -> str:
-        """Return why no call on this machine can use this; empty if one may."""
+        """Return why no call on this machine can use this; empty if one may. Asks the author's code."""
         devices = self.spec.capabilities.devices
         if devices is not None and {"cpu", "cuda"}.issuperset(devices) and device_types().isdisjoint(devices):
             return self.missing() or f"needs a {' or '.join(sorted(devices))} device, and this machine has none"
@@ -77,18 +85,24 @@ class Entry:
             PluginError: the import failed, and `ATTNPLUG_STRICT` is set. Without it the first failure warns.
         """
         with self._lock:
-            if self.loaded is None and not self.broken and not self._loading:
+            if self.loaded is None and not self._loading:
+                what = f"the kernel of implementation {self.name!r} ({self.distribution})"
+                if self._error is not None:
+                    if get_config().strict:
+                        report_broken(what, self._error)
+                    return None
                 self._loading = True
                 try:
                     self.loaded = load_kernel(self.spec)
                 except (Exception, SystemExit) as error:  # sys.exit in a kernel must not end the host
-                    self.broken = describe(error)
-                    report_broken(f"the kernel of implementation {self.name!r} ({self.distribution})", error)
+                    self._error, self.broken = error, describe(error)
+                    report_broken(what, error)
                 finally:
                     self._loading = False
         return self.loaded
 
     def record(self) -> ImplRecord:
+        """Return what is known of this. Asks the author's code, so no lock may be held."""
         reason = self.broken or self.unavailable()
         status = "broken" if self.broken else "unavailable" if reason else "available"
         spec = self.spec
@@ -105,29 +119,57 @@ class Registry:
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._names: tuple[str, ...] = ()
-        self._failed: list[ImplRecord] = []
+        self._contested: dict[str, list[Entry]] = {}
+        self._plugins_out: list[ImplRecord] = []
         self.listeners: list[Callable[[Registry], None]] = []
         """Called after each change, by whoever keeps something in step with this registry."""
 
-    def add(self, spec: ImplSpec, distribution: str, version: str = "") -> None:
-        """Add an implementation.
+    def add(self, spec: ImplSpec, distribution: str, version: str = "", *, replace: bool = False) -> None:
+        """Add an implementation, in the place of one of the same name and distribution if `replace` is set.
 
         Raises:
             DuplicateImplementationError: the name is taken; the registry is unchanged.
         """
         with self._lock:
-            if (owner := self._entries.get(spec.name)) is not None:
-                raise DuplicateImplementationError(spec.name, owner.distribution, distribution)
+            owner = self._owner(spec.name)
+            if owner is not None and not (replace and owner == distribution == PROGRAM):
+                again = f"unregister_impl({spec.name!r}) first, or register with replace=True"
+                way_out = again if owner == distribution == PROGRAM else "choose another name"
+                raise DuplicateImplementationError(spec.name, owner, distribution, way_out)
             self._entries[spec.name] = Entry(spec, distribution, version)
-            self.changed()
+        self.changed()
 
-    def add_failed(self, name: str, distribution: str, version: str, error: BaseException) -> None:
-        """Remember a plugin that could not be loaded, under its entry point's name."""
+    def claim(self, entries: Iterable[Entry]) -> list[DuplicateImplementationError]:
+        """Add the implementations of installed plugins, and return an error for each name that several claim.
+
+        They are all listed, and none of them runs under it. The names of the built-in ones are not to be had.
+        """
+        claims: dict[str, list[Entry]] = {}
+        errors = []
+        for entry in entries:
+            claims.setdefault(entry.name, []).append(entry)
         with self._lock:
-            self._failed.append(
-                ImplRecord(name, None, 0, distribution, version, Capabilities(), "broken", describe(error))
-            )
-            self.changed()
+            for name, claimants in claims.items():
+                owner = self._entries.get(name)
+                if owner is None and len(claimants) == 1:
+                    self._entries[name] = claimants[0]
+                    continue
+                error = _duplicate(owner, claimants)
+                errors.append(error)
+                for entry in claimants:
+                    entry.broken = describe(error)
+                    if owner is not None:
+                        self.leave_out(entry.plugin, entry.distribution, entry.version, "broken", entry.broken)
+                if owner is None:
+                    self._contested[name] = claimants
+        self.changed()
+        return errors
+
+    def leave_out(self, plugin: str, distribution: str, version: str, status: str, reason: str) -> None:
+        """Remember a plugin that is not loaded, or not all of it, under its entry point's name."""
+        record = ImplRecord(plugin, None, 0, distribution, version, NOTHING, status, reason)
+        with self._lock:
+            self._plugins_out.append(record)
 
     def remove(self, name: str) -> None:
         """Remove an implementation that a program registered.
@@ -144,33 +186,62 @@ class Registry:
                     f"with register_impl can be unregistered (ATTNPLUG_DISABLE keeps a plugin from loading)"
                 )
             del self._entries[name]
-            self.changed()
+        self.changed()
 
-    def get(self, name: str, where: str = "") -> Entry:
+    def get(self, name: str, where: str = "", also: Iterable[str] = ()) -> Entry:
         """Return the implementation of this name.
 
         Raises:
-            UnknownImplementationError: there is none; `where` says where the name came from.
+            UnknownImplementationError: there is none, or it is broken, disabled or not installed, which the message
+                says; `where` says where the name came from, `also` what else would have been accepted there.
+            DuplicateImplementationError: several distributions claim the name.
         """
         entry = self._entries.get(name)
-        if entry is None:
-            raise UnknownImplementationError(name, self._entries, where)
-        return entry
+        if entry is not None:
+            return entry
+        contested = self._contested.get(name)
+        if contested is not None:
+            raise _duplicate(None, contested)
+        raise UnknownImplementationError(name, (*self.names(), *also), where, self.absent())
+
+    def absent(self) -> dict[str, str]:
+        """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""
+        out = {}
+        for record in list(self._plugins_out):
+            out[record.name] = f"is installed but broken: {record.reason}"
+            if record.status != "broken":
+                out[record.name] = f"is {record.reason}"
+        loaded = {entry.plugin for entry in self._entries.values()}
+        loaded |= {entry.plugin for claimants in self._contested.values() for entry in claimants}
+        absent = dict(out)
+        for name, known in KNOWN.items():
+            if known.entry_point in out:
+                absent.setdefault(name, f"belongs to the plugin {known.entry_point!r}, which {out[known.entry_point]}")
+            elif known.entry_point not in loaded:
+                absent.setdefault(name, f"is not installed: {known.install}")
+        for name in self._contested:
+            absent[name] = f"is claimed by {self._owner(name)}"
+        return {name: reason for name, reason in absent.items() if name not in self._entries}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        """Whether the name is taken."""
+        return name in self._entries or name in self._contested
 
     def __iter__(self) -> Iterator[Entry]:
         with self._lock:
-            return iter(sorted(self._entries.values(), key=lambda entry: entry.rank))
+            entries = list(self._entries.values())
+        return iter(sorted(entries, key=lambda entry: entry.rank))
 
     def names(self) -> list[str]:
         """Return the sorted names; without a lock, which a trace could not take."""
         return list(self._names)
 
     def records(self) -> list[ImplRecord]:
+        """Return a record for each implementation, in the order of preference, and for what cannot be used."""
         with self._lock:
-            return [entry.record() for entry in self] + list(self._failed)
+            contested = [entry for name in sorted(self._contested) for entry in self._contested[name]]
+            out = list(self._plugins_out)
+        return [entry.record() for entry in (*self, *contested)] + out
 
     def changed(self) -> None:
         """Raise the generation: every decision made before is void."""
@@ -180,23 +251,47 @@ class Registry:
         for listener in self.listeners:
             listener(self)
 
+    def _owner(self, name: str) -> str | None:
+        """Return the distribution, or distributions, that have or claim a name."""
+        entries = [self._entries[name]] if name in self._entries else self._contested.get(name, [])
+        return " and ".join(entry.distribution for entry in entries) or None
+
+
+def _duplicate(owner: Entry | None, claimants: list[Entry]) -> DuplicateImplementationError:
+    """Return the error of a name that `claimants` want, and that is `owner`'s if there is one."""
+    name = claimants[0].name
+    if owner is not None:
+        claimant = " and ".join(entry.distribution for entry in claimants)
+        return DuplicateImplementationError(name, owner.distribution, claimant, "choose another name")
+    first, *others = claimants
+    plugins = [entry.plugin for entry in claimants]
+    names = [
+        plugin if plugins.count(plugin) == 1 else f"{entry.distribution}:{plugin}"
+        for plugin, entry in zip(plugins, claimants, strict=True)
+    ]
+    settings = " or ".join(f"ATTNPLUG_DISABLE={plugin}" for plugin in names)
+    way_out = f"neither runs under this name until one is left out, with {settings}"
+    return DuplicateImplementationError(
+        name, first.distribution, " and ".join(entry.distribution for entry in others), way_out
+    )
+
 
 def describe(error: BaseException) -> str:
     """Return an exception in one line, with the innermost place in which it was raised."""
     try:
-        message = " ".join(str(error).split())
+        message = plain(error)
     except Exception:  # an exception of a plugin may be anything, and must not break its own report
         message = "its message cannot be shown"
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:
         return text
-    return f"{text} (in {frames[-1].filename}, line {frames[-1].lineno})"
+    return f"{text} (in {plain(frames[-1].filename)}, line {frames[-1].lineno})"
 
 
-def report_broken(what: str, error: BaseException) -> None:
+def report_broken(what: str, error: BaseException, reason: str = "") -> None:
     """Warn that a plugin is broken, or raise it under `ATTNPLUG_STRICT`."""
-    message = f"{what} could not be loaded: {describe(error)}"
+    message = f"{what} could not be loaded: {reason or describe(error)}"
     if get_config().strict:
         raise PluginError(message) from error
-    warnings.warn(PluginWarning(message), stacklevel=3)
+    warn(PluginWarning(message))

@@ -1,4 +1,7 @@
-"""Who decides about one call: `impl=`, the scope, the activation, the environment, and the order of the registry."""
+"""Who decides about one call: `impl=`, the scope, the activation, the environment, and the order of the registry.
+
+That order is `Entry.rank`: `torch`, attnplug's own implementations, everybody else's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 from attnplug._errors import SpecError
 from attnplug._registry.registry import Entry, Registry
 from attnplug._selection.state import Scope, process, thread
-from attnplug._types import as_backend
+from attnplug._types import ImplSpec, as_backend
 
 FAMILY = ":"  # begins the entry of a family; no implementation's name begins so
 
@@ -48,14 +51,21 @@ class Selection:
             return entries
         set_priority, allowed = self.scope
         if not set_priority:
-            return [entry for entry in entries if any(_covers(item, entry) for item in allowed)]
-        ordered = [entry for item in allowed for entry in entries if _covers(item, entry)]
+            return [entry for entry in entries if self.allows(entry.spec)]
+        ordered = [entry for item in allowed for entry in entries if _covers(item, entry.spec)]
         return list(dict.fromkeys(ordered))
+
+    def allows(self, spec: ImplSpec) -> bool:
+        """Whether an implementation may run, here or where it is installed."""
+        if self.impl is not None:
+            return spec.name == self.impl
+        return self.scope is None or any(_covers(item, spec) for item in self.scope[1])
 
     def exclusion(self, entry: Entry) -> str:
         """Return why `entry`, which is none of the candidates, is left out."""
-        covered = self.impl is None and (self.scope is None or any(_covers(item, entry) for item in self.scope[1]))
-        return f"is quantized, and runs only where {entry.name!r} is named" if covered else f"outside {self.exact}"
+        if self.impl is None and self.allows(entry.spec):
+            return f"is quantized, and runs only where {entry.name!r} is named"
+        return f"outside {self.exact}"
 
 
 def current_selection(impl: str | None = None) -> Selection:
@@ -94,7 +104,7 @@ def describe_scope(scope: Scope) -> str:
     return f"sdpa_kernel([{shown}]{', set_priority=True' if set_priority else ''})"
 
 
-def _covers(item: str, entry: Entry) -> bool:
+def _covers(item: str, spec: ImplSpec) -> bool:
     if not item.startswith(FAMILY):
-        return item == entry.name
-    return entry.spec.backend is not None and entry.spec.backend.name == item.removeprefix(FAMILY)
+        return item == spec.name
+    return spec.backend is not None and spec.backend.name == item.removeprefix(FAMILY)

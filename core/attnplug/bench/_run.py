@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 
 import attnplug
-from attnplug import UnknownImplementationError
+from attnplug._control.registration import check_name
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling, measure_ceiling
 from attnplug.bench._clocks import Clock, clock_for
@@ -130,11 +130,9 @@ def _cases(cases: str | Case | Iterable[Case]) -> list[Case]:
 
 def _impls(impls: Iterable[str] | None, baseline: str) -> list[str]:
     known = attnplug.list_flash_attention_impls()
-    ordered = [record.name for record in attnplug.list_impls()]
+    ordered = [record.name for record in attnplug.list_impls() if record.name in known]
     names = ordered if impls is None else list(dict.fromkeys([impls] if isinstance(impls, str) else impls))
     for name in names:
-        if name not in known:
-            raise UnknownImplementationError(name, known, "impls")
-    if baseline not in known:
-        raise UnknownImplementationError(baseline, known, "baseline")
+        check_name(name, "impls")
+    check_name(baseline, "baseline")
     return names if baseline in names else [baseline, *names]

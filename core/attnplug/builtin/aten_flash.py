@@ -6,7 +6,7 @@ operators are differentiable in PyTorch, so autograd goes through them.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import torch
 from torch import Tensor
@@ -41,17 +41,28 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
-    params = _with_positive_scale(params)
+    params, _ = params.with_positive_scale()  # autograd goes through the query's factor
     return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
 
 
-def _with_positive_scale(params: SDPAParams) -> SDPAParams:
-    """Return a call of the same logits: the kernels hide keys before they scale, and -inf * 0 or * -1 hides nothing."""
-    assert params.scale is not None
-    if params.scale > 0:
-        return params
-    sign = -1 if params.scale < 0 else 0
-    return replace(params, query=params.query * sign, scale=-params.scale or 1.0)
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do what `forward` does, at once where the operator takes the tensors as they are."""
+    if query.is_cpu and query.is_contiguous() and key.is_contiguous() and value.is_contiguous():
+        if scale is None:
+            return _flash_cpu(query, key, value, 0.0, True) if is_causal else _flash_cpu(query, key, value)
+        if scale > 0.0:
+            return _flash_cpu(query, key, value, 0.0, is_causal, scale=scale)  # type: ignore[no-any-return]
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
 
 
 def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch._C._nn import scaled_dot_product_attention as sdpa  # which patch_tor
 from attnplug import SDPAParams, SDPBackend
 from attnplug.builtin.masks import as_wide
 
+_FAMILIES = {int(member): member for member in SDPBackend}
 composite = True
 any_form = True
 
@@ -32,9 +33,24 @@ def forward(params: SDPAParams) -> tuple[Tensor, None]:
     return sdpa(*arguments, scale=params.scale, enable_gqa=params.enable_gqa), None
 
 
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, None]:
+    """Do what `forward` does."""
+    return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+
+
 def family(params: SDPAParams) -> SDPBackend | None:
     """Return the family of the kernel that PyTorch chooses for this call; None where it cannot say."""
     if params.query.layout is torch.jagged:
         return None
     arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
-    return SDPBackend(torch._fused_sdp_choice(*arguments, scale=params.scale, enable_gqa=params.enable_gqa))
+    if params.enable_gqa:
+        return _FAMILIES[torch._fused_sdp_choice(*arguments, enable_gqa=True)]
+    return _FAMILIES[torch._fused_sdp_choice(*arguments)]

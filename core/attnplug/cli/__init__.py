@@ -8,7 +8,7 @@ A command is a module `command_<name>.py` beside this one and its name in `COMMA
   `arguments.fail(message)`.
 
 All modules are imported to build the parser, so they import torch, and whatever else is heavy, in `run`.
-Data goes to stdout; warnings and errors go to stderr.
+Data goes to stdout, by `render`; warnings and errors go to stderr, and so does what plugins print.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnplug import AttnplugError, PluginError, __version__
+from attnplug.cli import render
 
 COMMANDS = ("list", "explain", "info", "check", "bench", "new")
 
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     try:
         arguments = build_parser().parse_args(_with_negative_values(argv))
-        return int(arguments.run(arguments))
+        with render.only_reports_on_stdout():
+            return int(arguments.run(arguments))
     except SystemExit as ended:  # argparse has said why
         return ended.code if isinstance(ended.code, int) else USAGE
 

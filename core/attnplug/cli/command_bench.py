@@ -148,13 +148,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
 def _print(report: Report, outputs: list[Path]) -> None:
     from attnplug.bench._text import summary
 
-    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+    if render.out().isatty() and importlib.util.find_spec("rich") is not None:
         _print_rich(report)
-        print(f"\n{summary(report)}")
+        render.put(f"\n{summary(report)}")
     else:
-        print(report)
+        render.put(report)
     for path in outputs:
-        print(f"written: {path}")
+        render.put(f"written: {path}")
 
 
 def _print_rich(report: Report) -> None:
@@ -164,7 +164,7 @@ def _print_rich(report: Report) -> None:
 
     from attnplug.bench._text import HEADERS, row
 
-    console = Console()
+    console = Console(file=render.out())
     records = [record for record in report if record.status == "ran"]
     lines = [row(record)[1:] for record in records]
     shown = render.fitting(HEADERS[1:], lines, console.width, _EXPENDABLE)
@@ -206,8 +206,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         if changes:
             render.print_table(CHANGE_HEADERS, change_rows(changes), CHANGE_HEADERS.index("verdict"))
-            print()
-        print(comparison(before, after, changes))
+            render.put()
+        render.put(comparison(before, after, changes))
     return 1 if regressions else 0
 
 

@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import attnplug
-from attnplug import UnknownImplementationError
+from attnplug._control.registration import check_name
 from attnplug.cli import render
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         render.print_json(report.as_dict())
     else:
         render.print_table(_HEADERS, report.rows(), _HEADERS.index("result"))
-        print(f"\n{report.details()}")
+        render.put(f"\n{report.details()}")
     return 0 if report.passed else 1
 
 
@@ -78,7 +78,7 @@ def _unusable(name: str) -> str | None:
     """Return why an implementation cannot run here, or None if it can."""
     records = {record.name: record for record in attnplug.list_impls()}
     if name not in records:
-        raise UnknownImplementationError(name, records)
+        check_name(name)
     record = records[name]
     return None if record.status == "available" else f"{record.status}: {record.reason}"
 

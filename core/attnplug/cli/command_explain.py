@@ -20,7 +20,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import attnplug
-from attnplug import SDPBackend, UnknownImplementationError
+from attnplug import SDPBackend
+from attnplug._control.registration import check_name
 from attnplug.cli import render
 
 HELP = "say which implementation would run a call, and why not the others"
@@ -104,16 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
         render.print_json(_as_json(explanation))
     else:
         render.print_table(_HEADERS, [_row(verdict, explanation) for verdict in explanation.candidates], 2)
-        print(f"\n{_conclusion(explanation)}")
+        render.put(f"\n{_conclusion(explanation)}")
     return 1 if explanation.chosen is None and not explanation.empty else 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse options that contradict each other, and names that do not exist, before torch is imported."""
     if arguments.impl is not None:
-        known = attnplug.list_flash_attention_impls()
-        if arguments.impl not in known:
-            raise UnknownImplementationError(arguments.impl, known, "--impl")
+        check_name(arguments.impl, "--impl")
     if arguments.capability is not None and arguments.device.partition(":")[0] != "cuda":
         arguments.fail(
             f"--capability: is that of an NVIDIA card, and --device is {arguments.device}; add --device cuda"
@@ -133,12 +132,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _scope(arguments: argparse.Namespace) -> list[Any]:
     """Return what `sdpa_kernel` takes: implementations by name, families as `SDPBackend`."""
-    known = attnplug.list_flash_attention_impls()
     families = {backend.name: backend for backend in SDPBackend if backend is not SDPBackend.ERROR}
     for name in arguments.scope or ():
-        if name not in known and name not in families:
-            raise UnknownImplementationError(name, (*known, *families), "--scope")
-    return [name if name in known else families[name] for name in arguments.scope or ()]
+        check_name(name, "--scope", also=families)
+    return [families.get(name, name) for name in arguments.scope or ()]
 
 
 def _row(verdict: attnplug.Verdict, explanation: attnplug.Explanation) -> tuple[str, str, str, str]:

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         render.print_json(report)
     else:
-        print(_as_text(report))
+        render.put(_as_text(report))
     return 0
 
 

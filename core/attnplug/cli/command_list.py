@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif not records:
         print(f"attnplug: no implementation is {arguments.status}", file=sys.stderr)
     elif arguments.verbose:
-        print("\n\n".join(_described(record) for record in records))
+        render.put("\n\n".join(_described(record) for record in records))
     else:
         rows = [_row(record) for record in records]
         render.print_table(_HEADERS, rows, _HEADERS.index("status"), _EXPENDABLE)
@@ -54,7 +54,7 @@ def _row(record: ImplRecord) -> tuple[str, ...]:
         str(record.priority),
         _origin(record),
         record.status,
-        *(_UNKNOWN if record.status == "broken" else _summary(record.capabilities)),
+        *(_summary(record.capabilities) if _is_known(record) else _UNKNOWN),
         record.reason,
     )
 
@@ -73,7 +73,7 @@ def _described(record: ImplRecord) -> str:
     ]
     if record.capabilities.quantized:
         fields.append(("quantized", "yes: right within 5 %, and run only where it is named"))
-    if record.status != "broken":
+    if _is_known(record):
         fields += [field for part in record.capabilities.alternatives for field in _fields(part)]
     wrapped = [
         textwrap.fill(value, _WIDTH, initial_indent=f"  {name:14}", subsequent_indent=" " * 16, break_long_words=False)
@@ -107,7 +107,7 @@ def _head_sizes(part: Capabilities) -> str:
 
 def _as_json(record: ImplRecord) -> dict[str, Any]:
     """Return a record as JSON; its capabilities are alternatives, in which null means no limit."""
-    parts = () if record.status == "broken" else record.capabilities.alternatives
+    parts = record.capabilities.alternatives if _is_known(record) else ()
     return {
         "name": record.name,
         "family": record.backend.name if record.backend is not None else None,
@@ -136,6 +136,11 @@ def _sizes_as_json(part: Capabilities) -> Any:
     if isinstance(sizes, range):
         return {"start": sizes.start, "stop": sizes.stop, "step": sizes.step}
     return _sorted(sizes)
+
+
+def _is_known(record: ImplRecord) -> bool:
+    """Whether anything is known of what it supports: it is not broken, and its plugin is loaded."""
+    return record.status != "broken" and record.capabilities.devices != frozenset()
 
 
 def _origin(record: ImplRecord) -> str:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         written = {"name": arguments.name, "flavour": arguments.flavour, "folder": str(folder), "files": list(texts)}
         render.print_json(written)
     else:
-        print(_next_steps(arguments.name, arguments.flavour, folder))
+        render.put(_next_steps(arguments.name, arguments.flavour, folder))
     return 0
 
 
@@ -99,8 +99,16 @@ def _found(folder: Path) -> dict[str, str]:
 
 def _filled(text: str, name: str) -> str:
     year = str(datetime.date.today().year)
-    text = text.replace("(c) YEAR", f"(c) {year}")
+    text = text.replace("(c) YEAR", f"(c) {year}").replace(
+        "attnplug>=VERSION", f"attnplug{_range(attnplug.__version__)}"
+    )
     return text.replace(_NAME.replace("_", "-"), name.replace("_", "-")).replace(_NAME, name)
+
+
+def _range(version: str) -> str:
+    """Return the range of versions that a plugin written now is for: names may change with the second number."""
+    major, minor = (int(number) for number in version.split(".")[:2])
+    return f">={major}.{minor},<{major}.{minor + 1}"
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:

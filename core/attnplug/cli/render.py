@@ -1,6 +1,7 @@
 """How reports look, decided in one place: rich tables on a terminal, plain text in a pipe.
 
-Without `rich` (the extra `attnplug[cli]`) a terminal gets the plain text too.
+Without `rich` (the extra `attnplug[cli]`) a terminal gets the plain text too. While a command runs, only what goes
+through here reaches stdout: a plugin that prints when it is imported prints to stderr, and `--json` can be read.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from attnplug import SDPBackend
 from attnplug._tables import table
@@ -30,6 +32,31 @@ _STYLES = {
 }
 
 
+_out: TextIO | None = None
+
+
+@contextmanager
+def only_reports_on_stdout() -> Iterator[None]:
+    """Send whatever else is printed to stderr."""
+    global _out
+    before, _out = _out, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _out = before
+
+
+def out() -> TextIO:
+    """Return where reports go, for a `rich.console.Console`."""
+    return sys.stdout if _out is None else _out
+
+
+def put(text: object = "") -> None:
+    """Print a part of a report."""
+    print(text, file=out())
+
+
 def family(backend: SDPBackend | None) -> str:
     """Return the name of a family, or a dash for what belongs to none. (MATH is 0, hence false.)"""
     return "-" if backend is None else backend.name
@@ -37,7 +64,7 @@ def family(backend: SDPBackend | None) -> str:
 
 def print_json(value: Any) -> None:
     """Print `value` as JSON; anything but JSON's own types is a mistake."""
-    print(json.dumps(value, indent=2))
+    put(json.dumps(value, indent=2))
 
 
 def print_table(
@@ -52,10 +79,10 @@ def print_table(
         expendable: headers of the columns that a narrow terminal does without, the first one first; the
             command has a `--verbose` that shows them.
     """
-    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+    if out().isatty() and importlib.util.find_spec("rich") is not None:
         _print_rich(headers, rows, status, expendable)
     else:
-        print(table(headers, rows))
+        put(table(headers, rows))
 
 
 def _print_rich(headers: Sequence[str], rows: Sequence[Sequence[str]], status: int, expendable: Sequence[str]) -> None:
@@ -64,7 +91,7 @@ def _print_rich(headers: Sequence[str], rows: Sequence[Sequence[str]], status: i
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(file=out())
     shown = fitting(headers, rows, console.width, expendable)
     grid = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0), header_style="bold")
     for position in shown:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import attnplug
+from attnplug._control.registration import check_name
 
 FAMILY = "attnplug"
 _EAGER_MASKS = "attnplug+eager_masks"
@@ -205,9 +206,8 @@ def _own_name(model: Any, requested: str | None) -> str | None:
     family, colon, impl = (requested or "").partition(":")
     if family not in (FAMILY, _EAGER_MASKS):
         return requested
-    known = attnplug.list_flash_attention_impls()
-    if colon and impl not in known:
-        raise attnplug.UnknownImplementationError(impl, known, where=f"attn_implementation={requested!r}")
+    if colon:
+        check_name(impl, where=f"attn_implementation={requested!r}")
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"attn_implementation={requested!r}: {type(model).__name__} computes attention in its own code, which "

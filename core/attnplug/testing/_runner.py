@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 
 import attnplug
-from attnplug._errors import UnknownImplementationError, did_you_mean
+from attnplug._control.registration import check_name
+from attnplug._errors import did_you_mean
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check, all_checks
 from attnplug.testing._compare import AGAIN, CheckFailure, Declined
@@ -72,7 +73,7 @@ def find(name: str) -> ImplRecord:
     """
     records = {record.name: record for record in attnplug.list_impls()}
     if name not in records:
-        raise UnknownImplementationError(name, records)
+        check_name(name)
     if records[name].status != "available":
         raise ValueError(f"implementation {name!r} is {records[name].status}: {records[name].reason}")
     return records[name]

@@ -60,7 +60,7 @@ SAGE_ATTENTION = Capabilities(
     features={Feature.CAUSAL, Feature.GQA, Feature.LSE},
     quantized=True,
 )
-SAGE_ATTENTION1 = replace(SAGE_ATTENTION, features={Feature.CAUSAL, Feature.GQA}, alternatives=())
+SAGE_ATTENTION1 = replace(SAGE_ATTENTION, features=frozenset(SAGE_ATTENTION.features) - {Feature.LSE}, alternatives=())
 XFORMERS = Capabilities(
     devices=("cuda",),
     dtypes=(*_HALF, "float32"),

@@ -98,13 +98,7 @@ def _cut_region(params: SDPAParams, part: Region) -> SDPAParams:
     if mask is not None:
         cut = mask[tuple(taken if size > 1 else slice(None) for taken, size in zip(rows, mask.shape, strict=False))]
         mask = cut.detach().requires_grad_(mask.requires_grad) if mask.requires_grad else cut
-    tensors = {
-        "query": params.query[rows],
-        "key": params.key[part],
-        "value": params.value[part],
-        "attn_mask": mask,
-    }
-    return replace(params, **tensors)
+    return replace(params, query=params.query[rows], key=params.key[part], value=params.value[part], attn_mask=mask)
 
 
 @dataclass(frozen=True)

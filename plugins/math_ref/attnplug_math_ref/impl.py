@@ -13,7 +13,7 @@ from attnplug import SDPAParams
 from attnplug_math_ref.blocks import accumulation_dtype, parts, take
 from attnplug_math_ref.dropout import draw_seed
 from attnplug_math_ref.formulas import attention, attention_backward
-from attnplug_math_ref.layout import as_problem, is_packed, pack_key_gradient, pack_rows, pad_rows
+from attnplug_math_ref.layout import as_problem, pack_key_gradient, pack_rows, pad_rows
 
 composite = True
 
@@ -34,7 +34,7 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
         part_out, part_lse = attention(take(problem, part, seed))
         part.of_rows(out).copy_(part_out)
         part.of_rows(lse).copy_(part_lse)
-    if is_packed(params):
+    if params.is_varlen:
         out = pack_rows(params, out, outside=0.0)
         lse = pack_rows(params, lse[..., None], outside=float("-inf"))[..., 0].T.contiguous()
     return (out, lse) if seed is None else (out, lse, seed)
@@ -53,7 +53,7 @@ def backward(
     `out` and `lse` are not used; `attention_backward` says why.
     """
     problem, dtype = as_problem(params), accumulation_dtype(params.query)
-    if is_packed(params):
+    if params.is_varlen:
         grad_out = pad_rows(params, grad_out)
         grad_lse = None if grad_lse is None else pad_rows(params, grad_lse.T[..., None])[..., 0]
 
@@ -76,7 +76,7 @@ def backward(
         if sinks is not None and added.sinks is not None:
             sinks[part.heads.start : part.heads.stop] += added.sinks
 
-    if is_packed(params):
+    if params.is_varlen:
         query = pack_rows(params, query, outside=0.0)
         key, value = pack_key_gradient(params, key), pack_key_gradient(params, value)
     key, value = key.to(params.key.dtype), value.to(params.value.dtype)

@@ -18,15 +18,11 @@ from attnplug import CausalVariant, SDPAParams
 from attnplug_math_ref.formulas import Problem
 
 
-def is_packed(params: SDPAParams) -> bool:
-    """Whether this is a call of `varlen_attn`."""
-    return params.cu_seq_q is not None
-
-
 def as_problem(params: SDPAParams) -> Problem:
     """Return the call as a dense problem, without dropout's random numbers."""
     used: Tensor | None
-    if is_packed(params):
+    offset: Tensor | int
+    if params.is_varlen:
         used_q, used = params.cu_seq_q.diff().long(), _used_k(params)
         query = _pad(params.query, params.cu_seq_q, used_q, _longest(params.max_q))
         key, value = (_pad_keys(params, tokens, used) for tokens in (params.key, params.value))
@@ -42,7 +38,6 @@ def as_problem(params: SDPAParams) -> Problem:
         offset = 0
         if params.causal_variant == CausalVariant.LOWER_RIGHT:  # (5)
             offset = (key.shape[2] if used is None else used) - query.shape[2]
-    assert params.scale is not None, "the core gives scale its default"
     heads = query.shape[1]
     return Problem(
         query=query,

@@ -29,6 +29,7 @@ ENTRIES = [
 HOPPER = Machine("sm_90", 132)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "kernel", "precision"), ENTRIES)
 def test_shipped_kernels_fit_their_architecture(
     architecture: str, kernel: str, precision: str, capsys: pytest.CaptureFixture[str]

@@ -48,6 +48,7 @@ LEFT_OUT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's already")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_conformance_kit_passes_in_the_interpreter(dtype: str) -> None:
@@ -60,6 +61,7 @@ def test_the_conformance_kit_passes_in_the_interpreter(dtype: str) -> None:
     assert reasons <= LEFT_OUT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's already")
 def test_results_are_right_in_the_interpreter() -> None:
     file = str(HERE / "test_interpreted.py")

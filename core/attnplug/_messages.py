@@ -1,0 +1,37 @@
+"""What reaches a user's eyes: where a warning points, and text of others made safe to show."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+LONGEST = 2000
+_MACHINERY = frozenset({"attnplug", "torch", "pluggy", "importlib", "contextlib", "functools"})
+
+
+def warn(message: Warning) -> None:
+    """Issue a warning at the line of the program, or of the model, that called attnplug or PyTorch.
+
+    `warnings.warn(skip_file_prefixes=...)` does this from Python 3.12 on, and counts no frames of PyTorch's,
+    through which calls of `torch.nn.functional` and compiled calls come.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _MACHINERY:
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    module = frame.f_globals.get("__name__") or "<unknown>"
+    warnings.warn_explicit(message, type(message), frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
+def plain(text: object) -> str:
+    """Return somebody else's text in one line of at most about `LONGEST` characters that a terminal can only show.
+
+    What does not print, such as the escapes that move a terminal's cursor, is written as Python writes it.
+    """
+    whole = str(text)
+    line = " ".join(whole[: 2 * LONGEST].split())
+    if not line.isprintable():
+        line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+    if len(line) <= LONGEST and len(whole) <= 2 * LONGEST:
+        return line
+    return f"{line[:LONGEST]}... (cut: {len(whole):,} characters)"

@@ -1,0 +1,135 @@
+"""The record of one call, which a kernel's forward receives.
+
+Nothing here imports torch before a property needs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+MaybeNone = Any
+"""In the type of a field that is None where a call does not have it, or before it is prepared.
+
+As in typeshed, a checker asks nobody to look: a kernel knows from `is_varlen` and from the features that it declares
+what is there.
+"""
+
+OPEN_WINDOW = (-1, -1)
+"""The one tuple that an unrestricted window is in a checked call."""
+
+
+class CausalVariant(IntEnum):
+    """Where the diagonal of query and key positions starts; values of `torch.nn.attention.bias.CausalVariant`.
+
+    With `Sq` queries and `Sk` keys, query `i` stands at key position `i + off`: `off = 0` for
+    `UPPER_LEFT` (PyTorch's meaning of `is_causal`), `off = Sk - Sq` for `LOWER_RIGHT`
+    (FlashAttention's). Causal masks, windows and ALiBi distances all count from there.
+    """
+
+    UPPER_LEFT = 1
+    LOWER_RIGHT = 2
+
+
+@dataclass(frozen=True, eq=False)
+class SDPAParams:
+    """A read-only record of one call; building one checks nothing.
+
+    The first seven fields are those of `torch.backends.cuda.SDPAParams`, in its order. What a kernel's
+    forward receives is such a record, already checked and brought into one form:
+
+    * dense: `query (B, Hq, Sq, E)`, `key (B, Hkv, Sk, E)`, `value (B, Hkv, Sk, Ev)`, `attn_mask` of
+      four dimensions, each 1 or the full size of `(B, Hq, Sq, Sk)`;
+    * variable length: `query (Tq, Hq, E)`, `key (Tk, Hkv, E)`, `value (Tk, Hkv, Ev)`, or pages
+      `(pages, page_size, Hkv, E)` with `block_table`; `cu_seq_q`, `cu_seq_k` int32 of length B + 1;
+    * `scale` is a number, `alibi_slopes` float32, and no size among B, Hq, Sq, Sk is zero.
+
+    Attributes:
+        query: the queries.
+        key: the keys.
+        value: the values.
+        attn_mask: boolean, True takes part; or floating, added to the logits; or None.
+        dropout: `dropout_p` of the call.
+        is_causal: query `i` sees keys `j <= i + off`.
+        enable_gqa: whether `Hq` may be a multiple of `Hkv`; a kernel looks at the shapes.
+        scale: factor of the logits.
+        causal_variant: alignment of causal masks, windows and ALiBi distances.
+        window_size: `(left, right)`; -1 leaves a side open.
+        softcap: 0 is off.
+        sinks: `(Hq,)` or None.
+        alibi_slopes: `(Hq,)` or `(B, Hq)` or None.
+        seqused_k: int32 `(B,)` or None.
+        return_lse: whether the caller wants `lse`.
+        cu_seq_q: of a call of variable length; None in a dense one.
+        cu_seq_k: likewise.
+        max_q: the longest sequence of queries.
+        max_k: the longest sequence of keys.
+        block_table: int32 `(B, blocks)` or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | MaybeNone = None
+    dropout: float = 0.0
+    is_causal: bool = False
+    enable_gqa: bool = False
+    scale: float | MaybeNone = field(default=None, kw_only=True)
+    causal_variant: CausalVariant = field(default=CausalVariant.UPPER_LEFT, kw_only=True)
+    window_size: tuple[int, int] = field(default=OPEN_WINDOW, kw_only=True)
+    softcap: float = field(default=0.0, kw_only=True)
+    sinks: Tensor | MaybeNone = field(default=None, kw_only=True)
+    alibi_slopes: Tensor | MaybeNone = field(default=None, kw_only=True)
+    seqused_k: Tensor | MaybeNone = field(default=None, kw_only=True)
+    return_lse: bool = field(default=False, kw_only=True)
+    cu_seq_q: Tensor | MaybeNone = field(default=None, kw_only=True)
+    cu_seq_k: Tensor | MaybeNone = field(default=None, kw_only=True)
+    max_q: int | MaybeNone = field(default=None, kw_only=True)
+    max_k: int | MaybeNone = field(default=None, kw_only=True)
+    block_table: Tensor | MaybeNone = field(default=None, kw_only=True)
+
+    @property
+    def is_varlen(self) -> bool:
+        """Whether this is a call of `varlen_attn`."""
+        return self.cu_seq_q is not None
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """The shape of `lse`: `(B, Hq, Sq)`, or `(Hq, Tq)` in a call of variable length."""
+        query = self.query
+        return (query.shape[1], query.shape[0]) if self.is_varlen else tuple(query.shape[:-1])
+
+    @property
+    def lse_dtype(self) -> dtype:
+        """The dtype of `lse`: `torch.float64` for float64 queries, else `torch.float32`."""
+        import torch
+
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd records this call."""
+        import torch
+
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def with_positive_scale(self) -> tuple[SDPAParams, int]:
+        """Return a call of the same logits whose scale is above 0, for a kernel that hides keys before it scales.
+
+        There, a scale below 0 would turn the minus infinity of a hidden key into plus infinity, and 0 into NaN.
+
+        Returns:
+            The call, itself if its scale is above 0; and -1, 0 or 1, the factor that the query got and that its
+            gradient must be multiplied by.
+        """
+        if self.scale > 0:
+            return self, 1
+        sign = -1 if self.scale < 0 else 0
+        return replace(self, query=self.query * sign, scale=-self.scale or 1.0), sign
