@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PLUGINS := plugins/math_ref plugins/flash_triton plugins/efficient_cuda plugins/adapters
+PLUGINS := plugins/math_ref plugins/flash_triton plugins/efficient_cuda
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
@@ -32,23 +32,12 @@ lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The figures are worth having when a test fails too: each says whether the kernel was right.
-# Those whose library is not there are listed with the reason. flex compiles for each case, which takes long.
-ADAPTERS := flash_attn4,flash_attn3,flash_attn2,xformers,flashinfer,sage_attention
-FIGURES := $(or $(OUT),benchmarks/results)/{device}/kernels
-# A machine with a card may have no network: this is installed beside the Python that has torch, from here alone.
+# A machine with a GPU may have no network: this is installed beside the Python that has torch, from here alone.
 SITE := build/gpu
-WITH_SITE = PYTHONPATH="$(CURDIR)/$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
-ON_CARD = $(shell grep -rl --include='*.py' 'pytest.mark.gpu' tests)
-WORKERS = $(if $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo yes),-n auto --maxprocesses 12)
-gpu:  ## everything that needs a card, with the Python that has torch: tests, then figures
+gpu:  ## everything that needs a GPU, with the Python that has torch, in under 4 minutes; PART=conformance for one part
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target $(SITE) . $(PLUGINS)
-	$(WITH_SITE) -m pytest -m gpu $(WORKERS) --durations=15 $(ON_CARD); status=$$?; \
-	$(WITH_SITE) benchmarks/launching.py; \
-	$(WITH_SITE) -m attnplug bench --set kernels --device cuda --seconds 0.1 \
-		--impl torch,aten_flash,efficient_cuda,cudnn,flash_triton,$(ADAPTERS) \
-		-o '$(FIGURES).json' -o '$(FIGURES).csv' -o '$(FIGURES).png' || status=1; \
-	exit $$status
+	PYTHONPATH="$(CURDIR)/$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py \
+		$(PART:%=--part %) $(OUT:%=--results '%')
 
 bench: $(VENV)/dev  ## what the core costs, against what a user would call instead
 	$(BIN)/python benchmarks/run.py

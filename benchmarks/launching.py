@@ -1,8 +1,8 @@
-"""What flash_triton's launch costs on the host, with one head of 16 queries and keys.
+"""What a call costs on the host, with one head of 16 queries and keys.
 
-On a card: against PyTorch's flash operator, called directly. Without one the card's driver is stubbed: real kernels
-are compiled for a Hopper card, and only what would load and launch them is replaced, so that what is timed is all
-that Python does, from attnplug's call on.
+On a GPU: each implementation that has a launch of its own, against PyTorch's function. Without one flash_triton is
+timed with Triton's driver stubbed: real kernels are compiled for a Hopper GPU, and only what would load and launch them
+is replaced, so that what is timed is all that Python does, from attnplug's call on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -28,7 +29,7 @@ HOPPER = Machine("sm_90", 132)
 
 
 class Stub:
-    """Stands for Triton's driver of a Hopper card: loads nothing, launches nothing."""
+    """Stands for Triton's driver of a Hopper GPU: loads nothing, launches nothing."""
 
     def __init__(self) -> None:
         self.utils = SimpleNamespace(
@@ -51,38 +52,41 @@ class Stub:
 
 def measure(quick: bool) -> Iterator[Result]:
     torch.set_num_threads(1)
-    yield from (on_card if torch.cuda.is_available() else stubbed)(3 if quick else 300)
+    yield from (on_gpu if torch.cuda.is_available() else stubbed)(3 if quick else 300)
 
 
-def on_card(turns: int) -> Iterator[Result]:
+def on_gpu(turns: int) -> Iterator[Result]:
     query, key, value = torch.randn(3, 1, 1, 16, 64, dtype=torch.bfloat16, device="cuda")
-    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
-    ours, theirs = "flash_triton", "PyTorch's flash operator"
-    candidates = {
-        ours: lambda: attnplug.scaled_dot_product_attention(query, key, value, impl="flash_triton"),
-        theirs: lambda: operator(query, key, value),
-    }
+    theirs = "F.scaled_dot_product_attention"
+    available = {record.name for record in attnplug.list_impls() if record.status == "available"}
+    ours = [name for name in ("flash_triton", "cudnn", "efficient_cuda", "aten_flash") if name in available]
+    candidates: dict[str, Any] = {theirs: lambda: sdpa(query, key, value)}
+    for name in ours:
+        candidates[name] = lambda name=name: attnplug.scaled_dot_product_attention(query, key, value, impl=name)
     with torch.no_grad():
         times = alternate(candidates, turns, 20, dict.fromkeys(candidates, finished))
-    details = {"us": times.microseconds(ours), "of it": times.microseconds(theirs)}
-    yield Result(f"{ours} / {theirs}, on the host", times.ratio(ours, theirs), "ratio", details=details)
+    for name in ours:
+        details = {"us": times.microseconds(name), "of it": times.microseconds(theirs)}
+        yield Result(f"{name} / {theirs}, on the host", times.ratio(name, theirs), "ratio", limit=1.3, details=details)
 
 
 @contextmanager
 def finished() -> Iterator[None]:
-    """Wait for the card outside the clock, so that no call waits for those before it."""
+    """Wait for the GPU outside the clock, so that no call waits for those before it."""
     yield
     torch.cuda.synchronize()
 
 
 def stubbed(turns: int) -> Iterator[Result]:
     driver.set_active(Stub())
-    impl.machine_of = lambda device: HOPPER  # CPU tensors, launched as if they were on the card
+    impl.machine_of = lambda device: HOPPER  # CPU tensors, launched as if they were on the GPU
     kernel = SimpleNamespace(forward=impl.forward, backward=impl.backward)
     attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=Capabilities()))
     query, key, value, grad = torch.randn(4, 1, 1, 16, 64, dtype=torch.bfloat16)
     params = attnplug.SDPAParams(query, key, value, scale=0.125)
-    (launch,), _ = launches.forward(params, None, HOPPER)
+    tensors = {"query": query, "key": key, "value": value}
+    plan, device = launches.forward(params, HOPPER), query.device
+    plan.run(tensors, device)
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
 
     def with_backward() -> Any:
@@ -95,8 +99,10 @@ def stubbed(turns: int) -> Iterator[Result]:
                 "forward, to the driver": lambda: attnplug.scaled_dot_product_attention(
                     query, key, value, impl="stubbed"
                 ),
-                "  of it, the kernel's arguments": lambda: launches.forward(params, None, HOPPER),
-                "  of it, Triton": launch.run,
+                "  of it, the kernel": lambda: impl.forward(params),
+                "  of it, a plan that is kept": lambda: plan.run(tensors, device),
+                "a plan that is not kept": lambda: launches.forward(params, HOPPER).run(tensors, device),
+                "F.scaled_dot_product_attention on the CPU": lambda: sdpa(query, key, value),
             },
             turns,
             20,

@@ -15,6 +15,7 @@ from mkdocs.exceptions import PluginError
 import attnplug
 from attnplug import Capabilities, Feature, ImplRecord
 from attnplug._registry.config import VARIABLES
+from attnplug.builtin.faults import OF_SDPA
 from attnplug.cli import COMMANDS, build_parser
 
 _MARK = re.compile(r"^<!-- generate: (\w+) -->$", re.MULTILINE)
@@ -95,6 +96,15 @@ def feature_matrix() -> str:
     return _table(("feature", *(f"`{record.name}`" for record in records)), rows)
 
 
+def faults() -> str:
+    """Return what PyTorch gets wrong, and what becomes of such a call."""
+    rows = [
+        (fault.says, fault.device or "any", fault.seen, "rewritten" if fault.mend else "passed over")
+        for fault in OF_SDPA.all
+    ]
+    return _table(("what PyTorch does", "device", "seen in PyTorch", "such a call is"), rows)
+
+
 def _declares(record: ImplRecord, feature: Feature) -> str:
     parts = record.capabilities.alternatives
     having = [part for part in parts if feature in part.features]
@@ -126,4 +136,6 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-_PARTS = {part.__name__: part for part in (commands, variables, features, implementations, devices, feature_matrix)}
+_PARTS = {
+    part.__name__: part for part in (commands, variables, features, implementations, devices, feature_matrix, faults)
+}

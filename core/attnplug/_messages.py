@@ -23,7 +23,7 @@ def warn(message: Warning) -> None:
     warnings.warn_explicit(message, type(message), frame.f_code.co_filename, frame.f_lineno, module, registry)
 
 
-def plain(text: object) -> str:
+def printable(text: object) -> str:
     """Return somebody else's text in one line of at most about `LONGEST` characters that a terminal can only show.
 
     What does not print, such as the escapes that move a terminal's cursor, is written as Python writes it.

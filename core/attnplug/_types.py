@@ -101,6 +101,7 @@ class Capabilities:
         features: the `Feature`s, or their names, beyond the plain formula.
         quantized: whether the kernel rounds its inputs to fewer bits. It is then right within 5 % of the result's
             norm, and runs only where it is named; lists say so. It holds for all that an implementation does.
+        dense: whether dense calls are taken at all; False for a kernel of `varlen_attn` alone.
 
     Raises:
         SpecError: a field has a wrong type or an unknown value, or `|` joins a quantized part and another.
@@ -113,6 +114,7 @@ class Capabilities:
     head_sizes: range | frozenset[int] | None = None
     features: frozenset[Feature] = frozenset()
     quantized: bool = False
+    dense: bool = True
     alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
 
     if TYPE_CHECKING:  # more is accepted than is kept
@@ -127,6 +129,7 @@ class Capabilities:
             head_sizes: Collection[int] | None = None,
             features: Collection[Feature | str] | type[Feature] = (),
             quantized: bool = False,
+            dense: bool = True,
             alternatives: tuple[Capabilities, ...] = (),
         ) -> None: ...
 
@@ -153,6 +156,10 @@ class Capabilities:
         put(self, "features", frozenset(_feature(item) for item in _items("features", self.features)))
         if not isinstance(self.quantized, bool):
             raise SpecError(f"Capabilities.quantized: expected a bool, got {self.quantized!r}")
+        if not isinstance(self.dense, bool):
+            raise SpecError(f"Capabilities.dense: expected a bool, got {self.dense!r}")
+        if not self.dense and Feature.VARLEN not in self.features:
+            raise SpecError("Capabilities.dense: without dense calls features must hold Feature.VARLEN")
         if not self.alternatives:
             put(self, "alternatives", (self,))
 
@@ -172,6 +179,7 @@ class Capabilities:
             architectures=_either(self.architectures, other.architectures),
             head_sizes=_either(self.head_sizes, other.head_sizes),
             features=frozenset(self.features) | frozenset(other.features),
+            dense=self.dense or other.dense,
             alternatives=self.alternatives + other.alternatives,
         )
 

@@ -1,13 +1,10 @@
-"""`attnplug bench` as users call it, and `make gpu`'s call of it."""
+"""`attnplug bench` as users call it."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -220,28 +217,6 @@ def test_other_commands_import_nothing_of_benchmarks():
     modules = done.stderr.split()
     assert "attnplug.cli.command_bench" in modules
     assert not {name for name in modules if name.startswith("attnplug.bench")} and "torch" not in modules
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_what_make_gpu_calls_runs_on_a_cpu_when_shrunk(tmp_path, capsys):
-    environment = os.environ | {"OUT": str(tmp_path)}
-    planned = subprocess.run(
-        ["make", "-n", "gpu"], check=True, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    (call,) = re.findall(r"-m attnplug (bench .*?)\|\|", planned.stdout.replace("\\\n", " "), re.DOTALL)
-    arguments = shlex.split(call)
-    arguments[arguments.index("--device") + 1] = "cpu"
-    arguments[arguments.index("--seconds") + 1] = "0.001"
-    assert main([*arguments, "--tiny"]) == 0
-    (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["kernels.csv", "kernels.json", "kernels.png"]
-    report = bench.Report.read(folder / "kernels.json")
-    impls = arguments[arguments.index("--impl") + 1].split(",")
-    assert len(report) == len(impls) * len(bench.case_set("kernels"))
-    assert not report.wrong and {"torch", "aten_flash"} <= set(report.impls)
-    with (folder / "kernels.csv").open() as lines:
-        assert len(list(csv.DictReader(lines))) == len(report)
-    capsys.readouterr()
 
 
 def test_right_is_right_in_half_precision_too(register):

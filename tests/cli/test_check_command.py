@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 
@@ -51,6 +53,8 @@ def test_one_that_is_not_available_is_status_1_with_the_reason(cli, register):
         (("torch", "--device", "nowhere"), "'nowhere'"),
         (("torch", "--quick", "--full"), "not allowed with"),
         (("torch", "--dtype", "int8"), "invalid choice"),
+        (("torch", "--device", "cpu", "--workers", "-2"), "workers: expected a number from 0 on"),
+        (("torch", "--device", "cpu", "--timeout", "0"), "timeout: expected seconds above 0"),
         (("torch", "--device", "meta:x"), "device"),
         (("torch", "--device", "meta"), "'meta' cannot be used here"),
         (("torch", "--device", "cpu", "--only", "check_vales"), "did you mean 'check_values'"),
@@ -60,3 +64,24 @@ def test_what_cannot_be_asked_is_status_2(cli, arguments, said):
     done = cli("check", *arguments)
     assert (done.status, done.out) == (2, "")
     assert said in done.err
+
+
+def test_several_implementations_are_checked_in_workers_and_results_written_as_they_come(cli, tmp_path):
+    written = tmp_path / "results" / "found.jsonl"
+    checks = ("--only", "check_scale", "--only", "check_values")
+    asked = ("--device", "cpu", "--dtype", "float32", *checks, "--workers", "1", "--output", str(written))
+    done = cli("check", "torch", "math_ref", *asked, "--json")
+    assert done.status == 0
+    assert [report["name"] for report in done.data] == ["torch", "math_ref"]
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert sorted((line["impl"], line["check"], line["status"]) for line in lines) == [
+        (name, check, "passed") for name in ("math_ref", "torch") for check in ("check_scale", "check_values")
+    ]
+
+
+def test_one_of_several_that_is_not_available_is_said_and_the_others_are_checked(cli, register):
+    register(name="lacking", requires=("a_module_that_is_nowhere",))
+    done = cli("check", "lacking", "torch", "--device", "cpu", "--only", "check_scale")
+    assert done.status == 1
+    assert "lacking cannot be checked: it is unavailable" in done.err
+    assert "torch on cpu, quick: " in done.out

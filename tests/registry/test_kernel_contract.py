@@ -62,7 +62,7 @@ def broken(kernel: Any) -> str:
         ("shapes_dependent = True", "shapes_dependent", "shape_dependent"),
         ("anyform = False", "anyform", "any_form"),
         ("def unavailible(): ...", "unavailible", "unavailable"),
-        ("def fakes(params): ...", "fakes", "fake"),
+        ("def Fake(params): ...", "Fake", "fake"),
         ("def familly(params): ...", "familly", "family"),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_misspelt_forward_is_an_error_that_says_what_was_meant(load: Callable[
         "def supports(params): ...\ndef support(size): ...\ndef supported(size): ...",
         "def supported(size): ...",
         "def compose(one, other): ...\ndef composites(masks): ...",
-        "def available(): ...\ndef make(shape): ...\ndef take(rows): ...\ndef register(): ...",
+        "def available(): ...\ndef make(shape): ...\ndef plan(shape): ...\ndef take(rows): ...\ndef register(): ...",
         "support, families, shapes = 3, ('a',), {}",
         "def _support(params): ...\n_composit = True",
         "from helpers_of_kernels import support, backwards",

@@ -1,7 +1,7 @@
-"""The conformance kit in full, for every implementation that runs on a CUDA card, a case for each check.
+"""The conformance kit in full, for every implementation that runs on a CUDA device, a case for each check.
 
 Those of attnplug-efficient-cuda are in `tests/plugins/efficient_cuda/test_gpu.py`: what they decline of what they
-declare depends on PyTorch, cuDNN and the card.
+declare depends on PyTorch, cuDNN and the device. `make gpu` makes a quick run of all of them in workers instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 
 def cases() -> list[Any]:
-    """Return the checks of each implementation that this machine's card can run."""
+    """Return the checks of each implementation that this machine's GPU can run."""
     if not torch.cuda.is_available():
         return [pytest.param(None, id="needs a CUDA device")]
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,13 @@ import attnplug
 import mutants
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 from attnplug.testing import Call, CheckFailure, all_checks, check_impl, parametrize_with_checks
-from attnplug.testing._runner import find, run_check
+from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import Subject
 from mutants.kernel import CAPABILITIES, Kernel
 from mutants.logits import SoftcapIgnored
-from mutants.masks import AlwaysUpperLeft
+from mutants.masks import AlwaysUpperLeft, MaskOfTheFirstHead
 from mutants.running import DeclinesSoftcap, SharedWorkspace
-from mutants.softmax import LseInBaseTwo, MissingScale
+from mutants.softmax import LseInBaseTwo, LseOfBlindRowsIsZero, MissingScale
 
 
 @pytest.fixture
@@ -267,3 +268,141 @@ def test_threads_that_fail_are_reported(register):
     result = result_of(register(SharedWorkspace()), "check_two_threads_at_once")
     assert result.status == "failed"
     assert "with two threads at once" in result.reason
+
+
+def test_checks_stand_in_the_order_from_simple_to_involved():
+    names = [check.name for check in all_checks()]
+    assert names[0] == "check_kernel_loads"
+    order = ("check_values", "check_causal", "check_gradients", "check_dropout_gradients", "check_feature_pairs")
+    assert sorted(order, key=names.index) == list(order)
+
+
+def test_every_module_of_checks_has_its_place():
+    from attnplug.testing import checks
+
+    found = {item.name for item in pkgutil.iter_modules(checks.__path__)}
+    assert found == set(checks.SIMPLEST_FIRST)
+
+
+def test_a_kernel_that_cannot_be_imported_is_one_failure(register):
+    report = check_impl(register("no_such_package.kernel"), device="cpu")
+    (failure,) = report.results
+    assert (failure.check, failure.status) == ("check_kernel_loads", "failed")
+    assert "no_such_package" in failure.reason
+
+
+def test_supports_is_not_asked_about_empty_calls(register):
+    class Asked(Kernel):
+        def supports(self, params):
+            tensors = (params.query, params.key, params.value, params.attn_mask)
+            assert all(0 not in tensor.shape for tensor in tensors if tensor is not None), "an empty call"
+
+    name = register(Asked())
+    report = check_impl(name, device="cpu", dtype="float32", checks=PLAIN)
+    assert report.passed, str(report)
+
+
+PLAIN = ("check_values", "check_scale", "check_head_sizes", "check_varlen_empty_sequences", "check_seqused_k")
+PACKED = {
+    Feature.VARLEN,
+    Feature.CAUSAL,
+    Feature.LOWER_RIGHT,
+    Feature.WINDOW,
+    Feature.SOFTCAP,
+    Feature.SINKS,
+    Feature.ALIBI,
+    Feature.DROPOUT,
+    Feature.GQA,
+    Feature.LSE,
+    Feature.SEQUSED_K,
+    Feature.PAGED,
+}
+
+
+class Packed(Kernel):
+    """Takes packed sequences alone, and would fail on anything else."""
+
+    def forward(self, params):
+        assert params.is_varlen
+        return super().forward(params)
+
+
+def test_a_kernel_for_variable_length_alone_passes(register):
+    name = register(Packed(), Capabilities(features=PACKED, dense=False))
+    report = check_impl(name, device="cpu", dtype="float32")
+    assert report.passed, str(report)
+    passed = {result.check for result in report.results if result.status == "passed"}
+    dense_too = {"check_values", "check_gradients", "check_softcap", "check_growing_logits", "check_feature_pairs"}
+    assert dense_too | {"check_varlen", "check_varlen_gradients", "check_paged"} <= passed
+    assert {result.status for result in report["check_boolean_mask"]} == {"not applicable"}
+
+
+def test_a_wrong_kernel_for_variable_length_alone_is_caught_by_checks_of_dense_calls(register):
+    class Wrong(Packed):
+        def scale(self, params):
+            return 1.0
+
+    report = check_impl(
+        register(Wrong(), Capabilities(features=PACKED, dense=False)), device="cpu", dtype="float32", checks=PLAIN
+    )
+    assert "check_values" in {failure.check for failure in report.failures}
+    assert "lengths_q" in report.failures[0].reason
+
+
+def test_dense_calls_are_declined_for_a_kernel_of_variable_length_alone(register):
+    name = register(Packed(), Capabilities(features=PACKED, dense=False))
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(attnplug.NoImplementationError, match=r"takes variable-length calls alone \(varlen_attn\)"):
+        attnplug.scaled_dot_product_attention(query, query, query, impl=name)
+
+
+def test_capabilities_for_nothing_are_refused():
+    with pytest.raises(attnplug.SpecError, match="features must hold Feature.VARLEN"):
+        Capabilities(dense=False)
+    assert (Capabilities(features=PACKED, dense=False) | Capabilities(devices=("cuda",))).dense
+
+
+class UnscaledKeyGradient(Kernel):
+    def attend_backward(self, params, *given):
+        found = super().attend_backward(params, *given)
+        return {**found, "key": found["key"] / params.scale}
+
+
+class FirstSequenceOfMasks(Kernel):
+    def mask_of(self, params, b, keys):
+        return super().mask_of(params, 0, keys)
+
+
+class LseOfVisibleRowsIsShifted(Kernel):
+    def lse(self, params, top, total):
+        return super().lse(params, top, total) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("kernel", "check", "hint"),
+    [
+        (UnscaledKeyGradient, "check_gradients", "the scale is missing: multiply this gradient by params.scale"),
+        (MaskOfTheFirstHead, "check_boolean_mask", "the mask of the first head for all"),
+        (FirstSequenceOfMasks, "check_boolean_mask", "the mask of the first sequence for all"),
+        (LseOfBlindRowsIsZero, "check_rows_hidden_by_a_boolean_mask", "must have lse = -inf"),
+    ],
+)
+def test_a_known_mistake_of_gradients_masks_and_blind_rows_gets_a_hint(register, kernel, check, hint):
+    assert hint in result_of(register(kernel()), check).reason
+
+
+def test_an_lse_that_is_wrong_where_keys_are_seen_gets_no_hint_about_rows_that_see_none(register):
+    for check in ("check_lse", "check_rows_hidden_by_a_boolean_mask"):
+        reason = result_of(register(LseOfVisibleRowsIsShifted(), name=check), check).reason
+        assert "lse: largest error" in reason
+        assert "rows that see no key" not in reason
+
+
+def test_a_feature_that_this_machine_lacks_is_declined_with_the_reason_and_no_failure(register):
+    class Lacks(DeclinesSoftcap):
+        def lacks(self):
+            return {Feature.SOFTCAP: "softcap needs a later library"}
+
+    assert result_of(register(DeclinesSoftcap()), "check_softcap").status == "failed"
+    result = result_of(register(Lacks(), name="other"), "check_softcap")
+    assert (result.status, result.reason) == ("declined", "softcap needs a later library")

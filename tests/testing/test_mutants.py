@@ -11,7 +11,8 @@ import pytest
 import attnplug
 from attnplug import ImplSpec, SDPBackend
 from attnplug.testing import Check, CheckFailure, Result, all_checks, check_impl
-from attnplug.testing._runner import find, plan, run_check
+from attnplug.testing._runner import plan
+from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import Subject
 from mutants import Mutant, all_mutants
 from mutants.kernel import CAPABILITIES, Kernel

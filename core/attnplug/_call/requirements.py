@@ -68,6 +68,8 @@ def _lacking_one(part: Capabilities, call: CallFacts, dtype: str, asked: frozens
         reasons.append(f"does not support {dtype} (only {', '.join(sorted(part.dtypes))})")
     if part.head_sizes is not None and Feature.NESTED not in asked:
         reasons += _head_size(call.head_size, part.head_sizes)
+    if not part.dense and Feature.VARLEN not in asked:
+        reasons.append("takes variable-length calls alone (varlen_attn)")
     missing = asked - frozenset(part.features)
     reasons += [f"does not support {feature.value}" for feature in Feature if feature in missing]
     if call.device.type == "cuda":

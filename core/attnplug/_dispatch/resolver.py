@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from attnplug._call.facts import CallFacts
-from attnplug._call.requirements import lacking, needs_grad
+from attnplug._call.requirements import features, lacking, needs_grad
 from attnplug._errors import FallbackWarning, NoImplementationError
 from attnplug._messages import warn
 from attnplug._registry.catalogue import KNOWN
@@ -91,7 +91,7 @@ def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ..
         reasons += (
             f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({entry.name!r})",
         )
-    return reasons + kernel.refusals(params)
+    return reasons + kernel.missing(features(call)) + kernel.refusals(params)
 
 
 def explain_all(

@@ -17,7 +17,7 @@ from typing import Any
 import pluggy
 
 from attnplug._errors import ConfigError, PluginError, PluginWarning, SpecError, did_you_mean
-from attnplug._messages import plain, warn
+from attnplug._messages import printable, warn
 from attnplug._registry import hooks
 from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.config import get_config
@@ -175,10 +175,10 @@ def _plugin(entry_point: Any) -> Plugin:
     first, every = _fields(entry_point.dist)
     asked = (re.match(r"attnplug\s*\(?([<>=!~][^;)]*)", value) for name, value in every if name == "Requires-Dist")
     return Plugin(
-        name=plain(entry_point.name),
-        distribution=plain(first.get("Name", "unknown")),
-        version=plain(first.get("Version", "")),
-        needs=plain(next((match[1] for match in asked if match), "")),
+        name=printable(entry_point.name),
+        distribution=printable(first.get("Name", "unknown")),
+        version=printable(first.get("Version", "")),
+        needs=printable(next((match[1] for match in asked if match), "")),
         entry_point=entry_point,
     )
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
 
 from attnplug._errors import SpecError, did_you_mean
-from attnplug._messages import plain
-from attnplug._types import ImplSpec, SDPAParams
+from attnplug._messages import printable
+from attnplug._types import Feature, ImplSpec, SDPAParams
 
 Reasons = str | Sequence[str] | None
 
@@ -41,6 +41,8 @@ class Kernel:
         unavailable: `unavailable() -> reason or None`: what keeps every call from running here, and shows only
             once the kernel is imported: an operator of PyTorch's that has changed, a compiler that is missing.
             Asked when it is activated, and with each decision.
+        lacks: `lacks() -> {Feature: reason}`: the declared features that this machine's libraries do not have. A call
+            that asks for one is declined with the reason, and so are the checks of the conformance kit about it.
         composite: forward is made of differentiable PyTorch operators, so `torch.compile` traces through
             it and, where there is no `backward`, autograd differentiates it.
         shape_dependent: `supports` looks at lengths, batch or strides; its answer is then kept for each
@@ -64,6 +66,7 @@ class Kernel:
     backward: Callable[..., Any] | None = None
     supports: Callable[[SDPAParams], Reasons] | None = None
     unavailable: Callable[[], Reasons] | None = None
+    lacks: Callable[[], Mapping[Feature, str]] | None = None
     composite: bool = False
     shape_dependent: bool = False
     any_form: bool = False
@@ -81,6 +84,16 @@ class Kernel:
         """Return the reasons of `unavailable`; none means that some call may run here."""
         return _reasons("unavailable", self.unavailable)
 
+    def missing(self, asked: Collection[Feature]) -> tuple[str, ...]:
+        """Return the reasons of `lacks` about the features that are asked for."""
+        if self.lacks is None:
+            return ()
+        try:
+            lacking = {Feature(feature): str(reason) for feature, reason in self.lacks().items()}
+        except Exception as error:  # as with `supports`
+            return (f"lacks() raised {type(error).__name__}: {error}",)
+        return tuple(reason for feature, reason in lacking.items() if feature in asked)
+
     def refusals(self, params: SDPAParams) -> tuple[str, ...]:
         """Return the reasons of `unavailable` and `supports` for declining `params`; none means accepted."""
         return self.faults() or _reasons("supports", self.supports, params)
@@ -93,12 +106,12 @@ def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDP
     try:
         answer = function(*arguments)
     except Exception as error:  # a call that does not need this kernel must not see its mistakes
-        return (plain(f"{role}() raised {type(error).__name__}: {error}"),)
+        return (printable(f"{role}() raised {type(error).__name__}: {error}"),)
     if answer is None or isinstance(answer, str):
-        return (plain(answer),) if answer else ()
+        return (printable(answer),) if answer else ()
     if isinstance(answer, (list, tuple)):
-        return tuple(plain(reason) for reason in answer)
-    return (plain(f"{role}() returned {answer!r}, which is neither reasons nor None"),)
+        return tuple(printable(reason) for reason in answer)
+    return (printable(f"{role}() returned {answer!r}, which is neither reasons nor None"),)
 
 
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
@@ -106,6 +119,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "backward": ("params", "grad_out", "grad_lse", "out", "lse"),
     "supports": ("params",),
     "unavailable": (),
+    "lacks": (),
     "plain": ("query", "key", "value", "dropout", "is_causal", "scale", "enable_gqa"),
     "fake": ("params",),
     "family": ("params",),
@@ -176,6 +190,8 @@ def _own_attributes(target: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_near(name: str, meant: str) -> bool:
     one, other = (text.lower().replace("_", "") for text in (name, meant))
+    if len(other) <= len("plain"):  # `plan` is a word of its own
+        return one == other
     return (
         one[:1] == other[:1]
         and abs(len(one) - len(other)) <= 1

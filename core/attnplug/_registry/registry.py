@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
-from attnplug._messages import plain, warn
+from attnplug._messages import printable, warn
 from attnplug._registry.catalogue import KNOWN, OWN
 from attnplug._registry.config import get_config
 from attnplug._registry.kernel import Kernel, load_kernel
@@ -279,14 +279,14 @@ def _duplicate(owner: Entry | None, claimants: list[Entry]) -> DuplicateImplemen
 def describe(error: BaseException) -> str:
     """Return an exception in one line, with the innermost place in which it was raised."""
     try:
-        message = plain(error)
+        message = printable(error)
     except Exception:  # an exception of a plugin may be anything, and must not break its own report
         message = "its message cannot be shown"
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:
         return text
-    return f"{text} (in {plain(frames[-1].filename)}, line {frames[-1].lineno})"
+    return f"{text} (in {printable(frames[-1].filename)}, line {frames[-1].lineno})"
 
 
 def report_broken(what: str, error: BaseException, reason: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Whether a result is right, by the rule that `attnplug.testing` holds every implementation to.
+"""Whether a result is right, by the rule that every implementation is held to.
 
 The reference in float64 needs a score for each pair of query and key. Where these are too many, the call runs in
 full size all the same, and is held against the reference in samples: the first and the last group of heads, and
@@ -8,16 +8,15 @@ values depend on the sampled rows alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from attnplug import CausalVariant
+from attnplug import CausalVariant, list_impls
+from attnplug._accuracy import Expected, Outcome
 from attnplug.bench._cases import Case
 from attnplug.bench._inputs import LEAVES, Problem
-from attnplug.testing import Call, CheckFailure, Inputs, Outcome
-from attnplug.testing._compare import assert_right, is_quantized, lows, ref
 
 SCORES = {"cpu": 2**21, "cuda": 2**24}
 """How many scores the reference may hold at once, for each device type."""
@@ -25,16 +24,13 @@ SCORES = {"cpu": 2**21, "cuda": 2**24}
 
 @dataclass(frozen=True)
 class Sample:
-    """A part of the case, and what it should give: in float64, and by the plain formula in the case's dtype."""
+    """A part of the case, and what it should give."""
 
     batch: slice
     heads: slice
     kv_heads: slice
     rows: slice
-    call: Call
-    inputs: Inputs
-    ref: Outcome
-    lows: tuple[Outcome, ...]
+    expected: Expected
 
     def outcome(self, out: Tensor, gradients: tuple[Tensor, ...]) -> Outcome:
         """Return what a full result says of this part."""
@@ -61,13 +57,11 @@ class Reference:
         """Run an implementation; return what is wrong with its result, an empty string if it is right."""
         out = self._problem.forward(impl)
         gradients = self._problem.backward(out, self._grad_out) if self._problem.case.backward else ()
-        quantized = is_quantized(impl)
+        quantized = any(record.capabilities.quantized for record in list_impls() if record.name == impl)
         for sample in self.samples:
-            outcome = sample.outcome(out, gradients)
-            try:
-                assert_right(sample.call, sample.inputs, outcome, sample.ref, sample.lows, quantized)
-            except CheckFailure as failure:
-                return str(failure.args[0]).replace("\n", "; ")
+            expected = replace(sample.expected, quantized=True) if quantized else sample.expected
+            for mistake in expected.mistakes(sample.outcome(out, gradients)):
+                return str(mistake)
         return ""
 
 
@@ -108,21 +102,5 @@ def _sample(problem: Problem, batch: slice, heads: slice, kv_heads: slice, rows:
     if case.mask:
         arguments["attn_mask"] = given["attn_mask"][batch, :, rows]
     grad_out = problem.grad_out[batch, heads, rows]
-    inputs = Inputs(arguments, grad_out, grad_out.new_zeros(()))
-    call = Call(
-        batch=grad_out.shape[0],
-        heads=grad_out.shape[1],
-        kv_heads=arguments["key"].shape[1],
-        queries=grad_out.shape[2],
-        keys=case.keys,
-        head_size=case.head_size,
-        value_head_size=case.value_head_size,
-        dtype=case.dtype,
-        device=case.device,
-        mask=case.mask,
-        is_causal=case.causal,
-        causal_variant=variant,
-        window_size=case.window,
-        gradients=LEAVES if case.backward else (),
-    )
-    return Sample(batch, heads, kv_heads, rows, call, inputs, ref(call, inputs), lows(call, inputs))
+    expected = Expected(arguments, LEAVES if case.backward else (), grad_out)
+    return Sample(batch, heads, kv_heads, rows, expected)

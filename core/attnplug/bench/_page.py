@@ -9,7 +9,7 @@ from importlib.resources import files
 from attnplug.bench._plots import picture
 from attnplug.bench._records import RAN
 from attnplug.bench._report import Report
-from attnplug.bench._text import HEADERS, conclusions, reasons, row
+from attnplug.bench._text import HEADERS, reasons, row
 
 
 def page(report: Report) -> str:
@@ -23,7 +23,7 @@ def page(report: Report) -> str:
         headers=HEADERS,
         lines=[(record, row(record)) for record in report.records if record.status == RAN],
         reasons=reasons(report.records),
-        conclusions=conclusions(report),
+        conclusions=report.conclusions(),
         plots=base64.b64encode(picture(report, "svg")).decode("ascii"),
         data=_embedded(report),
     )

@@ -75,7 +75,8 @@ def picture(report: Report, form: str) -> bytes:
     sweeps, singles = groups(report.cases)
     heights = [_HEIGHT] * len(sweeps) + ([_rows_height(report, singles)] if singles else [])
     figure = Figure(figsize=(_WIDTH, max(sum(heights), 1.0) + 1.2), layout="constrained")
-    figure.suptitle(f"attnplug bench, {report.created[:10]}\n{machine(report)}", fontsize=9)
+    where = machine(report.environment, report.ceilings)
+    figure.suptitle(f"attnplug bench, {report.created[:10]}\n{where}", fontsize=9)
     looks = {impl: (_COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]) for at, impl in enumerate(report.impls)}
     grid: Any = figure.subplots(len(heights) or 1, len(PANELS), squeeze=False, height_ratios=heights or None)
     for axes, (title, cases) in zip(grid, sweeps.items(), strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._errors import BenchError
 from attnplug.bench._records import Record
+from attnplug.bench._text import HEADERS, machine, reasons, rows
 
 FORMAT = 1
 
@@ -115,7 +117,23 @@ class Report:
             raise BenchError(f"{path}: cannot be read: {error}") from error
         return cls.from_dict(given, str(path))
 
-    def __str__(self) -> str:
-        from attnplug.bench._text import HEADERS, rows, summary
+    def summary(self) -> str:
+        """Return who did not run and why, who was fastest, what is wrong, and the machine."""
+        lines = [f"{impl} {where}: {reason}" for impl, where, reason in reasons(self.records)]
+        lines += ["", *self.conclusions()]
+        return "\n".join(lines).strip()
 
-        return f"{table(HEADERS, rows(self.records))}\n\n{summary(self)}"
+    def conclusions(self) -> list[str]:
+        """Return the answer in sentences."""
+        counts = Counter(record.impl for record in self.records if record.fastest)
+        best = ", ".join(f"{impl} {count}" for impl, count in counts.most_common())
+        lines = [f"Fastest, or level with the fastest, of {len(self.cases)} cases: {best or 'none'}."]
+        if self.wrong:
+            wrong = Counter(record.impl for record in self.wrong)
+            lines.append("WRONG results: " + ", ".join(f"{impl} in {count}" for impl, count in wrong.items()) + ".")
+        if self.missing:
+            lines.append(f"Interrupted: not measured are {', '.join(self.missing)}.")
+        return [*lines, machine(self.environment, self.ceilings)]
+
+    def __str__(self) -> str:
+        return f"{table(HEADERS, rows(self.records))}\n\n{self.summary()}"

@@ -1,4 +1,4 @@
-"""Records as text: what a table's cells say, and the sentences below it."""
+"""Records as text: what a table's cells say, and the sentences of what is below it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attnplug.bench._compare import Change, common
+from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._records import RAN, Record, Timing
-from attnplug.bench._report import Report
 
 HEADERS = (
     "case",
@@ -86,90 +85,16 @@ def reasons(records: Sequence[Record]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def summary(report: Report) -> str:
-    """Return who did not run and why, who was fastest, what is wrong, and the machine."""
-    lines = [f"{impl} {where}: {reason}" for impl, where, reason in reasons(report.records)]
-    lines += ["", *conclusions(report)]
-    return "\n".join(lines).strip()
-
-
-def conclusions(report: Report) -> list[str]:
-    """Return the answer in sentences."""
-    cases = len(report.cases)
-    counts = Counter(record.impl for record in report.records if record.fastest)
-    best = ", ".join(f"{impl} {count}" for impl, count in counts.most_common())
-    lines = [f"Fastest, or level with the fastest, of {cases} cases: {best or 'none'}."]
-    if report.wrong:
-        wrong = Counter(record.impl for record in report.wrong)
-        lines.append("WRONG results: " + ", ".join(f"{impl} in {count}" for impl, count in wrong.items()) + ".")
-    if report.missing:
-        lines.append(f"Interrupted: not measured are {', '.join(report.missing)}.")
-    return [*lines, machine(report)]
-
-
-def machine(report: Report) -> str:
+def machine(environment: Mapping[str, Any], ceilings: Sequence[Ceiling]) -> str:
     """Return the machine in one line."""
-    known = report.environment
-    parts = [card["name"] for card in known.get("cards", [])]
-    parts += [f"{known['cpu']}, {known['threads']} of {known['cores']} cores", f"torch {known['torch']}"]
-    for ceiling in report.ceilings:
+    parts = [card["name"] for card in environment.get("cards", [])]
+    parts += [
+        f"{environment['cpu']}, {environment['threads']} of {environment['cores']} cores",
+        f"torch {environment['torch']}",
+    ]
+    for ceiling in ceilings:
         parts.append(
             f"{ceiling.device} {ceiling.dtype} at most {ceiling.flops / 1e12:.3g} TFLOP/s"
             f" and {ceiling.bandwidth / 1e9:.3g} GB/s"
         )
     return "; ".join(parts) + "."
-
-
-CHANGE_HEADERS = ("case", "implementation", "what", "before", "after", "change", "verdict")
-
-
-def change_rows(changes: Sequence[Change]) -> list[tuple[str, ...]]:
-    """Return the cells of what changed."""
-    return [
-        (
-            change.case,
-            change.impl,
-            change.what.replace("_", " "),
-            _value(change.what, change.before),
-            _value(change.what, change.after),
-            "-" if change.ratio is None else f"{change.ratio - 1:+.1%}",
-            "REGRESSION" if change.regression else _verdict(change),
-        )
-        for change in changes
-    ]
-
-
-def comparison(before: Report, after: Report, changes: Sequence[Change]) -> str:
-    """Return what was compared, what differs between the machines, and the count of what changed."""
-    pairs = len(common(before, after))
-    was, now = _flat(before.environment), _flat(after.environment)
-    lines = [
-        f"{name} differs: {was.get(name, 'none')} before, {now.get(name, 'none')} now"
-        for name in dict.fromkeys([*was, *now])
-        if was.get(name) != now.get(name) and name != "load_average"
-    ]
-    regressions = sum(change.regression for change in changes)
-    only = {"before": len(before) - pairs, "now": len(after) - pairs}
-    lines += [f"{count} records are in the run {when} alone" for when, count in only.items() if count]
-    lines.append(f"{pairs} records compared: {len(changes)} changes beyond noise, {regressions} regressions.")
-    return "\n".join(lines)
-
-
-def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an environment with its packages as entries of their own."""
-    entries = {name: value for name, value in environment.items() if name != "implementations"}
-    return entries | environment.get("implementations", {})
-
-
-def _value(what: str, value: float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return size(value) if what == "memory" else seconds(value)
-
-
-def _verdict(change: Change) -> str:
-    if change.ratio is None:
-        return "better"
-    if change.what == "memory":
-        return "less" if change.ratio < 1 else "more"
-    return "faster" if change.ratio < 1 else "slower"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
+from attnplug.builtin.faults import OF_FLASH
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
 
@@ -41,7 +42,7 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
-    params, _ = params.with_positive_scale()  # autograd goes through the query's factor
+    params = OF_FLASH.mended(params)
     return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
 
 

@@ -7,29 +7,27 @@ from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as sdpa  # which patch_torch leaves alone
 
 from attnplug import SDPAParams, SDPBackend
-from attnplug.builtin.masks import as_wide
+from attnplug.builtin.faults import OF_SDPA
 
 _FAMILIES = {int(member): member for member in SDPBackend}
 composite = True
 any_form = True
 
 
-def supports(params: SDPAParams) -> str | None:
-    """Decline the combinations that PyTorch's function refuses."""
-    if params.is_causal and params.attn_mask is not None:
-        return "PyTorch's function refuses attn_mask together with is_causal"
+def supports(params: SDPAParams) -> tuple[str, ...]:
+    """Decline the combinations that PyTorch's function refuses, or gets wrong with no way round."""
     query = params.query
+    if params.is_causal and params.attn_mask is not None:
+        return ("PyTorch's function refuses attn_mask together with is_causal",)
     if params.is_causal and query.is_nested and query.layout is torch.strided and query.device.type == "cpu":
-        return "PyTorch has no kernel for strided nested tensors with is_causal on CPU"
-    return None
+        return ("PyTorch has no kernel for strided nested tensors with is_causal on CPU",)
+    return OF_SDPA.reasons(params)
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call PyTorch's function; it gives no lse."""
-    mask = as_wide(params.attn_mask, params.query.dtype)
-    if mask is not None and mask.dim() < 2:  # which broadcasts, but PyTorch's function trips over it
-        mask = torch.atleast_2d(mask)
-    arguments = params.query, params.key, params.value, mask, params.dropout, params.is_causal
+    params = OF_SDPA.mended(params)
+    arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
     return sdpa(*arguments, scale=params.scale, enable_gqa=params.enable_gqa), None
 
 
@@ -42,8 +40,10 @@ def plain(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, None]:
-    """Do what `forward` does."""
-    return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    """Do what `forward` does, at once where PyTorch has no known fault: see `attnplug.builtin.faults`."""
+    if query.is_cpu and (scale is None or scale > 0.0 or not is_causal):
+        return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
 
 
 def family(params: SDPAParams) -> SDPBackend | None:

@@ -146,11 +146,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 def _print(report: Report, outputs: list[Path]) -> None:
-    from attnplug.bench._text import summary
-
     if render.out().isatty() and importlib.util.find_spec("rich") is not None:
         _print_rich(report)
-        render.put(f"\n{summary(report)}")
+        render.put(f"\n{report.summary()}")
     else:
         render.put(report)
     for path in outputs:
@@ -196,7 +194,7 @@ def _list_sets(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from attnplug import bench
-    from attnplug.bench._text import CHANGE_HEADERS, change_rows, comparison
+    from attnplug.bench._changes import CHANGE_HEADERS, change_rows, comparison
 
     before, after = bench.Report.read(arguments.before), bench.Report.read(arguments.after)
     changes = bench.compare(before, after, arguments.threshold)

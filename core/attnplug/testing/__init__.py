@@ -10,12 +10,15 @@ What is checked follows from what the implementation declares, and when a result
 contract; no implementation has a tolerance of its own. attnplug itself never imports this package.
 """
 
-from attnplug.testing._call import Call, Inputs, Outcome
+from attnplug._accuracy import Outcome
+from attnplug.testing._call import Call
 from attnplug.testing._checks import Check, all_checks
-from attnplug.testing._compare import CheckFailure
+from attnplug.testing._compare import assert_right
+from attnplug.testing._failure import CheckFailure
+from attnplug.testing._inputs import Inputs
 from attnplug.testing._pytest import parametrize_with_checks
 from attnplug.testing._report import Report, Result
-from attnplug.testing._runner import check_impl
+from attnplug.testing._runner import check_impl, check_impls
 
 __all__ = [
     "Call",
@@ -26,6 +29,8 @@ __all__ = [
     "Report",
     "Result",
     "all_checks",
+    "assert_right",
     "check_impl",
+    "check_impls",
     "parametrize_with_checks",
 ]

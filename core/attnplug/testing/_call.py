@@ -1,46 +1,27 @@
-"""One call as plain data: whatever fails can be written as one line of Python and run again."""
+"""One call that can be run: whatever fails can be written as one line of Python and run again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import attnplug
+from attnplug._accuracy import Outcome
 from attnplug._types import CausalVariant
 from attnplug.testing import _inputs
+from attnplug.testing._compare import assert_outcome, revealed
+from attnplug.testing._failure import failure
+from attnplug.testing._fields import Fields
+from attnplug.testing._inputs import Inputs
 
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
 
 
-@dataclass
-class Inputs:
-    """The tensors of a call, as its arguments.
-
-    Attributes:
-        arguments: for `attnplug.scaled_dot_product_attention`, or `varlen_attn` if `cu_seq_q` is among them.
-        grad_out: the gradient of out that backward starts from.
-        grad_lse: the same of lse.
-    """
-
-    arguments: dict[str, Any]
-    grad_out: Tensor
-    grad_lse: Tensor
-
-
-@dataclass
-class Outcome:
-    """What a call returned, and the gradients of what was asked for."""
-
-    out: Tensor
-    lse: Tensor | None = None
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Call:
+class Call(Fields):
     """A call with random inputs, the same ones for the same fields.
 
     Attributes:
@@ -61,60 +42,13 @@ class Call:
         >>> Call(queries=4, keys=6, heads=2).check("torch")
     """
 
-    batch: int = 2
-    heads: int = 2
-    kv_heads: int | None = None
-    queries: int = 40
-    keys: int = 40
-    head_size: int = 32
-    value_head_size: int | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    mask: str = ""
-    mask_dims: str = "bhqk"
-    mask_dtype: str = ""
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    causal_variant: str = "UPPER_LEFT"
-    scale: float | None = None
-    window_size: tuple[int, int] = (-1, -1)
-    softcap: float = 0.0
-    sinks: bool = False
-    alibi: str = ""
-    used: tuple[int, ...] | None = None
-    lengths_q: tuple[int, ...] | None = None
-    lengths_k: tuple[int, ...] | None = None
-    page_size: int | None = None
-    lse: bool = False
-    gradients: tuple[str, ...] = ()
-    lse_gradient: bool = False
-    values: str = "normal"
-    layout: str = "contiguous"
-    mask_layout: str = "contiguous"
-    poison: bool = False
-    seed: int = 0
-
-    def __repr__(self) -> str:
-        given = [
-            (item.name, getattr(self, item.name)) for item in fields(self) if getattr(self, item.name) != item.default
-        ]
-        return f"Call({', '.join(f'{name}={value!r}' for name, value in given)})"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
-
-    @property
-    def is_varlen(self) -> bool:
-        return self.lengths_q is not None
-
     def but(self, **changes: Any) -> Call:
         """Return this call with some fields changed."""
         return replace(self, **changes)
 
     def make(self) -> Inputs:
         """Make the tensors."""
-        return Inputs(*_inputs.make(self))
+        return _inputs.make(self)
 
     def run(self, impl: str, inputs: Inputs | None = None) -> Outcome:
         """Run the call with the implementation `impl`, backward too if `gradients` are wanted."""
@@ -160,6 +94,30 @@ class Call:
         Raises:
             CheckFailure: something is further from the formula than the contract allows.
         """
-        from attnplug.testing._compare import compare
-
         compare(impl, self)
+
+
+def run(impl: str, call: Call, inputs: Inputs) -> Outcome:
+    """Run a call; whatever the implementation raises is a failure."""
+    try:
+        return call.run(impl, inputs)
+    except Exception as error:
+        raise failure(call, f"raised {type(error).__name__}: {error}") from error
+
+
+def compare(impl: str, call: Call, inputs: Inputs | None = None, outcome: Outcome | None = None) -> None:
+    """Run a call, unless its `outcome` is given, and hold all that it returns against the formulas.
+
+    Raises:
+        CheckFailure: something is further from the formula than the contract allows.
+    """
+    inputs = call.make() if inputs is None else inputs
+    if outcome is None:
+        torch.manual_seed(call.seed)  # of dropout
+        outcome = run(impl, call, inputs)
+    quantized = any(record.capabilities.quantized for record in _records(impl))
+    assert_outcome(call, inputs, outcome, revealed(call, outcome.out), quantized)
+
+
+def _records(impl: str) -> list[attnplug.ImplRecord]:
+    return [record for record in attnplug.list_impls() if record.name == impl]

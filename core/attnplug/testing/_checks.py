@@ -7,7 +7,6 @@ author with the next release.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +39,11 @@ class Check:
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    @property
+    def module(self) -> str:
+        """The module that it is in: what it is about."""
+        return self.function.__module__.rpartition(".")[2]
 
     def dtypes_of(self, declared: list[str], level: str) -> list[str]:
         """Return those of the `declared` dtypes, which are not none, that a run makes the check for.
@@ -78,9 +82,9 @@ def check(
 
 @cache
 def all_checks() -> tuple[Check, ...]:
-    """Return every check, in the order of the modules' names and of their lines."""
+    """Return every check, the simplest first."""
     from attnplug.testing import checks
 
-    for module in sorted(item.name for item in pkgutil.iter_modules(checks.__path__)):
+    for module in checks.SIMPLEST_FIRST:
         importlib.import_module(f"{checks.__name__}.{module}")
-    return tuple(_registered)
+    return tuple(sorted(_registered, key=lambda check: checks.SIMPLEST_FIRST.index(check.module)))

@@ -10,62 +10,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug.testing._call import Call, Inputs
-from attnplug.testing._compare import LSE, lows, part, ref, tolerance
+from attnplug._accuracy import Expected
+from attnplug.testing._fields import Fields
+from attnplug.testing._inputs import Inputs
 
 Arguments = dict[str, Any]
 
 
-def hint(call: Call, inputs: Inputs, name: str, actual: Tensor) -> str:
-    """Return what the author probably did, or an empty string."""
+def hint(call: Fields, inputs: Inputs, right: Expected, name: str, actual: Tensor) -> str:
+    """Return what the author probably did, or an empty string.
+
+    Args:
+        call: what was called.
+        inputs: with which tensors.
+        right: what should have come out.
+        name: `out`, `lse`, or the argument whose gradient is wrong.
+        actual: what did.
+    """
     if actual.isnan().any():
         return _nan(call)
-    if name == "lse":
-        found = _lse(call, inputs, actual)
-        if found:
-            return found
+    if name == "lse" and (found := _lse(right, actual)):
+        return found
+    if name in ("query", "key") and (found := _unscaled(right, name, actual)):
+        return found
     for text, arguments in _mistakes(call, inputs.arguments):
-        mistaken = replace(inputs, arguments=arguments)
+        mistaken = replace(right, arguments=arguments)
         try:
-            exact = part(ref(call, mistaken), name)
-            rounded = [part(low, name) for low in lows(call, mistaken)]
-        except (RuntimeError, IndexError, TypeError):  # the mistake makes no sense for these shapes
+            exact, allowed = mistaken.ref[name], mistaken.allowed(name)
+        except (RuntimeError, IndexError, TypeError, ValueError):  # the mistake makes no sense for these shapes
             continue
-        allowed = LSE[call.dtype] * 10 if name == "lse" else tolerance(name, exact, rounded)
-        if exact.shape == actual.shape and _near(actual.double(), exact, allowed):
+        if exact.shape == actual.shape and _near(actual.double(), exact, allowed * (10 if name == "lse" else 1)):
             return f"this is what comes out with {text}"
     return ""
 
 
-def _near(actual: Tensor, ref: Tensor, allowed: float) -> bool:
+def _near(actual: Tensor, ref: Tensor, allowed: float | Tensor) -> bool:
     return bool(((actual - ref).abs().nan_to_num(nan=0.0) <= allowed).all())
 
 
-def _nan(call: Call) -> str:
+def _nan(call: Fields) -> str:
     if call.poison or not {call.layout, call.mask_layout}.isdisjoint(_SURROUNDED):
         return "memory outside the tensors, or a key that does not exist, was read; 0 * NaN is NaN"
     return "not a number: a row that sees no key (-inf - -inf), an overflow, or memory that was never written"
 
 
-def _lse(call: Call, inputs: Inputs, actual: Tensor) -> str:
+def _lse(right: Expected, actual: Tensor) -> str:
     """Recognise the other things that kernels call lse."""
-    exact = ref(call, inputs).lse
-    assert exact is not None
-    finite = exact.isfinite()
-    values, exact = actual.double()[finite], exact[finite]
-    allowed = 1e-3 * max(1.0, exact.abs().max().item() if exact.numel() else 1.0)
-    if _near(values * math.log(2), exact, allowed):
-        return "lse is in base 2; multiply it by ln 2"
-    if _near(values, exact.exp(), allowed):
-        return "this is the denominator itself, not its logarithm"
-    if _near(values, -exact, allowed):
-        return "the sign of lse is wrong"
-    if _near(values, exact, allowed):
+    finite = right.ref["lse"].isfinite()
+    values, exact = actual.double()[finite], right.ref["lse"][finite]
+    close = 1e-3 * max(1.0, exact.abs().max().item() if exact.numel() else 1.0)
+    if _near(values, exact, right.allowed("lse") * exact.abs().clamp(min=1)):
         return "rows that see no key must have lse = -inf"
+    if _near(values * math.log(2), exact, close):
+        return "lse is in base 2; multiply it by ln 2"
+    if _near(values, exact.exp(), close):
+        return "this is the denominator itself, not its logarithm"
+    if _near(values, -exact, close):
+        return "the sign of lse is wrong"
     return ""
 
 
-def _mistakes(call: Call, arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
+def _unscaled(right: Expected, name: str, actual: Tensor) -> str:
+    """Recognise a gradient that lacks the scale, or has it twice: it is off by exactly that factor."""
+    scale, exact = right.arguments["scale"], right.ref[name]
+    scale = right.arguments["query"].shape[-1] ** -0.5 if scale is None else scale
+    allowed = right.allowed(name)
+    if scale and _near(actual.double() * scale, exact, allowed * max(1.0, abs(scale))):
+        return f"the scale is missing: multiply this gradient by params.scale, {scale:.6g} here"
+    if scale and _near(actual.double() / scale, exact, allowed * max(1.0, 1 / abs(scale))):
+        return f"this gradient is scaled twice; params.scale is {scale:.6g} here"
+    return ""
+
+
+def _mistakes(call: Fields, arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
     """Yield calls whose right answer is what a known mistake gives."""
     if arguments["scale"] is not None:
         yield "the default scale: the argument scale is ignored", {**arguments, "scale": None}
@@ -81,6 +98,7 @@ def _mistakes(call: Call, arguments: Arguments) -> Iterator[tuple[str, Arguments
     yield from _other_windows(arguments)
     if arguments["enable_gqa"]:
         yield "query head h reading key/value head h % Hkv, not h // (Hq / Hkv)", _modulo_heads(call, arguments)
+    yield from _other_masks(arguments)
     if "attn_mask" in arguments and arguments["attn_mask"].dtype == torch.bool:
         yield (
             "the boolean mask's meaning inverted: True takes part",
@@ -112,11 +130,26 @@ def _other_windows(arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
             yield f"a window {abs(side)} {_word(side)} on the right", {**arguments, "window_size": (left, right + side)}
 
 
+def _other_masks(arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
+    """Yield the call with the mask of the first sequence, head or query for all."""
+    mask = arguments.get("attn_mask")
+    for dim, what in ((-4, "sequence"), (-3, "head"), (-2, "query")):
+        if mask is not None and mask.dim() >= -dim and mask.shape[dim] > 1:
+            first = mask.narrow(dim, 0, 1).expand_as(mask)
+            yield (
+                f"the mask of the first {what} for all: see the strides of params.attn_mask",
+                {
+                    **arguments,
+                    "attn_mask": first,
+                },
+            )
+
+
 def _word(side: int) -> str:
     return "too wide" if side > 0 else "too narrow"
 
 
-def _modulo_heads(call: Call, arguments: Arguments) -> Arguments:
+def _modulo_heads(call: Fields, arguments: Arguments) -> Arguments:
     """Repeat the key/value heads one after the other rather than each for its group."""
     axis = 1 if not call.is_varlen else -2
     repeats = call.heads // (call.kv_heads or call.heads)

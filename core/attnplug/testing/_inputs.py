@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnplug._types import CausalVariant
-
-if TYPE_CHECKING:
-    from attnplug.testing._call import Call
+from attnplug.testing._fields import Fields
 
 NAN = float("nan")
 GUARD = 4096
 """Elements of NaN on either side of a guarded tensor; a multiple of any alignment that a kernel may want."""
 
 
-def make(call: Call) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Return the arguments of the call, and the gradients of out and lse that backward starts from."""
+@dataclass
+class Inputs:
+    """The tensors of a call, as its arguments.
+
+    Attributes:
+        arguments: for `attnplug.scaled_dot_product_attention`, or `varlen_attn` if `cu_seq_q` is among them.
+        grad_out: the gradient of out that backward starts from.
+        grad_lse: the same of lse.
+    """
+
+    arguments: dict[str, Any]
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def make(call: Fields) -> Inputs:
+    """Make the tensors of a call."""
     generator = torch.Generator().manual_seed(call.seed)
     shapes = _shapes(call)
     tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
@@ -51,10 +65,10 @@ def make(call: Call) -> tuple[dict[str, Any], Tensor, Tensor]:
         shape = (sequences.batch, call.heads) if call.alibi == "bh" else (call.heads,)
         arguments["alibi_slopes"] = (torch.rand(shape, generator=generator) * 0.5).to(call.device)
     grad_out, grad_lse = _cast(call, tensors["grad_out"]), tensors["grad_lse"].to(call.device)
-    return arguments, grad_out, grad_lse
+    return Inputs(arguments, grad_out, grad_lse)
 
 
-def _shapes(call: Call) -> dict[str, tuple[int, ...]]:
+def _shapes(call: Fields) -> dict[str, tuple[int, ...]]:
     size, value_size = call.head_size, call.value_head_size or call.head_size
     kv_heads = call.kv_heads or call.heads
     if call.lengths_q is not None:
@@ -72,14 +86,14 @@ def _shapes(call: Call) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _cast(call: Call, tensor: Tensor) -> Tensor:
+def _cast(call: Fields, tensor: Tensor) -> Tensor:
     return tensor.to(call.torch_dtype).to(call.device)
 
 
 # Numbers: each function gets standard normal query, key and value and returns what the call shall have.
 
 
-def _large(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _large(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query `i` selects a key by a product of 40,000, just below float16's largest number.
 
     Nothing overflows in the formula, but every bare exponential does; and since all else is 0, no rounding
@@ -89,7 +103,7 @@ def _large(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
     return query * 6.25, key * 6.25, value * 100
 
 
-def _along(call: Call, query: Tensor, key: Tensor, steps: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _along(call: Fields, query: Tensor, key: Tensor, steps: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Add `steps`, one for each key, to the logits, nearly; the query's part of the product is `share`."""
     scale = call.scale or call.head_size**-0.5
     direction = torch.zeros(call.head_size, dtype=torch.float64)
@@ -99,33 +113,38 @@ def _along(call: Call, query: Tensor, key: Tensor, steps: Tensor, share: float) 
     return query, key * (1 - direction) + steps.reshape(shape) / (share * scale) * direction
 
 
-def _growing(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _growing(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits that rise from key to key, so that a running maximum changes in every block."""
     return *_along(call, query, key, _steps(call, key, 24.0), 4.0), value
 
 
-def _rising(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rising(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same, gently: gradients are differences of large sums if keys grow too much."""
     return *_along(call, query, key, _steps(call, key, 6.0), 12.0), value
 
 
-def _steps(call: Call, key: Tensor, rise: float) -> Tensor:
+def _steps(call: Fields, key: Tensor, rise: float) -> Tensor:
     return torch.linspace(0, rise, key.shape[0 if call.is_varlen else 2], dtype=torch.float64)
 
 
-def _shrinking(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _shrinking(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits that fall from key to key: the first block holds the maximum."""
     query, key, value = _growing(call, query, key, value)
     return query, key.flip(0 if call.is_varlen else 2), value
 
 
-def _negative(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _negative(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits so far below 0 that every bare exponential is 0."""
     far = -800.0 if call.dtype == "float64" else -150.0
     return *_along(call, query, key, torch.full_like(_steps(call, key, 0.0), far), 4.0), value
 
 
-def _selecting(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _raised(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values around 10, whose sums grow from key to key: what an accumulator rounds adds up."""
+    return query, key, value + 10
+
+
+def _selecting(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Integers: query `i` selects the keys `j` that equal `i` modulo the head size, by products of 1024.
 
     With a scale near 1 all other probabilities are exactly 0, and the selected keys share theirs equally.
@@ -137,7 +156,7 @@ def _selecting(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[T
     return 32 * hot[i % size].expand_as(query), 32 * hot[j % size].expand_as(key), integers % 13 - 6
 
 
-def _identity(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _identity(call: Fields, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values that are the identity in each sequence: out shows the probabilities themselves."""
     lengths = call.lengths_k or (call.keys,)
     rows = [torch.eye(length, value.shape[-1], dtype=torch.float64) for length in lengths]
@@ -152,12 +171,13 @@ VALUES: dict[str, Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, 
     "rising": _rising,
     "shrinking": _shrinking,
     "negative": _negative,
+    "raised": _raised,
     "selecting": _selecting,
     "identity": _identity,
 }
 
 
-def _mask(call: Call, generator: torch.Generator) -> Tensor:
+def _mask(call: Fields, generator: torch.Generator) -> Tensor:
     """A mask whose every row sees the first key, except, with `blind`, each third row, which sees none."""
     full = dict(b=call.batch, h=call.heads, q=call.queries, k=call.keys)
     shape = [full.get(letter, 1) for letter in call.mask_dims]
@@ -174,7 +194,7 @@ def _mask(call: Call, generator: torch.Generator) -> Tensor:
 class _Sequences:
     """Where the keys of each sequence are: in a row, only some of them used, or in shuffled pages."""
 
-    def __init__(self, call: Call, generator: torch.Generator) -> None:
+    def __init__(self, call: Fields, generator: torch.Generator) -> None:
         self.call = call
         self.batch = len(call.lengths_q) if call.lengths_q is not None else call.batch
         self.lengths = call.lengths_k if call.lengths_k is not None else (call.keys,) * call.batch
@@ -218,7 +238,7 @@ class _Sequences:
         return given
 
 
-def _cumulative(call: Call, lengths: tuple[int, ...]) -> Tensor:
+def _cumulative(call: Fields, lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(call.device, torch.int32)
 
 

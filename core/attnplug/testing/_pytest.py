@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 
 from attnplug._errors import did_you_mean
+from attnplug._registry.registry import PROGRAM
 from attnplug.testing._checks import Check, all_checks
+from attnplug.testing._pool import Worker
 from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, Result
-from attnplug.testing._runner import find, plan, run_check
+from attnplug.testing._runner import TIMEOUT, plan
+from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import Subject
+from attnplug.testing._tasks import Task
 
 
 class BoundCheck:
     """A check and the subject it is for: what a parametrized test gets, and calls."""
 
-    def __init__(self, check: Check, subject: Subject) -> None:
+    def __init__(self, check: Check, subject: Subject, isolated: bool = False, timeout: float = TIMEOUT) -> None:
         self.check, self.subject = check, subject
+        self.isolated, self.timeout = isolated, timeout
         self.__doc__ = check.function.__doc__
 
     def __repr__(self) -> str:
@@ -26,6 +33,8 @@ class BoundCheck:
 
     def run(self) -> Result:
         """Run the check; the result says what became of it."""
+        if self.isolated:
+            return _worker().run(Task.of(self.check, self.subject), self.timeout)
         return run_check(self.check, self.subject)
 
     def __call__(self) -> None:
@@ -39,6 +48,14 @@ class BoundCheck:
             pytest.skip(f"{result.status}: {result.reason}")
 
 
+@cache
+def _worker() -> Worker:
+    """Return the one worker of this process; several tests at once are pytest's to run."""
+    worker = Worker()
+    atexit.register(worker.close)
+    return worker
+
+
 def parametrize_with_checks(
     name: str,
     expected_failures: Mapping[str, str] | None = None,
@@ -46,6 +63,8 @@ def parametrize_with_checks(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     level: str = "quick",
+    isolated: bool | None = None,
+    timeout: float = TIMEOUT,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a test so that it runs once for each check of an implementation; it takes `check`, and calls it.
 
@@ -57,6 +76,9 @@ def parametrize_with_checks(
         device: as for `check_impl`.
         dtype: as for `check_impl`.
         level: as for `check_impl`.
+        isolated: whether checks are made in another process, which is replaced when a kernel takes it down. By
+            default on a GPU, for an implementation that other processes find: one that is installed.
+        timeout: seconds that a check has there.
 
     Raises:
         ValueError: a name in `expected_failures` is no check.
@@ -71,7 +93,11 @@ def parametrize_with_checks(
     import pytest
 
     expected = dict(expected_failures or {})
-    bound = [BoundCheck(check, subject) for check, subject in plan(find(name), device, dtype, level)]
+    record = find(name)
+    planned = list(plan(record, device, dtype, level))
+    if isolated is None:
+        isolated = record.distribution != PROGRAM and not planned[0][1].device.startswith("cpu")
+    bound = [BoundCheck(check, subject, isolated, timeout) for check, subject in planned]
     known = {check.name for check in all_checks()} | {repr(each) for each in bound}
     for key in expected:
         if key not in known:

@@ -1,23 +1,29 @@
-"""Which checks run for an implementation, and what becomes of each."""
+"""Which checks run for an implementation, and where: in this process, or in workers."""
 
 from __future__ import annotations
 
-import time
+import os
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
 import attnplug
-from attnplug._control.registration import check_name
 from attnplug._errors import did_you_mean
+from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check, all_checks
-from attnplug.testing._compare import AGAIN, CheckFailure, Declined
-from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, PASSED, Report, Result
+from attnplug.testing._pool import run_all
+from attnplug.testing._report import Report, Result
+from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import DTYPES, Subject
+from attnplug.testing._tasks import Task
 
 LEVELS = ("quick", "full")
+LOADING = "check_kernel_loads"
+MOST_WORKERS, TIMEOUT = 8, 300.0
+
+Planned = list[tuple[Check, Subject]]
 
 
 def check_impl(
@@ -28,21 +34,31 @@ def check_impl(
     level: str = "quick",
     checks: Collection[str] | None = None,
     on_result: Callable[[Result], None] | None = None,
+    workers: int | None = None,
+    timeout: float = TIMEOUT,
 ) -> Report:
     """Check an implementation against everything that its capabilities promise.
 
+    On a GPU each check is made in one of several worker processes. A kernel that faults there ends the CUDA context
+    of its process; the check that it was in has then failed, and says what the driver said, and the others go on in a
+    fresh process. In this process, the default on a CPU, a kernel's crash would be yours.
+
     Args:
         name: of a registered implementation.
-        device: such as `cpu` or `cuda`; by default a card if there is one that the implementation runs on.
+        device: such as `cpu` or `cuda`; by default a GPU if there is one that the implementation runs on.
         dtype: the only one to check; by default each that is declared.
         level: `quick`, seconds for a fast kernel, or `full`: every dtype in every check, and long sequences.
         checks: the names of the only ones to make; by default all.
         on_result: called with each result as it is found.
+        workers: how many processes; 0 checks in this one. By default 0 on a CPU, else as many as there are cores, at
+            most 8; and 0 for an implementation that was registered by a program and cannot be sent to another process.
+        timeout: seconds that a check has in a worker; one that takes longer has failed, and its process is ended.
 
     Raises:
         UnknownImplementationError: there is no implementation of this name.
-        ValueError: it is not available here, does not run on `device` or for `dtype`; or there is no such level, or
-            no such check.
+        ValueError: it is not available here, does not run on `device` or for `dtype`; there is no such level, or
+            no such check; or `workers` are asked for and its kernel cannot be sent to one.
+        RuntimeError: a worker cannot be started.
 
     Examples:
         >>> from attnplug.testing import check_impl
@@ -50,33 +66,78 @@ def check_impl(
         >>> report.passed  # doctest: +SKIP
         True
     """
-    record = find(name)
-    device = _device(record, device)
-    _assert_known(checks or ())
-    results = []
-    for check, subject in plan(record, device, dtype, level):
-        if checks is not None and check.name not in checks:
-            continue
-        result = run_check(check, subject)
-        results.append(result)
-        if on_result is not None:
-            on_result(result)
-    return Report(name, device, level, tuple(results))
+    told = None if on_result is None else lambda name, result: on_result(result)
+    (report,) = check_impls(
+        [name],
+        device=device,
+        dtype=dtype,
+        level=level,
+        checks=checks,
+        on_result=told,
+        workers=workers,
+        timeout=timeout,
+    )
+    return report
 
 
-def find(name: str) -> ImplRecord:
-    """Return the record of the implementation to check.
+def check_impls(
+    names: Sequence[str],
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    level: str = "quick",
+    checks: Collection[str] | None = None,
+    on_result: Callable[[str, Result], None] | None = None,
+    workers: int | None = None,
+    timeout: float = TIMEOUT,
+) -> list[Report]:
+    """Check several implementations, in the same workers.
 
-    Raises:
-        UnknownImplementationError: there is none.
-        ValueError: it cannot run on this machine, or is broken; says why.
+    The arguments are those of `check_impl`; `on_result` gets the implementation's name first.
+
+    Returns:
+        A report for each.
     """
-    records = {record.name: record for record in attnplug.list_impls()}
-    if name not in records:
-        check_name(name)
-    if records[name].status != "available":
-        raise ValueError(f"implementation {name!r} is {records[name].status}: {records[name].reason}")
-    return records[name]
+    _assert_known(checks or ())
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers: expected a number from 0 on, got {workers!r}")
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+    plans: dict[str, Planned] = {}
+    for name in names:
+        planned = list(plan(find(name), device, dtype, level))
+        plans[name] = [each for each in planned if checks is None or each[0].name in checks]
+    everything = [(name, *each) for name, planned in plans.items() for each in planned]
+
+    def found(position: int, result: Result) -> None:
+        if on_result is not None:
+            on_result(everything[position][0], result)
+
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    made = _run([each[1:] for each in everything], workers, timeout, found)
+    for (name, *_), result in zip(everything, made, strict=True):
+        results[name].append(result)
+    return [Report(name, _device(find(name), device), level, tuple(results[name])) for name in names]
+
+
+def _run(planned: Planned, workers: int | None, timeout: float, found: Callable[[int, Result], None]) -> list[Result]:
+    """Make the checks in their places."""
+    try:
+        tasks = [Task.of(check, subject) for check, subject in planned] if workers != 0 else []
+    except ValueError:
+        if workers is not None:
+            raise
+        workers = 0
+    if workers is None:
+        on_cpu = all(subject.device.startswith("cpu") for _, subject in planned)
+        workers = 0 if on_cpu else min(MOST_WORKERS, os.cpu_count() or 1)
+    if workers:
+        return run_all(tasks, workers, timeout, found)
+    results = []
+    for position, (check, subject) in enumerate(planned):
+        results.append(run_check(check, subject))
+        found(position, results[-1])
+    return results
 
 
 def _assert_known(checks: Collection[str]) -> None:
@@ -89,71 +150,18 @@ def _assert_known(checks: Collection[str]) -> None:
 def plan(
     record: ImplRecord, device: str | None, dtype: str | torch.dtype | None, level: str
 ) -> Iterator[tuple[Check, Subject]]:
-    """Yield each check with the subject that it shall run for."""
+    """Yield each check with the subject that it shall run for; of a kernel that cannot be loaded only that one."""
     if level not in LEVELS:
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     device = _device(record, device)
     dtypes = _dtypes(record, device, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnplug.PluginWarning)  # the check of this says the same
+        loads = get_registry().get(record.name).load() is not None
     for check in all_checks():
-        for each in check.dtypes_of(dtypes, level):
-            yield check, Subject(record, device, each, level == "full")
-
-
-def run_check(check: Check, subject: Subject) -> Result:
-    """Run one check and say what became of it."""
-    start = time.perf_counter()
-    cards = [torch.device(subject.device)] if subject.device.startswith("cuda") else []
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(cards):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            status, reason = _outcome(check, subject)
-    except CheckFailure as failure:
-        status, reason = FAILED, str(failure)
-    except Exception as error:  # whatever a kernel raises is the kernel's failure, and the next check goes on
-        status, reason = FAILED, f"raised {type(error).__name__}: {error}"
-    if status == FAILED and not reason.rpartition("\n")[2].startswith(AGAIN):
-        reason = f"{reason}\n{_again(check, subject)}"
-    seconds = time.perf_counter() - start
-    return Result(check.name, subject.dtype, status, reason, tuple(subject.declined), check.claim, seconds)
-
-
-def _again(check: Check, subject: Subject) -> str:
-    """Return a line of Python that makes the check again."""
-    where = f"device={subject.device!r}, dtype={subject.dtype!r}, level={'full' if subject.full else 'quick'!r}"
-    run = f"check_impl({subject.name!r}, {where}, checks=[{check.name!r}])"
-    return f"{AGAIN}from attnplug.testing import check_impl; print({run})"
-
-
-def _outcome(check: Check, subject: Subject) -> tuple[str, str]:
-    if reason := _not_applicable(check, subject):
-        return NOT_APPLICABLE, reason
-    try:
-        check.function(subject)
-    except Declined as declined:
-        if str(declined):
-            return DECLINED, str(declined)
-    if subject.ran:
-        return PASSED, ""
-    if not subject.declined:
-        return NOT_APPLICABLE, subject.uncovered[0] if subject.uncovered else "asks for nothing that is declared"
-    if check.may_decline:
-        return DECLINED, subject.declined[0]
-    declared = ", ".join(feature.name for feature in check.features) or "its dtypes and head sizes"
-    return FAILED, f"declares {declared} but declines every call that asks for it: {subject.declined[0]}"
-
-
-def _not_applicable(check: Check, subject: Subject) -> str:
-    missing = [feature.name for feature in check.features if not subject.has(feature)]
-    if missing:
-        return f"does not declare {', '.join(missing)}"
-    if check.dtypes in DTYPES and check.dtypes != subject.dtype:
-        return f"does not declare {check.dtypes}"
-    if check.full and not subject.full:
-        return "part of a full run only"
-    if check.gradients and not subject.gradients:
-        return "has no backward"
-    return ""
+        if loads or check.name == LOADING:
+            for each in check.dtypes_of(dtypes, level):
+                yield check, Subject(record, device, each, level == "full")
 
 
 def _device(record: ImplRecord, device: str | None) -> str:

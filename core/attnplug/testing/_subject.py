@@ -12,9 +12,11 @@ from attnplug import Capabilities, Feature
 from attnplug._call.facts import CallFacts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
 from attnplug._call.requirements import lacking
+from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
-from attnplug.testing._call import Call, Inputs
-from attnplug.testing._compare import AGAIN, CheckFailure, Declined, compare, failure
+from attnplug.testing._call import Call, compare
+from attnplug.testing._failure import AGAIN, CheckFailure, Declined, failure
+from attnplug.testing._inputs import Inputs
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """In the order in which a check that needs only one takes the first that is declared."""
@@ -59,6 +61,11 @@ class Subject:
     def has(self, *features: Feature) -> bool:
         return self.features.issuperset(features)
 
+    def lacking(self, features: Iterable[Feature]) -> tuple[str, ...]:
+        """Return why this machine's libraries do not have some of the features, which are declared; see `Kernel`."""
+        kernel = get_registry().get(self.name, "impl").load()
+        return () if kernel is None else kernel.missing(frozenset(features))
+
     @cached_property
     def head_sizes(self) -> Any:
         """The head sizes of the first alternative; None if any will do."""
@@ -75,11 +82,17 @@ class Subject:
     def gradients(self) -> tuple[str, ...]:
         """The names of the gradients to ask for in an ordinary call; none if it has no backward."""
         wanted = ("query", "key", "value")
-        return wanted if not self.refusals(self.call(gradients=wanted)) or self.refusals(self.call()) else ()
+        with_them, without = self.form(self.call(gradients=wanted)), self.form(self.call())
+        return wanted if not self.refusals(with_them) or self.refusals(without) else ()
 
     def call(self, **fields: Any) -> Call:
         """Return a call with this device, dtype and a declared head size; `fields` change it."""
         return Call(**{"device": self.device, "dtype": self.dtype, "head_size": self.head_size(32), **fields})
+
+    def form(self, call: Call) -> Call:
+        """Return a call in the form that the implementation takes: packed, if it takes no dense calls."""
+        dense = any(part.dense for part in self.parts)
+        return call if dense else call.packed() or call
 
     def refusals(self, call: Call, inputs: Inputs | None = None) -> tuple[str, ...]:
         """Return each reason why the implementation does not take the call.
@@ -120,7 +133,7 @@ class Subject:
         Raises:
             CheckFailure: a result is further from the formula than the contract allows.
         """
-        for call in calls:
+        for call in map(self.form, calls):
             inputs = call.make()
             if not self.takes(call, inputs):
                 continue

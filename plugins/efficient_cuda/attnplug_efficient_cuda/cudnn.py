@@ -9,49 +9,80 @@ such rows are cleared afterwards.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnplug import CausalVariant, SDPAParams, compute_capability
+from attnplug import CausalVariant, Feature, SDPAParams, compute_capability
 from attnplug_efficient_cuda import cudnn_packed, geometry, hardware, layout, operators
 from attnplug_efficient_cuda.cudnn_packed import shown
 from attnplug_efficient_cuda.efficient import wants_grad
+from attnplug_efficient_cuda.kept import Kept
 
 shape_dependent = True
 MINUS_INFINITY = float("-inf")
 LARGEST_DIMENSION = 65535
+INDEPENDENT_DROPOUT: int | None = None
+"""The first cuDNN that was seen to draw a dropout mask of its own for each query; until there is one, none is used."""
 Card = tuple[int, int]
 
 
+class Direct(NamedTuple):
+    """What becomes of a call that the operator takes as it is: the strides that out must have."""
+
+    out: tuple[int, ...]
+
+
+def _look(params: SDPAParams) -> Direct | None:
+    query, key, value = params.query, params.key, params.value
+    fits = all(layout.is_aligned(tensor) and not layout.is_expanded(tensor) for tensor in (query, key, value))
+    if not fits or _band_in_mask(params) or params.dropout == 1:
+        return None
+    shape, order = (*query.shape[:-1], value.shape[-1]), _order(query)
+    steps = dict(zip(order, layout.contiguous_strides([shape[dim] for dim in order]), strict=True))
+    return Direct(tuple(steps[dim] for dim in range(4)))
+
+
+direct = Kept(_look)
+
+
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
-    """Return `out`, `lse`, of dense calls the operator's own lse as its backward wants it, and seeds of dropout."""
+    """Return `out`, `lse`, where there is a mask the operator's own lse, and seeds of dropout."""
     params, _ = layout.positive_scale(params)
     if params.cu_seq_q is not None:
         return cudnn_packed.forward(params)
+    if (told := direct.of(params)) is not None:
+        out, lse, seeds = _run(params, params.query, params.key, params.value, None)
+        out = out if out.stride() == told.out else laid_out_like(params.query, out)
+        return out, lse.reshape(params.query.shape[:-1]), *seeds
     params = _with_band_in_mask(params)
     query, key, value, mask = _kernel_tensors(params)
-    nothing_left = params.dropout == 1  # cuDNN would divide by what is
+    out, kernel_lse, seeds = _run(params, query, key, value, mask)
+    lse = layout.compact(kernel_lse.reshape(query.shape[:-1]))
+    own: tuple[Tensor, ...] = ()
+    if params.attn_mask is not None:
+        blind, own = _blind(params.attn_mask), (kernel_lse,)
+        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, MINUS_INFINITY)
+    out = laid_out_like(query, out)
+    return torch.zeros_like(out) if params.dropout == 1 else out, lse, *own, *seeds
+
+
+def _run(
+    params: SDPAParams, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return out, lse and, with dropout, its seeds; where nothing is left cuDNN would divide by what is."""
     found = operators.cudnn_forward(
         *(query, key, value, mask),
         *(None, None, query.shape[2], key.shape[2]),
         True,
-        0.0 if nothing_left else params.dropout,
+        params.dropout if params.dropout < 1 else 0.0,
         params.is_causal,
         False,
         scale=params.scale,
     )
-    out, kernel_lse, seeds = found[0], found[1], found[6:8]
-    lse = kernel_lse.reshape(query.shape[:-1])
-    if params.attn_mask is None:
-        lse = lse.clone()  # an operator's results must not share memory, and both are
-    else:
-        blind = _blind(params.attn_mask)
-        out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, MINUS_INFINITY)
-    out, lse = laid_out_like(query, out), layout.compact(lse)
-    if nothing_left:
-        out = torch.zeros_like(out)
-    return (out, lse, kernel_lse, *seeds) if 0 < params.dropout < 1 else (out, lse, kernel_lse)
+    return found[0], found[1], tuple(found[6:8]) if 0 < params.dropout < 1 else ()
 
 
 def backward(
@@ -78,15 +109,21 @@ def backward(
 
 
 def _dense_backward(
-    params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, kernel_lse: Tensor, *seeds: Tensor
+    params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    params = _with_band_in_mask(params)
     if params.dropout == 1:
         return torch.zeros_like(params.query), torch.zeros_like(params.key), torch.zeros_like(params.value)
-    query, key, value, mask = _kernel_tensors(params)
-    if mask is not None:
+    if direct.of(params) is not None:
+        query, key, value, mask = params.query, params.key, params.value, None
+    else:
+        params = _with_band_in_mask(params)
+        query, key, value, mask = _kernel_tensors(params)
+    if mask is None:
+        kernel_lse, seeds = lse.reshape(lse.shape + (1,) * (operators.cudnn_lse_rank() - 3)), saved
+    else:
         grad_out = grad_out.masked_fill((lse == MINUS_INFINITY).unsqueeze(-1), 0.0)
-    seed, offset = seeds or (torch.zeros((), dtype=torch.long, device=query.device),) * 2
+        kernel_lse, *seeds = saved  # type: ignore[assignment]
+    seed, offset = seeds or (_no_seed(query.device),) * 2
     return operators.cudnn_backward(  # type: ignore[no-any-return]
         laid_out_like(query, grad_out),
         *(query, key, value),
@@ -100,13 +137,30 @@ def _dense_backward(
     )
 
 
+@cache
+def _no_seed(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.long, device=device)
+
+
 def unavailable() -> tuple[str, ...]:
     """Return how PyTorch's operators differ from those that this plugin was written for."""
     return operators.changed("_cudnn_attention_forward", "_cudnn_attention_backward")
 
 
+def lacks() -> dict[Feature, str]:
+    """Return the features for which the PyTorch or the cuDNN of this machine is too old."""
+    version = torch.backends.cudnn.version()
+    found = {Feature.VARLEN: cudnn_packed.lacking(version)}
+    if version is not None and (INDEPENDENT_DROPOUT is None or version < INDEPENDENT_DROPOUT):
+        found[Feature.DROPOUT] = (
+            f"of every eight queries, four have the same dropout mask: seen with cuDNN 9.19.0 on compute capability "
+            f"9.0, and with no cuDNN to be otherwise; found {shown(version)}"
+        )
+    return {feature: reason for feature, reason in found.items() if reason}
+
+
 def supports(params: SDPAParams) -> list[str]:
-    """Return each reason against this call: PyTorch's, cuDNN's, and this card's."""
+    """Return each reason against this call: PyTorch's, cuDNN's, and this GPU's."""
     reasons: list[str] = []
     version, card = torch.backends.cudnn.version(), compute_capability(params.query.device)
     if too_new := hardware.too_new(params.query.device):
@@ -118,9 +172,11 @@ def supports(params: SDPAParams) -> list[str]:
         reasons.append(f"needs cuDNN 9.0 or later in PyTorch {torch.__version__}, found {shown(version)}")
     elif not packed:
         reasons += _version_reasons(params, version, card)
+        if not hardware.can_ask_pytorch(params.query.device):
+            reasons += _size_reasons(params, version, card)
     reasons += _common_reasons(params)
     if packed:
-        return reasons + cudnn_packed.reasons(params, version, card, wants_grad(params))
+        return reasons + cudnn_packed.reasons(params, card, wants_grad(params))
     reasons += _dense_reasons(params)
     if not reasons and (refused := hardware.cudnn_refuses(params)):
         reasons.append(refused)
@@ -128,21 +184,19 @@ def supports(params: SDPAParams) -> list[str]:
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
-    """Return tensors of the shapes and strides of forward's.
-
-    The shape of the operator's own lse differs between releases; PyTorch's meta kernel knows it.
-    """
+    """Return tensors of the shapes and strides of forward's."""
     if params.cu_seq_q is not None:
         query, value = params.query, params.value
         lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
         return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
-    query, key, value, mask = _kernel_tensors(layout.positive_scale(params)[0])
-    with torch.no_grad():
-        kernel_lse = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, mask, True)[1]
+    query, value = layout.unshared(layout.positive_scale(params)[0].query), params.value
     out = laid_out_like(query, query.new_empty((*query.shape[:-1], value.shape[-1])))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    own = []
+    if params.attn_mask is not None or _band_in_mask(params):
+        own.append(query.new_empty(query.shape[:-1] + (1,) * (operators.cudnn_lse_rank() - 3), dtype=torch.float32))
     seeds = 2 if 0 < params.dropout < 1 else 0
-    return out, lse, kernel_lse, *(query.new_empty((), dtype=torch.long) for _ in range(seeds))
+    return out, lse, *own, *(query.new_empty((), dtype=torch.long) for _ in range(seeds))
 
 
 def _kernel_tensors(params: SDPAParams) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -185,32 +239,44 @@ def laid_out_like(query: Tensor, tensor: Tensor) -> Tensor:
     PyTorch keeps cuDNN's plans by the layout of query, key and value; some releases run a plan made for one
     layout of the gradient on another. So the layout here follows from the query's alone.
     """
-    order = sorted(range(4), key=lambda dim: (-query.stride()[dim], dim))
+    order = _order(query)
     return layout.packed(tensor.permute(order)).permute([order.index(dim) for dim in range(4)])
 
 
+def _order(query: Tensor) -> list[int]:
+    """Return the query's dimensions from the one of the largest stride on."""
+    return sorted(range(4), key=lambda dim: (-query.stride()[dim], dim))
+
+
 def _version_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
-    """Return what this cuDNN gets wrong or lacks; the limits are those of PyTorch's `sdp_utils.cpp`."""
-    queries, size, value_size = params.query.shape[2], params.query.shape[3], params.value.shape[3]
-    found, reasons = shown(version), []
-    if params.dropout > 0 and 91100 < version < 91400:
-        reasons.append(f"has no working dropout in cuDNN {found} (9.11 to 9.13)")
+    """Return what this cuDNN is known to get wrong, whether or not this PyTorch knows."""
+    queries, found, reasons = params.query.shape[2], shown(version), []
     if version < 91501 and queries % 128:
         reasons.append(f"needs cuDNN 9.15.1 for {queries} queries, not a multiple of 128; found {found}")
     if card is not None and queries == 1 and card[0] in (10, 11) and 91900 <= version <= 92500 and version != 92401:
         reasons.append(f"does not decode with cuDNN {found} on compute capability {card[0]}.{card[1]}")
-    large = card is not None and (card == (9, 0) or card[0] == 10) and not (card == (10, 7) and version <= 92500)
+    return reasons
+
+
+def _size_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
+    """Return what speaks against head sizes on a GPU that is not here, where PyTorch itself cannot be asked.
+
+    The limits are those of PyTorch's `sdp_utils.cpp`; on Hopper 2.11 has 256 from cuDNN 9.10 on.
+    """
+    size, value_size = params.query.shape[3], params.value.shape[3]
     limit = 128
-    if large and version > 92200:
+    if (card == (9, 0) and version >= 91000) or (
+        card is not None and card[0] == 10 and version > 92200 and not (card == (10, 7) and version <= 92500)
+    ):
         limit = 256
-    elif large and version >= 91100 and (size, value_size) == (192, 128):
+    elif card is not None and card[0] == 10 and version >= 91100 and (size, value_size) == (192, 128):
         limit = 192
     if max(size, value_size) > limit:
-        where = "an unknown card" if card is None else f"compute capability {card[0]}.{card[1]}"
-        reasons.append(f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {found} on {where}")
-    elif max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
-        reasons.append(f"has no backward for head sizes {size} and {value_size}")
-    return reasons
+        where = "an unknown GPU" if card is None else f"compute capability {card[0]}.{card[1]}"
+        return [f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {shown(version)} on {where}"]
+    if max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
+        return [f"has no backward for head sizes {size} and {value_size}"]
+    return []
 
 
 def _common_reasons(params: SDPAParams) -> list[str]:

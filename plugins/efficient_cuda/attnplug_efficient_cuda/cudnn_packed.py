@@ -71,17 +71,22 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> 
     return tuple(sequences.clear(grad, nothing) for grad, nothing in zip(grads, (blind, idle, idle), strict=True))
 
 
-def reasons(params: SDPAParams, version: int | None, card: tuple[int, int] | None, wants_grad: bool) -> list[str]:
-    """Return what PyTorch or cuDNN of this `version` lack for sequences, or get wrong."""
-    found: list[str] = []
-    size, value_size = params.query.shape[-1], params.value.shape[-1]
+def lacking(version: int | None) -> str:
+    """Return what PyTorch or its cuDNN, of this `version`, lack for sequences; nothing if they have all."""
     if not operators.cudnn_takes_sequences():
-        found.append(
+        return (
             f"takes variable-length sequences from PyTorch 2.15 on, found {torch.__version__} "
             f"(aten::_cudnn_attention_forward: pytorch#186142, #191576, #195650)"
         )
     if version is not None and version < LEAST_VERSION:
-        found.append(f"needs cuDNN 9.25 for sequences, of which some may be empty; found {shown(version)}")
+        return f"needs cuDNN 9.25 for sequences, of which some may be empty; found {shown(version)}"
+    return ""
+
+
+def reasons(params: SDPAParams, card: tuple[int, int] | None, wants_grad: bool) -> list[str]:
+    """Return what no cuDNN has for sequences like these, or not on this GPU."""
+    found: list[str] = []
+    size, value_size = params.query.shape[-1], params.value.shape[-1]
     if card is not None and card[0] not in (9, 10):
         found.append(f"takes sequences on compute capability 9 and 10 only, found {card[0]}.{card[1]}")
     if max(size, value_size) > 128 and not (

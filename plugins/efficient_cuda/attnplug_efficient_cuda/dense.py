@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from attnplug import SDPAParams
 from attnplug_efficient_cuda import geometry, layout, operators
 from attnplug_efficient_cuda.geometry import Span
+from attnplug_efficient_cuda.kept import Kept
 
 GRID = 65535
 LSE_ROWS = 32
@@ -26,8 +28,48 @@ MINUS_INFINITY = float("-inf")
 Region = tuple[slice, slice]
 
 
+class Direct(NamedTuple):
+    """What the kernel is told of a call that it takes as it is.
+
+    Attributes:
+        mask_type, window: its mask.
+        padded: its lse has more rows than there are queries.
+    """
+
+    mask_type: int
+    window: int | None
+    padded: bool
+
+
+def _look(params: SDPAParams) -> Direct | None:
+    query, key, value = params.query, params.key, params.value
+    if not _has_kernels_lse(params) or not all(layout.is_aligned(tensor) for tensor in (query, key, value)):
+        return None
+    if any(key.shape[2] * tensor.stride(2) >= layout.INT32 for tensor in (key, value)):
+        return None
+    part = geometry.span(params, query.shape[2], key.shape[2])
+    return Direct(part.mask_type, part.window, query.shape[2] % LSE_ROWS != 0)
+
+
+def _has_kernels_lse(params: SDPAParams) -> bool:
+    """Whether lse is part of what the kernel wrote, rather than a tensor made of it."""
+    query, key = params.query, params.key
+    if params.attn_mask is not None or query.shape[1] != key.shape[1] or not geometry.causal_or_open(params):
+        return False
+    if params.dropout > 0 and geometry.shifted_window(params):
+        return False
+    part = geometry.span(params, query.shape[2], key.shape[2])
+    whole = (part.queries, part.keys) == ((0, query.shape[2]), (0, key.shape[2]))
+    return whole and len(list(regions(params))) == 1
+
+
+direct = Kept(_look)
+
+
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return `out (B, Hq, Sq, Ev)`, `lse (B, Hq, Sq)` and, with dropout, a seed and an offset for each launch."""
+    if (told := direct.of(params)) is not None:
+        return _forward_directly(params, told)
     parts = list(regions(params))
     if len(parts) == 1:
         return _forward(params)
@@ -42,6 +84,8 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
 
 def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *saved: Tensor) -> tuple[Any, ...]:
     """Return the gradients of query, key, value and, if it wants one, of the mask, `(B, Hq, Sq, Sk)`."""
+    if (told := direct.of(params)) is not None:
+        return _backward_directly(params, told, grad_out, out, lse, *saved)
     parts = list(regions(params))
     if len(parts) == 1:
         return _backward(params, grad_out, out, lse, *saved)
@@ -58,6 +102,50 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *sa
         if grad_mask is not None:
             grad_mask[rows] = found[3]
     return *grads, grad_mask
+
+
+def _forward_directly(params: SDPAParams, told: Direct) -> tuple[Tensor, ...]:
+    query, key, value = params.query, params.key, params.value
+    found = operators.efficient_forward(
+        *(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)),
+        *(None, None, None, None, None),
+        params.dropout,
+        told.mask_type,
+        True,
+        scale=params.scale,
+        window_size=told.window,
+    )
+    out, lse = found[0].transpose(1, 2), found[1]
+    lse = lse.narrow(2, 0, query.shape[2]) if told.padded else lse
+    return (out, lse, *found[2:4]) if params.dropout > 0 else (out, lse)
+
+
+def _backward_directly(
+    params: SDPAParams, told: Direct, grad_out: Tensor, out: Tensor, lse: Tensor, *seeds: Tensor
+) -> tuple[Any, ...]:
+    tensors = (params.query, params.key, params.value)
+    grads = operators.efficient_backward(
+        layout.packed(grad_out.transpose(1, 2)),
+        *(tensor.transpose(1, 2) for tensor in tensors),
+        None,
+        layout.packed(out.transpose(1, 2)),
+        *(None, None),
+        *(params.query.shape[2], params.key.shape[2]),
+        kernel_lse(lse, False),
+        params.dropout,
+        *(seeds or _no_seeds()),
+        told.mask_type,
+        False,
+        scale=params.scale,
+        num_splits_key=1 if torch.are_deterministic_algorithms_enabled() else None,
+        window_size=told.window,
+    )
+    return *(grad.transpose(1, 2) for grad in grads[:3]), None
+
+
+@cache
+def _no_seeds() -> tuple[Tensor, Tensor]:
+    return (torch.zeros((), dtype=torch.long, device="cpu"),) * 2
 
 
 def regions(params: SDPAParams) -> Iterator[Region]:
@@ -156,7 +244,7 @@ def _forward(params: SDPAParams) -> tuple[Tensor, ...]:
         around = (part.queries[0], query.shape[2] - part.queries[1])
         out = layout.compact(pad(out.transpose(1, 2), (0, 0, 0, 0, *around))).transpose(1, 2)
         lse = pad(lse, around, value=MINUS_INFINITY)
-    lse = layout.compact(lse)
+    lse = lse if _has_kernels_lse(params) else layout.compact(lse)
     return (out, lse, *seeds) if params.dropout > 0 else (out, lse)
 
 
@@ -166,7 +254,8 @@ def empty_result(params: SDPAParams) -> tuple[Tensor, ...]:
     batch, heads, queries, _ = query.shape
     out = query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)
     seeds = 2 * sum(1 for _ in regions(params)) if 0 < params.dropout < 1 else 0
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    rows = -(-queries // LSE_ROWS) * LSE_ROWS if params.seqused_k is None and _has_kernels_lse(params) else queries
+    lse = layout.first(query.new_empty((batch, heads, rows), dtype=torch.float32), queries)
     return out, lse, *(torch.empty((), dtype=torch.long, device="cpu") for _ in range(seeds))
 
 
@@ -192,7 +281,7 @@ def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *s
         return *(torch.zeros_like(tensor) for tensor in (query, key, value)), full
     call = _Call.of(params, part)
     grad_out, out, lse = (call.heads.rows(layout.part(tensor, 2, part.queries)) for tensor in (grad_out, out, lse))
-    seed, offset = seeds or (torch.zeros((), dtype=torch.long),) * 2
+    seed, offset = seeds or _no_seeds()
     grads = operators.efficient_backward(
         layout.packed(grad_out.transpose(1, 2)),
         *(call.query, call.key, call.value, call.bias),

@@ -29,7 +29,7 @@ def cudnn_refuses(params: Any) -> str:
     reason here: its first complaint is then the switch, and says nothing of the call. Of a card that is only
     asked about it knows nothing.
     """
-    if not _is_here(params.query.device) or not torch.backends.cuda.cudnn_sdp_enabled():
+    if not can_ask_pytorch(params.query.device):
         return ""
     tensors = params.query, params.key, params.value, params.attn_mask
     call = torch.backends.cuda.SDPAParams(*tensors, params.dropout, params.is_causal, params.enable_gqa)
@@ -39,6 +39,11 @@ def cudnn_refuses(params: Any) -> str:
             return ""
     said = [str(item.message).split(" (Triggered internally")[0] for item in told]
     return f"PyTorch {torch.__version__} does not give this call to cuDNN: {' '.join(said) or 'no reason told'}"
+
+
+def can_ask_pytorch(device: torch.device) -> bool:
+    """Whether `cudnn_refuses` gets an answer about calls on `device`."""
+    return _is_here(device) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def _is_here(device: torch.device) -> bool:

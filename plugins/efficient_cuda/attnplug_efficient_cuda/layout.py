@@ -7,7 +7,9 @@ allow, and a copy where they do not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -49,32 +51,52 @@ def padded(tensor: Tensor) -> Tensor:
     return pad(tensor, (0, missing)) if missing else tensor
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """Return `tensor`, its last dimension padded, or a copy if its strides or its start are out of step.
+def starts_aligned(tensor: Tensor) -> bool:
+    """Whether the first element of `tensor` lies where the kernels can read.
 
-    The allocator aligns storages to more than is needed here, so the offset in the storage decides.
+    Of a tensor without memory, as under a trace, the offset in the storage decides: the allocator aligns storages to
+    more than is needed here. Memory that came from elsewhere may start anywhere.
     """
-    tensor = padded(tensor)
+    if type(tensor) is Tensor:
+        return tensor.data_ptr() % READ_BYTES == 0
+    return tensor.storage_offset() % step(tensor.dtype) == 0
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether the kernels can read `tensor` as it is."""
     every = step(tensor.dtype)
     *strides, last = tensor.stride()
-    fits = last == 1 and tensor.storage_offset() % every == 0
-    if fits and all(stride % every == 0 and stride < INT32 for stride in strides):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    fits = last == 1 and tensor.shape[-1] % every == 0 and starts_aligned(tensor)
+    return fits and all(stride % every == 0 and stride < INT32 for stride in strides)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return `tensor`, its last dimension padded, or a copy if its strides or its start are out of step."""
+    tensor = padded(tensor)
+    return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def packed(tensor: Tensor) -> Tensor:
     """Return `tensor`, padded, contiguous as it is indexed, and aligned."""
     tensor = padded(tensor)
-    if tensor.is_contiguous() and tensor.storage_offset() % step(tensor.dtype) == 0:
+    if tensor.is_contiguous() and starts_aligned(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def contiguous_strides(shape: Sequence[int]) -> list[int]:
+    """Return the strides of a contiguous tensor."""
+    return [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def unshared(tensor: Tensor) -> Tensor:
     """Return `tensor` aligned, and with memory of its own for every element."""
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return aligned(compact(tensor) if expanded else tensor)
+    return aligned(compact(tensor) if is_expanded(tensor) else tensor)
 
 
 def reachable(tensor: Tensor, length: int) -> Tensor:
@@ -124,7 +146,7 @@ def bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, in
     if tensor.shape[-1] != keys:
         tensor = tensor.expand(*tensor.shape[:-1], keys)
     strides = [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1][:-1]
-    fits = keys % every == 0 and tensor.stride(-1) == 1 and tensor.storage_offset() % every == 0
+    fits = keys % every == 0 and tensor.stride(-1) == 1 and starts_aligned(tensor)
     if not fits or any(stride % every for stride in strides):
         missing = -keys % READ_BYTES
         rows = pad(tensor, (0, missing)) if missing else tensor.clone(memory_format=torch.contiguous_format)

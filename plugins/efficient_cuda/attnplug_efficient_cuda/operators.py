@@ -61,6 +61,13 @@ def cudnn_backward(*args: Any, **kwargs: Any) -> Any:
     return torch.ops.aten._cudnn_attention_backward.default(*args, **kwargs)
 
 
+@cache
+def cudnn_lse_rank() -> int:
+    """Return how many dimensions cuDNN's lse of a dense call has, which differs between releases of PyTorch."""
+    query = torch.empty(1, 1, 2, 8, dtype=torch.float16, device="meta")
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(query, query, query, None, True)[1].dim()  # type: ignore[no-any-return]
+
+
 def cudnn_takes_sequences() -> bool:
     """Whether cuDNN's path for sequences is the one that PyTorch's own `varlen_attn` takes.
 

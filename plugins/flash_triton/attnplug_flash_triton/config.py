@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,12 +82,14 @@ class Table:
     """The tiles of every kernel on one architecture.
 
     Attributes:
-        measured: the card and the Triton release on which these were the fastest; empty if nobody has timed them.
+        measured: the GPU and the Triton release on which these were the fastest; empty if nobody has timed them.
+        spilling: why entries whose registers spill are in the table: what they took, and others that do not spill.
     """
 
     architecture: str
     tiles: Mapping[Cell, Tiles]
     measured: str = ""
+    spilling: Mapping[Cell, str] = field(default_factory=dict)
 
     def choose(self, kernel: str, precision: str, head_size: int, extra: bool) -> Tiles:
         """Return the tiles of one kernel.
@@ -101,9 +103,12 @@ class Table:
         size = next(limit for limit in SIZES if head_size <= limit)
         return self.tiles[Cell(kernel, precision, size, EXTRA if extra else PLAIN)]
 
-    def but(self, cell: Cell, tiles: Tiles) -> Table:
+    def but(self, cell: Cell, tiles: Tiles, spilling: str = "") -> Table:
         """Return this table with one entry changed."""
-        return replace(self, tiles={**self.tiles, cell: tiles})
+        reasons = {other: reason for other, reason in self.spilling.items() if other != cell}
+        return replace(
+            self, tiles={**self.tiles, cell: tiles}, spilling={**reasons, cell: spilling} if spilling else reasons
+        )
 
     @classmethod
     def uniform(cls, architecture: str, tiles: Tiles) -> Table:
@@ -120,6 +125,7 @@ class Table:
         try:
             content = json.loads(path.read_text())
             entries, architecture, measured = (content[name] for name in ("tiles", "architecture", "measured"))
+            spilling = dict(content.get("spilling", {}))
         except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no table of tiles: {type(error).__name__}: {error}") from error
         if architecture not in (*ARCHITECTURES, INTERPRETER):
@@ -128,27 +134,34 @@ class Table:
         wanted = {str(cell): cell for cell in cells()}
         for problem, names in (
             ("missing", wanted.keys() - entries.keys()),
-            ("unknown", entries.keys() - wanted.keys()),
+            ("unknown", (entries.keys() | spilling.keys()) - wanted.keys()),
         ):
             if names:
                 raise ValueError(f"{path}: {problem}: {'; '.join(sorted(names))}")
-        return cls(architecture, {cell: _tiles(path, name, entries[name]) for name, cell in wanted.items()}, measured)
+        tiles = {cell: _tiles(path, name, entries[name]) for name, cell in wanted.items()}
+        return cls(architecture, tiles, measured, {wanted[name]: reason for name, reason in spilling.items()})
 
     def write(self, path: Path) -> None:
         """Write the table so that `read` finds it, one entry on a line."""
-        lines = [f"    {json.dumps(str(cell))}: {json.dumps(self.tiles[cell]._asdict())}" for cell in cells()]
+        tiles = {str(cell): self.tiles[cell]._asdict() for cell in cells()}
+        spilling = {str(cell): self.spilling[cell] for cell in cells() if cell in self.spilling}
         head = f'  "architecture": {json.dumps(self.architecture)},\n  "measured": {json.dumps(self.measured)},\n'
-        path.write_text("{\n" + head + '  "tiles": {\n' + ",\n".join(lines) + "\n  }\n}\n")
+        path.write_text("{\n" + head + f'  "spilling": {_lines(spilling)},\n  "tiles": {_lines(tiles)}\n' + "}\n")
+
+
+def _lines(entries: Mapping[str, Any]) -> str:
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    return "{\n" + lines + "\n  }" if lines else "{}"
 
 
 def _tiles(path: Path, name: str, entry: Any) -> Tiles:
     if not isinstance(entry, dict) or set(entry) != set(Tiles._fields):
         raise ValueError(f"{path}: {name}: expected {', '.join(Tiles._fields)}, got {entry!r}")
     tiles = Tiles(**entry)
-    for field, accepted in ACCEPTED.items():
-        value = getattr(tiles, field)
+    for each, accepted in ACCEPTED.items():
+        value = getattr(tiles, each)
         if value not in accepted:
-            raise ValueError(f"{path}: {name}: {field} {value!r} is none of {', '.join(map(str, accepted))}")
+            raise ValueError(f"{path}: {name}: {each} {value!r} is none of {', '.join(map(str, accepted))}")
     return tiles
 
 
@@ -176,6 +189,7 @@ def _given() -> dict[str, Table]:
 
 
 _in_use = _given()
+_changes = 0
 
 
 def table_of(architecture: str) -> Table:
@@ -189,8 +203,15 @@ def table_of(architecture: str) -> Table:
     return _in_use[architecture]
 
 
+def version() -> int:
+    """Return a number that changes whenever another table comes into use."""
+    return _changes
+
+
 def use(table: Table) -> Table:
     """Put a table in the place of the one in use for its architecture, and return that one."""
+    global _changes
+    _changes += 1
     before = table_of(table.architecture)
     _in_use[table.architecture] = table
     return before

@@ -2,7 +2,8 @@
 
 `python -m attnplug_flash_triton.cost` compiles every entry of the tables in use for its architecture, and prints
 what the assembler says. What is compiled is what a call would launch, its arguments specialised as Triton
-specialises them. Exit status 1: something spills, or needs more shared memory than there is.
+specialises them. Exit status 1: something spills that was not measured to be faster so, or
+needs more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from attnplug import CausalVariant, SDPAParams
-from attnplug_flash_triton import config, launches, toolchain
-from attnplug_flash_triton.config import Cell
-from attnplug_flash_triton.launches import Launch
+from attnplug_flash_triton import config, impl, launches, toolchain
+from attnplug_flash_triton.config import Cell, Table
+from attnplug_flash_triton.plans import Launch
 from attnplug_flash_triton.problem import Machine
 
 TARGETS = {
@@ -76,17 +78,35 @@ def example(cell: Cell) -> SDPAParams:
     )
 
 
-def launches_of(cell: Cell, params: SDPAParams, machine: Machine) -> tuple[list[Launch], list[Launch]]:
-    """Return the launches of `params` that read the tiles of `cell`, after those that must run before them."""
-    seed = torch.zeros(1, dtype=torch.int64, device=params.query.device) if params.dropout else None
+class Prepared(NamedTuple):
+    """Launches with the tensors that they name."""
+
+    launches: tuple[Launch, ...]
+    tensors: dict[str, Tensor]
+
+    def run(self) -> None:
+        """Run the launches."""
+        for launch in self.launches:
+            launch.run(self.tensors)
+
+
+def prepared(cell: Cell, params: SDPAParams, machine: Machine) -> tuple[Prepared, Prepared]:
+    """Return what must run before the launches of `params` that read the tiles of `cell`, and those."""
+    device = params.query.device
+    given = impl.tensors_of(params)
+    if params.dropout:
+        given["seed"] = torch.zeros(1, dtype=torch.int64, device=device)
     with _float32_products("tf32" if cell.precision == config.TF32 else "ieee"):
-        before, (out, lse, *statistics) = launches.forward(params, seed, machine)
+        forward = launches.forward(params, machine)
+        tensors = forward.tensors(given, device)
         if cell.kernel in (config.FORWARD, config.FEW_ROWS):
-            return [], before
-        kept = statistics[0] if statistics else None
-        of_backward, _ = launches.backward(params, seed, machine, torch.empty_like(out), None, out, lse, kept)
+            return Prepared((), tensors), Prepared(forward.launches, tensors)
+        out, lse, *statistics = (tensors[name] for name in forward.results)
+        backward = launches.backward(params, machine, out, None, out, lse, *statistics)
+        tensors = backward.tensors({**tensors, "grad_out": torch.empty_like(out)}, device)
     place = (config.QUERY, config.KEYS, config.MASK).index(cell.kernel)
-    return before + of_backward[:place], of_backward[place : place + 1]
+    before, wanted = backward.launches[:place], backward.launches[place : place + 1]
+    return Prepared(forward.launches + before, tensors), Prepared(wanted, tensors)
 
 
 @contextmanager
@@ -99,19 +119,19 @@ def _float32_products(precision: str) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def specialised(launch: Launch, architecture: str) -> tuple[Any, ...]:
+def specialised(launch: Launch, tensors: dict[str, Tensor], architecture: str) -> tuple[Any, ...]:
     """Return (arguments, specialization, options) as Triton has them; the last two are what it compiles for."""
     kernel, backend = launch.kernel, make_backend(TARGETS[architecture])
     given = {**launch.compiled_in, "debug": False, "instrumentation_mode": ""}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    return bind(*launch.arguments, **given)
+    return bind(*launch.bound(tensors), **given)
 
 
-def compiled(launch: Launch, architecture: str) -> Any:
+def compiled(launch: Launch, tensors: dict[str, Tensor], architecture: str) -> Any:
     """Return a launch's kernel as Triton compiles it for an architecture; what was compiled before is on disk."""
     kernel, target = launch.kernel, TARGETS[architecture]
     given = {**launch.compiled_in, "debug": False, "instrumentation_mode": ""}
-    bound, specialization, options = specialised(launch, architecture)
+    bound, specialization, options = specialised(launch, tensors, architecture)
     options, signature, constants, attributes = kernel._pack_args(
         make_backend(target), given, bound, specialization, options
     )
@@ -120,9 +140,9 @@ def compiled(launch: Launch, architecture: str) -> Any:
         return triton.compile(source, target=target, options=options.__dict__)
 
 
-def cost(launch: Launch, architecture: str) -> Cost:
+def cost(launch: Launch, tensors: dict[str, Tensor], architecture: str) -> Cost:
     """Compile a launch and return what it takes."""
-    kernel = compiled(launch, architecture)
+    kernel = compiled(launch, tensors, architecture)
     shared = kernel.metadata.shared
     if TARGETS[architecture].backend == "hip":
         text = kernel.asm["amdgcn"]
@@ -143,26 +163,37 @@ def _found(pattern: str, text: str) -> str:
     return match[1]
 
 
-def too_much(costs: Cost, architecture: str) -> str:
-    """Return what of a cost keeps a configuration from being shipped; empty if nothing does."""
-    if costs.spilled:
-        return f"spills {costs.spilled}"
+def does_not_fit(costs: Cost, architecture: str) -> str:
+    """Return what of a cost keeps a configuration from running; empty if nothing does."""
     most = config.SHARED_MEMORY[architecture]
     return f"needs {costs.shared} bytes of shared memory, of {most}" if costs.shared > most else ""
+
+
+def too_much(costs: Cost, cell: Cell, table: Table) -> str:
+    """Return what of a cost keeps an entry from being shipped; empty if nothing does.
+
+    An entry may spill if it was measured to be faster than those that do not.
+    """
+    if costs.spilled and cell not in table.spilling:
+        return f"spills {costs.spilled}"
+    return does_not_fit(costs, table.architecture)
 
 
 def rows(architecture: str, cells: Iterable[Cell] | None = None) -> Iterator[tuple[str, str]]:
     """Yield, for each kernel that the table's entries launch, a line of text, and what is too much about it."""
     for cell in cells or config.cells():
-        for launch in launches_of(cell, example(cell), Machine(architecture, PROCESSORS))[1]:
-            found = cost(launch, architecture)
-            tiles = config.table_of(architecture).tiles[cell]
+        _, wanted = prepared(cell, example(cell), Machine(architecture, PROCESSORS))
+        for launch in wanted.launches:
+            found = cost(launch, wanted.tensors, architecture)
+            table = config.table_of(architecture)
+            tiles = table.tiles[cell]
             line = (
                 f"{architecture:7} {cell!s:42} {launch.kernel.__name__:26} {tiles.block_m:4} x{tiles.block_n:4} "
                 f"{tiles.num_warps:3} warps {tiles.num_stages:2} stages {found.registers:4} registers "
                 f"{found.spilled:4} spilled {found.shared:7} bytes shared"
             )
-            yield line, too_much(found, architecture)
+            reason = f"  {table.spilling[cell]}" if found.spilled and cell in table.spilling else ""
+            yield line + reason, too_much(found, cell, table)
 
 
 def main(arguments: list[str] | None = None) -> int:

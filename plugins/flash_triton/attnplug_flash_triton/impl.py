@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 
 import torch
@@ -11,9 +11,14 @@ from torch import Tensor
 
 from attnplug import SDPAParams
 from attnplug_flash_triton import config, launches, toolchain
-from attnplug_flash_triton.launches import Launch
-from attnplug_flash_triton.problem import Machine, keeps_statistics, machine_of
+from attnplug_flash_triton.plans import Plan
+from attnplug_flash_triton.problem import Machine, keeps_statistics, machine_of, tf32_allowed
 
+PLANS_KEPT = 1024
+ALIGNED = 16
+"""Bytes. Triton compiles a kernel apart for pointers that are not multiples of it."""
+
+_plans: dict[Hashable, Plan] = {}
 _interpreter = threading.Lock()
 
 
@@ -37,13 +42,11 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     That is the rows' maxima and sums, where `keeps_statistics`, and, with dropout, the seed.
     """
     device = params.query.device
-    seed = None
+    given = tensors_of(params)
     if params.dropout > 0:  # drawn on the device, so that nothing waits for it
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    machine = machine_of(device)
-    launched, results = kernels_for(machine).forward(params, seed, machine)
-    run(launched, device)
-    return results if seed is None else (*results, seed)
+        given["seed"] = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    results = _run(params, given, device, lambda machine: family_for(params, machine).forward(params, machine))
+    return (*results, given["seed"]) if params.dropout > 0 else results
 
 
 def backward(
@@ -55,27 +58,83 @@ def backward(
     *saved: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, attn_mask and sinks."""
-    device = params.query.device
-    statistics = saved[0] if keeps_statistics(params) else None
-    seed = saved[-1] if params.dropout > 0 else None
-    machine = machine_of(device)
-    launched, gradients = kernels_for(machine).backward(params, seed, machine, grad_out, grad_lse, out, lse, statistics)
-    run(launched, device)
-    *others, delta = gradients
-    return *others, _sinks_gradient(params.sinks, lse, delta)
+    statistics = saved[:2] if keeps_statistics(params) else ()
+    given = tensors_of(params) | {"grad_out": grad_out, "out": out, "lse": lse}
+    if grad_lse is not None:
+        given["grad_lse"] = grad_lse
+    if statistics:
+        given["top"], given["total"] = statistics
+    if params.dropout > 0:
+        given["seed"] = saved[-1]
+
+    def make(machine: Machine) -> Plan:
+        return family_for(params, machine).backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
+
+    query, key, value, delta, *of_mask = _run(params, given, params.query.device, make)
+    return query, key, value, of_mask[0] if of_mask else None, _sinks_gradient(params.sinks, lse, delta)
 
 
-def kernels_for(machine: Machine) -> ModuleType:
-    """Return the family of kernels for a machine; one for a single architecture is put before the others here."""
+def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
+    """Return the family of kernels that runs a call; one for a single architecture is put before the others here.
+
+    It is asked when a plan is made, so it may look at what a plan is kept under, see `_kind`, and nothing else.
+    """
     return launches
 
 
-def run(launched: Iterable[Launch], device: torch.device) -> None:
-    """Run launches where their tensors are."""
-    # Triton's interpreter keeps the program at work in a variable of the process.
-    with torch.cuda.device(device) if device.type == "cuda" else _interpreter:
-        for launch in launched:
-            launch.run()
+def _run(
+    params: SDPAParams, given: dict[str, Tensor], device: torch.device, make: Callable[[Machine], Plan]
+) -> tuple[Tensor, ...]:
+    """Run the plan that is kept for calls of this kind, or make and keep one."""
+    kind = _kind(params, given, device)
+    plan = _plans.get(kind)
+    if plan is None:
+        plan = make(machine_of(device))
+        if len(_plans) >= PLANS_KEPT:
+            _plans.clear()
+        _plans[kind] = plan
+    if device.type != "cuda":
+        with _interpreter:  # Triton's interpreter keeps the program at work in a variable of the process
+            return plan.run(given, device)
+    if torch.cuda.current_device() == device.index:
+        return plan.run(given, device)
+    with torch.cuda.device(device):
+        return plan.run(given, device)
+
+
+def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Hashable:
+    """Return all that a plan depends on. About 3 us."""
+    mask, dtype = params.attn_mask, given["query"].dtype
+    return (
+        *given,
+        *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNED) for tensor in given.values()],
+        device,
+        config.version(),
+        params.dropout,
+        params.is_causal,
+        params.scale,
+        params.causal_variant,
+        params.window_size,
+        params.softcap,
+        params.max_q,
+        params.max_k,
+        mask is not None and mask.requires_grad,
+        dtype is torch.float32 and tf32_allowed(),
+    )
+
+
+def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
+    """Return the tensors of a call by name, a boolean mask as numbers."""
+    given = {"query": params.query, "key": params.key, "value": params.value}
+    if (mask := params.attn_mask) is not None:
+        given["attn_mask"] = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    for name in _SELDOM:
+        if (tensor := getattr(params, name)) is not None:
+            given[name] = tensor
+    return given
+
+
+_SELDOM = ("sinks", "alibi_slopes", "seqused_k", "cu_seq_q", "cu_seq_k", "block_table")
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
@@ -84,7 +143,7 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
     rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
     returned = [query.new_empty(*query.shape[:-1], params.value.shape[-1]), query.new_empty(rows, dtype=torch.float32)]
     if keeps_statistics(params):
-        returned.append(query.new_empty((2, *rows), dtype=torch.float32))
+        returned += (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if params.dropout > 0:
         returned.append(query.new_empty((1,), dtype=torch.int64))
     return tuple(returned)

@@ -1,12 +1,13 @@
-"""What a call launches: the kernels of this package with their arguments, as values that nothing has run yet.
+"""The plans of the plain kernels: which of them a call launches, with which arguments, and what they write.
 
-So the same launches are run by a call, compiled ahead of time to learn what they cost, and timed by the tuning. A
-family of kernels for one architecture is another module with these two functions; `impl.kernels_for` chooses.
+They suit every architecture and every feature. Another family of kernels is another module with these two functions;
+`impl.family_for` chooses.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,49 +18,32 @@ from attnplug_flash_triton.backward import key_value_gradient_kernel, query_grad
 from attnplug_flash_triton.decode import MOST_PARTS, combine_kernel
 from attnplug_flash_triton.forward import forward_kernel
 from attnplug_flash_triton.mask_gradient import mask_gradient_kernel
-from attnplug_flash_triton.problem import Machine, Problem, cdiv, keeps_statistics, read, with_dense_rows
+from attnplug_flash_triton.plans import Launch, New, Plan, contiguous_strides
+from attnplug_flash_triton.problem import Form, Machine, Problem, cdiv, is_dense, keeps_statistics, read, row_dim
 
 FUSED = {"enable_fp_fusion": True}
 """Products and sums in one instruction, of which Triton's default differs between releases."""
 
 
-class Launch(NamedTuple):
-    """A kernel, how many programs of it, and its arguments: in order, and those that are compiled in by name."""
-
-    kernel: Any
-    programs: int
-    arguments: tuple[Any, ...]
-    compiled_in: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[(self.programs,)](*self.arguments, **self.compiled_in)
-
-
-class Gradients(NamedTuple):
-    """What backward's launches write; `delta` is, for each row, the sum of `p * grad_p`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    delta: Tensor
-
-
-def forward(params: SDPAParams, seed: Tensor | None, machine: Machine) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    """Return the launches of forward, and what they write: out, lse and, where `keeps_statistics`, those.
+def forward(params: SDPAParams, machine: Machine) -> Plan:
+    """Return the plan of forward: it gives out, lse and, where `keeps_statistics`, tops and totals of all rows.
 
     With few rows, the query heads that share keys are packed into one tile, so that keys are read once; if that
     makes few programs, the keys are split among more of them, and a last kernel adds up the parts.
     """
-    problem = read(params, seed, machine)
-    query, flags = params.query, problem.flags
-    out = query.new_empty(*query.shape[:-1], params.value.shape[-1])
-    lse = query.new_empty(problem.rows, dtype=torch.float32)
-    if problem.packed:  # there may be rows that no sequence has
-        out.zero_()
-        lse.fill_(-torch.inf)
-    statistics = query.new_empty((2, *problem.rows), dtype=torch.float32) if keeps_statistics(params) else None
-    tops, totals = (None, None) if statistics is None else statistics.unbind()
+    problem = read(params, machine)
+    flags, rows = problem.flags, problem.rows
+    shape, dtype = (*params.query.shape[:-1], params.value.shape[-1]), params.query.dtype
+    untouched = problem.packed  # there may be rows that no sequence has
+    new = {
+        "out": New.contiguous(shape, dtype, 0.0 if untouched else None),
+        "lse": New.contiguous(rows, torch.float32, -torch.inf if untouched else None),
+    }
+    statistics: tuple[str | None, str | None] = (None, None)
+    if keeps_statistics(params):
+        statistics = ("top", "total")
+        new |= {name: New.contiguous(rows, torch.float32) for name in statistics}
+    results = tuple(new)
 
     few = problem.longest_q * problem.group <= config.FEW
     tiles = problem.tiles(config.FEW_ROWS if few else config.FORWARD)
@@ -67,19 +51,19 @@ def forward(params: SDPAParams, seed: Tensor | None, machine: Machine) -> tuple[
     count, columns = cdiv(problem.longest_q * pack, tiles.block_m), problem.batch * problem.heads // pack
     splits = problem.splits(count * columns, tiles.block_n) if few else 1
     kept = 1.0 / (1.0 - params.dropout) if params.dropout < 1 else 0.0
-    written: tuple[Tensor | None, ...] = (out, lse, tops, totals)
+    rows_in_all = prod(rows)
+    written: tuple[str | None, ...] = ("out", "lse", *statistics)
     if splits > 1:
-        part_tops = lse.new_full((splits, *lse.shape), -torch.inf)
-        written = (
-            out.new_empty((splits, *out.shape), dtype=torch.float32),
-            lse,
-            part_tops,
-            torch.empty_like(part_tops),
-        )
+        written = ("parts", "lse", "part_tops", "part_totals")
+        new |= {
+            "parts": New.contiguous((splits, *shape), torch.float32),
+            "part_tops": New.contiguous((splits, *rows), torch.float32, -torch.inf if untouched else None),
+            "part_totals": New.contiguous((splits, *rows), torch.float32),
+        }
     arguments = (
         *problem.leading,
         *(count, columns * splits, problem.section(columns) * splits),
-        *(params.sinks, *written, kept, splits, lse.numel()),
+        *("sinks" if params.sinks is not None else None, *written, kept, splits, rows_in_all),
     )
     compiled_in = dict(
         **flags,
@@ -91,36 +75,38 @@ def forward(params: SDPAParams, seed: Tensor | None, machine: Machine) -> tuple[
     )
     launches = [Launch(forward_kernel, count * columns * splits, arguments, compiled_in)]
     if splits > 1:
-        parts, _, *part_statistics = written
         arguments = (
-            *(parts, *part_statistics, out, lse, tops, totals),
-            *(kept, splits, lse.numel(), problem.heads, lse.shape[-1]),
+            *("parts", "part_tops", "part_totals", "out", "lse", *statistics),
+            *(kept, splits, rows_in_all, problem.heads, rows[-1]),
         )
         compiled_in = {name: flags[name] for name in ("FOLDED", "SIZE_V", "BLOCK_DV")}
         compiled_in |= dict(PACKED=problem.packed, PARTS=MOST_PARTS, **FUSED)
-        launches.append(Launch(combine_kernel, lse.numel(), arguments, compiled_in))
-    return launches, (out, lse) if statistics is None else (out, lse, statistics)
+        launches.append(Launch(combine_kernel, rows_in_all, arguments, compiled_in))
+    return Plan(tuple(launches), new, results, _not_dense(params))
 
 
 def backward(
     params: SDPAParams,
-    seed: Tensor | None,
     machine: Machine,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    statistics: Tensor | None,
-) -> tuple[list[Launch], Gradients]:
-    """Return the launches of backward, in the order in which they must run, and what they write."""
-    grad_out = with_dense_rows(grad_out, -2 if params.cu_seq_q is None else -3)
-    grad_q, grad_k, grad_v = (_gradient_of(tensor, params) for tensor in (params.query, params.key, params.value))
-    problem = read(params, seed, machine, grad_out, grad_q, grad_k, grad_v)
+    *statistics: Tensor,
+) -> Plan:
+    """Return the plan of backward: it gives the gradients of query, key and value, delta, and that of the mask.
+
+    Delta is, for each row, the sum of `p * grad_p`. The last is there if the mask is additive and wants one.
+    """
+    rows = row_dim(params)
+    new = {f"grad_{name}": _gradient_of(getattr(params, name), params) for name in ("query", "key", "value")}
+    others = [Form.dense(grad_out, rows), *(Form(tensor.shape, tensor.stride) for tensor in new.values())]
+    problem = read(params, machine, *others)
     flags, (of_out, of_q, of_k, of_v) = problem.flags, problem.strides
-    shifts, totals = (lse, None) if statistics is None else statistics.unbind()
-    delta = torch.zeros_like(lse) if problem.packed else torch.empty_like(lse)
+    new["delta"] = New.contiguous(lse.shape, torch.float32, 0.0 if problem.packed else None)
     keep_scale = 1.0 / (1.0 - params.dropout) if params.dropout < 1 else 0.0
-    shared = (grad_out, *of_out, shifts, totals, delta, keep_scale, problem.factor)
+    shifts = ("top", "total") if statistics else ("lse", None)
+    shared = ("grad_out", *of_out, *shifts, "delta", keep_scale, problem.factor)
 
     tiles = problem.tiles(config.QUERY)
     columns, count = problem.batch * problem.heads, cdiv(problem.longest_q, tiles.block_m)
@@ -128,8 +114,8 @@ def backward(
         *problem.leading,
         *(count, columns, problem.section(columns)),
         *shared,
-        *(out.contiguous(), None if grad_lse is None else grad_lse.contiguous()),
-        *(grad_q, *of_q),
+        *("out", None if grad_lse is None else "grad_lse"),
+        *("grad_query", *of_q),
     )
     of_query = Launch(query_gradient_kernel, count * columns, arguments, flags | _compiled_in(tiles))
 
@@ -139,38 +125,50 @@ def backward(
         *problem.leading,
         *(count, columns, problem.section(columns)),
         *shared,
-        *(grad_k, grad_v, *of_k, *of_v),
+        *("grad_key", "grad_value", *of_k, *of_v),
     )
     of_keys = Launch(key_value_gradient_kernel, count * columns, arguments, flags | _compiled_in(tiles))
 
-    launches, grad_mask = [of_query, of_keys], None
+    launches = [of_query, of_keys]
     if problem.additive and params.attn_mask.requires_grad:
-        of_mask, grad_mask = _of_mask(problem, shared)
-        launches.append(of_mask)
-    return launches, Gradients(grad_q, grad_k, grad_v, grad_mask, delta)
+        new["grad_mask"] = New.contiguous(params.attn_mask.shape, torch.float32)
+        launches.append(_of_mask(problem, shared))
+    compact = _not_dense(params)
+    if not is_dense(grad_out.shape, grad_out.stride(), rows):
+        compact += ("grad_out",)
+    compact += tuple(
+        name
+        for name, tensor in (("out", out), ("grad_lse", grad_lse))
+        if tensor is not None and not tensor.is_contiguous()
+    )
+    return Plan(tuple(launches), new, tuple(new), compact)
 
 
-def _of_mask(problem: Problem, shared: tuple[Any, ...]) -> tuple[Launch, Tensor]:
+def _of_mask(problem: Problem, shared: tuple[Any, ...]) -> Launch:
     """Return the launch that writes the gradient of an additive mask, float32, in the mask's own shape."""
     batches, heads, rows, columns = problem.params.attn_mask.shape
-    grad = problem.params.attn_mask.new_empty((batches, heads, rows, columns), dtype=torch.float32)
     tiles = problem.tiles(config.MASK)
     count = cdiv(columns, tiles.block_n)
     arguments = (
         *problem.leading,
         *(count, 1, 1),
         *shared,
-        *(grad, batches, heads, rows, columns, problem.batch),
+        *("grad_mask", batches, heads, rows, columns, problem.batch),
     )
     programs = count * cdiv(rows, tiles.block_m) * heads * batches
-    return Launch(mask_gradient_kernel, programs, arguments, problem.flags | _compiled_in(tiles)), grad
+    return Launch(mask_gradient_kernel, programs, arguments, problem.flags | _compiled_in(tiles))
 
 
-def _gradient_of(tensor: Tensor, params: SDPAParams) -> Tensor:
+def _gradient_of(tensor: Tensor, params: SDPAParams) -> New:
     """Return where the gradient of `tensor` is written: laid out as it is, if that leaves the rows dense."""
-    rows = -2 if params.cu_seq_q is None else -3
-    grad = with_dense_rows(torch.empty_like(tensor), rows)
-    return grad if params.cu_seq_q is None else grad.zero_()  # there may be rows that no sequence has
+    shape, stride = tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride()
+    stride = stride if is_dense(shape, stride, row_dim(params)) else contiguous_strides(shape)
+    return New(shape, tensor.dtype, stride, None if params.cu_seq_q is None else 0.0)  # rows that no sequence has
+
+
+def _not_dense(params: SDPAParams) -> tuple[str, ...]:
+    named = {name: getattr(params, name) for name in ("query", "key", "value")}
+    return tuple(name for name, tensor in named.items() if not is_dense(tensor.shape, tensor.stride(), row_dim(params)))
 
 
 def _compiled_in(tiles: config.Tiles) -> dict[str, Any]:

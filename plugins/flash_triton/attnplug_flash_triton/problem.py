@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -13,6 +14,7 @@ from torch import Tensor
 from attnplug import CausalVariant, SDPAParams
 from attnplug_flash_triton import config, toolchain
 from attnplug_flash_triton.decode import MOST_PARTS
+from attnplug_flash_triton.plans import contiguous_strides
 from attnplug_flash_triton.tiles import ADDITIVE, BOOLEAN, LOG2E, NO_MASK
 
 LONGEST = 2**28
@@ -20,6 +22,10 @@ LONGEST = 2**28
 FURTHEST = 2**23
 CACHED_BYTES = 24 * 2**20
 """Keys and values that programs at work share should fit the L2 cache; about half of it on an H200."""
+
+
+POINTERS = ("attn_mask", "alibi_slopes", "seqused_k", "cu_seq_q", "cu_seq_k", "block_table")
+"""Tensors besides query, key and value that kernels get in the same places."""
 
 
 class Machine(NamedTuple):
@@ -53,7 +59,7 @@ class Problem:
     """One call, in the kernels' words.
 
     Attributes:
-        leading: the arguments before `tiles`, in the order of every kernel's signature.
+        leading: the arguments before `tiles`, in the order of every kernel's signature, tensors by name.
         strides: those of batch, head and row of each of `others`.
         flags: the compile-time arguments that every kernel has.
         batch, heads, group: numbers of sequences, of query heads, and of query heads for each head of keys.
@@ -110,11 +116,14 @@ def keeps_statistics(params: SDPAParams) -> bool:
     return params.query.dtype == torch.float32 or (mask is not None and mask.is_floating_point())
 
 
-def read(params: SDPAParams, seed: Tensor | None, machine: Machine, *others: Tensor) -> Problem:
-    """Return the problem that `params` states; `others` are what kernels read or write rows of besides."""
+def read(params: SDPAParams, machine: Machine, *others: Form) -> Problem:
+    """Return the problem that `params` states; `others` are what kernels read or write rows of besides.
+
+    Of tensors it looks at nothing but shapes, strides and dtypes: what it returns holds for every call that has the
+    same. Leading arguments that are tensors are their names, as in `plans`.
+    """
     packed, paged = params.cu_seq_q is not None, params.block_table is not None
-    row_dim = -3 if packed else -2
-    query, key, value = (with_dense_rows(tensor, row_dim) for tensor in (params.query, params.key, params.value))
+    query, key, value = (Form.dense(tensor, row_dim(params)) for tensor in (params.query, params.key, params.value))
     batch = params.cu_seq_q.shape[0] - 1 if packed else query.shape[0]
     heads = query.shape[1]
     kv_heads = key.shape[2] if paged else key.shape[1]
@@ -127,19 +136,20 @@ def read(params: SDPAParams, seed: Tensor | None, machine: Machine, *others: Ten
     low, high = params.window_size
     if params.is_causal:
         high = 0
-    mask, mask_strides = _mask(params.attn_mask)
-    slopes = params.alibi_slopes
+    mask, slopes = params.attn_mask, params.alibi_slopes
+    mask_strides = _mask_strides(mask)
     factor = float(params.scale)
     additive = mask is not None and mask.is_floating_point()
-    single = query.dtype == torch.float32
+    single = params.query.dtype == torch.float32
     folded = not (single or params.softcap or slopes is not None or additive) and factor != 0  # -inf * 0 is NaN
     strides = (*_strides(query, packed, False), *_strides(key, packed, paged), *_strides(value, packed, paged))
-    steps_of_others = [_strides(tensor, packed, False) for tensor in others]
-    aligned = 16 // query.element_size()
+    steps_of_others = [_strides(form, packed, False) for form in others]
+    aligned = 16 // params.query.element_size()
     align = aligned if all(step % aligned == 0 for step in (*strides, *chain(*steps_of_others))) else 1
     leading = (
-        *(query, key, value, mask, slopes, params.seqused_k, params.cu_seq_q, params.cu_seq_k),
-        *(params.block_table, seed),
+        *("query", "key", "value"),
+        *(name if getattr(params, name) is not None else None for name in POINTERS),
+        "seed" if params.dropout > 0 else None,
         *(step // align for step in strides),
         *mask_strides,
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
@@ -166,7 +176,7 @@ def read(params: SDPAParams, seed: Tensor | None, machine: Machine, *others: Ten
         SIZE_V=value.shape[-1],
         BLOCK_D=_block_of(query.shape[-1]),
         BLOCK_DV=_block_of(value.shape[-1]),
-        PRECISION="tf32" if single and _tf32_allowed() else "ieee",
+        PRECISION="tf32" if single and tf32_allowed() else "ieee",
     )
     rows = (heads, num_q) if packed else (batch, heads, num_q)
     scaled = tuple(tuple(step // align for step in steps) for steps in steps_of_others)
@@ -174,25 +184,41 @@ def read(params: SDPAParams, seed: Tensor | None, machine: Machine, *others: Ten
     return Problem(params, machine, leading, scaled, flags, batch, heads, group, longest_q, longest_k, rows, factor)
 
 
-def with_dense_rows(tensor: Tensor, rows: int = -2) -> Tensor:
-    """Return `tensor`, copied only if its rows are not contiguous, or further apart than 32 bits count in a tile."""
-    dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    return tensor if dense and tensor.stride(rows) < FURTHEST else tensor.contiguous()
+def row_dim(params: SDPAParams) -> int:
+    """Return the dimension along which rows follow each other."""
+    return -2 if params.cu_seq_q is None else -3
 
 
-def _strides(tensor: Tensor, packed: bool, paged: bool) -> tuple[int, int, int]:
-    steps = [step if size > 1 else 0 for step, size in zip(tensor.stride(), tensor.shape, strict=True)]
-    if paged and tensor.dim() == 4:
+def is_dense(shape: Sequence[int], stride: Sequence[int], rows: int) -> bool:
+    """Whether kernels read a tensor as it is: its rows are contiguous, and as near as 32 bits count in a tile."""
+    return (stride[-1] == 1 or shape[-1] == 1) and stride[rows] < FURTHEST
+
+
+class Form(NamedTuple):
+    """The shape and the strides in which a tensor is given to the kernels."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def dense(cls, tensor: Tensor, rows: int) -> Form:
+        """Return the form of `tensor`, copied if it is not dense."""
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        return cls(shape, stride if is_dense(shape, stride, rows) else contiguous_strides(shape))
+
+
+def _strides(form: Form, packed: bool, paged: bool) -> tuple[int, int, int]:
+    steps = [step if size > 1 else 0 for step, size in zip(form.stride, form.shape, strict=True)]
+    if paged and len(steps) == 4:
         return steps[0], steps[2], steps[1]
     return (0, steps[1], steps[0]) if packed else (steps[0], steps[1], steps[2])
 
 
-def _mask(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-    """Return the mask as numbers, and strides that are 0 where it is broadcast."""
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+    """Return strides that are 0 where the mask is broadcast."""
     if mask is None:
-        return None, (0, 0, 0, 0)
-    steps = tuple(step if size > 1 else 0 for step, size in zip(mask.stride(), mask.shape, strict=True))
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, steps
+        return (0, 0, 0, 0)
+    return tuple(step if size > 1 else 0 for step, size in zip(mask.stride(), mask.shape, strict=True))
 
 
 def cdiv(number: int, by: int) -> int:
@@ -204,5 +230,6 @@ def _block_of(size: int) -> int:
     return 1 << max(4, (size - 1).bit_length())
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
+    """Whether float32 products may be TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"  # what all ways to say so end in

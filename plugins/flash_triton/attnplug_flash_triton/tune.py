@@ -2,7 +2,8 @@
 
 `python -m attnplug_flash_triton.tune` climbs from the table in use to better neighbours, one entry after the other,
 and writes the table that is read from then on: `tables/<architecture>-triton<release>.json` of this package. What
-spills or does not fit is not timed. All entries take an hour; `--only "forward, half, 128"` takes minutes.
+does not fit into shared memory is not timed; what spills is, and the table says so if it won. All entries take an
+hour; `--only "forward, half, 128"` takes minutes.
 
 With `TRITON_INTERPRET=1` it does the same on the CPU with tiny shapes, to see that it works: such times say nothing.
 """
@@ -24,8 +25,7 @@ from triton import knobs, testing
 from attnplug import CausalVariant, SDPAParams
 from attnplug_flash_triton import config
 from attnplug_flash_triton.config import ACCEPTED, Cell, Table, Tiles
-from attnplug_flash_triton.cost import cost, example, launches_of, too_much
-from attnplug_flash_triton.launches import Launch
+from attnplug_flash_triton.cost import Cost, cost, does_not_fit, example, prepared
 from attnplug_flash_triton.problem import Machine, machine_of
 
 GAIN = 0.98
@@ -98,11 +98,11 @@ def tune(table: Table, cell: Cell, device: torch.device, machine: Machine, clock
     def milliseconds(tiles: Tiles) -> float:
         before = config.use(table.but(cell, tiles))
         try:
-            if not _fits(cell, machine):
+            if any(does_not_fit(each, machine.architecture) for each in _costs(cell, machine)):
                 return float("inf")
-            first, timed = launches_of(cell, params, machine)
-            _run(first)
-            return clock(lambda: _run(timed))
+            first, timed = prepared(cell, params, machine)
+            first.run()
+            return clock(timed.run)
         finally:
             config.use(before)
 
@@ -110,17 +110,22 @@ def tune(table: Table, cell: Cell, device: torch.device, machine: Machine, clock
     return best, milliseconds(best), milliseconds(table.tiles[cell])
 
 
-def _run(launched: list[Launch]) -> None:
-    for launch in launched:
-        launch.run()
-
-
-def _fits(cell: Cell, machine: Machine) -> bool:
-    """Whether the tiles in use suit the entry's most demanding call, as they must to be shipped."""
+def _costs(cell: Cell, machine: Machine) -> list[Cost]:
+    """Return what the tiles in use cost in the entry's most demanding call; nothing in the interpreter."""
     if machine.architecture == config.INTERPRETER:
-        return True
-    launched = launches_of(cell, example(cell), machine)[1]
-    return not any(too_much(cost(launch, machine.architecture), machine.architecture) for launch in launched)
+        return []
+    wanted = prepared(cell, example(cell), machine)[1]
+    return [cost(launch, wanted.tensors, machine.architecture) for launch in wanted.launches]
+
+
+def _spilling(table: Table, cell: Cell, machine: Machine, card: str, after: float, before: float) -> str:
+    """Return why an entry is in the table although its registers spill; empty if they do not."""
+    replaced = config.use(table)
+    try:
+        spilled = max((each.spilled for each in _costs(cell, machine)), default=0)
+    finally:
+        config.use(replaced)
+    return f"{after:.3f} ms, {before:.3f} before: {card}, Triton {config.release()}" if spilled else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{cell!s:42} {before:9.3f} ms {_shown(table.tiles[cell])}  ->  {after:9.3f} ms {_shown(tiles)}\n"
         )
         sys.stdout.flush()
-        table = table.but(cell, tiles)
+        if tiles != table.tiles[cell]:
+            table = table.but(cell, tiles)
+            table = table.but(cell, tiles, _spilling(table, cell, machine, card, after, before))
     measured = f"{card}, Triton {config.release()}" + (f", {options.only!r} alone" if options.only else "")
     path = options.write or config.FOLDER / f"{machine.architecture}-triton{config.release()}.json"
     replace(table, measured=measured).write(path)

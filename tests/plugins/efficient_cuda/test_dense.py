@@ -14,7 +14,7 @@ from attnplug import SDPAParams
 from cuda_calls import BANDS, LENGTHS, LOWER_RIGHT, MASKS, assert_same, emulate, make_mask, seen_by, tensors
 from cuda_kernels_emulated import Cutlass
 
-from attnplug_efficient_cuda import dense, efficient, layout, operators  # isort: skip
+from attnplug_efficient_cuda import dense, efficient, kept, layout, operators  # isort: skip
 
 attended = torch.nn.functional.scaled_dot_product_attention
 
@@ -198,3 +198,40 @@ def test_scales_that_the_kernel_cannot_take_are_converted(cutlass: Cutlass, scal
     right = torch.autograd.grad(expected, wide, grad.double())
     for got, want in zip(found, right, strict=True):
         torch.testing.assert_close(got, want.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_call_that_the_kernel_takes_as_it_is_is_looked_at_once(
+    cutlass: Cutlass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    look = dense.direct.look
+    monkeypatch.setattr(dense.direct, "known", {})
+    monkeypatch.setattr(dense.direct, "look", lambda params: looked.append(params) or look(params))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        query, key, value = tensors(queries=33, keys=33, heads=2, kv_heads=2)
+        assert_same({"query": query, "key": key, "value": value, "is_causal": True}, seen_by(33, 33, is_causal=True))
+    assert len(looked) == 1
+
+
+def test_what_changes_a_call_is_part_of_what_it_is_known_by(cutlass: Cutlass) -> None:
+    """Twice each, in turns, so that the second of each is one that is known."""
+    query, key, value = tensors(queries=12, keys=12, heads=2, kv_heads=2)
+    strided = query.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    storage = torch.zeros(query.numel() + 1)
+    shifted = storage[1:].view(query.shape).copy_(query.detach()).detach().requires_grad_()
+    calls: list[tuple[Tensor, dict[str, Any]]] = [
+        *((query, options) for options in ({}, {"is_causal": True}, {"is_causal": True, "window_size": (3, -1)})),
+        *((other, {}) for other in (strided, shifted)),
+    ]
+    for given, options in calls * 2:
+        assert_same({"query": given, "key": key, "value": value, **options}, seen_by(12, 12, **options))
+
+
+def test_known_calls_are_bounded(cutlass: Cutlass, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "KEPT", 4)
+    monkeypatch.setattr(dense.direct, "known", {})
+    for keys in range(2, 20):
+        query, key, value = tensors(queries=3, keys=keys)
+        attnplug.scaled_dot_product_attention(query, key, value, impl="emulated")
+        assert len(dense.direct.known) <= 4

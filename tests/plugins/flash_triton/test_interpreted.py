@@ -326,12 +326,12 @@ def test_both_ways_to_allow_tf32_are_read(allow: str) -> None:
             torch.set_float32_matmul_precision("high")
         else:
             torch.backends.cuda.matmul.fp32_precision = "tf32"
-        problem = read(attnplug.SDPAParams(*tensors, scale=1.0), None, machine_of(tensors[0].device))
+        problem = read(attnplug.SDPAParams(*tensors, scale=1.0), machine_of(tensors[0].device))
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
     assert problem.flags["PRECISION"] == "tf32"
-    assert read(attnplug.SDPAParams(*tensors, scale=1.0), None, problem.machine).flags["PRECISION"] == "ieee"
+    assert read(attnplug.SDPAParams(*tensors, scale=1.0), problem.machine).flags["PRECISION"] == "ieee"
 
 
 def test_expanded_gradient_of_out_is_right() -> None:

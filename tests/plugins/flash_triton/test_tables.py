@@ -36,7 +36,7 @@ def test_every_call_finds_its_tiles(architecture: str) -> None:
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
-    table = config.table_of("sm_90").but(CELL, Tiles(32, 16, 2, 5))
+    table = config.table_of("sm_90").but(CELL, Tiles(32, 16, 2, 5), "2 ms, 3 ms before")
     table.write(tmp_path / "table.json")
     assert Table.read(tmp_path / "table.json") == table
     assert table.choose(config.FORWARD, config.HALF, 33, False) == Tiles(32, 16, 2, 5)
@@ -55,12 +55,13 @@ def edited(path: Path, change: Any) -> Path:
     [
         (lambda content: content["tiles"].pop(str(CELL)), "missing: forward, half, 64, plain"),
         (lambda content: content["tiles"].update(backward={}), "unknown: backward"),
+        (lambda content: content["spilling"].update(backward=""), "unknown: backward"),
         (lambda content: content.update(architecture="sm_70"), "'sm_70' is none of sm_80, sm_90"),
         (lambda content: content["tiles"][str(CELL)].update(block_m=100), "64, plain: block_m 100 is none of 16, 32"),
         (lambda content: content["tiles"].update({str(CELL): [1, 2]}), r"expected block_m, block_n, .* got \[1, 2\]"),
         (lambda content: content.pop("measured"), "no table of tiles: KeyError: 'measured'"),
     ],
-    ids=["missing", "unknown", "architecture", "out of range", "no tiles", "no origin"],
+    ids=["missing", "unknown", "unknown spill", "architecture", "out of range", "no tiles", "no origin"],
 )
 def test_a_file_that_is_no_table_is_refused_with_what_is_wrong(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -103,9 +104,10 @@ def test_tuning_writes_the_table_that_calls_then_use(tmp_path: Path) -> None:
 
     table.but(CELL, Tiles(16, 128, 1, 1)).write(path)
     code = (
-        "import torch, attnplug; from attnplug_flash_triton import launches; query = torch.randn(1, 1, 40, 64).half();"
-        "run = launches.Launch.run;"
-        "launches.Launch.run = lambda launch: (print(launch.programs, launch.compiled_in['BLOCK_N']), run(launch));"
+        "import torch, attnplug; from attnplug_flash_triton.plans import Launch;"
+        "query = torch.randn(1, 1, 40, 64).half();"
+        "run = Launch.run;"
+        "Launch.run = lambda *given: (print(given[0].programs, given[0].compiled_in['BLOCK_N']), run(*given));"
         "attnplug.scaled_dot_product_attention(query, query, query, impl='flash_triton')"
     )
     done = interpreted("-c", code, FLASH_TRITON_TABLE=str(path))

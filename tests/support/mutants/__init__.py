@@ -43,6 +43,19 @@ def wrong(*checks: str, dtype: str = "float32") -> Callable[[type[Kernel]], type
 
 def all_mutants() -> list[Mutant]:
     """Return every mutant."""
-    from mutants import compiling, dropout, gradients, heads, logits, masks, memory, running, softmax, varlen  # noqa: F401
+    from mutants import (  # noqa: F401
+        compiling,
+        dropout,
+        gradients,
+        heads,
+        loading,
+        logits,
+        masks,
+        memory,
+        rounding,
+        running,
+        softmax,
+        varlen,
+    )
 
     return MUTANTS

@@ -175,12 +175,3 @@ class NestedValuesOfTheFirstLength(Kernel):
 
     def of_nested(self, params: SDPAParams, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return super().of_nested(params, query, key, params.value.unbind()[0][None, :, :1].expand_as(value))
-
-
-@wrong("check_empty_inputs")
-class DividesByLengths(Kernel):
-    """Its supports function divides by the number of queries."""
-
-    def supports(self, params: SDPAParams) -> str | None:
-        too_many = params.cu_seq_q is None and params.key.shape[2] / params.query.shape[2] > 1e6
-        return "more than a million keys for each query" if too_many else None

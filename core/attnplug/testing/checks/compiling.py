@@ -10,12 +10,14 @@ from torch import Tensor
 
 import attnplug
 from attnplug import Feature
+from attnplug._accuracy import Outcome
 from attnplug._call.prepare import prepare_dense
 from attnplug._registry.discovery import get_registry
 from attnplug._run.operator import arguments_of, operator_of
-from attnplug.testing._call import Call, Inputs, Outcome
+from attnplug.testing._call import Call, compare
 from attnplug.testing._checks import check
-from attnplug.testing._compare import compare, failure
+from attnplug.testing._failure import failure
+from attnplug.testing._inputs import Inputs
 from attnplug.testing._subject import Subject
 
 Attend = Callable[[dict[str, Any]], Any]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from attnplug import Feature
-from attnplug.testing._call import Call, Inputs, Outcome
+from attnplug._accuracy import Outcome
+from attnplug.testing._call import Call, compare, run
 from attnplug.testing._checks import check
-from attnplug.testing._compare import compare, failure, run
+from attnplug.testing._failure import failure
+from attnplug.testing._inputs import Inputs
 from attnplug.testing._subject import Subject
 
 P = 0.25  # cuDNN takes steps of 1/16

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from attnplug import Feature
-from attnplug.testing._call import Call
+from attnplug.testing._call import Call, compare, run
 from attnplug.testing._checks import check
-from attnplug.testing._compare import compare, failure, run
+from attnplug.testing._failure import failure
 from attnplug.testing._memory import GuardedAllocator, Snapshot
 from attnplug.testing._subject import Subject
 from attnplug.testing.checks.varlen import LENGTHS, PAGE_SIZES, packed

@@ -9,9 +9,10 @@ from torch import Tensor
 
 import attnplug
 from attnplug import Feature
-from attnplug.testing._call import Outcome
+from attnplug._accuracy import Outcome
+from attnplug.testing._call import compare
 from attnplug.testing._checks import check
-from attnplug.testing._compare import compare, failure
+from attnplug.testing._failure import failure
 from attnplug.testing._subject import Subject
 
 LENGTHS = (5, 17, 9)

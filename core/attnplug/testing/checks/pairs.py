@@ -10,7 +10,7 @@ from typing import Any
 from attnplug import Feature
 from attnplug.testing._call import Call
 from attnplug.testing._checks import check
-from attnplug.testing._compare import CheckFailure
+from attnplug.testing._failure import CheckFailure
 from attnplug.testing._subject import Subject
 
 Fields = dict[str, Any]
@@ -129,7 +129,7 @@ def _joined(subject: Subject, names: Names, lengths: Fields) -> Call | None:
         return None
     if (_needs_backward(names) and not subject.gradients) or ("lengths_q" in fields and "mask" in fields):
         return None
-    return subject.call(**fields, gradients=tuple(dict.fromkeys(gradients)))
+    return subject.form(subject.call(**fields, gradients=tuple(dict.fromkeys(gradients))))
 
 
 def _needs_backward(names: Names) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from attnplug import Feature
+from attnplug.testing._call import compare, run
 from attnplug.testing._checks import check
-from attnplug.testing._compare import failure, run
+from attnplug.testing._failure import failure
 from attnplug.testing._subject import Subject
 
 SHAPES = [(1, 1), (64, 128), (128, 128), (239, 1), (113, 203), (1, 256), (108, 256)]
@@ -84,6 +85,17 @@ def check_lse(subject: Subject) -> None:
     for queries, keys in ((40, 40), (113, 70), (1, 130), (17, 1)):
         subject.compare(subject.call(queries=queries, keys=keys, lse=True))
     subject.compare(subject.call(scale=2.0, lse=True))
+
+
+@check(dtypes="every")
+def check_long_sums(subject: Subject) -> None:
+    """Long sums of terms of one sign are accumulated in float32, over keys and, in backward, over queries."""
+    subject.compare(subject.call(values="raised", queries=2, keys=4096, batch=1, heads=1))
+    if subject.gradients:
+        fields = {"queries": 1024, "keys": 2, "batch": 1, "heads": 1}
+        for call, inputs in subject.taken([subject.call(**fields, gradients=("value",))]):
+            inputs.grad_out = inputs.grad_out + 10
+            compare(subject.name, call, inputs)
 
 
 @check(dtypes="every")

@@ -1,0 +1,220 @@
+"""Everything that needs a GPU, in one run of bounded time: `make gpu`, or `make gpu PART=conformance` for one part.
+
+Each part is a process of its own with a time limit, writes its results as they come to benchmarks/results/<GPU>/, and
+is ended when its time is over. The summary comes in any case: after a part that hangs, after Ctrl-C, when the whole is
+ended from outside. Parts that measure times run alone, after the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT, GRACE = 228.0, 6.0
+"""Seconds for the whole, and those that a part has to write what it has, once its time is over."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the run.
+
+    Attributes:
+        name: what `--part` takes, and its files are named after.
+        claim: what it shows.
+        command: the process.
+        limit: seconds that it has.
+        told: from its log, the lines of the summary.
+    """
+
+    name: str
+    claim: str
+    command: list[str]
+    limit: float
+    told: Callable[[Path], Iterable[str]]
+
+
+def parts(folder: Path, implementations: list[str]) -> list[Part]:
+    """Return the parts, those that may share the machine first."""
+    python, found = sys.executable, folder / "conformance.jsonl"
+    workers = str(min(12, os.cpu_count() or 1))
+    spread = ["-n", workers] if importlib.util.find_spec("xdist") is not None else []
+    check = [python, "-m", "attnplug", "check", *implementations, "--device", "cuda", "--workers", workers]
+    bench = [python, "-m", "attnplug", "bench", "--set", "kernels", "--device", "cuda", "--seconds", "0.05"]
+    outputs = [argument for kind in ("json", "csv", "png") for argument in ("-o", str(folder / f"kernels.{kind}"))]
+    ours = [name for name in implementations if name not in ("aten_math", "math_ref")]
+    return [
+        Part(
+            "conformance",
+            f"every check of {', '.join(implementations)}",
+            [*check, "--timeout", "60", "--output", str(found)],
+            95.0,
+            lambda log: told_by_checks(found),
+        ),
+        Part(
+            "tests",
+            "the tests marked gpu",
+            [python, "-m", "pytest", *spread, *pytest_arguments()],
+            75.0,
+            told_by_pytest,
+        ),
+        Part("launching", "what a call costs on the host", [python, "benchmarks/launching.py"], 15.0, told_as_it_is),
+        Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 40.0, told_last),
+    ]
+
+
+def pytest_arguments() -> list[str]:
+    """Return the arguments for the files with tests marked gpu, without what the conformance part does."""
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
+    names = [str(path.relative_to(ROOT)) for path in files if path.name != "test_conformance_gpu.py"]
+    return ["-v", "-m", "gpu", "-k", "not conformance", "--durations=10", *names]
+
+
+def run(chosen: list[Part], folder: Path, limit: float = LIMIT) -> int:
+    """Run parts one after the other, and say what came of them; return 1 if one failed or was ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    lines, good = [], True
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for part in chosen:
+            left = limit - (time.monotonic() - start)
+            if left < 2 * GRACE:
+                lines.append(f"{part.name}: not run, the {limit:.0f} s of the whole are over")
+                good = False
+                continue
+            print(f"\n=== {part.name}: {part.claim}, at most {min(part.limit, left):.0f} s", flush=True)
+            began = time.monotonic()
+            ended = outcome(part, folder / f"{part.name}.txt", min(part.limit, left) - GRACE)
+            good = good and ended == "done"
+            lines.append(f"{part.name}: {ended} after {time.monotonic() - began:.0f} s, {part.claim}")
+            lines += [f"  {line}" for line in part.told(folder / f"{part.name}.txt")]
+    except KeyboardInterrupt:
+        lines.append("interrupted")
+        good = False
+    finally:
+        summary = "\n".join([*lines, f"{time.monotonic() - start:.0f} s in all; results are in {folder}"])
+        (folder / "summary.txt").write_text(summary + "\n")
+        print(f"\n=== summary\n{summary}", flush=True)
+    return 0 if good else 1
+
+
+def outcome(part: Part, log: Path, seconds: float) -> str:
+    """Run one part, its output both shown and kept; return `done`, `failed` or `ended`."""
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = shown_until(process, log, seconds)
+        finally:
+            for sent in (signal.SIGINT, signal.SIGKILL):  # the first lets it write what it has
+                if process.poll() is None:
+                    os.killpg(process.pid, sent)
+                    wait(process, GRACE)
+    return "ended, its time was over," if code is None else "done" if code == 0 else f"failed (exit status {code})"
+
+
+def shown_until(process: subprocess.Popen[bytes], log: Path, seconds: float) -> int | None:
+    """Copy the log to stdout while it grows; return the exit status, None if the time is over."""
+    deadline = time.monotonic() + seconds
+    with log.open(errors="replace") as growing:
+        while True:
+            code = process.poll()
+            print(growing.read(), end="", flush=True)
+            if code is not None or time.monotonic() > deadline:
+                return code
+            time.sleep(0.2)
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def told_by_checks(found: Path) -> Iterable[str]:
+    """Say how many checks of each implementation passed, and which failed, why."""
+    results = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+    counts: dict[str, Counter[str]] = {}
+    for result in results:
+        counts.setdefault(result["impl"], Counter())[result["status"]] += 1
+    for name, count in counts.items():
+        yield f"{name}: {', '.join(f'{number} {status}' for status, number in count.items())}"
+    for result in results:
+        if result["status"] == "failed":
+            yield f"FAILED {result['impl']} {result['check']}[{result['dtype']}]: {result['reason'].splitlines()[0]}"
+
+
+def told_by_pytest(log: Path) -> Iterable[str]:
+    """Say how many tests passed, and which failed, of a log of `pytest -v` that may be cut off."""
+    results = log.read_text(errors="replace").partition("\n=================================== FAILURES")[0]
+    found = _LINE_OF_PYTEST.findall(results)
+    counts = Counter(status for _, status, _ in found)
+    yield ", ".join(f"{number} {status.lower()}" for status, number in counts.items()) or "no test ended"
+    for before, status, after in found:
+        if status in ("FAILED", "ERROR"):
+            yield f"{status} {before or after}"
+
+
+_LINE_OF_PYTEST = re.compile(
+    r"^(?:\[\w+\] \[ *\d+%\] )?(?:(\S+::.*?) )?(PASSED|FAILED|ERROR|SKIPPED|XFAIL)(?: (\S+::.*))?", re.MULTILINE
+)
+
+
+def told_as_it_is(log: Path) -> Iterable[str]:
+    """Say all that it said, if that is short."""
+    return log.read_text(errors="replace").strip().splitlines()[-12:]
+
+
+def told_last(log: Path) -> Iterable[str]:
+    """Say what it concluded."""
+    return log.read_text(errors="replace").strip().splitlines()[-8:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", help="run this part alone; may be repeated")
+    parser.add_argument("--results", type=Path, help="where to write; by default benchmarks/results/<GPU>")
+    parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for the whole (default: {LIMIT:.0f})")
+    arguments = parser.parse_args()
+
+    import torch
+
+    import attnplug
+
+    if not torch.cuda.is_available():
+        parser.exit(1, "needs a CUDA device\n")
+    device = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    folder = arguments.results or ROOT / "benchmarks" / "results" / device
+    implementations = [
+        record.name
+        for record in attnplug.list_impls()
+        if record.status == "available"
+        and "cuda" in (record.capabilities.devices or ("cuda",))
+        and record.name != "flex"  # it compiles for each kind of call; a few kinds are a test of their own
+    ]
+    everything = parts(folder, implementations)
+    names = [part.name for part in everything]
+    for name in arguments.part or ():
+        if name not in names:
+            parser.error(f"--part: expected one of {', '.join(names)}, got {name!r}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
+    chosen = [part for part in everything if not arguments.part or part.name in arguments.part]
+    return run(chosen, folder, arguments.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Calls that PyTorch's own kernels get wrong: what each is, where it was seen, and the exact way round it.
+
+PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an error from deep inside.
+`torch` and `aten_flash` never pass them on as they are: `mended` rewrites a call where that is exact and costs little
+beside attention itself, and `reasons` declines the rest. A plain call is looked at for about a microsecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnplug import SDPAParams
+from attnplug.builtin.masks import as_wide
+
+KINDS = ("cpu", "cuda")
+ALIGNMENT = 16
+"""Bytes of the widest load of CUDA kernels: tensors, and their rows, must start at a multiple of it."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A call that PyTorch gets wrong.
+
+    Attributes:
+        says: what PyTorch does with it.
+        seen: the release in which that was seen, and on what.
+        device: the device type that it happens on; None for any.
+        concerns: whether a call is one of these, given that it is on such a device.
+        mend: returns the same call, exactly, in a form that PyTorch gets right; None where there is none.
+    """
+
+    says: str
+    seen: str
+    device: str | None
+    concerns: Callable[[SDPAParams], bool]
+    mend: Callable[[SDPAParams], SDPAParams] | None = None
+
+    @property
+    def reason(self) -> str:
+        return f"{self.says} (seen in PyTorch {self.seen})"
+
+
+class Faults:
+    """The faults of one function of PyTorch's, in the order in which they are mended."""
+
+    def __init__(self, *faults: Fault) -> None:
+        self.all = faults
+        # By device type, because every call asks, and on the CPU few are left.
+        here = {kind: [each for each in faults if each.device in (None, kind)] for kind in KINDS}
+        self._mended = {kind: tuple(each for each in found if each.mend) for kind, found in here.items()}
+        self._declined = {kind: tuple(each for each in found if not each.mend) for kind, found in here.items()}
+
+    def mended(self, params: SDPAParams) -> SDPAParams:
+        """Return a call of the same result that no fault with a way round concerns."""
+        for fault in self._mended.get(params.query.device.type, ()):
+            if fault.concerns(params):
+                assert fault.mend is not None
+                params = fault.mend(params)
+        return params
+
+    def reasons(self, params: SDPAParams) -> tuple[str, ...]:
+        """Return why a call must not be given to PyTorch: the faults without a way round."""
+        found = self._declined.get(params.query.device.type, ())
+        return tuple(fault.reason for fault in found if fault.concerns(params))
+
+
+# Which calls are concerned.
+
+
+def _hides_before_scaling(params: SDPAParams) -> bool:
+    return params.is_causal and params.scale is not None and params.scale <= 0
+
+
+def _drops_everything(params: SDPAParams) -> bool:
+    return params.dropout >= 1
+
+
+def _has_half_queries_and_a_float32_mask(params: SDPAParams) -> bool:
+    mask = params.attn_mask
+    return mask is not None and mask.dtype is torch.float32 and params.query.dtype in (torch.float16, torch.bfloat16)
+
+
+def _has_double_queries_and_a_float32_mask(params: SDPAParams) -> bool:
+    mask = params.attn_mask
+    return mask is not None and mask.dtype is torch.float32 and params.query.dtype is torch.float64
+
+
+def _has_a_mask_of_one_dimension(params: SDPAParams) -> bool:
+    return params.attn_mask is not None and params.attn_mask.dim() < 2
+
+
+def _has_a_mask_whose_rows_are_not_dense(params: SDPAParams) -> bool:
+    mask = params.attn_mask
+    return mask is not None and (mask.shape[-1] != params.key.shape[-2] or mask.stride(-1) != 1)
+
+
+def _is_misaligned(params: SDPAParams) -> bool:
+    if params.query.is_nested:
+        return False
+    mask = params.attn_mask
+    inputs = is_aligned(params.query) and is_aligned(params.key) and is_aligned(params.value)
+    return not inputs or (mask is not None and not _starts_aligned(mask))
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether the widest loads can read the rows of a tensor: their numbers are dense, and each starts aligned."""
+    elements = ALIGNMENT // tensor.element_size()
+    *sizes, last = tensor.shape
+    *strides, step = tensor.stride()
+    rows = zip(sizes, strides, strict=True)
+    return (
+        _starts_aligned(tensor)
+        and (step == 1 or last == 1)
+        and all(stride % elements == 0 for size, stride in rows if size != 1)
+    )
+
+
+def _starts_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor starts aligned; the memory that it lies in does, as all of PyTorch's."""
+    return tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0
+
+
+# The ways round.
+
+
+def _with_positive_scale(params: SDPAParams) -> SDPAParams:
+    """Return a call of the same logits: the sign, or the zero, goes into the queries."""
+    assert params.scale is not None
+    sign = -1 if params.scale < 0 else 0
+    return replace(params, query=params.query * sign, scale=-params.scale or 1.0)
+
+
+def _with_values_of_zero(params: SDPAParams) -> SDPAParams:
+    """Return a call without dropout of the same result and gradients, which are 0."""
+    everywhere = torch.ones((), dtype=torch.bool, device=params.value.device)
+    return replace(params, value=params.value.masked_fill(everywhere, 0.0), dropout=0.0)
+
+
+def _with_a_mask_of_double(params: SDPAParams) -> SDPAParams:
+    return replace(params, attn_mask=as_wide(params.attn_mask, params.query.dtype))
+
+
+def _with_a_mask_of_two_dimensions(params: SDPAParams) -> SDPAParams:
+    return replace(params, attn_mask=torch.atleast_2d(params.attn_mask))
+
+
+def _with_a_mask_of_dense_rows(params: SDPAParams) -> SDPAParams:
+    mask = params.attn_mask
+    return replace(params, attn_mask=_copied(mask.expand(*mask.shape[:-1], params.key.shape[-2]), False))
+
+
+def _aligned(params: SDPAParams) -> SDPAParams:
+    """Return the call with copies of what is misaligned. PyTorch pads the rows of a mask by itself."""
+    query, key, value = (_copied(tensor, is_aligned(tensor)) for tensor in (params.query, params.key, params.value))
+    mask = params.attn_mask
+    if mask is not None:
+        mask = _copied(mask, _starts_aligned(mask))
+    return replace(params, query=query, key=key, value=value, attn_mask=mask)
+
+
+def _copied(tensor: Tensor, is_right: bool) -> Tensor:
+    return tensor if is_right else tensor.clone(memory_format=torch.contiguous_format)
+
+
+HIDDEN_BEFORE_SCALED = Fault(
+    "PyTorch's fused kernels hide keys with -inf before they scale, which a scale of 0 turns into NaN and a negative "
+    "one into +inf",
+    "2.13.0, CPU; 2.11.0, CUDA 13.0",
+    None,
+    _hides_before_scaling,
+    _with_positive_scale,
+)
+DROPS_EVERYTHING = Fault(
+    "PyTorch's CUDA kernels divide by 1 - dropout_p, and give NaN or an error for dropout_p=1",
+    "2.11.0, CUDA 13.0",
+    "cuda",
+    _drops_everything,
+    _with_values_of_zero,
+)
+MISALIGNED = Fault(
+    "PyTorch's CUDA kernels read 16 bytes at a time, and fault where a tensor or its rows start between",
+    "2.11.0, CUDA 13.0",
+    "cuda",
+    _is_misaligned,
+    _aligned,
+)
+OF_SDPA = Faults(
+    HIDDEN_BEFORE_SCALED,
+    DROPS_EVERYTHING,
+    Fault(
+        "PyTorch reads a float32 attn_mask of half-precision queries as half precision, and gives NaN",
+        "2.11.0, CUDA 13.0, cuDNN 9.19",
+        "cuda",
+        _has_half_queries_and_a_float32_mask,
+    ),
+    Fault(
+        "PyTorch reads a float32 attn_mask of float64 queries as float64",
+        "2.13.0, CPU",
+        None,
+        _has_double_queries_and_a_float32_mask,
+        _with_a_mask_of_double,
+    ),
+    Fault(
+        "PyTorch's function trips over an attn_mask of one dimension",
+        "2.13.0, CPU",
+        None,
+        _has_a_mask_of_one_dimension,
+        _with_a_mask_of_two_dimensions,
+    ),
+    Fault(
+        "PyTorch raises '(*bias): last dimension must be contiguous' for an attn_mask that broadcasts over keys, or "
+        "has another last stride than 1",
+        "2.11.0, CUDA 13.0",
+        "cuda",
+        _has_a_mask_whose_rows_are_not_dense,
+        _with_a_mask_of_dense_rows,
+    ),
+    MISALIGNED,
+)
+"""Those of `torch.nn.functional.scaled_dot_product_attention`."""
+OF_FLASH = Faults(HIDDEN_BEFORE_SCALED, DROPS_EVERYTHING, MISALIGNED)
+"""Those of `aten::_scaled_dot_product_flash_attention` and its equivalent on the CPU."""

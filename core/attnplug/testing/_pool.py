@@ -1,0 +1,184 @@
+"""Checks in worker processes: a kernel that takes its process down costs one check, and several compile at once.
+
+A fault on a GPU ends the CUDA context of the process: whatever it does afterwards fails, and says something else. So
+a worker that lost its device, died or did not answer in time is replaced, and the check that it was making has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+from attnplug.testing._report import Result
+from attnplug.testing._tasks import Task
+
+STARTING = 300.0
+"""Seconds that a worker has for importing torch and attnplug."""
+_GRACE, _TOLD = 2.0, 12
+
+
+class Worker:
+    """One process that makes checks, replaced when a check has taken it down."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, task: Task, timeout: float) -> Result:
+        """Make a check; if that takes the process down, the check has failed.
+
+        Raises:
+            RuntimeError: no worker could be started, or this one was closed.
+        """
+        process = self._started()
+        start = time.perf_counter()
+        assert process.stdin is not None
+        try:
+            pickle.dump((task, timeout), process.stdin)
+            process.stdin.flush()
+            answer = self._answers.get(timeout=timeout + _GRACE)
+        except queue.Empty:
+            self._end()
+            return task.failed(f"did not end within {timeout:g} s{self._told()}", time.perf_counter() - start)
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            reason = f"ended its process: {_how(self._end(_GRACE))}{self._told()}"
+            return task.failed(reason, time.perf_counter() - start)
+        result, lost = answer
+        if lost:
+            self._end()
+        return result  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the process; it can be called from another thread."""
+        with self._lock:
+            self._closed = True
+        self._end()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the worker was closed")
+            if self._process is not None:
+                return self._process
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115, read after the process has ended
+            self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "attnplug.testing._worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+            threading.Thread(target=_read, args=(process, self._answers), daemon=True).start()
+        try:
+            greeting = self._answers.get(timeout=STARTING)
+        except queue.Empty:
+            greeting = None
+        if greeting is None:
+            code = self._end(_GRACE)
+            raise RuntimeError(f"no worker could be started: {_how(code)}{self._told()}")
+        return process
+
+    def _end(self, patience: float = 0.0) -> int | None:
+        """End the process, if it does not end by itself; return its exit status, None if it cannot be ended."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
+            return None
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
+        for seconds in (patience, 5 * _GRACE):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(seconds)
+            process.kill()
+        return None  # stuck in the driver: the system ends it when that returns
+
+    def _told(self) -> str:
+        """Return the last lines that the process wrote to stderr, or the innermost of a stack that it shows."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        stacks = [at for at, line in enumerate(lines) if line.endswith("(most recent call first):")]
+        shown = lines[max(0, stacks[-1] - _TOLD // 2) : stacks[-1] + _TOLD // 2] if stacks else lines[-_TOLD:]
+        return "".join(f"\n{line}" for line in shown)
+
+
+def _read(process: subprocess.Popen[bytes], answers: queue.SimpleQueue[Any]) -> None:
+    """Put each answer into the queue, and None when there will be no more."""
+    assert process.stdout is not None
+    with process.stdout as stream:
+        while True:
+            try:
+                answers.put(pickle.load(stream))
+            except (EOFError, pickle.UnpicklingError):
+                answers.put(None)
+                return
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "it cannot be ended"
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def run_all(
+    tasks: Sequence[Task], workers: int, timeout: float, on_result: Callable[[int, Result], None] | None = None
+) -> list[Result]:
+    """Make checks in several processes at once, the last first: those take longest.
+
+    Args:
+        tasks: what to make.
+        workers: how many processes.
+        timeout: seconds that each check has.
+        on_result: called with the position of each result and the result, as it is found, in one thread at a time.
+
+    Returns:
+        The results in the order of `tasks`.
+    """
+    results: dict[int, Result] = {}
+    left = list(enumerate(tasks))
+    lock = threading.Lock()
+    crew = [Worker() for _ in range(min(workers, len(tasks)))]
+
+    def serve(worker: Worker) -> None:
+        while True:
+            with lock:
+                if not left:
+                    return
+                position, task = left.pop()
+            result = worker.run(task, timeout)
+            with lock:
+                results[position] = result
+                if on_result is not None:
+                    on_result(position, result)
+
+    with ThreadPoolExecutor(max(1, len(crew))) as threads:
+        serving = [threads.submit(serve, worker) for worker in crew]
+        try:
+            wait(serving, return_when=FIRST_EXCEPTION)
+        finally:
+            with lock:
+                left.clear()
+            for worker in crew:
+                worker.close()
+    for each in serving:
+        each.result()
+    return [results[position] for position in range(len(tasks))]

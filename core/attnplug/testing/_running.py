@@ -1,0 +1,92 @@
+"""What becomes of one check."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import torch
+
+import attnplug
+from attnplug._control.registration import check_name
+from attnplug._registry.discovery import get_registry
+from attnplug._types import ImplRecord
+from attnplug.testing._checks import Check
+from attnplug.testing._failure import AGAIN, CheckFailure, Declined
+from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, PASSED, Result
+from attnplug.testing._subject import DTYPES, Subject
+
+
+def find(name: str) -> ImplRecord:
+    """Return the record of the implementation to check.
+
+    Raises:
+        UnknownImplementationError: there is none.
+        ValueError: it cannot run on this machine, or is broken; says why.
+    """
+    records = {record.name: record for record in attnplug.list_impls()}
+    if name not in records:
+        check_name(name)
+    loads = records[name].status == "broken" and name in get_registry()  # a kernel, not a plugin: a check says so
+    if records[name].status != "available" and not loads:
+        raise ValueError(f"implementation {name!r} is {records[name].status}: {records[name].reason}")
+    return records[name]
+
+
+def run_check(check: Check, subject: Subject) -> Result:
+    """Run one check and say what became of it."""
+    start = time.perf_counter()
+    devices = [torch.device(subject.device)] if subject.device.startswith("cuda") else []
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices):
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            status, reason = _outcome(check, subject)
+    except CheckFailure as failure:
+        status, reason = FAILED, str(failure)
+    except Exception as error:  # whatever a kernel raises is the kernel's failure, and the next check goes on
+        status, reason = FAILED, f"raised {type(error).__name__}: {error}"
+    if status == FAILED and not reason.rpartition("\n")[2].startswith(AGAIN):
+        reason = f"{reason}\n{_again(check, subject)}"
+    seconds = time.perf_counter() - start
+    return Result(check.name, subject.dtype, status, reason, tuple(subject.declined), check.claim, seconds)
+
+
+def _again(check: Check, subject: Subject) -> str:
+    """Return a line of Python that makes the check again."""
+    where = f"device={subject.device!r}, dtype={subject.dtype!r}, level={'full' if subject.full else 'quick'!r}"
+    run = f"check_impl({subject.name!r}, {where}, checks=[{check.name!r}])"
+    return f"{AGAIN}from attnplug.testing import check_impl; print({run})"
+
+
+def _outcome(check: Check, subject: Subject) -> tuple[str, str]:
+    if reason := _not_applicable(check, subject):
+        return NOT_APPLICABLE, reason
+    if lacking := subject.lacking(check.features):
+        return DECLINED, "; ".join(lacking)
+    try:
+        check.function(subject)
+    except Declined as declined:
+        if str(declined):
+            return DECLINED, str(declined)
+    if subject.ran:
+        return PASSED, ""
+    if not subject.declined:
+        return NOT_APPLICABLE, subject.uncovered[0] if subject.uncovered else "asks for nothing that is declared"
+    if check.may_decline:
+        return DECLINED, subject.declined[0]
+    declared = ", ".join(feature.name for feature in check.features) or "its dtypes and head sizes"
+    return FAILED, f"declares {declared} but declines every call that asks for it: {subject.declined[0]}"
+
+
+def _not_applicable(check: Check, subject: Subject) -> str:
+    missing = [feature.name for feature in check.features if not subject.has(feature)]
+    if missing:
+        return f"does not declare {', '.join(missing)}"
+    if check.dtypes in DTYPES and check.dtypes != subject.dtype:
+        return f"does not declare {check.dtypes}"
+    if check.full and not subject.full:
+        return "part of a full run only"
+    if check.gradients and not subject.gradients:
+        return "has no backward"
+    return ""

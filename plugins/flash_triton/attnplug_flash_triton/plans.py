@@ -1,0 +1,240 @@
+"""What a call runs, as a value: kernels with their arguments, in which tensors have names.
+
+So the same plan is run by a call, compiled ahead of time to learn what it costs, and timed by the tuning; and a call
+like one before it finds its plan kept, and only fills in pointers. A family of kernels for one architecture is a
+module with two functions that make plans, `forward` and `backward`, as in `launches.py`.
+
+Triton's own way from arguments to a launch specialises each of them at every call, which takes longer than all else.
+A kernel goes that way once for each plan; from then on its launcher is called as Triton itself would call it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+DESCRIPTORS_KEPT = 64
+
+
+class New(NamedTuple):
+    """A tensor that a plan makes at every call; `fill` is what it holds before the first launch, None for anything."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    fill: float | None = None
+
+    @classmethod
+    def contiguous(cls, shape: Sequence[int], dtype: torch.dtype, fill: float | None = None) -> New:
+        """Return one whose elements lie in the order of their indices."""
+        return cls(tuple(shape), dtype, contiguous_strides(shape), fill)
+
+    def make(self, device: torch.device) -> Tensor:
+        """Return the tensor."""
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+        return tensor if self.fill is None else tensor.fill_(self.fill)
+
+
+class Descriptor(NamedTuple):
+    """A tensor that a kernel takes as a descriptor of the tensor memory accelerator: shape and strides in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block_shape: tuple[int, ...]
+    layout: Any
+
+    def of(self, tensor: Tensor) -> Any:
+        """Return the descriptor as Gluon has it."""
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block_shape), self.layout)
+
+
+class Launch(NamedTuple):
+    """A kernel, how many programs of it, and its arguments: in order, and those that are compiled in by name.
+
+    An argument is a number, None, the name of a tensor, or a `Descriptor`.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    compiled_in: dict[str, Any]
+
+    def bound(self, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """Return the arguments with tensors in the places of their names."""
+        return tuple(_bound(argument, tensors) for argument in self.arguments)
+
+    def run(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Run it as Triton does; return the compiled kernel, None from the interpreter."""
+        return self.kernel[(self.programs,)](*self.bound(tensors), **self.compiled_in)
+
+
+def _bound(argument: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(argument, str):
+        return tensors[argument]
+    return argument.of(tensors[argument.name]) if isinstance(argument, Descriptor) else argument
+
+
+@dataclass
+class Plan:
+    """What calls of one kind run; see the module.
+
+    Attributes:
+        launches: in the order in which they must run.
+        new: the tensors that it makes, by name.
+        results: the names of what it returns.
+        compact: the names of given tensors that must be made contiguous first.
+    """
+
+    launches: tuple[Launch, ...]
+    new: dict[str, New]
+    results: tuple[str, ...]
+    compact: tuple[str, ...] = ()
+    _kept: _Kept | None = field(default=None, repr=False, compare=False)
+
+    def tensors(self, given: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Return all tensors that the launches name: those given, compact where they must be, and new ones."""
+        tensors = {**given, **{name: given[name].contiguous() for name in self.compact}}
+        return {**tensors, **{name: new.make(device) for name, new in self.new.items()}}
+
+    def run(self, given: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        """Run the plan with the tensors of one call, on the device that is current, and return its results.
+
+        The kept form is made by the first call that ends, and holds for later ones: what the compiler has looked at,
+        whether pointers are multiples of 16 and types, is part of what plans are kept under.
+        """
+        if self._kept is not None and not _is_watched():
+            return self._kept.run(given, device)
+        tensors = self.tensors(given, device)
+        compiled = [launch.run(tensors) for launch in self.launches]
+        if None not in compiled:  # the interpreter compiles nothing
+            self._kept = _Kept.of(self, tuple(given), compiled)
+        return tuple(tensors[name] for name in self.results)
+
+
+def _is_watched() -> bool:
+    """Whether a profiler wants to hear of launches from Triton."""
+    settings = knobs.runtime
+    return bool(settings.launch_enter_hook.calls or settings.launch_exit_hook.calls)
+
+
+class _Kept:
+    """A plan after its first run. Tensors are numbered: those given, then the new ones."""
+
+    def __init__(self, plan: Plan, given: tuple[str, ...], launches: list[_KeptLaunch]) -> None:
+        numbers = {name: number for number, name in enumerate((*given, *plan.new))}
+        self.compact = [numbers[name] for name in plan.compact]
+        self.new = [(new.shape, new.stride, new.dtype, new.fill) for new in plan.new.values()]
+        self.results = itemgetter(*(numbers[name] for name in plan.results))
+        self.launches = launches
+
+    @classmethod
+    def of(cls, plan: Plan, given: tuple[str, ...], compiled: list[Any]) -> _Kept:
+        names = (*given, *plan.new)
+        launches = [_KeptLaunch(*pair, names) for pair in zip(plan.launches, compiled, strict=True)]
+        return cls(plan, given, launches)
+
+    def run(self, given: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
+        """Make what is new, and launch. About 4 us and 3 for each launch."""
+        tensors = list(given.values())
+        for number in self.compact:
+            tensors[number] = tensors[number].contiguous()
+        for shape, stride, dtype, fill in self.new:
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            tensors.append(tensor if fill is None else tensor.fill_(fill))
+        active = driver.active
+        stream = active.get_current_stream(device.index or 0)
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        for launch in self.launches:
+            launch.run(pointers, tensors, stream)
+        return self.results(tensors)  # type: ignore[no-any-return]
+
+
+class _KeptLaunch:
+    """A compiled kernel with its arguments as its launcher takes them, but for pointers and descriptors."""
+
+    def __init__(self, launch: Launch, compiled: Any, names: tuple[str, ...]) -> None:
+        self.programs = launch.programs
+        self.launcher, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+        self.arguments: list[Any] = []
+        self.pointers: list[tuple[int, int]] = []
+        self.descriptors: list[tuple[int, int, _Maps]] = []
+        maps = iter(_maps_of(launch, compiled))
+        for argument in launch.arguments:
+            place = len(self.arguments)
+            if isinstance(argument, Descriptor):
+                self.descriptors.append((place, names.index(argument.name), next(maps)))
+                self.arguments += (None, *argument.shape, *argument.strides)
+                continue
+            if isinstance(argument, str):
+                self.pointers.append((place, names.index(argument)))
+            self.arguments.append(argument)
+        self.arguments += (launch.compiled_in[name] for name in launch.kernel.arg_names[len(launch.arguments) :])
+        if self.descriptors:
+            self.launcher = _taking_maps(compiled.run)
+
+    def run(self, pointers: list[int], tensors: list[Tensor], stream: int) -> None:
+        arguments = self.arguments.copy()
+        for place, number in self.pointers:
+            arguments[place] = pointers[number]
+        for place, number, maps in self.descriptors:
+            arguments[place] = maps.of(pointers[number], tensors[number])
+        self.launcher(self.programs, 1, 1, stream, self.function, self.metadata, None, None, None, *arguments)
+
+
+class _Maps:
+    """The tensor maps of one descriptor, by pointer; an allocator gives the same few out again and again."""
+
+    def __init__(self, descriptor: Descriptor, metadata: Any, encode: Any) -> None:
+        self.descriptor, self.metadata, self.encode = descriptor, metadata, encode
+        self.kept: dict[int, Any] = {}
+
+    def of(self, pointer: int, tensor: Tensor) -> Any:
+        found = self.kept.get(pointer)
+        if found is None:
+            found = self.encode(self.descriptor.of(tensor), self.metadata)[0]
+            if len(self.kept) >= DESCRIPTORS_KEPT:
+                self.kept.clear()
+            self.kept[pointer] = found
+        return found
+
+
+def _maps_of(launch: Launch, compiled: Any) -> list[_Maps]:
+    descriptors = [argument for argument in launch.arguments if isinstance(argument, Descriptor)]
+    if not descriptors:
+        return []
+    make = importlib.import_module(type(compiled.run).__module__).make_tensordesc_arg
+    extra = (None,) * (len(inspect.signature(make).parameters) - 2)  # of Triton 3.9
+    described = compiled.metadata.tensordesc_meta
+    return [
+        _Maps(descriptor, metadata, lambda given, metadata: make(given, metadata, *extra))
+        for descriptor, metadata in zip(descriptors, described, strict=True)
+    ]
+
+
+def _taking_maps(launcher: Any) -> Any:
+    """Return a launcher that takes tensor maps, where Triton's would make them from descriptors at every launch."""
+    taking = copy.copy(launcher)
+    taking.launch = inspect.getclosurevars(launcher.launch).nonlocals["launcher"]
+    return taking
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

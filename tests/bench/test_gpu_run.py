@@ -1,0 +1,137 @@
+"""`make gpu`: parts with time limits, and a summary that always comes."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from attnplug import bench
+from attnplug.cli import main
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def part(gpu: ModuleType, name: str, program: str, limit: float = 60.0) -> object:
+    return gpu.Part(name, f"claim of {name}", [sys.executable, "-uc", program], limit, gpu.told_as_it_is)
+
+
+def test_a_part_that_hangs_is_ended_at_its_limit_and_the_summary_has_what_it_wrote(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 2.0)
+    start = time.monotonic()
+    chosen = [
+        part(gpu, "hangs", "import time; print('a first result'); time.sleep(600)", 12.0),
+        part(gpu, "good", "print('all is well')"),
+    ]
+    assert gpu.run(chosen, tmp_path / "results") == 1
+    assert time.monotonic() - start < 60
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    assert "hangs: ended, its time was over, after" in summary
+    assert "  a first result" in summary
+    assert "good: done after" in summary
+    assert summary in capsys.readouterr().out
+
+
+def test_a_part_that_fails_does_not_keep_the_others_from_running(gpu: ModuleType, tmp_path: Path) -> None:
+    chosen = [part(gpu, "bad", "import sys; sys.exit(3)"), part(gpu, "good", "print('all is well')")]
+    assert gpu.run(chosen, tmp_path) == 1
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "bad: failed (exit status 3) after" in summary
+    assert "  all is well" in summary
+    assert gpu.run(chosen[1:], tmp_path) == 0
+
+
+def test_what_there_is_no_time_for_is_said_to_be_not_run(gpu: ModuleType, tmp_path: Path) -> None:
+    assert gpu.run([part(gpu, "late", "print(1)")], tmp_path, limit=1.0) == 1
+    assert "late: not run, the 1 s of the whole are over" in (tmp_path / "summary.txt").read_text()
+
+
+def test_checks_are_summed_up_from_a_file_that_may_be_cut_off(gpu: ModuleType, tmp_path: Path) -> None:
+    result = {"impl": "mine", "check": "check_values", "dtype": "float32", "status": "passed", "reason": ""}
+    fault = {**result, "check": "check_lse", "status": "failed", "reason": "ended its process: SIGSEGV\nmore"}
+    (tmp_path / "found.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (result, fault)))
+    told = list(gpu.told_by_checks(tmp_path / "found.jsonl"))
+    assert told == ["mine: 1 passed, 1 failed", "FAILED mine check_lse[float32]: ended its process: SIGSEGV"]
+    assert list(gpu.told_by_checks(tmp_path / "nothing.jsonl")) == []
+
+
+@pytest.mark.parametrize("spread", [[], ["-n", "1"]], ids=["alone", "spread"])
+def test_tests_are_summed_up_from_the_log_of_pytest(gpu: ModuleType, tmp_path: Path, spread: list[str]) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert False, 'PASSED is no status here'\n"
+        "def test_other(): pytest.skip('no')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *spread, str(tmp_path)]
+    log = tmp_path / "log.txt"
+    log.write_text(subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False).stdout)
+    counts, *failed = gpu.told_by_pytest(log)
+    assert sorted(counts.split(", ")) == ["1 failed", "1 passed", "1 skipped"]
+    (line,) = failed
+    assert line.startswith("FAILED ") and line.strip().endswith("test_some.py::test_bad")
+
+
+def test_every_file_with_tests_for_a_gpu_is_run(gpu: ModuleType) -> None:
+    arguments = gpu.pytest_arguments()
+    assert "tests/dispatch/test_devices.py" in arguments
+    assert all((SCRIPT.parents[1] / name).exists() for name in arguments if name.startswith("tests/"))
+
+
+def test_all_parts_together_stay_below_four_minutes(gpu: ModuleType, tmp_path: Path) -> None:
+    chosen = gpu.parts(tmp_path, ["torch", "math_ref", "flash_triton"])
+    assert sum(part.limit for part in chosen) <= gpu.LIMIT < 240
+
+
+def test_the_benchmark_part_runs_on_a_cpu_when_shrunk(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (figures,) = (each for each in gpu.parts(tmp_path, ["torch", "aten_flash", "math_ref"]) if each.name == "kernels")
+    arguments = figures.command[figures.command.index("bench") :]
+    arguments[arguments.index("--device") + 1] = "cpu"
+    arguments[arguments.index("--seconds") + 1] = "0.001"
+    assert main([*arguments, "--tiny"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.csv", "kernels.json", "kernels.png"]
+    report = bench.Report.read(tmp_path / "kernels.json")
+    impls = arguments[arguments.index("--impl") + 1].split(",")
+    assert len(report) == len(impls) * len(bench.case_set("kernels"))
+    assert not report.wrong and {"torch", "aten_flash"} <= set(report.impls)
+    with (tmp_path / "kernels.csv").open() as lines:
+        assert len(list(csv.DictReader(lines))) == len(report)
+    capsys.readouterr()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_gpu_passes_the_part_on() -> None:
+    command = ["make", "-n", "gpu", "PART=conformance"]
+    planned = subprocess.run(command, check=True, cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    assert "benchmarks/gpu.py --part conformance" in planned.stdout.replace("\\\n\t", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_what_it_needs() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "needs a CUDA device\n")

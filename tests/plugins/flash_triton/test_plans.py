@@ -1,0 +1,312 @@
+"""A call of flash_triton like one before it launches what Triton itself would launch, without Triton's way there.
+
+Kernels are compiled for a Hopper GPU, of which there need be none: a driver that only writes launches down stands for
+its own.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
+
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia import driver as nvidia  # noqa: E402
+from triton.experimental import gluon  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from attnplug import CausalVariant, SDPAParams  # noqa: E402
+from attnplug_flash_triton import config, impl, plans  # noqa: E402
+from attnplug_flash_triton.problem import Machine  # noqa: E402
+
+HOPPER = Machine("sm_90", 132)
+
+
+class Driver:
+    """A driver of Triton that writes down what it is to launch: the compiled kernel, the grid, stream and arguments."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        self.stream = 0
+        self.maps: list[tuple[Any, ...]] = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, *_: (0, name, 0, 0, 1024),
+            build_signature_metadata=tuple,
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 232_448},
+            launch=lambda *given: self.launched.append(given),
+            fill_tma_descriptor_tiled=self.map_of,
+            fill_tma_descriptor=self.map_of,
+        )
+
+    def map_of(self, *given: Any) -> Any:
+        self.maps.append(given)
+        return ("map", given[0])
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return self.stream
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        identity = (src.fn.__name__, str(src.signature), str(src.attrs), str(src.constants))
+
+        def launcher(*given: Any) -> None:
+            x, y, z, stream, _function, _metadata, _of_launch, _enter, _exit, *arguments = given
+            self.launched.append((identity, (x, y, z), stream, *map(plain, arguments)))
+
+        return launcher
+
+
+def plain(argument: Any) -> Any:
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    stub = Driver()
+    monkeypatch.setattr(driver, "_active", stub)  # first, so that it is there until the last kernel is unloaded
+    kernels = [getattr(impl.launches, name) for name in dir(impl.launches) if name.endswith("_kernel")]
+    for kernel in kernels:  # what was compiled for another driver has its launcher
+        monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+    monkeypatch.setattr(impl, "machine_of", lambda device: HOPPER)
+    monkeypatch.setattr(impl, "_plans", {})
+    return stub
+
+
+def tensors(*lengths: int, heads: tuple[int, int] = (2, 2), dtype: torch.dtype = torch.float16) -> list[Tensor]:
+    queries, keys = lengths
+    shapes = ((1, heads[0], queries, 64), (1, heads[1], keys, 64), (1, heads[1], keys, 64))
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def features(query: Tensor, key: Tensor, value: Tensor) -> SDPAParams:
+    mask = torch.zeros(1, 1, query.shape[2], key.shape[2], requires_grad=True)
+    return SDPAParams(query, key, value, mask, 0.25, scale=0.1, softcap=2.0, sinks=torch.zeros(2), window_size=(7, -1))
+
+
+def packed(query: Tensor, key: Tensor, value: Tensor) -> SDPAParams:
+    ends = torch.tensor([0, 3, query.shape[2]], dtype=torch.int32)
+    tokens = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    lengths = dict(cu_seq_q=ends, cu_seq_k=ends, max_q=query.shape[2], max_k=query.shape[2])
+    return SDPAParams(*tokens, scale=0.1, causal_variant=CausalVariant.LOWER_RIGHT, **lengths)
+
+
+CALLS = {
+    "plain": lambda: SDPAParams(*tensors(32, 32), is_causal=True, scale=0.1),
+    "float32": lambda: SDPAParams(*tensors(32, 32, dtype=torch.float32), scale=0.1),
+    "features": lambda: features(*tensors(32, 32)),
+    "sequences": lambda: packed(*tensors(32, 32)),
+    "keys split": lambda: SDPAParams(*tensors(1, 4096, heads=(4, 2)), enable_gqa=True, scale=0.1),
+    "not contiguous": lambda: SDPAParams(*(tensor.mT.contiguous().mT for tensor in tensors(32, 32)), scale=0.1),
+}
+
+
+def run(params: SDPAParams) -> list[list[tuple[Any, ...]]]:
+    """Run a call forward and backward; return what each launches, pointers as ordinals."""
+    launched = driver.active.launched
+    launched.clear()
+    out, lse, *saved = impl.forward(params)
+    forward = numbered(launched)
+    launched.clear()
+    impl.backward(params, torch.ones_like(out), None, out, lse, *saved)
+    return [forward, numbered(launched)]
+
+
+def numbered(launched: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return launches with the first pointer that appears as 0, the next as 1, and so on."""
+    seen: dict[int, str] = {}
+    return [
+        tuple(
+            seen.setdefault(item, f"pointer {len(seen)}") if isinstance(item, int) and item > 2**32 else item
+            for item in launch
+        )
+        for launch in launched
+    ]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_repeated_call_launches_what_the_first_launched(call: str) -> None:
+    first, repeated = run(CALLS[call]()), run(CALLS[call]())
+    assert len(impl._plans) == 2  # of forward and backward
+    assert len(first[0]) >= 1 and len(first[1]) >= 2
+    assert repeated == first
+
+
+def test_each_argument_gets_its_own_tensor_after_a_call_of_one_tensor_for_all() -> None:
+    query, key, value = tensors(32, 32)
+    impl.forward(SDPAParams(query, query, query, scale=0.1))
+    out, lse = impl.forward(SDPAParams(query, key, value, scale=0.1))[:2]
+    given = driver.active.launched[-1][3:]
+    pointers = [tensor.data_ptr() for tensor in (query, key, value, out, lse)]
+    assert [item for item in given if item in pointers] == pointers
+    assert len(impl._plans) == 1
+
+
+def test_a_tensor_that_starts_elsewhere_gets_the_kernel_that_reads_there(card: Driver) -> None:
+    """Triton compiles a kernel for pointers that are multiples of 16 bytes; it would fault on others."""
+    query, key, value = tensors(32, 32)
+    shifted = torch.empty(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape)
+    for tensor in (query, shifted, query, shifted):
+        impl.forward(SDPAParams(tensor, key, value, scale=0.1))
+    kernels = [identity for identity, *_ in card.launched]
+    assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
+    assert card.launched[3][3] == shifted.data_ptr()
+
+
+def test_another_layout_gets_its_own_strides(card: Driver) -> None:
+    query, key, value = tensors(32, 48)
+    strided = key.transpose(1, 2).contiguous().transpose(1, 2)
+    for each in (key, strided, key, strided):
+        impl.forward(SDPAParams(query, each, value, scale=0.1))
+    first, second, third, fourth = (numbered([launch]) for launch in card.launched)
+    assert first == third != second == fourth
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(scale=0.2),
+        dict(is_causal=True),
+        dict(softcap=1.0),
+        dict(window_size=(3, -1)),
+        dict(causal_variant=CausalVariant.LOWER_RIGHT),
+        dict(dropout=0.5),
+        dict(attn_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool)),
+        dict(sinks=torch.zeros(2)),
+        dict(alibi_slopes=torch.zeros(2)),
+        dict(seqused_k=torch.ones(1, dtype=torch.int32)),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_a_launch_is_part_of_what_it_is_kept_under(change: dict[str, Any]) -> None:
+    """Run twice each, in turns, so that the second of each comes from what is kept."""
+    given = tensors(32, 32)
+    launched = []
+    for extra in ({}, change, {}, change):
+        impl.forward(SDPAParams(*given, **{"scale": 0.1, **extra}))
+        launched.append(numbered(driver.active.launched[-1:]))
+    assert launched[0] == launched[2] != launched[1] == launched[3]
+
+
+def test_float32_products_follow_pytorchs_setting() -> None:
+    given = tensors(32, 32, dtype=torch.float32)
+    kernels = []
+    for precision in ("ieee", "tf32", "ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            impl.forward(SDPAParams(*given, scale=0.1))
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = "none"
+        kernels.append(driver.active.launched[-1][0])
+    assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
+
+
+def test_other_tiles_are_used_from_the_next_call_on() -> None:
+    params = SDPAParams(*tensors(32, 32), scale=0.1)
+    cell = config.Cell(config.FORWARD, config.HALF, 64, config.PLAIN)
+    impl.forward(params)
+    before = config.use(config.table_of("sm_90").but(cell, config.Tiles(16, 16, 1, 1)))
+    try:
+        impl.forward(params)
+    finally:
+        config.use(before)
+    first, second = driver.active.launched
+    assert first[1] == (2, 1, 1) and second[1] == (4, 1, 1)
+
+
+def test_each_launch_goes_to_the_current_stream(card: Driver) -> None:
+    params = SDPAParams(*tensors(32, 32), scale=0.1)
+    for card.stream in (0, 7, 9):
+        impl.forward(params)
+    assert [launch[2] for launch in card.launched] == [0, 7, 9]
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(impl, "PLANS_KEPT", 4)
+    for keys in range(20, 40):
+        impl.forward(SDPAParams(*tensors(32, keys), scale=0.1))
+        assert len(impl._plans) <= 4
+
+
+def test_threads_share_what_is_kept_and_nothing_else(card: Driver) -> None:
+    calls = [tensors(32, 32) for _ in range(8)]
+    expected = {tuple(tensor.data_ptr() for tensor in call) for call in calls}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda call: impl.forward(SDPAParams(*call, scale=0.1)), calls * 25))
+    assert len(card.launched) == 200
+    assert {launch[3:6] for launch in card.launched} == expected
+
+
+def test_profilers_that_listen_to_triton_hear_of_repeated_launches() -> None:
+    params, heard = SDPAParams(*tensors(32, 32), scale=0.1), []
+    impl.forward(params)
+    impl.forward(params)
+    listen = heard.append
+    knobs.runtime.launch_enter_hook.add(listen)
+    try:
+        # The launcher calls the hooks, and the driver here has none of its own: that it is given them is what counts.
+        kept = next(iter(impl._plans.values()))
+        assert plans._is_watched()
+        given = impl.tensors_of(params)
+        launched = len(driver.active.launched)
+        kept.run(given, params.query.device)
+        assert len(driver.active.launched) == launched + 1
+    finally:
+        knobs.runtime.launch_enter_hook.remove(listen)
+    assert not plans._is_watched()
+
+
+BLOCK = (16, 64)
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
+
+
+@gluon.jit
+def copy_kernel(source, target, factor):
+    smem = gl.allocate_shared_memory(source.dtype, source.block_shape, source.layout)
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=1)
+    mbarrier.expect(bar, source.block_type.nbytes)
+    load_tile(source, [0, 0], bar, smem)
+    mbarrier.wait(bar, 0)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
+    columns = gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
+    gl.store(target + rows * 64 + columns, (smem.load(layout) * factor).to(source.dtype))
+
+
+def test_tensor_maps_are_made_once_for_a_pointer(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "launcher_cls", nvidia.CudaLauncher)
+    # What the driver has from libraries: those of Triton 3.7 and later, and the one that 3.6 builds for each kernel.
+    monkeypatch.setattr(nvidia, "PyKernelArg", lambda **given: given, raising=False)
+    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: card.utils, raising=False)
+    monkeypatch.setattr(nvidia, "library_dirs", list)
+    layout = gl.NVMMASharedLayout.get_default_for(list(BLOCK), gl.float16)
+    described = plans.Descriptor("source", BLOCK, (64, 1), BLOCK, layout)
+    launch = plans.Launch(copy_kernel, 1, (described, "target", 2.0), {"num_warps": 4, "enable_fp_fusion": True})
+    plan = plans.Plan((launch,), {"target": plans.New.contiguous(BLOCK, torch.float16)}, ("target",))
+    one, other = torch.empty(BLOCK, dtype=torch.float16), torch.empty(BLOCK, dtype=torch.float16)
+    for source in (one, one, other, one, other):
+        plan.run({"source": source}, one.device)
+    arguments = [
+        list(launched[-1] if isinstance(launched[-1], (list, tuple)) else launched[13:]) for launched in card.launched
+    ]
+    assert [given[0] for given in arguments] == [("map", t.data_ptr()) for t in (one, one, other, one, other)]
+    assert all(given[1:5] == [16, 64, 64, 1] for given in arguments)
+    assert len(card.maps) == 3  # Triton's own, at the first run, and one for each pointer
+    assert card.maps[0] == card.maps[1]

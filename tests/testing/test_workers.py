@@ -1,0 +1,151 @@
+"""Checks in worker processes: what takes a process down is the failure of one check, and the others go on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attnplug
+import faulty
+from attnplug import Capabilities, ImplSpec, SDPBackend
+from attnplug.testing import Report, Result, check_impl, check_impls
+from faulty import WORDS
+
+CHECKS = ("check_values", "check_scale", "check_batches_and_heads")
+KERNELS = ("crashes", "exits", "hangs", "loses", "loses_later", "prints")
+TIMEOUT = 25.0
+
+
+def register(name: str, kernel: Any) -> None:
+    capabilities = Capabilities(devices=("cpu",), dtypes=("float32",))
+    attnplug.register_impl(ImplSpec(name=name, kernel=kernel, backend=SDPBackend.MATH, capabilities=capabilities))
+
+
+def checked(name: str, **options: Any) -> Report:
+    return check_impl(name, **{"device": "cpu", "checks": CHECKS, "workers": 1, **options})
+
+
+@pytest.fixture(scope="module")
+def found() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def reports(found: list[tuple[str, str]]) -> dict[str, Report]:
+    """What workers say of each kernel of `faulty`, all in one run."""
+    for name in KERNELS:
+        register(name, f"faulty:{name}")
+    made = check_impls(
+        KERNELS,
+        device="cpu",
+        checks=CHECKS,
+        workers=2,
+        timeout=TIMEOUT,
+        on_result=lambda name, result: found.append((name, result.check)),
+    )
+    return {report.name: report for report in made}
+
+
+def the_failure(report: Report) -> Result:
+    """Return the one failure: what other checks made afterwards in a fresh process passed."""
+    assert {result.check: result.status for result in report.results} == {
+        "check_values": "passed",
+        "check_batches_and_heads": "passed",
+        "check_scale": "failed",
+    }, str(report)
+    return report.failures[0]
+
+
+def test_a_crash_costs_one_check_which_names_the_signal_and_shows_what_was_said(reports: dict[str, Report]) -> None:
+    reason = the_failure(reports["crashes"]).reason
+    assert "ended its process: SIGSEGV" in reason
+    assert "about to read what is not there" in reason
+    assert "in fault" in reason  # where in Python it was
+
+
+def test_an_exit_costs_one_check(reports: dict[str, Report]) -> None:
+    assert "ended its process: exit status 3" in the_failure(reports["exits"]).reason
+
+
+def test_a_lost_device_costs_one_check_with_the_words_of_the_driver(reports: dict[str, Report]) -> None:
+    reason = the_failure(reports["loses"]).reason
+    assert f"RuntimeError: {WORDS}" in reason
+    assert "after it the device cannot be used" in reason
+    assert "again: " in reason
+
+
+def test_a_device_that_is_lost_unnoticed_is_the_failure_of_the_check_that_lost_it(reports: dict[str, Report]) -> None:
+    reason = the_failure(reports["loses_later"]).reason
+    assert f"passed, but\nafter it the device cannot be used: RuntimeError: {WORDS}" in reason
+
+
+def test_a_hang_is_ended_after_the_stated_time_and_says_where_it_hung(reports: dict[str, Report]) -> None:
+    failure = the_failure(reports["hangs"])
+    assert f"did not end within {TIMEOUT:g} s" in failure.reason
+    assert "in fault" in failure.reason
+    assert TIMEOUT < failure.seconds < 3 * TIMEOUT
+
+
+def test_what_a_kernel_prints_does_not_disturb_the_results(reports: dict[str, Report]) -> None:
+    assert reports["prints"].passed, str(reports["prints"])
+
+
+def test_results_come_as_they_are_found_and_reports_in_the_order_that_was_asked_for(
+    reports: dict[str, Report], found: list[tuple[str, str]]
+) -> None:
+    assert list(reports) == list(KERNELS)
+    assert sorted(found) == sorted((name, check) for name in KERNELS for check in CHECKS)
+
+
+def test_several_workers_give_what_one_process_gives_in_the_same_order() -> None:
+    here, there = (checked("math_ref", dtype="float32", workers=count) for count in (0, 2))
+    assert [(each.check, each.status) for each in there.results] == [(each.check, each.status) for each in here.results]
+
+
+def test_a_kernel_that_cannot_be_sent_to_a_worker_says_what_to_do() -> None:
+    name = "local"
+    register(name, lambda params: (params.query, None))
+    with pytest.raises(ValueError, match="give ImplSpec.kernel as 'package.module', or use workers=0"):
+        checked(name)
+    assert not checked(name, workers=None).passed  # which on a CPU is this process
+
+
+@pytest.mark.parametrize(("argument", "value"), [("workers", -1), ("timeout", 0.0)])
+def test_arguments_that_mean_nothing_are_refused(argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected"):
+        checked("torch", **{argument: value})
+
+
+def test_a_worker_that_cannot_start_is_an_error_with_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="no worker could be started: exit status 1"):
+        checked("math_ref", dtype="float32")
+
+
+_TEST = """
+import sys
+sys.path.insert(0, {folder!r})
+import attnplug
+from attnplug.testing import parametrize_with_checks
+
+attnplug.register_impl(attnplug.ImplSpec(
+    name="mine", kernel="faulty:crashes", backend=attnplug.SDPBackend.MATH,
+    capabilities=attnplug.Capabilities(devices=("cpu",), dtypes=("float32",))))
+
+@parametrize_with_checks("mine", isolated=True)
+def test_mine(check):
+    check()
+"""
+
+
+def test_parametrized_tests_survive_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(_TEST.format(folder=str(Path(faulty.__file__).parent)))
+    wanted = "check_scale or check_batches"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "-k", wanted, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "ended its process: SIGSEGV" in done.stdout
+    assert "1 failed, 1 passed" in done.stdout.splitlines()[-1], done.stdout
