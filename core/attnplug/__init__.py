@@ -47,7 +47,8 @@ if TYPE_CHECKING:
         register_flash_attention_impl,
         restore_flash_attention_impl,
     )
-    from attnplug._control.binding import BindingHandle, bind, checkpoint_contexts
+    from attnplug._control.binding import BindingHandle, bind
+    from attnplug._control.checkpoints import checkpoint_contexts
     from attnplug._control.explain import Explanation, can_use_impl, explain
     from attnplug._control.patch import PatchHandle, patch_torch
     from attnplug._control.scopes import sdpa_kernel
@@ -71,7 +72,7 @@ _NEEDS_TORCH = {
     "PatchHandle": "attnplug._control.patch",
     "RecordedCall": "attnplug._dispatch.recording",
     "bind": "attnplug._control.binding",
-    "checkpoint_contexts": "attnplug._control.binding",
+    "checkpoint_contexts": "attnplug._control.checkpoints",
     "patch_torch": "attnplug._control.patch",
     "record": "attnplug._dispatch.recording",
     "sdpa_kernel": "attnplug._control.scopes",

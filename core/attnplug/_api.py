@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function
 
 from attnplug._call.autocast import any_autocast, autocast_dtype, cast
 from attnplug._call.facts import UPPER_LEFT, dense_sizes, facts_of, fit_in_three
@@ -167,11 +168,11 @@ def scaled_dot_product_attention(
         and return_lse is False
         and (state.torch_first if impl is None else impl == "torch")
         and not state.recordings
-        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
         and (enable_gqa is False or enable_gqa is True)
         and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
+        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
     ):
         try:
             if scale is None and not enable_gqa:
@@ -183,6 +184,27 @@ def scaled_dot_product_attention(
             raise
     compiling = is_compiling()
     if not compiling:
+        if type(query) not in _PLAIN and is_symbolic(query):
+            return handle_torch_function(
+                scaled_dot_product_attention,
+                (query, key, value),
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale,
+                enable_gqa,
+                causal_variant=causal_variant,
+                window_size=window_size,
+                softcap=softcap,
+                sinks=sinks,
+                alibi_slopes=alibi_slopes,
+                seqused_k=seqused_k,
+                return_lse=return_lse,
+                impl=impl,
+            )
         if state.recordings:
             impl = replayed(impl)
         if any_autocast() and (dtype := autocast_dtype(query)) is not None:
@@ -397,3 +419,8 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
         and mask.dim() > 1
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
+
+
+def is_symbolic(query: Any) -> bool:
+    """Whether this is no tensor but answers like one: a value of `torch.fx.symbolic_trace`."""
+    return type(query) not in _PLAIN and not isinstance(query, Tensor) and hasattr(type(query), "__torch_function__")

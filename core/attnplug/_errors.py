@@ -103,7 +103,7 @@ class GradientError(AttnplugError, RuntimeError):
 
 
 class ScopeError(AttnplugError, RuntimeError):
-    """A scope was left in another thread, twice, or before a scope that was entered inside it."""
+    """A scope or a recording was left that was not entered, or a scope was left that several other threads are in."""
 
 
 class PluginWarning(UserWarning):

@@ -20,6 +20,7 @@ what is there.
 """
 
 OPEN_WINDOW = (-1, -1)
+WIDEST = 2**30  # of a window's sides: kernels add them to positions in 32 bits
 """The one tuple that an unrestricted window is in a checked call."""
 
 

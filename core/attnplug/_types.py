@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import SpecError, did_you_mean
 from attnplug._params import OPEN_WINDOW as OPEN_WINDOW
+from attnplug._params import WIDEST as WIDEST
 from attnplug._params import CausalVariant as CausalVariant
 from attnplug._params import SDPAParams as SDPAParams
 from attnplug._version import __version__

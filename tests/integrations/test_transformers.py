@@ -272,8 +272,8 @@ def test_a_compiled_model_follows_two_scopes_and_compiles_once_for_each() -> Non
     model.set_attn_implementation("attnplug")
     compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
     operators = {
-        "aten_math": "aten._scaled_dot_product_attention_math.default(",
-        "aten_flash": "aten._scaled_dot_product_flash_attention_for_cpu.default(",
+        "aten_math": "torch._scaled_dot_product_attention_math(",
+        "aten_flash": "torch._scaled_dot_product_flash_attention_for_cpu(",
     }
     seen = padded("right")["attention_mask"].bool()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from packages import Site, of_plugins
+from packages import Site, of_plugins, plugin, spec
 
 NAMES = """
 report['names'] = sorted(
@@ -232,6 +232,22 @@ def test_strict_raises_at_the_first_call_and_at_the_next(site: Site) -> None:
     for failure in report.failures:
         assert {"PluginError", "AttnplugError", "RuntimeError"} <= set(failure["kinds"])
         assert failure["cause"] == "RuntimeError" and "no luck today" in failure["message"]
+
+
+def test_strict_raises_for_a_broken_kernel_at_each_call_that_needs_it(site: Site) -> None:
+    site.install("fake-kernel", {"lacks": plugin(spec("lacks", kernel="no_such_kernel"))})
+    report = site.run(
+        """
+        report["failures"] = [failure(sdpa, impl="lacks"), failure(sdpa, impl="lacks"), failure(sdpa, impl="lacks")]
+        report["works"] = works()
+        """,
+        ATTNPLUG_STRICT="1",
+        ATTNPLUG_LOAD="lacks",
+    )
+    assert report.works
+    for failure in report.failures:
+        assert failure["kinds"][0] == "PluginError" and failure["cause"] == "ModuleNotFoundError"
+        assert "'lacks' (fake-kernel)" in failure["message"]
 
 
 def test_strict_says_nothing_when_all_plugins_are_sound(site: Site) -> None:

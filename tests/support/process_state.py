@@ -29,7 +29,7 @@ OPERATORS = tuple(
 # Set by pytest, by Inductor, and for the profiler, which reads it once.
 OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KINETO_LOG_LEVEL")
 # PyTorch's registry of implementations has no way to take a name back, nor has what follows it.
-KEPT = {"on_start"}
+KEPT = {"listeners"}
 
 
 def snapshot() -> dict[str, Any]:

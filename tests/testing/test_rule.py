@@ -155,13 +155,14 @@ def test_nan_of_the_inputs_may_show_where_the_formula_has_it() -> None:
 
 def test_kernels_that_quantize_are_held_to_the_norm_of_their_error() -> None:
     call = Call(queries=64, keys=64)
-    right = expected(call, call.make(), quantized=True)
+    right = expected(call, call.make())
     out = right.ref["out"].float()
     noise = torch.randn_like(out)
     noise *= out.norm() / noise.norm()
-    assert not right.mistakes(Outcome(out + 0.04 * noise))
-    assert right.mistakes(Outcome(out + 0.06 * noise))
-    assert right.mistakes(Outcome(out.masked_fill(out == out[0, 0, 0, 0], float("nan"))))
+    assert right.mistakes(Outcome(out + 0.04 * noise))
+    assert not right.mistakes(Outcome(out + 0.04 * noise), quantized=True)
+    assert right.mistakes(Outcome(out + 0.06 * noise), quantized=True)
+    assert right.mistakes(Outcome(out.masked_fill(out == out[0, 0, 0, 0], float("nan"))), quantized=True)
 
 
 def test_a_call_whose_plain_formula_overflows_cannot_be_judged() -> None:

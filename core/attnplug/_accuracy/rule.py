@@ -80,7 +80,6 @@ class Expected:
         grad_lse: the same of lse; None if lse is not part of the loss.
         factors: what dropout multiplied the probabilities with, `(..., Hq, Sq, n)`, n no smaller than the keys of any
             sequence; needed if the call has dropout.
-        quantized: whether the kernel quantizes its inputs.
 
     Examples:
         >>> import torch
@@ -96,7 +95,6 @@ class Expected:
     grad_out: Tensor | None = None
     grad_lse: Tensor | None = None
     factors: Tensor | None = None
-    quantized: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,15 +153,19 @@ class Expected:
             for (name, leaf), grad in zip(leaves.items(), found, strict=True)
         }
 
-    def mistakes(self, outcome: Outcome) -> list[Mistake]:
+    def mistakes(self, outcome: Outcome, quantized: bool = False) -> list[Mistake]:
         """Return what is wrong with a result; nothing if it is right.
+
+        Args:
+            outcome: the result.
+            quantized: whether it is that of a kernel that quantizes its inputs.
 
         Raises:
             ValueError: the plain formula overflows in the input's dtype, so that the rule says nothing.
         """
-        return [found for name in outcome.names if (found := self.mistake(outcome, name)) is not None]
+        return [found for name in outcome.names if (found := self.mistake(outcome, name, quantized)) is not None]
 
-    def mistake(self, outcome: Outcome, name: str) -> Mistake | None:
+    def mistake(self, outcome: Outcome, name: str, quantized: bool = False) -> Mistake | None:
         """Return what is wrong with out, lse, or the gradient of `name`; None if it is right."""
         actual, ref = outcome[name], self.ref[name]
         what = f"gradient of {name}" if name in outcome.gradients else name
@@ -173,7 +175,7 @@ class Expected:
         if actual.shape != ref.shape:
             return Mistake(name, f"{what}: shape {tuple(actual.shape)}, expected {tuple(ref.shape)}")
         error = difference(actual.double(), ref)
-        if self.quantized:
+        if quantized:
             return _mistake_of_norm(name, what, error, ref)
         if name == "lse":
             error = error / ref.abs().nan_to_num(posinf=1, neginf=1).clamp(min=1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnplug._call.validate import check_extras
-from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
+from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
 UPPER_LEFT = CausalVariant.UPPER_LEFT
 _is_recording = torch.is_grad_enabled
@@ -249,7 +249,7 @@ def _are_regular_extensions(params: SDPAParams) -> bool:
         and type(params.causal_variant) is CausalVariant
         and type(window) is tuple
         and len(window) == 2
-        and (type(window[0]) is int is type(window[1]) and window[0] >= -1 <= window[1])
+        and (type(window[0]) is int is type(window[1]) and -1 <= window[0] <= WIDEST and -1 <= window[1] <= WIDEST)
         and (slopes is None or (isinstance(slopes, Tensor) and slopes.dtype is torch.float32))
     )
 

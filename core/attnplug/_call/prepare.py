@@ -17,14 +17,14 @@ from torch import Tensor
 from attnplug._call.autocast import autocasted
 from attnplug._call.validate import broadcast_leading, check_dense, check_scalars
 from attnplug._call.validate_varlen import check_varlen
-from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
+from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
 Shape = tuple[int, ...]
 
 
 def own_terms(params: SDPAParams) -> SDPAParams:
     """Return `params` with PyTorch's enum and `CausalBias` replaced by attnplug's terms."""
-    return _causal_bias(_own_enums(params))
+    return _without_idle_groups(_causal_bias(_own_enums(params)))
 
 
 def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
@@ -34,7 +34,10 @@ def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
         TypeError, ValueError: an argument is wrong; the message names it.
     """
     params = own_terms(params)
-    if getattr(params.query, "is_nested", False):
+    nested = [getattr(tensor, "is_nested", False) for tensor in (params.query, params.key, params.value)]
+    if any(nested):
+        if not all(nested):
+            raise ValueError("query, key, value: expected all three nested or none; dense ones can be made nested")
         check_scalars(params)
         return params, ()
     params = autocasted(params)
@@ -136,6 +139,15 @@ def _causal_bias(params: SDPAParams) -> SDPAParams:
     return replace(params, attn_mask=None, is_causal=True, causal_variant=variant)
 
 
+def _without_idle_groups(params: SDPAParams) -> SDPAParams:
+    """Return `params` without `enable_gqa` where no heads are grouped: PyTorch refuses it for fewer dimensions."""
+    tensors = (params.query, params.key, params.value)
+    if params.enable_gqa is not True or any(not isinstance(tensor, Tensor) or tensor.is_nested for tensor in tensors):
+        return params
+    heads, *kv_heads = (tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in tensors)
+    return params if heads > max(kv_heads) else replace(params, enable_gqa=False)
+
+
 def _with_heads(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() > 2 else tensor.unsqueeze(0)
 
@@ -176,9 +188,14 @@ def _plain_scalars(params: SDPAParams) -> dict[str, Any]:
         "dropout": _plain_number(params.dropout),
         "scale": default_scale(params.query) if params.scale is None else _plain_number(params.scale),
         "softcap": _plain_number(params.softcap),
-        "window_size": OPEN_WINDOW if max(window) < 0 else (index(window[0]), index(window[1])),
+        "window_size": OPEN_WINDOW if max(window) < 0 else (_side(window[0]), _side(window[1])),
         "alibi_slopes": slopes if slopes is None else slopes.float(),
     }
+
+
+def _side(side: Any) -> int:
+    """Return a side of a window, no wider than kernels can count: no sequence is so long."""
+    return min(index(side), WIDEST)
 
 
 def _plain_number(value: Any) -> Any:

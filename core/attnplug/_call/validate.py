@@ -7,6 +7,7 @@ shape; whatever that comparison does not recognise comes here.
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from attnplug._types import CausalVariant, SDPAParams
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (int, torch.SymInt)
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+_INTEGERS = (Integral, torch.SymInt)
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)  # of numpy too
 _BOOLS = (bool, torch.SymBool)
 
 
@@ -53,6 +54,8 @@ def check_tensors(params: SDPAParams) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
             raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; accepted: {_dtypes(FLOATING)}")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}; call to_dense()")
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name}: dtype {tensor.dtype} differs from the query's, {query.dtype}")
         if tensor.device != query.device:
@@ -216,7 +219,8 @@ def _floating(name: str, tensor: Any, device: torch.device) -> None:
 
 
 def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+    is_scalar = isinstance(value, Tensor) and value.dim() == 0 and not (value.is_complex() or value.dtype is torch.bool)
+    if isinstance(value, bool) or not (is_scalar or isinstance(value, _NUMBERS)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not -math.inf < value < math.inf:  # a symbolic float of a trace can be compared, and no more
         raise ValueError(f"{name}: expected a finite number, got {value!r}")

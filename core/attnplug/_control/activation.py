@@ -7,7 +7,6 @@ works; here a failed activation leaves what was.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,11 +15,12 @@ from typing import Any
 from attnplug._control.patch import PatchHandle, patch_torch
 from attnplug._control.providers import provider_spec
 from attnplug._errors import DuplicateImplementationError, NoImplementationError, PluginError
+from attnplug._registry.forks import ACTIVATION, lock
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import PROGRAM, Entry
 from attnplug._selection.state import process, start
 
-_lock = threading.RLock()
+_lock = lock(ACTIVATION)
 
 
 @dataclass(frozen=True)
@@ -90,29 +90,48 @@ def activate_flash_attention_impl(impl: str) -> None:
         if faults := kernel.faults():
             raise NoImplementationError({impl: faults}, "activate_flash_attention_impl")
         before, register_fn = _active, kernel.register_fn
-        _undo(before)
+        patch = patch_torch()
         try:
-            handle = _register(impl, register_fn) if register_fn is not None else None
+            _undo(before)
+            try:
+                handle = _register(impl, register_fn) if register_fn is not None else None
+            except BaseException:
+                _active = _redo(before)
+                raise
         except BaseException:
-            _active = _redo(before)
+            patch.remove()
             raise
-        _active = _Active(impl, patch_torch(), register_fn, handle)
-        process.activate(impl)
+        _become(_Active(impl, patch, register_fn, handle))
         if before is not None:
             before.patch.remove()
 
 
 def restore_flash_attention_impl() -> None:
-    """Undo the activation completely. If nothing is active, warn, as PyTorch does."""
-    global _active
+    """Undo the activation completely. If nothing is active, warn, as PyTorch does.
+
+    Raises:
+        Exception: whatever a provider's `remove()` raises; the implementation is then still active.
+    """
     with _lock:
-        if _active is None:
+        before = _active
+        if before is None:
             warnings.warn("restore_flash_attention_impl: no implementation is active", stacklevel=2)
             return
-        before, _active = _active, None
-        process.activate(None)
-        before.patch.remove()
         _undo(before)
+        _become(None)
+        before.patch.remove()
+
+
+def _become(active: _Active | None) -> None:
+    global _active
+    _active = active
+    process.activate(None if active is None else active.name)
+    for follow in followers:
+        follow(process.activation)
+
+
+followers: list[Callable[[str | None], None]] = []
+"""Told, under the lock, what has become active: whoever keeps another registry in step with this one."""
 
 
 def current_flash_attention_impl() -> str | None:

@@ -1,59 +1,47 @@
-"""Scopes that belong to a module, and choices that belong to a checkpoint."""
+"""Scopes that belong to a module.
+
+A bound module gets a class of its own, derived from the one that it had, whose `__call__` enters the scope. Hooks
+cannot do that: PyTorch calls none when KeyboardInterrupt ends a forward. Nor can an attribute `forward`: copies of
+the module, such as the replicas of `nn.DataParallel`, would call the forward of the original.
+"""
 
 from __future__ import annotations
 
-import threading
+import types
 import weakref
 from typing import Any
 
 import torch
 
-from attnplug._control.scopes import sdpa_kernel
-from attnplug._dispatch.recording import Replay, record
-from attnplug._errors import ScopeError
-from attnplug._selection.state import process, start, thread
+from attnplug._control.scopes import run_in, sdpa_kernel
+from attnplug._registry.forks import BINDING, lock
+from attnplug._selection.state import Block, process, start
 
-_lock = threading.RLock()  # a module may be collected while it is held
+_lock = lock(BINDING)  # a module may be collected while it is held
 
 
 class BindingHandle:
     """Undoes one `bind()`."""
 
-    def __init__(self, module: torch.nn.Module, *hooks: Any) -> None:
-        self._hooks = hooks
-        _count(1)
-        self._counted = weakref.finalize(module, _count, -1)  # a module may go without its binding being removed
-        self._counted.atexit = False
-        start().changed()
+    def __init__(self, module: torch.nn.Module, block: Block) -> None:
+        self._module, self._block = weakref.ref(module), block
+        self._counted = _counted(module)
 
     def remove(self) -> None:
         """Undo the binding; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        if self._counted.alive:
+        module = self._module()
+        with _lock:
+            if module is None or not self._counted.alive:
+                return
             self._counted()
-            start().changed()
-
-
-def _count(change: int) -> None:
-    """Keep count of the bindings. Compiled code has no guard on hooks, but it has one on the registry's generation."""
-    with _lock:
-        process.bindings += change
-
-
-class _Enter:
-    """A hook as an object, because a model that carries it may be pickled or copied."""
-
-    def __init__(self, scope: sdpa_kernel) -> None:
-        self.scope = scope
-
-    def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        self.scope.__enter__()
-
-
-class _Leave(_Enter):
-    def __call__(self, module: torch.nn.Module, args: Any, output: Any = None) -> None:
-        self.scope.__exit__()
+            kept = tuple(block for block in module.__dict__[_BLOCKS] if block is not self._block)
+            if kept:
+                module.__dict__[_BLOCKS] = kept
+            else:
+                del module.__dict__[_BLOCKS]
+                if _Bound in type(module).__bases__:  # else somebody has derived another class from it since
+                    module.__class__ = type(module).__bases__[1]
+        start().changed()
 
 
 def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> BindingHandle:
@@ -61,7 +49,10 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
 
     A reference for one layer, another kernel for cross-attention: `bind(model.layers[3], "math_ref")`.
     Calls of `torch.nn.functional.scaled_dot_product_attention` follow while `patch_torch()`, or an
-    activation, is in place.
+    activation, is in place. Of several bindings of one module the last one counts. Copies of the module, and what
+    `torch.load` makes of it, are bound too.
+
+    While a module is bound, its class is derived from the one that it had, and has the same name.
 
     Args:
         module: whose forward it is for, and that of everything that it calls.
@@ -72,67 +63,78 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
         A handle; its `remove()` undoes the binding.
 
     Raises:
-        TypeError: `module` is no `torch.nn.Module`.
+        TypeError: `module` is not a `torch.nn.Module`, or is one of TorchScript, which calls nothing of Python's.
+        ValueError: `module` is lazy and not initialized, so that its class will still change.
         TypeError, ValueError, UnknownImplementationError: as `sdpa_kernel`.
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    scope = sdpa_kernel(backends, set_priority)  # a mistake is an error here, not in the middle of a forward
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"module: {type(module).__name__} is TorchScript, which computes attention by itself")
+    if getattr(module, "cls_to_become", None) is not None:
+        raise ValueError(f"module: {type(module).__name__} is not initialized; call it once before it is bound")
+    block = sdpa_kernel(backends, set_priority).block  # a mistake is an error here, not in the middle of a forward
     start()
-    return BindingHandle(
-        module,
-        module.register_forward_pre_hook(_Enter(scope)),
-        module.register_forward_hook(_Leave(scope), always_call=True),
+    with _lock:
+        module.__dict__[_BLOCKS] = (*module.__dict__.get(_BLOCKS, ()), block)
+        _give_class(module)
+        handle = BindingHandle(module, block)
+    start().changed()  # compiled code has a guard on the registry's generation, whatever else it looks at
+    return handle
+
+
+class _Bound:
+    """What a bound module's class has before the class that the module had."""
+
+    _attnplug_blocks: tuple[Block, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        blocks = self._attnplug_blocks
+        if not blocks:  # removed, by somebody whose class is derived from this
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return run_in(blocks[-1], super().__call__, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = type(self)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *state = reduced
+        if _Bound not in kind.__bases__:
+            return make, arguments, *state
+        plain = kind.__bases__[1]
+        return _rebuilt, (make, tuple(plain if item is kind else item for item in arguments)), *state
+
+
+_BLOCKS = "_attnplug_blocks"
+
+
+def _give_class(module: torch.nn.Module) -> None:
+    """Derive the class of a bound module from the one that it has, once."""
+    plain = type(module)
+    if issubclass(plain, _Bound):
+        return
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    derived = (kind for kind in plain.__subclasses__() if kind.__bases__ == (_Bound, plain))
+    module.__class__ = next(derived, None) or types.new_class(
+        plain.__name__, (_Bound, plain), exec_body=lambda body: body.update(names)
     )
 
 
-class _Remember:
-    """The context of a checkpoint's forward: remembers which implementation each call used."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def __enter__(self) -> None:
-        self._record = record()
-        self._calls = self._record.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        self._record.__exit__()
-        self.names[:] = [call.impl for call in self._calls]
+def _rebuilt(make: Any, arguments: tuple[Any, ...]) -> Any:
+    """Make the bound module that was copied or saved; its attributes follow."""
+    module = make(*arguments)
+    _give_class(module)
+    _counted(module)
+    return module
 
 
-class _Repeat:
-    """The context of a checkpoint's recomputation: makes each call use what the forward used."""
-
-    def __init__(self, remembered: _Remember) -> None:
-        self._remembered = remembered
-
-    def __enter__(self) -> None:
-        self._replay = Replay(self._remembered.names)
-        thread.state.recordings = (*thread.state.recordings, self._replay)
-
-    def __exit__(self, *exception: object) -> None:
-        if not any(watcher is self._replay for watcher in thread.state.recordings):
-            raise ScopeError("a checkpoint's context was left in another thread than it was entered in")
-        thread.state.recordings = tuple(watcher for watcher in thread.state.recordings if watcher is not self._replay)
+def _counted(module: torch.nn.Module) -> weakref.finalize[Any, Any]:
+    """Count a binding, until it is removed or its module goes."""
+    _count(1)
+    counted = weakref.finalize(module, _count, -1)
+    counted.atexit = False
+    return counted
 
 
-def checkpoint_contexts() -> tuple[Any, Any]:
-    """Make the recomputation of a checkpoint use the implementations of its first forward.
-
-    A `context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`: without it a
-    recomputation, which runs during backward and so outside every scope, may choose other kernels.
-
-    Examples:
-        >>> import torch, attnplug
-        >>> from torch.utils.checkpoint import checkpoint
-        >>> query = torch.randn(1, 2, 4, 8, requires_grad=True)
-        >>> with attnplug.sdpa_kernel("aten_math"):
-        ...     out = checkpoint(
-        ...         attnplug.scaled_dot_product_attention, query, query, query,
-        ...         use_reentrant=False, context_fn=attnplug.checkpoint_contexts,
-        ...     )
-        >>> out.sum().backward()
-    """
-    remembered = _Remember()
-    return remembered, _Repeat(remembered)
+def _count(change: int) -> None:
+    with _lock:
+        process.bindings += change

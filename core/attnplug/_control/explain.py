@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from attnplug._api import scaled_dot_product_attention, varlen_attn
 from attnplug._call.device import described
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
+from attnplug._dispatch import traced
 from attnplug._dispatch.resolver import explain_all, refusals
 from attnplug._run.contract import DIFFERENTIABLE
 from attnplug._selection.selection import current_selection
-from attnplug._selection.state import start
+from attnplug._selection.state import start, start_outside
 from attnplug._tables import table
 from attnplug._types import CausalVariant, SDPAParams, Verdict
 
@@ -97,6 +99,9 @@ def explain(
     given["dropout"] = given.pop("dropout_p")
     if signature is _VARLEN:
         given["causal_variant"] = CausalVariant.LOWER_RIGHT
+    if is_compiling():
+        _refuse_device(compute_capability)
+        return _traced(SDPAParams(**given), impl)
     params = _prepared(SDPAParams(**given))
     registry, selection = start(), current_selection(impl)
     with described(compute_capability, params.query.device):
@@ -123,6 +128,12 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
     """
     if not isinstance(params, SDPAParams):
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
+    if is_compiling():
+        _refuse_device(compute_capability)
+        found = _traced(params, name)
+        verdict = next(verdict for verdict in found.candidates if verdict.name == name)
+        accepted = found.chosen == name
+        return Verdict(name, verdict.backend, accepted, () if accepted else verdict.reasons)
     entry = start().get(name, "name")
     prepared = _prepared(params)
     if not prepared.query.is_nested and is_empty(prepared):
@@ -146,6 +157,22 @@ def _prepared(params: SDPAParams) -> SDPAParams:
         if isinstance(view, Tensor) and given.requires_grad and not view.requires_grad:
             wanting[name] = view.detach().requires_grad_()
     return replace(prepared, **wanting)
+
+
+def _traced(params: SDPAParams, impl: str | None) -> Explanation:
+    """Return an explanation in a trace, of constants; a change of selection or registry traces again."""
+    start_outside()
+    prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
+    chosen, verdicts = traced.explained(prepared, impl)
+    if is_empty(prepared):
+        empty = [Verdict(verdict.name, verdict.backend, False, _EMPTY) for verdict in verdicts]
+        return Explanation(None, tuple(empty), True)
+    return Explanation(chosen, tuple(verdicts))
+
+
+def _refuse_device(compute_capability: tuple[int, int] | None) -> None:
+    if compute_capability is not None:
+        raise ValueError("compute_capability: inside torch.compile only the device that is here can be asked about")
 
 
 def _facts(prepared: SDPAParams) -> CallFacts:

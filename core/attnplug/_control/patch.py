@@ -1,9 +1,9 @@
 """PyTorch's own function, routed through attnplug, in models that know nothing of it.
 
 The function is replaced where Python code finds it: in `torch.nn.functional`, and in every module that
-imported it by name. `torch.compile` guards on those names, so a model compiled before follows, and finds
-its old code again when the replacement is gone. With nothing selected the replacement calls PyTorch's
-function with the very arguments that came.
+imported it by name. So is `torch.nn.attention.varlen.varlen_attn`. `torch.compile` guards on those names, so a model
+compiled before follows, and finds its old code again when the replacement is gone. With nothing selected the
+replacement calls PyTorch's function with the very arguments that came.
 
 `torch.compile` takes `multi_head_attention_forward` for one operation and does not look inside; while
 the patch is in place a copy of it, which it knows nothing of, stands there and is traced.
@@ -15,30 +15,32 @@ module is bound, all are told so: `nn.TransformerEncoder` asks before the layers
 
 from __future__ import annotations
 
-import sys
-import threading
-from itertools import repeat
-from operator import is_
-from types import FunctionType
+import pkgutil
+from functools import lru_cache
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as _original
-from torch.compiler import is_compiling
+from torch.jit._builtins import _register_builtin
 from torch.overrides import handle_torch_function, has_torch_function
 
-from attnplug._api import scaled_dot_product_attention
+from attnplug._api import is_symbolic, scaled_dot_product_attention, varlen_attn
 from attnplug._call.prepare import is_causal_bias
+from attnplug._control.replacing import AfterImport, Replacement
+from attnplug._control.scopes import is_torch_first, run_in
+from attnplug._errors import NoImplementationError
+from attnplug._registry.forks import PATCH, lock
+from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, thread
+from attnplug._tracing import constant_in_traces
 
 _is_mode_on = torch._C._is_torch_function_mode_enabled
-_lock = threading.RLock()
+_lock = lock(PATCH)
 _original_fastpath = torch.backends.mha.get_fastpath_enabled
 _original_mha = torch.nn.functional.multi_head_attention_forward
 _handles: set[PatchHandle] = set()
-_replaced: list[tuple[dict[str, Any], str]] = []
-_seen: set[str] = set()
 
 
 class PatchHandle:
@@ -62,7 +64,9 @@ class PatchHandle:
 def patch_torch() -> PatchHandle:
     """Route `torch.nn.functional.scaled_dot_product_attention` through attnplug, until the handle is removed.
 
-    Scopes, `bind`, `record` and the environment then apply to unmodified models too.
+    So is `torch.nn.attention.varlen.varlen_attn`. Scopes, `bind`, `record` and the environment then apply to
+    unmodified models too. Inside `torch.nn.attention.sdpa_kernel(...)` only implementations of the families that are
+    enabled there run.
 
     Examples:
         >>> import torch, attnplug
@@ -82,41 +86,150 @@ def patch_torch() -> PatchHandle:
 
 
 def _install() -> None:
-    _seen.clear()
-    _replaced[:] = _places(_original)
-    _put(_routed)
-    torch.nn.functional.multi_head_attention_forward = _traceable_mha
-    torch.backends.mha.get_fastpath_enabled = _fastpath_enabled
+    _register_builtin(_routed, "aten::scaled_dot_product_attention")  # TorchScript calls PyTorch's own, as always
+    try:
+        _sdpa.install()
+        _varlen_import.install()
+        torch.nn.functional.multi_head_attention_forward = _traceable_mha
+        torch.backends.mha.get_fastpath_enabled = _fastpath_enabled
+    except BaseException:
+        _uninstall()
+        raise
 
 
 def _uninstall() -> None:
-    _replaced.extend(_places(_routed))  # in modules that were imported since
-    _put(_original)
+    _sdpa.uninstall()
+    _varlen_import.uninstall()
+    if _varlen is not None:
+        _varlen.uninstall()
     torch.nn.functional.multi_head_attention_forward = _original_mha
     torch.backends.mha.get_fastpath_enabled = _original_fastpath
 
 
-def _routed(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    if _handles:  # a module may keep this function beyond the patch
-        if _is_mode_on():  # a mode may look for PyTorch's function under the name that it has now
-            arguments = query, key, value, attn_mask, dropout_p, is_causal
-            return handle_torch_function(_routed, arguments[:4], *arguments, scale=scale, enable_gqa=enable_gqa)
-        # Compiled code has no guard on a module's hooks: where there may be some, it needs that on the registry.
-        may_be_bound = process.bindings > 0 and is_compiling()
-        if (_selected() or may_be_bound) and not _answers_itself(query, key, value):
-            return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if attn_mask is not None and is_causal_bias(attn_mask):  # its class looks for that name too
-            return attn_mask._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+class _Routed:
+    """What stands in the place of PyTorch's function. An object, because it is saved and copied as PyTorch's own."""
+
+    __name__ = __qualname__ = "scaled_dot_product_attention"
+    __module__ = "torch.nn.functional"
+    __doc__ = _original.__doc__
+
+    def __call__(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if _handles:  # a module may keep this function beyond the patch
+            # A mode may look for PyTorch's function under the name that it has now; a graph of `torch.fx` keeps it.
+            if _is_mode_on() or is_symbolic(query):
+                arguments = query, key, value, attn_mask, dropout_p, is_causal
+                return handle_torch_function(self, arguments[:4], *arguments, scale=scale, enable_gqa=enable_gqa)
+            if _selected() and not _answers_itself(query, key, value):
+                return _selected_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            if attn_mask is not None and is_causal_bias(attn_mask):  # its class looks for that name too
+                return attn_mask._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    def __reduce__(self) -> Any:
+        return pkgutil.resolve_name, ("torch.nn.functional:scaled_dot_product_attention",)
+
+
+class _ArgumentError(ValueError, RuntimeError):
+    """A mistake in the arguments, caught by whoever expects PyTorch's RuntimeError."""
+
+
+def _selected_sdpa(query: Any, key: Any, value: Any, *others: Any) -> Any:
+    try:
+        if _is_narrowed():
+            return run_in(_narrowed(), scaled_dot_product_attention, query, key, value, *others)
+        return scaled_dot_product_attention(query, key, value, *others)
+    except ValueError as error:
+        if query.shape[-1] == 0 == key.shape[-1]:  # PyTorch has an answer to it
+            mask, dropout, causal, scale, gqa = others
+            return _original(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=gqa)
+        raise _ArgumentError(str(error)) from error
+
+
+_flash, _efficient = torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled
+_math, _cudnn = torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled
+_overrideable = torch._C._get_overrideable_sdp_enabled
+
+
+@constant_in_traces
+def _is_narrowed() -> bool:
+    """Whether `torch.nn.attention.sdpa_kernel` has ruled out a family. 0.2 us."""
+    return not (_flash() and _math() and _efficient() and _cudnn() and _overrideable())
+
+
+def _narrowed() -> tuple[Any, bool]:
+    """Return a scope of what both attnplug's selection and `torch.nn.attention.sdpa_kernel` allow."""
+    return _allowed_outside(thread.state.scope, process.activation)
+
+
+@constant_in_traces
+def _allowed_outside(scope: Any, activation: str | None) -> tuple[Any, bool]:
+    asked = (_math, _flash, _efficient, _cudnn, _overrideable)
+    families = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "OVERRIDEABLE")
+    enabled = frozenset(family for family, is_enabled in zip(families, asked, strict=True) if is_enabled())
+    return _allowed(Selection(None, scope, activation, process.preferred), start().generation, enabled)
+
+
+@lru_cache(256)
+def _allowed(selection: Selection, generation: int, enabled: frozenset[str]) -> tuple[Any, bool]:
+    candidates = selection.candidates(start())
+    names = tuple(
+        entry.name for entry in candidates if entry.spec.backend is None or entry.spec.backend.name in enabled
+    )
+    if not names:
+        shown = ", ".join(sorted(enabled)) or "no family"
+        reason = f"is of a family that is not enabled in torch.nn.attention.sdpa_kernel, where {shown} is"
+        raise NoImplementationError({entry.name: (reason,) for entry in candidates}, selection.exact)
+    scope = (True, names)
+    return scope, is_torch_first(scope)
+
+
+class _RoutedVarlen:
+    """What stands in the place of `torch.nn.attention.varlen.varlen_attn`."""
+
+    __name__ = __qualname__ = "varlen_attn"
+
+    def __call__(
+        self, query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **others: Any
+    ) -> Any:
+        given = query, key, value, cu_seq_q, cu_seq_k, max_q, max_k
+        if not _handles or not _selected() or not _VARLEN_ARGUMENTS.issuperset(others):
+            assert _varlen is not None
+            return _varlen.original(*given, **others)
+        aux = others.pop("return_aux", None)
+        window = tuple(others.pop("window_size", (-1, -1)))
+        causal = window == (-1, 0)  # as PyTorch's function says it
+        others |= {"window_size": (-1, -1) if causal else window, "is_causal": causal}
+        return varlen_attn(*given, **others, return_lse=aux is not None and bool(aux.lse))
+
+    def __reduce__(self) -> Any:
+        return pkgutil.resolve_name, ("torch.nn.attention.varlen:varlen_attn",)
+
+
+_VARLEN_ARGUMENTS = {"return_aux", "scale", "window_size", "enable_gqa", "seqused_k", "block_table"}
+"""The arguments that mean something to attnplug; `num_splits`, which rules how PyTorch's kernel computes, does not."""
+
+
+def _route_varlen(module: ModuleType) -> None:
+    global _varlen
+    if _varlen is None:
+        _varlen = Replacement(module.varlen_attn, _RoutedVarlen())
+    _varlen.install()
+
+
+_routed = _Routed()
+_sdpa = Replacement(_original, _routed)
+_varlen: Replacement | None = None
+_varlen_import = AfterImport("torch.nn.attention.varlen", _route_varlen)
 
 
 def _answers_itself(*tensors: Any) -> bool:
@@ -126,10 +239,6 @@ def _answers_itself(*tensors: Any) -> bool:
     default = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
     overrides = (tensor for tensor in tensors if not getattr(tensor, "is_nested", False))
     return any(getattr(type(tensor).__torch_function__, "__func__", None) is not default for tensor in overrides)
-
-
-_routed.__name__ = _routed.__qualname__ = "scaled_dot_product_attention"
-_routed.__doc__ = _original.__doc__
 
 
 _traceable_mha = FunctionType(
@@ -143,33 +252,11 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 
 def _fastpath_enabled() -> bool:
-    return _original_fastpath() and not _selected() and process.bindings == 0
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return _original_fastpath() and not _selected() and process.bindings == 0
+    return True
 
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread."""
     return not process.plain or thread.state.scope is not None or bool(thread.state.recordings)
-
-
-def _places(function: Any) -> list[tuple[dict[str, Any], str]]:
-    """Find the names of `function` in the modules not yet seen, apart from PyTorch's C++ bindings and attnplug itself.
-
-    Runs in C for all but the few modules that hold it: there are some 100,000 names.
-    """
-    found = []
-    for name, module in list(sys.modules.items()):
-        names = getattr(module, "__dict__", None)
-        if name in _seen or not names or name.partition(".")[0] == "attnplug" or name.startswith("torch._C"):
-            continue
-        _seen.add(name)
-        if True in map(is_, list(names.values()), repeat(function)):
-            found += [(names, attribute) for attribute, value in list(names.items()) if value is function]
-    return found
-
-
-def _put(function: Any) -> None:
-    """Give all places this function, but for those that somebody else has given another since."""
-    for names, attribute in _replaced:
-        value = names.get(attribute)
-        if value is _original or value is _routed:
-            names[attribute] = function

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterable
 from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 
 from attnplug._registry.registry import PROGRAM
-from attnplug._selection.state import process, start, start_outside
+from attnplug._selection.state import process, start
 from attnplug._tracing import constant_in_traces
 from attnplug._types import ImplRecord, ImplSpec
 
@@ -66,7 +68,7 @@ def list_impls() -> list[ImplRecord]:
     Those are plugins that are broken or that the environment keeps from loading, under their entry points' names, and
     implementations whose name several distributions claim.
     """
-    start_outside()
+    _in_step()
     assert process.registry is not None
     return list(_records(index(process.registry.generation)))
 
@@ -85,6 +87,14 @@ def check_name(name: str, where: str = "", also: Iterable[str] = ()) -> None:
 
 def list_flash_attention_impls() -> list[str]:
     """Return the sorted names of all registered implementations: built in, discovered and registered."""
-    start_outside()
+    _in_step()
     assert process.registry is not None
     return process.registry.names()
+
+
+@constant_in_traces
+def _in_step() -> None:
+    """Fill the registry and bring PyTorch's into step with it, if PyTorch has been imported."""
+    if "torch.nn.attention" in sys.modules:
+        importlib.import_module("attnplug._control.torch_registry").refresh()
+    start()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from typing import Any, TypeVar
 
 from torch.compiler import is_compiling
 
 from attnplug._errors import ScopeError
 from attnplug._selection.selection import describe_scope, parse_scope
-from attnplug._selection.state import Scope, process, start, thread
+from attnplug._selection.state import Block, Scope, leave_scope, process, start, thread
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPBackend
 
@@ -21,8 +21,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class sdpa_kernel:
     """Restrict this thread's choice to some families or implementations, in a `with` block or a function.
 
-    An inner scope replaces the outer one; leaving, also by an exception, restores exactly what was. No
-    other thread sees it, and PyTorch's own process-wide flags are not touched.
+    An inner scope replaces the outer one; leaving, however that happens, takes away this scope and nothing else.
+    No other thread sees it, and PyTorch's own process-wide flags are not touched.
+
+    A scope belongs to its thread. A coroutine or a generator that is suspended in a `with` block leaves the scope
+    in place for whatever runs next in the thread, as `torch.no_grad` does. As a decorator of one, the scope is
+    entered for each of its steps and left whenever it is suspended, so that nothing else sees it.
 
     Args:
         backends: one or a list of `SDPBackend` (attnplug's or PyTorch's), names of implementations, or
@@ -34,6 +38,7 @@ class sdpa_kernel:
     Raises:
         TypeError, ValueError: `backends` is empty, or holds something else.
         UnknownImplementationError: a name that no implementation has.
+        ScopeError: a scope is left that was not entered.
 
     Examples:
         >>> import torch, attnplug
@@ -43,50 +48,49 @@ class sdpa_kernel:
     """
 
     def __init__(self, backends: Any, set_priority: bool = False) -> None:
-        self._arguments = (backends, set_priority)
-        self._scope, self._torch_first = _parsed(backends, set_priority)
+        self._open = 0
+        self._outer: Block | None = None
+        self.block: Block = (*_parsed(backends, set_priority),)  # of its own, because it is found by identity
 
     def __enter__(self) -> sdpa_kernel:
-        state = thread.state
-        state.scopes = (*state.scopes, self._scope)
-        state.scope = self._scope
-        state.torch_first = self._torch_first
+        state, block = thread.state, self.block
+        if is_compiling():  # a graph puts back what it found, and rebuilds tuples: blocks would lose their identity
+            self._outer = state.scope, state.torch_first
+        else:  # no call from here on: an interrupt cannot come between, and what is entered is always left
+            state.scopes = (*state.scopes, block)
+            self._open += 1
+        state.scope, state.torch_first = block
         return self
 
     def __exit__(self, *exception: object) -> None:
         state = thread.state
-        scopes = state.scopes
-        if not scopes or (scopes[-1] is not self._scope and scopes[-1] != self._scope):
-            raise ScopeError(
-                f"{describe_scope(self._scope)} is left out of order, or in another thread than it was entered in; "
-                f"the innermost scope of this thread is {describe_scope(scopes[-1]) if scopes else 'none'}"
-            )
-        state.scopes = outer = scopes[:-1]
-        if outer:
-            state.scope, state.torch_first = outer[-1], _is_torch_first(outer[-1])
+        scopes, outer = state.scopes, self._outer
+        if outer is not None:
+            self._outer = None
+            state.scope, state.torch_first = outer
+        elif self._open and scopes[-1] is self.block:
+            state.scopes = scopes = scopes[:-1]
+            state.scope, state.torch_first = scopes[-1]
+            self._open -= 1
         else:
-            state.scope, state.torch_first = None, True
+            self._leave()
+
+    def _leave(self) -> None:
+        """Leave out of order, in another thread, or for the second time."""
+        if not self._open:
+            scope = self.block[0]
+            shown = "a scope" if scope is None else describe_scope(scope)
+            raise ScopeError(f"{shown} is left, but it was not entered")
+        leave_scope(self.block)
+        self._open -= 1
+
+    def __del__(self) -> None:
+        """Leave what nobody can leave any more: a block that was interrupted while it was being left."""
+        if getattr(self, "_open", 0):
+            self._leave()
 
     def __call__(self, function: _Function) -> _Function:
-        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
-            raise TypeError(
-                f"sdpa_kernel cannot decorate {function.__qualname__}: the scope would end before its body runs; "
-                f"enter it inside with a with statement"
-            )
-
-        backends, set_priority = self._arguments
-
-        @functools.wraps(function)
-        def scoped(*args: Any, **kwargs: Any) -> Any:
-            with sdpa_kernel(backends, set_priority):  # a new one: a trace cannot enter one that was made outside
-                return function(*args, **kwargs)
-
-        return scoped  # type: ignore[return-value]
-
-
-def _is_torch_first(scope: Scope) -> bool:
-    set_priority, allowed = scope
-    return allowed[0] == "torch" if set_priority else "torch" in allowed
+        return _decorated(function, self.block)
 
 
 _seen: dict[Hashable, tuple[Scope, bool]] = {}
@@ -115,7 +119,7 @@ def _parsed(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
         found, key = None, None
     if found is None:
         scope = parse_scope(backends, set_priority, registry)
-        found = scope, _is_torch_first(scope)
+        found = scope, is_torch_first(scope)
         if len(_seen) >= 256:
             _seen.clear()
         if key is not None:
@@ -131,4 +135,96 @@ def _listed(backends: Any) -> Any:
 def _parsed_outside(items: tuple[Any, ...], set_priority: bool) -> tuple[Scope, bool]:
     """Check a scope outside the graph; in it, families are plain numbers."""
     scope = parse_scope([item if isinstance(item, str) else SDPBackend(item) for item in items], set_priority, start())
-    return scope, _is_torch_first(scope)
+    return scope, is_torch_first(scope)
+
+
+def is_torch_first(scope: Scope) -> bool:
+    """Whether, unless the process prefers another, `torch` is the first that `scope` allows."""
+    set_priority, allowed = scope
+    return allowed[0] == "torch" if set_priority else "torch" in allowed
+
+
+def run_in(block: Block, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call `function` in a scope.
+
+    As `with sdpa_kernel(...)`, but written out: Python may raise KeyboardInterrupt at the beginning of an `__exit__`,
+    and here nothing is called to leave.
+    """
+    state = thread.state
+    if is_compiling():
+        outer = state.scope, state.torch_first
+        state.scope, state.torch_first = block
+        try:
+            return function(*args, **kwargs)
+        finally:
+            state.scope, state.torch_first = outer
+    block = (*block,)  # of its own, because it is found by identity
+    state.scopes = (*state.scopes, block)
+    state.scope, state.torch_first = block
+    try:
+        return function(*args, **kwargs)
+    finally:
+        scopes = state.scopes
+        if scopes[-1] is block:
+            state.scopes = scopes = scopes[:-1]
+            state.scope, state.torch_first = scopes[-1]
+        else:
+            leave_scope(block)
+
+
+def _decorated(function: Any, block: Block) -> Any:
+    """Return `function` such that its body runs in a scope."""
+    shown = getattr(function, "__qualname__", repr(function))
+    if isinstance(function, (type, staticmethod, classmethod)) or not callable(function):
+        raise TypeError(
+            f"sdpa_kernel decorates functions, methods and modules; {shown} is {type(function).__name__!r} "
+            f"(write the decorator below @staticmethod or @classmethod, and on the methods of a class)"
+        )
+
+    def is_(kind: Callable[[Any], bool]) -> bool:
+        return kind(function) or kind(type(function).__call__)
+
+    if is_(inspect.isasyncgenfunction):
+        raise TypeError(
+            f"sdpa_kernel cannot decorate the asynchronous generator {shown}: enter the scope inside, with a with "
+            f"statement around the attention calls"
+        )
+    if is_(inspect.iscoroutinefunction):
+
+        @functools.wraps(function)
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await _Steps(block, function(*args, **kwargs))
+
+        return coroutine
+    if is_(inspect.isgeneratorfunction):
+
+        @functools.wraps(function)
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            return (yield from _Steps(block, function(*args, **kwargs)))
+
+        return generator
+
+    @functools.wraps(function)
+    def scoped(*args: Any, **kwargs: Any) -> Any:
+        return run_in(block, function, *args, **kwargs)
+
+    return scoped
+
+
+class _Steps(Generator[Any, Any, Any]):
+    """A generator or a coroutine, each of whose steps runs in a scope."""
+
+    def __init__(self, block: Block, inner: Any) -> None:
+        self._block, self._inner = block, inner
+
+    def send(self, value: Any) -> Any:
+        return run_in(self._block, self._inner.send, value)
+
+    def throw(self, *error: Any) -> Any:
+        return run_in(self._block, self._inner.throw, *error)
+
+    def close(self) -> None:
+        run_in(self._block, self._inner.close)
+
+    def __await__(self) -> Any:
+        return self

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import torch
 
 from attnplug._dispatch.resolver import Decision
 from attnplug._errors import ScopeError
 from attnplug._messages import warn
-from attnplug._selection.state import process, thread
+from attnplug._selection.state import leave_recording, process, thread
+from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend
 
 logger = logging.getLogger("attnplug")
@@ -23,7 +28,8 @@ class RecordedCall:
 
     Attributes:
         impl: the implementation that ran.
-        backend: its family; for `torch`, which belongs to none, that of the kernel that PyTorch chose.
+        backend: its family; for `torch`, which belongs to none, that of the kernel that PyTorch chose, and None in
+            compiled code, where the compiler chooses.
         passed_over: implementation to reasons, for each that was asked before.
     """
 
@@ -33,7 +39,10 @@ class RecordedCall:
 
 
 class record:
-    """Collect the attention calls of this thread.
+    """Collect the attention calls of this thread, from when the block is entered until it is left.
+
+    Compiled calls too: a compiled function is compiled once more when it first runs inside a recording, into code that
+    reports; outside it runs what it ran before.
 
     Examples:
         >>> import torch, attnplug
@@ -44,15 +53,27 @@ class record:
         ['aten_math']
     """
 
+    _calls: list[RecordedCall] | None = None
+
     def __enter__(self) -> list[RecordedCall]:
-        self._calls: list[RecordedCall] = []
-        thread.state.recordings = (*thread.state.recordings, self._calls)
-        return self._calls
+        if self._calls is not None:
+            raise ScopeError("this record() is entered already; make another one")
+        state = thread.state
+        calls: list[RecordedCall] = []
+        state.recordings = (*state.recordings, calls)
+        self._calls = calls
+        return calls
 
     def __exit__(self, *exception: object) -> None:
-        if not any(calls is self._calls for calls in thread.state.recordings):
-            raise ScopeError("record() was left in another thread than it was entered in, or twice")
-        thread.state.recordings = tuple(calls for calls in thread.state.recordings if calls is not self._calls)
+        if self._calls is None:
+            raise ScopeError("record() is left, but it was not entered")
+        leave_recording(self._calls)
+        self._calls = None
+
+    def __del__(self) -> None:
+        """Leave what nobody can leave any more: a block that was interrupted while it was being left."""
+        if self._calls is not None:
+            leave_recording(self._calls)
 
 
 class Replay:
@@ -77,6 +98,47 @@ def replayed(impl: str | None) -> str | None:
         if isinstance(watcher, Replay):
             return watcher.next()
     return impl
+
+
+@cache
+def _reporter() -> Any:
+    """Return the operator with which a graph tells the recordings of the thread what it runs."""
+    from torch._higher_order_ops.effects import _EffectType
+    from torch.fx.node import has_side_effect
+    from torch.library import _register_effectful_op
+
+    library = torch.library.Library("attnplug", "FRAGMENT")
+    library.define("report(str impl, str family, str passed_over) -> ()")
+    library.impl("report", _reported, "CompositeExplicitAutograd")
+    torch.library.register_fake("attnplug::report", lambda *_: None, lib=library)
+    operator = torch.ops.attnplug.report.default
+    has_side_effect(operator)  # or a graph would drop it, as nothing uses what it returns
+    _register_effectful_op(operator, _EffectType.ORDERED)
+    return operator, library
+
+
+def _reported(impl: str, family: str, passed_over: str) -> None:
+    reasons = {name: tuple(each) for name, each in json.loads(passed_over).items()}
+    call = RecordedCall(impl, SDPBackend[family] if family else None, reasons)
+    for watcher in thread.state.recordings:
+        watcher.next() if isinstance(watcher, Replay) else watcher.append(call)
+
+
+@constant_in_traces
+def _define_reporter() -> None:
+    _reporter()
+
+
+def report(impl: str, family: str, passed_over: str) -> None:
+    """Put a report into the graph that is being traced."""
+    _define_reporter()
+    torch.ops.attnplug.report.default(impl, family, passed_over)
+
+
+def described_call(decision: Decision) -> tuple[str, str, str]:
+    """Return what `report` takes. Which kernel PyTorch's own function comes to in a graph is not known yet."""
+    backend = decision.backend
+    return decision.name, "" if backend is None else backend.name, json.dumps(dict(decision.passed_over))
 
 
 def observe(decision: Decision, params: SDPAParams) -> None:

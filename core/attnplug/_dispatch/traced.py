@@ -7,19 +7,21 @@ graph holds the chosen kernel alone, and a change of selection is a guard that f
 
 from __future__ import annotations
 
+import re
 from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.compiler import is_exporting
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._call.autocast import no_autocast
 from attnplug._call.facts import CallFacts, Extensions, Layout, TensorFacts, example
 from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._dispatch.plans import Result
-from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
-from attnplug._dispatch.resolver import Decision, resolve
+from attnplug._dispatch.recording import described_call, report, unfused_warnings_wanted, warn_unfused
+from attnplug._dispatch.resolver import Decision, explain_all, resolve
 from attnplug._errors import AttnplugError
 from attnplug._run.contract import check_outputs
 from attnplug._run.operator import arguments_of, operator_of
@@ -27,7 +29,7 @@ from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._tracing import constant_in_traces
-from attnplug._types import SDPAParams, SDPBackend
+from attnplug._types import SDPAParams, SDPBackend, Verdict
 
 
 class _Chosen:
@@ -36,6 +38,12 @@ class _Chosen:
 
 _composite = _Chosen()
 _operators = _Chosen()
+
+
+@constant_in_traces
+def _attribute(name: str) -> str:
+    """Return the attribute under which an implementation is kept: `class` is a name, and `a.b`, but no attribute."""
+    return "of_" + re.sub(r"\W", lambda found: f"_{ord(found[0]):x}_", name)
 
 
 def dense(params: SDPAParams, impl: str | None) -> Result:
@@ -47,8 +55,8 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
         out, lse = empty(prepared)
     else:
         name, composite = _chosen(prepared, impl)
-        if composite and getattr(_composite, name).any_form:
-            return getattr(_composite, name).forward(given)  # type: ignore[no-any-return]
+        if composite and getattr(_composite, _attribute(name)).any_form:
+            return getattr(_composite, _attribute(name)).forward(given)  # type: ignore[no-any-return]
         with no_autocast(prepared.query):
             out, lse = _run(prepared, name, composite)
     if rows != prepared.query.shape[:-1]:
@@ -69,25 +77,33 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
 
 def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
     """Return, as constants, the name of the chosen implementation and whether it is traced into."""
+    decisive = _decisive(params, impl)
+    name, composite, error = _choose(*decisive)
+    if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
+        raise AttnplugError(error)
+    if thread.state.recordings and not is_exporting():  # a graph of its own, which reports; others pay nothing
+        report(*_described(*decisive))
+    return name, composite
+
+
+def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
+    """Return, as constants, all that a decision depends on: who decides, and the facts of the call."""
     registry = process.registry
     assert registry is not None
     facts = _constant(CallFacts.of(params))
     selected = (thread.state.scope, impl, process.activation, index(registry.generation))
     if _shape_matters(*selected, facts):
         facts = (*facts[:-1], _constant(Layout.of(params)))
-    name, composite, error = _choose(*selected, facts)
-    if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
-        raise AttnplugError(error)
-    return name, composite
+    return (*selected, facts)
 
 
 def _run(params: SDPAParams, name: str, composite: bool) -> Result:
     if composite:
-        returned = getattr(_composite, name).forward(params)
+        returned = getattr(_composite, _attribute(name)).forward(params)
         check_outputs(name, params, returned)
         out, lse = returned[:2]
     else:
-        out, lse, _ = getattr(_operators, name)(*arguments_of(params))
+        out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params))
     return out, lse if params.return_lse else None
 
 
@@ -97,6 +113,10 @@ def _constant(value: Any) -> Any:
         return tuple(_constant(item) for item in value)
     if value is None or value is True or value is False or isinstance(value, (torch.dtype, torch.device)):
         return value
+    if isinstance(value, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # a trace has imported it; eager code need not
+
+        return guard_or_false(value)  # where it depends on data, nothing is known
     return index(value)
 
 
@@ -126,6 +146,28 @@ def _resolved(scope: Any, impl: str | None, activation: str | None, items: tuple
 
 
 @constant_in_traces
+def _described(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[str, ...]:
+    """Return what a recording is told of a decision, as an operator can be told it."""
+    return described_call(_resolved(scope, impl, activation, items))
+
+
+def explained(params: SDPAParams, impl: str | None) -> tuple[str | None, list[Verdict]]:
+    """Return, in a trace, what would be chosen for a checked call, and a verdict for every implementation."""
+    chosen, verdicts = _explained(*_decisive(params, impl))
+    return chosen, [Verdict(name, backend, accepted, reasons) for name, backend, accepted, reasons in verdicts]
+
+
+@constant_in_traces
+def _explained(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[Any, ...]:
+    facts, selection = _facts(items), Selection(impl, scope, activation, process.preferred)
+    with _disable_current_modes(), FakeTensorMode():
+        params = example(facts)
+        with torch.enable_grad():
+            chosen, verdicts = explain_all(start(), selection, facts, params)
+    return chosen, tuple((each.name, each.backend, each.accepted, each.reasons) for each in verdicts)
+
+
+@constant_in_traces
 def _shape_matters(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> bool:
     try:
         return _resolved(scope, impl, activation, items).shape_dependent
@@ -143,7 +185,7 @@ def _choose(scope: Any, impl: str | None, activation: str | None, generation: in
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
     if decision.kernel.composite:
-        setattr(_composite, decision.name, decision.kernel)
+        setattr(_composite, _attribute(decision.name), decision.kernel)
     elif is_transformed():
         return (
             "",
@@ -153,5 +195,5 @@ def _choose(scope: Any, impl: str | None, activation: str | None, generation: in
             f"example inside sdpa_kernel(SDPBackend.MATH)",
         )
     else:
-        setattr(_operators, decision.name, operator_of(decision.entry).forward)
+        setattr(_operators, _attribute(decision.name), operator_of(decision.entry).forward)
     return decision.name, decision.kernel.composite, ""

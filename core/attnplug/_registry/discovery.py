@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from attnplug._messages import printable, warn
 from attnplug._registry import hooks
 from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.config import get_config
+from attnplug._registry.forks import DISCOVERY, lock
 from attnplug._registry.registry import BUILTIN, Entry, Registry, describe, report_broken
 from attnplug._types import ImplSpec
 from attnplug._version import __version__
@@ -34,7 +34,7 @@ _UNKNOWN_HERE = re.compile(
 )
 """In the error of a plugin that uses what this version of attnplug does not have, or that has a typing error."""
 
-_lock = threading.RLock()
+_lock = lock(DISCOVERY)
 _registry: Registry | None = None
 _failure: PluginError | None = None
 _filling = False

@@ -6,15 +6,18 @@ never acts on a registry that has changed since.
 
 from __future__ import annotations
 
-import threading
+import itertools
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
 from attnplug._messages import printable, warn
 from attnplug._registry.catalogue import KNOWN, OWN
 from attnplug._registry.config import get_config
+from attnplug._registry.forks import KERNEL, REGISTRY, lock
 from attnplug._registry.kernel import Kernel, load_kernel
 from attnplug._registry.machine import device_types, missing_modules
 from attnplug._types import Capabilities, ImplRecord, ImplSpec
@@ -39,7 +42,7 @@ class Entry:
     loaded: Kernel | None = None
     _error: BaseException | None = None
     _loading: bool = False
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _lock: Any = field(default_factory=partial(lock, KERNEL))
 
     @property
     def name(self) -> str:
@@ -116,7 +119,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.generation = 0
-        self._lock = threading.RLock()
+        self._lock = lock(REGISTRY)
         self._entries: dict[str, Entry] = {}
         self._names: tuple[str, ...] = ()
         self._contested: dict[str, list[Entry]] = {}
@@ -192,10 +195,13 @@ class Registry:
         """Return the implementation of this name.
 
         Raises:
+            TypeError: `name` is not a string; `where` says where it came from.
             UnknownImplementationError: there is none, or it is broken, disabled or not installed, which the message
                 says; `where` says where the name came from, `also` what else would have been accepted there.
             DuplicateImplementationError: several distributions claim the name.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"{where or 'name'}: expected the name of an implementation, got {name!r}")
         entry = self._entries.get(name)
         if entry is not None:
             return entry
@@ -206,22 +212,21 @@ class Registry:
 
     def absent(self) -> dict[str, str]:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""
-        out = {}
-        for record in list(self._plugins_out):
-            out[record.name] = f"is installed but broken: {record.reason}"
-            if record.status != "broken":
-                out[record.name] = f"is {record.reason}"
-        loaded = {entry.plugin for entry in self._entries.values()}
-        loaded |= {entry.plugin for claimants in self._contested.values() for entry in claimants}
+        with self._lock:
+            entries, contested, records = dict(self._entries), dict(self._contested), list(self._plugins_out)
+        broken, left_out = "is installed but broken: {}", "is {}"
+        out = {
+            record.name: (broken if record.status == "broken" else left_out).format(record.reason) for record in records
+        }
+        loaded = {entry.plugin for entry in (*entries.values(), *itertools.chain(*contested.values()))}
         absent = dict(out)
         for name, known in KNOWN.items():
             if known.entry_point in out:
                 absent.setdefault(name, f"belongs to the plugin {known.entry_point!r}, which {out[known.entry_point]}")
             elif known.entry_point not in loaded:
                 absent.setdefault(name, f"is not installed: {known.install}")
-        for name in self._contested:
-            absent[name] = f"is claimed by {self._owner(name)}"
-        return {name: reason for name, reason in absent.items() if name not in self._entries}
+        absent |= {name: f"is claimed by {_joined(claimants)}" for name, claimants in contested.items()}
+        return {name: reason for name, reason in absent.items() if name not in entries}
 
     def __contains__(self, name: str) -> bool:
         """Whether the name is taken."""
@@ -254,15 +259,18 @@ class Registry:
     def _owner(self, name: str) -> str | None:
         """Return the distribution, or distributions, that have or claim a name."""
         entries = [self._entries[name]] if name in self._entries else self._contested.get(name, [])
-        return " and ".join(entry.distribution for entry in entries) or None
+        return _joined(entries) or None
+
+
+def _joined(entries: list[Entry]) -> str:
+    return " and ".join(entry.distribution for entry in entries)
 
 
 def _duplicate(owner: Entry | None, claimants: list[Entry]) -> DuplicateImplementationError:
     """Return the error of a name that `claimants` want, and that is `owner`'s if there is one."""
     name = claimants[0].name
     if owner is not None:
-        claimant = " and ".join(entry.distribution for entry in claimants)
-        return DuplicateImplementationError(name, owner.distribution, claimant, "choose another name")
+        return DuplicateImplementationError(name, owner.distribution, _joined(claimants), "choose another name")
     first, *others = claimants
     plugins = [entry.plugin for entry in claimants]
     names = [
@@ -271,9 +279,7 @@ def _duplicate(owner: Entry | None, claimants: list[Entry]) -> DuplicateImplemen
     ]
     settings = " or ".join(f"ATTNPLUG_DISABLE={plugin}" for plugin in names)
     way_out = f"neither runs under this name until one is left out, with {settings}"
-    return DuplicateImplementationError(
-        name, first.distribution, " and ".join(entry.distribution for entry in others), way_out
-    )
+    return DuplicateImplementationError(name, first.distribution, _joined(others), way_out)
 
 
 def describe(error: BaseException) -> str:

@@ -12,6 +12,7 @@ has no `fake` to say so is not asked: its backward runs forward once more, under
 from __future__ import annotations
 
 import itertools
+import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._registry.registry import Entry
 from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, KernelCall, declares, tensors_of
+from attnplug._selection.state import start
 from attnplug._tracing import constant_in_traces
 from attnplug._types import CausalVariant, Feature, SDPAParams
 
@@ -234,12 +236,45 @@ def _random_state(states: list[Tensor], device: torch.device) -> Iterator[None]:
 
 def _free_name(name: str) -> str:
     """Return an operator name that was never used: an operator, once defined, stays."""
-    base = re.sub(r"\W", "_", name)
-    free = base
-    while free in _defined:
+    base = free = _operator_name(name)
+    while not {free, f"{free}_backward"}.isdisjoint(_defined):
         free = f"{base}_{len(_defined)}"
-    _defined.add(free)
+    _defined.update((free, f"{free}_backward"))
     return free
+
+
+def _operator_name(name: str) -> str:
+    """Return the name of an implementation's operator, which PyTorch's schemas can hold."""
+    base = re.sub(r"\W", "_", name)
+    if base == "name" or keyword.iskeyword(base) or hasattr(torch._ops._OpNamespace, base):  # no name of an operator
+        return f"{base}_"
+    try:
+        torch._C.parse_schema(f"attnplug::{base}() -> ()")
+    except RuntimeError:  # a word of the language of schemas, such as `class`
+        return f"{base}_"
+    return base
+
+
+class _Namespace(torch._ops._OpNamespace):
+    """`torch.ops.attnplug`, which defines the operator of an implementation when somebody asks for it.
+
+    A program that was exported in another process names operators that nothing has needed yet in this one.
+    """
+
+    __module__ = "torch._ops"  # from which generated code makes the names of operators
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            for entry in start() if not name.startswith("_") else ():
+                if name.removesuffix("_backward") == _operator_name(entry.name) and entry.load() is not None:
+                    operator_of(entry)
+                    return super().__getattr__(name)
+            raise
+
+
+setattr(torch.ops, "attnplug", _Namespace("attnplug"))  # noqa: B010  (a module to type checkers)
 
 
 def _fresh(grad: Tensor, tensors: tuple[Any, ...]) -> Tensor:

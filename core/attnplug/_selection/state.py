@@ -1,4 +1,7 @@
-"""What holds now: the thread's scopes, and what the process prefers.
+"""What holds now: the blocks that a thread is in, and what the process prefers.
+
+A block (a scope, a recording) is taken out by identity, not by position: blocks that are left out of order, or in
+another thread than they were entered in, take what they put in place with them, and nothing else.
 
 A scope is a plain tuple, `(set_priority, (entry, ...))`, its entries strings: `aten_math`, or `:MATH` for a
 family. It is held in a `threading.local` whose attributes are set in `__init__`: that is the form of thread
@@ -10,30 +13,45 @@ recognises a scope that it has seen before. (`contextvars` cannot be traced, cla
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+from attnplug._errors import ScopeError
 from attnplug._registry.config import get_config
 from attnplug._registry.discovery import get_registry
 from attnplug._registry.registry import Registry
 from attnplug._tracing import constant_in_traces
 
 Scope = tuple[bool, tuple[str, ...]]
+Block = tuple[Scope | None, bool]
+"""A scope that was entered, and whether, unless the process prefers another, `torch` is the first that it allows."""
+
+OUTSIDE: Block = (None, True)
 
 
-class _State:
-    """What holds in one thread. Plain, because a trace drops what it assigned to a `threading.local`."""
+class State:
+    """What holds in one thread. Plain, because a trace drops what it assigned to a `threading.local`.
+
+    To enter a block is `state.scopes = (*state.scopes, block)` and a store of its parts; to leave it is the reverse.
+    Whoever does it writes it out: an interrupt, or another thread, can come between two calls, but not between
+    stores, so that either all of it has happened or none.
+    """
 
     def __init__(self) -> None:
-        self.scopes: tuple[Scope, ...] = ()
-        self.scope: Scope | None = None  # the innermost of `scopes`
-        self.torch_first = True  # whether, unless the process prefers another, `torch` is the first that it allows
+        self.scopes: tuple[Block, ...] = (OUTSIDE,)
+        self.scope, self.torch_first = OUTSIDE  # the innermost of `scopes`
         self.recordings: tuple[Any, ...] = ()  # lists and replays
+        number = id(self)
+        _states[number] = weakref.ref(self, lambda _: _states.pop(number, None))
+
+
+_states: dict[int, weakref.ref[State]] = {}
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.state = _State()
+        self.state = State()
 
 
 class _ProcessState:
@@ -57,6 +75,55 @@ class _ProcessState:
 
 thread = _Thread()
 process = _ProcessState()
+
+
+def leave_scope(block: Block) -> None:
+    """Take the innermost occurrence of `block` from this thread, or else from the one that entered it.
+
+    Raises:
+        ScopeError: several other threads are in it.
+    """
+    for state in _holders(lambda state: state.scopes, block):
+        while True:
+            scopes = state.scopes
+            kept = _without(scopes, block)
+            innermost = kept[-1]
+            if state.scopes is scopes:  # no call stands between this and the stores: nothing can come between
+                state.scopes = kept
+                state.scope, state.torch_first = innermost
+                return
+
+
+def leave_recording(recording: object) -> None:
+    """Take `recording` from this thread, or else from the one that entered it."""
+    for state in _holders(lambda state: state.recordings, recording):
+        while True:
+            recordings = state.recordings
+            kept = _without(recordings, recording)
+            if state.recordings is recordings:
+                state.recordings = kept
+                return
+
+
+def _holders(held: Callable[[State], tuple[Any, ...]], block: object) -> list[State]:
+    """Return the state that holds `block`, in a list that is empty if the thread that entered it has ended."""
+    if any(item is block for item in held(thread.state)):
+        return [thread.state]
+    states = [state for reference in list(_states.values()) if (state := reference()) is not None]
+    holding = [state for state in states if any(item is block for item in held(state))]
+    if len(holding) > 1:
+        raise ScopeError(
+            "a scope that several threads are in is left in none of them; make one scope for each with statement"
+        )
+    return holding
+
+
+def _without(blocks: tuple[Any, ...], block: object) -> tuple[Any, ...]:
+    """Return `blocks` without the last that is `block`."""
+    for position in reversed(range(len(blocks))):
+        if blocks[position] is block:
+            return blocks[:position] + blocks[position + 1 :]
+    return blocks
 
 
 def when_started(listener: Callable[[Registry], None]) -> None:

@@ -8,15 +8,17 @@ values depend on the sampled rows alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnplug import CausalVariant, list_impls
+from attnplug import CausalVariant
 from attnplug._accuracy import Expected, Outcome
 from attnplug.bench._cases import Case
 from attnplug.bench._inputs import LEAVES, Problem
+from attnplug.testing import Call, CheckFailure, Inputs
+from attnplug.testing._compare import assert_outcome, expected, is_quantized
 
 SCORES = {"cpu": 2**21, "cuda": 2**24}
 """How many scores the reference may hold at once, for each device type."""
@@ -30,6 +32,8 @@ class Sample:
     heads: slice
     kv_heads: slice
     rows: slice
+    call: Call
+    inputs: Inputs
     expected: Expected
 
     def outcome(self, out: Tensor, gradients: tuple[Tensor, ...]) -> Outcome:
@@ -57,11 +61,12 @@ class Reference:
         """Run an implementation; return what is wrong with its result, an empty string if it is right."""
         out = self._problem.forward(impl)
         gradients = self._problem.backward(out, self._grad_out) if self._problem.case.backward else ()
-        quantized = any(record.capabilities.quantized for record in list_impls() if record.name == impl)
         for sample in self.samples:
-            expected = replace(sample.expected, quantized=True) if quantized else sample.expected
-            for mistake in expected.mistakes(sample.outcome(out, gradients)):
-                return str(mistake)
+            try:
+                outcome = sample.outcome(out, gradients)
+                assert_outcome(sample.call, sample.inputs, sample.expected, outcome, is_quantized(impl))
+            except CheckFailure as failure:
+                return str(failure.args[0]).replace("\n", "; ")
         return ""
 
 
@@ -102,5 +107,21 @@ def _sample(problem: Problem, batch: slice, heads: slice, kv_heads: slice, rows:
     if case.mask:
         arguments["attn_mask"] = given["attn_mask"][batch, :, rows]
     grad_out = problem.grad_out[batch, heads, rows]
-    expected = Expected(arguments, LEAVES if case.backward else (), grad_out)
-    return Sample(batch, heads, kv_heads, rows, expected)
+    inputs = Inputs(arguments, grad_out, grad_out.new_zeros(()))
+    call = Call(
+        batch=grad_out.shape[0],
+        heads=grad_out.shape[1],
+        kv_heads=arguments["key"].shape[1],
+        queries=grad_out.shape[2],
+        keys=case.keys,
+        head_size=case.head_size,
+        value_head_size=case.value_head_size,
+        dtype=case.dtype,
+        device=case.device,
+        mask=case.mask,
+        is_causal=case.causal,
+        causal_variant=variant,
+        window_size=case.window,
+        gradients=LEAVES if case.backward else (),
+    )
+    return Sample(batch, heads, kv_heads, rows, call, inputs, expected(call, inputs))

@@ -146,7 +146,7 @@ def attention_forward(
         value,
         attn_mask=mask,
         dropout_p=dropout if module.training else 0.0,
-        is_causal=causal,
+        is_causal=bool(causal),  # which `torch.jit.trace` makes a tensor of
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         softcap=softcap or 0.0,

@@ -12,7 +12,7 @@ import attnplug
 from attnplug._accuracy import Outcome
 from attnplug._types import CausalVariant
 from attnplug.testing import _inputs
-from attnplug.testing._compare import assert_outcome, revealed
+from attnplug.testing._compare import assert_outcome, expected, is_quantized, revealed
 from attnplug.testing._failure import failure
 from attnplug.testing._fields import Fields
 from attnplug.testing._inputs import Inputs
@@ -115,9 +115,5 @@ def compare(impl: str, call: Call, inputs: Inputs | None = None, outcome: Outcom
     if outcome is None:
         torch.manual_seed(call.seed)  # of dropout
         outcome = run(impl, call, inputs)
-    quantized = any(record.capabilities.quantized for record in _records(impl))
-    assert_outcome(call, inputs, outcome, revealed(call, outcome.out), quantized)
-
-
-def _records(impl: str) -> list[attnplug.ImplRecord]:
-    return [record for record in attnplug.list_impls() if record.name == impl]
+    right = expected(call, inputs, revealed(call, outcome.out))
+    assert_outcome(call, inputs, right, outcome, is_quantized(impl))

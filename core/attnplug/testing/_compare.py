@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+import attnplug
 from attnplug._accuracy import Expected, Outcome
 from attnplug.testing._failure import CheckFailure, failure
 from attnplug.testing._fields import Fields
@@ -14,10 +15,10 @@ from attnplug.testing._hints import hint
 from attnplug.testing._inputs import Inputs
 
 
-def expected(call: Fields, inputs: Inputs, factors: Tensor | None = None, quantized: bool = False) -> Expected:
-    """Return what the call should give."""
+def expected(call: Fields, inputs: Inputs, factors: Tensor | None = None) -> Expected:
+    """Return what the call should give; `factors` are what dropout multiplied the probabilities with."""
     grad_lse = inputs.grad_lse if call.lse_gradient else None
-    return Expected(inputs.arguments, call.gradients, inputs.grad_out, grad_lse, factors, quantized)
+    return Expected(inputs.arguments, call.gradients, inputs.grad_out, grad_lse, factors)
 
 
 def assert_right(
@@ -52,32 +53,35 @@ def assert_right(
         >>> assert_right(dict(query=query, key=query, value=query), attnplug.scaled_dot_product_attention(*[query] * 3))
     """
     outcome = Outcome(out, lse, dict(gradients or {}))
-    right = Expected(dict(arguments), tuple(outcome.gradients), grad_out, grad_lse, quantized=quantized)
-    if mistakes := right.mistakes(outcome):
+    right = Expected(dict(arguments), tuple(outcome.gradients), grad_out, grad_lse)
+    if mistakes := right.mistakes(outcome, quantized):
         raise CheckFailure("\n".join(map(str, mistakes)))
 
 
-def assert_outcome(
-    call: Fields, inputs: Inputs, outcome: Outcome, factors: Tensor | None = None, quantized: bool = False
-) -> None:
-    """Hold all of an outcome against what the formulas give.
+def assert_outcome(call: Fields, inputs: Inputs, right: Expected, outcome: Outcome, quantized: bool = False) -> None:
+    """Hold all of an outcome against what is right, which may serve several implementations.
 
     Args:
         call: what was called.
         inputs: with which tensors.
-        outcome: what came of it.
-        factors: what dropout multiplied the probabilities with.
+        right: what should have come of it.
+        outcome: what did.
         quantized: whether the implementation quantizes its inputs.
 
     Raises:
         CheckFailure: something is further from the formula than the contract allows.
     """
-    right = expected(call, inputs, factors, quantized)
     for name in outcome.names:
-        mistake = right.mistake(outcome, name)
+        mistake = right.mistake(outcome, name, quantized)
         if mistake is not None:
             told = "" if mistake.error is None or quantized else hint(call, inputs, right, name, outcome[name])
             raise failure(call, str(mistake), told)
+
+
+def is_quantized(impl: str) -> bool:
+    """Whether an implementation says that it quantizes its inputs."""
+    capabilities = [record.capabilities for record in attnplug.list_impls() if record.name == impl]
+    return any(getattr(each, "quantized", False) for each in capabilities)
 
 
 def revealed(call: Fields, out: Tensor) -> Tensor | None:

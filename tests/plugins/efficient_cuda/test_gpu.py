@@ -1,4 +1,4 @@
-"""`efficient_cuda` and `cudnn` on a card: the conformance kit in full, and what no emulation can tell."""
+"""`efficient_cuda` and `cudnn` on a GPU: the conformance kit in full, and what no emulation can tell."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import attnplug
-from attnplug.testing import check_impl
+from attnplug.testing import assert_right, check_impl
 from cuda_calls import LOWER_RIGHT, SPECS, pytorch, register_both, seen_by, wrong
 
 pytestmark = pytest.mark.gpu
@@ -52,32 +52,46 @@ def test_conformance_in_full(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_out_and_gradients_are_those_of_pytorch_over_whole_blocks(name: str, is_causal: bool) -> None:
-    inputs = [make(2, 8, 512, 64) for _ in range(3)]
-    needs(name, *inputs, is_causal=is_causal)
-    out = attend(*inputs, is_causal=is_causal, impl=name)
-    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=is_causal)
-    grad = torch.randn_like(out)
-    found = torch.autograd.grad(out, inputs, grad)
-    right = torch.autograd.grad(expected, wide, grad.double())
-    torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=4e-3)
-    for got, want in zip(found, right, strict=True):
-        torch.testing.assert_close(got.double(), want, atol=1e-2, rtol=1e-2)
+@pytest.mark.parametrize("sizes", [(64, 64), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("length", [512, 300])
+def test_out_and_gradients_are_right(name: str, is_causal: bool, sizes: tuple[int, int], length: int) -> None:
+    query, key, value = (make(2, 4, length, size) for size in (sizes[0], sizes[0], sizes[1]))
+    needs(name, query, key, value, is_causal=is_causal)
+    assert_gradients_right(name, query=query, key=key, value=value, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [-0.2, 0.0])
 def test_scales_that_the_kernels_cannot_take_are_converted(name: str, scale: float) -> None:
-    inputs = [make(1, 2, 256, 64) for _ in range(3)]
-    needs(name, *inputs, is_causal=True)
-    out = attend(*inputs, is_causal=True, scale=scale, impl=name)
-    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    expected = torch.nn.functional.scaled_dot_product_attention(scale * wide[0], *wide[1:], is_causal=True, scale=1.0)
-    torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=4e-3)
-    found = torch.autograd.grad(out.sum(), inputs)
-    for got, want in zip(found, torch.autograd.grad(expected.sum(), wide), strict=True):
-        torch.testing.assert_close(got.double(), want, atol=1e-2, rtol=1e-2)
+    query, key, value = (make(1, 2, 256, 64) for _ in range(3))
+    needs(name, query, key, value, is_causal=True)
+    assert_gradients_right(name, query=query, key=key, value=value, is_causal=True, scale=scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_that_were_made_before_are_right_whatever_changes_between_them(name: str) -> None:
+    """What is known of a call holds for its layout and alignment, twice each and in turns."""
+    query, key, value = (make(2, 4, 256, 64) for _ in range(3))
+    strided = query.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    shifted = query.new_zeros(query.numel() + 1)[1:].view(query.shape).copy_(query.detach()).detach().requires_grad_()
+    needs(name, query, key, value)
+    for given in (query, strided, shifted) * 2:
+        assert_gradients_right(name, query=given, key=key, value=value)
+
+
+def assert_gradients_right(name: str, **arguments: Any) -> None:
+    """Assert that out, lse and the gradients of a call are right by the rule for every implementation."""
+    inputs = [arguments[which] for which in ("query", "key", "value")]
+    out, lse = attend(**arguments, return_lse=True, impl=name)
+    weights = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, weights)
+    assert_right(
+        {key: item.detach() if isinstance(item, Tensor) else item for key, item in arguments.items()},
+        out.detach(),
+        lse.detach(),
+        dict(zip(("query", "key", "value"), grads, strict=True)),
+        grad_out=weights,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

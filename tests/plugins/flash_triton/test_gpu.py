@@ -188,3 +188,30 @@ def test_forward_and_backward_compile_without_a_graph_break() -> None:
         torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(ref.sum(), tensors), strict=True
     ):
         assert torch.equal(grad, ref_grad)
+
+
+def test_calls_that_were_made_before_are_right_whatever_changes_between_them() -> None:
+    """Launches are kept by layout, alignment and device, and go to the stream that is current; twice each, in turns."""
+    query, key, value, weights = (random(2, 4, 300, 64, seed=seed) for seed in range(4))
+    strided = query.transpose(1, 2).contiguous().transpose(1, 2)
+    shifted = query.new_zeros(query.numel() + 1)[1:].view(query.shape).copy_(query)
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for given in (query, strided, shifted) * 2:
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                leaves = [tensor.detach().requires_grad_() for tensor in (given, key, value)]
+                out = attend(*leaves, is_causal=True)
+                grads = torch.autograd.grad(out, leaves, weights)
+                stream.synchronize()
+            arguments = dict(query=given, key=key, value=value, is_causal=True)
+            assert_right(arguments, out.detach(), None, dict(zip(arguments, grads, strict=False)), grad_out=weights)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_call_runs_where_its_tensors_are() -> None:
+    expected = attend(*(random(1, 2, 64, 64, seed=seed) for seed in range(3)))
+    for _ in range(2):
+        for device in (0, 1):
+            out = attend(*(random(1, 2, 64, 64, seed=seed).to(f"cuda:{device}") for seed in range(3)))
+            assert torch.equal(out.to(expected.device), expected)

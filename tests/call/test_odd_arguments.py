@@ -1,0 +1,95 @@
+"""Arguments that are odd, and what is made of them wherever they are looked at: every route says the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attnplug
+
+Q = torch.randn(1, 2, 4, 8)
+ROUTES = [None, "torch", "aten_math"]
+attend = attnplug.scaled_dot_product_attention
+
+
+def of_one_dimension_more(tensor: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([tensor[0], tensor[0]], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((Q.to_sparse(), Q, Q), ValueError, "query: expected a dense tensor, got one of layout torch.sparse_coo"),
+        ((Q, Q.to_sparse(), Q), ValueError, "key: expected a dense tensor"),
+        ((Q, of_one_dimension_more(Q), of_one_dimension_more(Q)), ValueError, "all three nested or none"),
+        ((of_one_dimension_more(Q), Q, Q), ValueError, "all three nested or none"),
+        (([1.0], [1.0], [1.0]), TypeError, "query: expected a torch.Tensor, got list"),
+        (([1.0], [1.0], [1.0], torch.ones(4, 4)), TypeError, "query: expected a torch.Tensor, got list"),
+        ((Q, Q, Q, [1.0]), TypeError, "attn_mask: expected a torch.Tensor or None, got list"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_an_error_that_says_so(
+    arguments: Any, error: type[Exception], message: str, impl: str | None
+) -> None:
+    for function in (attend, attnplug.explain):
+        with pytest.raises(error, match=message):
+            function(*arguments, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+def test_grouping_where_there_is_nothing_to_group_changes_nothing(impl: str | None) -> None:
+    flat, one = torch.randn(4, 8), torch.randn(1, 1, 4, 8)
+    for query, key in ((flat, flat), (one, Q), (Q, Q), (Q[0], Q[0])):
+        expected = attend(query, key, key)
+        torch.testing.assert_close(attend(query, key, key, enable_gqa=True, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, lambda value: torch.tensor(value).double()])
+def test_numbers_of_numpy_and_of_pytorch_are_numbers(kind: Any, impl: str | None) -> None:
+    expected = attend(Q, Q, Q, scale=0.25, impl=impl)
+    torch.testing.assert_close(attend(Q, Q, Q, scale=kind(0.25), impl=impl), expected)
+    torch.manual_seed(0)
+    expected = attend(Q, Q, Q, dropout_p=0.5, impl=impl)
+    torch.manual_seed(0)
+    assert torch.equal(attend(Q, Q, Q, dropout_p=kind(0.5), impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", [None, "math_ref"])
+@pytest.mark.parametrize("side", [2**31, 2**62, 2**63, 2**70, np.int64(2**40)])
+def test_a_window_wider_than_any_sequence_is_open(side: Any, impl: str | None) -> None:
+    if "math_ref" not in attnplug.list_flash_attention_impls():
+        pytest.skip("math_ref is not installed")
+    expected = attend(Q, Q, Q, window_size=(-1, 0), impl=impl)
+    for _ in range(2):  # decided, and then kept
+        torch.testing.assert_close(attend(Q, Q, Q, window_size=(side, 0), impl=impl), expected)
+    torch.testing.assert_close(
+        attend(Q, Q, Q, window_size=(0, side), impl=impl), attend(Q, Q, Q, window_size=(0, -1), impl=impl)
+    )
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1, "yes"])
+def test_return_lse_is_a_bool_everywhere(wrong: Any) -> None:
+    for impl in ROUTES:
+        for function in (attend, attnplug.explain):
+            with pytest.raises(TypeError, match="return_lse: expected a bool"):
+                function(Q, Q, Q, return_lse=wrong, impl=impl)
+
+
+@pytest.mark.parametrize("wrong", [5, 0, True, ["torch"]])
+def test_a_name_is_a_string_everywhere(wrong: Any) -> None:
+    params = attnplug.SDPAParams(Q, Q, Q)
+    for ask in (
+        lambda: attend(Q, Q, Q, impl=wrong),
+        lambda: attnplug.explain(Q, Q, Q, impl=wrong),
+        lambda: attnplug.can_use_impl(wrong, params),
+        lambda: attnplug.activate_flash_attention_impl(wrong),
+        lambda: attnplug.unregister_impl(wrong),
+    ):
+        with pytest.raises(TypeError, match="expected the name of an implementation"):
+            ask()

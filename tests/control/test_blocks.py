@@ -1,0 +1,450 @@
+"""What a block (a scope, a recording, a binding) put in place is gone when it is left, however it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import random
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnplug
+
+Q = torch.randn(1, 2, 4, 8)
+MATH, FLASH, DEFAULT = "aten_math", "aten_flash", "torch"
+
+
+def ran() -> str:
+    """Return what runs now."""
+    with attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(Q, Q, Q)
+    return calls[0].impl
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+class Attention(nn.Module):
+    """A module that does something before it attends."""
+
+    def __init__(self, before: Callable[[], Any] = lambda: None) -> None:
+        super().__init__()
+        self.before = before
+
+    def forward(self, hidden: Tensor) -> Any:
+        self.before()
+        return attnplug.scaled_dot_product_attention(hidden, hidden, hidden)
+
+
+# --- left out of order, twice, elsewhere, never ---
+
+
+def scoped(name: str) -> Iterator[str]:
+    with attnplug.sdpa_kernel(name):
+        while True:
+            yield ran()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_generators_may_end_in_any_order(first: int) -> None:
+    generators = [scoped(MATH), scoped(FLASH)]
+    assert [next(generator) for generator in generators] == [MATH, FLASH]
+    generators.pop(first).close()  # type: ignore[attr-defined]
+    assert ran() == (FLASH, MATH)[first]
+    generators.pop().close()  # type: ignore[attr-defined]
+    assert ran() == DEFAULT
+
+
+def test_of_equal_scopes_the_one_that_is_left_goes() -> None:
+    """Left by value, the first would take the last away and show the one between."""
+    first, between, last = (attnplug.sdpa_kernel(name) for name in (MATH, FLASH, MATH))
+    for scope in (first, between, last):
+        scope.__enter__()
+    first.__exit__()
+    assert ran() == MATH
+    last.__exit__()
+    assert ran() == FLASH
+    between.__exit__()
+    assert ran() == DEFAULT
+
+
+@pytest.mark.parametrize("how", ["closed", "collected", "closed in another thread"])
+def test_a_generator_that_ends_early_takes_its_scope_along(how: str) -> None:
+    generator: Any = scoped(MATH)
+    assert next(generator) == ran() == MATH
+    if how == "closed in another thread":
+        in_thread(generator.close)
+    elif how == "closed":
+        generator.close()
+    else:
+        del generator
+        gc.collect()
+    assert ran() == DEFAULT
+
+
+def test_a_scope_that_is_left_in_another_thread_leaves_the_other_alone() -> None:
+    scope = attnplug.sdpa_kernel(MATH)
+    scope.__enter__()
+
+    def elsewhere() -> list[str]:
+        with attnplug.sdpa_kernel(FLASH):
+            scope.__exit__()
+            return [ran()]
+
+    assert in_thread(elsewhere) == [FLASH]
+    assert ran() == DEFAULT
+
+
+def test_a_scope_whose_thread_has_ended_can_be_left() -> None:
+    scope = attnplug.sdpa_kernel(MATH)
+    in_thread(scope.__enter__)
+    scope.__exit__()
+    assert ran() == DEFAULT
+
+
+def test_a_scope_that_two_other_threads_are_in_is_refused_and_left_in_neither() -> None:
+    scope, ready, done = attnplug.sdpa_kernel(MATH), threading.Barrier(3), threading.Event()
+
+    def work() -> str:
+        with scope:
+            ready.wait(60)
+            done.wait(60)
+            return ran()
+
+    with ThreadPoolExecutor(2) as pool:
+        working = [pool.submit(work) for _ in range(2)]
+        ready.wait(60)
+        try:
+            with pytest.raises(attnplug.ScopeError, match="several threads are in"):
+                scope.__exit__()
+        finally:
+            done.set()
+        assert [work.result(60) for work in working] == [MATH, MATH]
+
+
+def test_leaving_what_was_not_entered_is_refused() -> None:
+    scope, recording = attnplug.sdpa_kernel(MATH), attnplug.record()
+    with scope, recording:
+        pass
+    for block in (scope, recording):
+        with pytest.raises(attnplug.ScopeError, match="is left, but it was not entered"):
+            block.__exit__()
+    assert ran() == DEFAULT
+
+
+def test_one_scope_may_be_entered_again_inside_itself() -> None:
+    scope = attnplug.sdpa_kernel(MATH)
+    with scope, attnplug.sdpa_kernel(FLASH):
+        with scope:
+            assert ran() == MATH
+        assert ran() == FLASH
+    assert ran() == DEFAULT
+
+
+def test_a_recording_is_entered_once_at_a_time() -> None:
+    recording = attnplug.record()
+    with recording, pytest.raises(attnplug.ScopeError, match="entered already"):
+        recording.__enter__()
+    with recording as calls:
+        attnplug.scaled_dot_product_attention(Q, Q, Q)
+    assert len(calls) == 1
+
+
+def test_recordings_may_end_in_any_order_and_in_any_thread() -> None:
+    one, other = attnplug.record(), attnplug.record()
+    calls, others = one.__enter__(), other.__enter__()
+    one.__exit__()
+    attnplug.scaled_dot_product_attention(Q, Q, Q)
+    in_thread(other.__exit__)
+    attnplug.scaled_dot_product_attention(Q, Q, Q)
+    assert (len(calls), len(others)) == (0, 1)
+
+
+def test_what_nobody_can_leave_any_more_is_left() -> None:
+    """As a context manager of `contextlib` is that was entered by hand and forgotten."""
+    scope, recording = attnplug.sdpa_kernel(MATH), attnplug.record()
+    scope.__enter__(), recording.__enter__()
+    assert ran() == MATH
+    del scope, recording
+    gc.collect()
+    assert ran() == DEFAULT
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, BaseException])
+def test_an_exception_of_any_kind_leaves_every_block(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error
+
+    module = Attention(fail)
+    attnplug.bind(module, MATH)
+    decorated = attnplug.sdpa_kernel(MATH)(fail)
+    with pytest.raises(error), attnplug.sdpa_kernel(FLASH), attnplug.record():
+        module(Q)
+    with pytest.raises(error), ExitStack() as stack:
+        stack.enter_context(attnplug.sdpa_kernel(FLASH))
+        decorated()
+    assert ran() == DEFAULT
+
+
+# --- coroutines, and functions of every kind ---
+
+
+def test_a_coroutine_s_with_block_is_the_thread_s_until_it_is_left() -> None:
+    seen: list[str] = []
+
+    async def attend() -> None:
+        with attnplug.sdpa_kernel(MATH):
+            await asyncio.sleep(0)
+
+    async def look() -> None:
+        seen.append(ran())
+
+    async def both() -> None:
+        await asyncio.gather(attend(), look())
+        seen.append(ran())
+
+    asyncio.run(both())
+    assert seen == [MATH, DEFAULT]
+
+
+def test_tasks_that_leave_in_the_order_in_which_they_entered_leave_nothing() -> None:
+    async def attend(name: str, seconds: float) -> None:
+        with attnplug.sdpa_kernel(name):
+            await asyncio.sleep(seconds)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(attend(name, 0.01 * turn) for turn, name in enumerate([MATH, FLASH] * 3)))
+
+    asyncio.run(all_of_them())
+    assert ran() == DEFAULT
+
+
+def test_a_decorated_coroutine_has_its_scope_and_nobody_else() -> None:
+    @attnplug.sdpa_kernel(MATH)
+    async def attend() -> list[str]:
+        before = ran()
+        await asyncio.sleep(0)
+        return [before, ran()]
+
+    async def look() -> list[str]:
+        before = ran()
+        await asyncio.sleep(0)
+        return [before, ran()]
+
+    async def both() -> Any:
+        return await asyncio.gather(attend(), look(), attend())
+
+    assert asyncio.iscoroutinefunction(attend)
+    assert asyncio.run(both()) == [[MATH] * 2, [DEFAULT] * 2, [MATH] * 2]
+
+
+def test_a_decorated_coroutine_that_is_cancelled_cleans_up_in_its_scope() -> None:
+    seen = []
+
+    @attnplug.sdpa_kernel(MATH)
+    async def attend() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append(ran())
+
+    async def cancel() -> None:
+        task = asyncio.ensure_future(attend())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(cancel())
+    assert seen == [MATH] and ran() == DEFAULT
+
+
+def test_a_decorated_generator_has_its_scope_at_each_step_and_its_caller_never() -> None:
+    @attnplug.sdpa_kernel(MATH)
+    def steps() -> Any:
+        seen = [ran()]
+        try:
+            while len(seen) < 3:
+                try:
+                    seen.append((yield ran()) + ran())
+                except KeyError:
+                    seen.append(ran())
+            return seen
+        finally:
+            closed.append(ran())
+
+    closed: list[str] = []
+    generator = steps()
+    assert [next(generator), ran()] == [MATH, DEFAULT]
+    assert [generator.send("sent "), ran()] == [MATH, DEFAULT]
+    with pytest.raises(StopIteration) as stopped:
+        generator.throw(KeyError)
+    assert stopped.value.value == [MATH, "sent " + MATH, MATH]
+    other = steps()
+    next(other)
+    other.close()
+    assert closed == [MATH, MATH] and ran() == DEFAULT
+
+
+async def _asynchronous_generator() -> AsyncIterator[None]:
+    yield
+
+
+class _Function:
+    """An object that is called like a function."""
+
+    def __call__(self) -> str:
+        return ran()
+
+    @attnplug.sdpa_kernel(MATH)
+    def method(self) -> str:
+        return ran()
+
+    @staticmethod
+    @attnplug.sdpa_kernel(MATH)
+    def static() -> str:
+        return ran()
+
+    @classmethod
+    @attnplug.sdpa_kernel(MATH)
+    def of_class(cls) -> str:
+        return ran()
+
+
+def test_whatever_is_called_can_be_decorated() -> None:
+    decorate = attnplug.sdpa_kernel(MATH)
+    functions = [ran, lambda: ran(), functools.partial(ran), _Function(), _Function().method]
+    assert [decorate(function)() for function in functions] == [MATH] * len(functions)
+    assert [_Function().method(), _Function.static(), _Function.of_class()] == [MATH] * 3
+    assert ran() == DEFAULT
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_asynchronous_generator, functools.partial(_asynchronous_generator), _Function, staticmethod(ran), 3, None],
+)
+def test_what_cannot_be_decorated_is_refused_at_once(function: Any) -> None:
+    with pytest.raises(TypeError, match="sdpa_kernel (cannot decorate|decorates)"):
+        attnplug.sdpa_kernel(MATH)(function)
+
+
+# --- bound modules ---
+
+
+def test_a_hook_that_fails_before_a_bound_forward_leaves_the_user_s_scope() -> None:
+    module = Attention()
+
+    def fail(*_: Any) -> None:
+        raise ValueError
+
+    module.register_forward_pre_hook(fail)
+    attnplug.bind(module, MATH)
+    with attnplug.sdpa_kernel(FLASH):
+        with pytest.raises(ValueError):
+            module(Q)
+        assert ran() == FLASH
+    assert ran() == DEFAULT
+
+
+def test_a_bound_module_is_of_its_class_and_afterwards_nothing_else() -> None:
+    class Special(Attention):
+        """A class of the user's."""
+
+    module = Special()
+    handle = attnplug.bind(module, MATH)
+    assert isinstance(module, Special)
+    assert (type(module).__name__, type(module).__module__) == ("Special", __name__)
+    assert type(module).__doc__ == "A class of the user's."
+    handle.remove()
+    assert type(module) is Special and vars(module).keys() == vars(Special()).keys()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_bindings_the_last_counts_and_they_go_in_any_order(order: tuple[int, int]) -> None:
+    seen: list[str] = []
+    module = Attention(lambda: seen.append(ran()))
+    handles = [attnplug.bind(module, name) for name in (MATH, FLASH)]
+    module(Q)
+    handles[order[0]].remove()
+    module(Q)
+    handles[order[1]].remove()
+    module(Q)
+    assert seen == [FLASH, (FLASH, MATH)[order[0]], DEFAULT]
+
+
+def test_a_replica_of_a_bound_module_attends_with_its_own_weights() -> None:
+    """As `nn.DataParallel` makes them: its attributes, with other parameters put into their place."""
+
+    class Weighted(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            seen.append(ran())
+            return hidden * self.weight
+
+    seen: list[str] = []
+    module = Weighted()
+    attnplug.bind(module, MATH)
+    replica = module._replicate_for_data_parallel()
+    replica.weight = torch.full((8,), 2.0)
+    assert torch.equal(replica(Q), 2 * Q) and seen == [MATH]
+
+
+def test_what_cannot_be_bound_is_refused() -> None:
+    with pytest.raises(TypeError, match="is TorchScript"):
+        attnplug.bind(torch.jit.script(nn.Linear(2, 2)), MATH)
+    with pytest.raises(ValueError, match="is not initialized; call it once"):
+        attnplug.bind(nn.LazyLinear(2), MATH)
+
+
+# --- interrupts ---
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that interrupt")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupts_at_any_moment_leave_nothing() -> None:
+    """A notebook's stop button, pressed again and again: in scopes, bindings, decorators and recordings."""
+    inner, outer = Attention(), Attention()
+    outer.before = lambda: inner(Q)  # type: ignore[method-assign]
+    handles = [attnplug.bind(outer, FLASH), attnplug.bind(inner, MATH)]
+    decorated = attnplug.sdpa_kernel(FLASH)(lambda: outer(Q))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    draw, interrupted, wrong = random.Random(0), 0, []
+    end = time.monotonic() + 4
+    try:
+        while interrupted < 1000 and time.monotonic() < end:
+            try:
+                # again after a while, because Python swallows what is raised while it finalizes an object
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(20e-6, 400e-6), 0.1)
+                while True:
+                    with attnplug.sdpa_kernel(MATH), attnplug.record():
+                        decorated()
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            with attnplug.record() as calls:
+                attnplug.scaled_dot_product_attention(Q, Q, Q)
+            wrong += [call.impl for call in calls if call.impl != DEFAULT]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        for handle in handles:
+            handle.remove()
+    assert not wrong and interrupted > 100

@@ -1,0 +1,241 @@
+"""Activation is all or nothing, forks get free locks, and both registries say the same."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn import attention as theirs
+
+import attnplug
+from attnplug import ImplSpec
+
+Q = torch.randn(1, 2, 4, 8)
+ORIGINAL = F.scaled_dot_product_attention
+
+
+class Provider:
+    """A provider that says in a list what is done with it."""
+
+    def __init__(self, name: str, said: list[str], error: BaseException | None = None) -> None:
+        self.name, self.said, self.error = name, said, error
+        attnplug.register_flash_attention_impl(name, register_fn=self)
+
+    def __call__(self) -> Provider:
+        if self.error is not None:
+            raise self.error
+        self.said.append(f"{self.name} on")
+        return self
+
+    def remove(self) -> None:
+        self.said.append(f"{self.name} off")
+
+
+def in_fresh_python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# --- all or nothing ---
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, RuntimeError])
+def test_a_patch_that_fails_halfway_leaves_pytorch_s_function_and_the_activation(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    said: list[str] = []
+    Provider("one", said), Provider("other", said)
+    original = F.scaled_dot_product_attention
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("attnplug._control.replacing.AfterImport.install", fail)
+        with pytest.raises(error):
+            attnplug.activate_flash_attention_impl("one")
+        with pytest.raises(error):
+            attnplug.patch_torch()
+    assert F.scaled_dot_product_attention is original
+    assert attnplug.current_flash_attention_impl() is None and said == []
+    attnplug.activate_flash_attention_impl("one")
+    with monkeypatch.context() as patch:
+        patch.setattr("attnplug._control.activation.patch_torch", fail)
+        with pytest.raises(error):
+            attnplug.activate_flash_attention_impl("other")
+    assert attnplug.current_flash_attention_impl() == "one" and said == ["one on"]
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_provider_that_fails_leaves_the_one_before_in_place(error: type[BaseException]) -> None:
+    said: list[str] = []
+    Provider("one", said), Provider("failing", said, error())
+    attnplug.activate_flash_attention_impl("one")
+    with pytest.raises(error):
+        attnplug.activate_flash_attention_impl("failing")
+    assert attnplug.current_flash_attention_impl() == theirs.current_flash_attention_impl() == "one"
+    assert said == ["one on", "one off", "one on"]
+    attnplug.restore_flash_attention_impl()
+    assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_a_restore_that_fails_can_be_tried_again() -> None:
+    said: list[str] = []
+    provider = Provider("one", said)
+    attnplug.activate_flash_attention_impl("one")
+
+    def fail() -> None:
+        raise OSError
+
+    provider.remove = fail  # type: ignore[method-assign]
+    with pytest.raises(OSError):
+        attnplug.restore_flash_attention_impl()
+    assert attnplug.current_flash_attention_impl() == "one"
+    del provider.remove
+    attnplug.restore_flash_attention_impl()
+    assert attnplug.current_flash_attention_impl() is None and said == ["one on", "one off"]
+
+
+# --- forks ---
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("held", ["an activation", "the import of a kernel"])
+def test_a_child_forked_while_another_thread_is_at_work_is_free(held: str) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        go.wait(60)
+
+    class Slow:
+        def forward(self, params: Any) -> Any:
+            return params.query, None
+
+        def __getattr__(self, name: str) -> Any:  # asked for when the kernel is loaded
+            if name == "backward":
+                wait()
+            raise AttributeError(name)
+
+    def work() -> None:
+        if held == "an activation":
+            attnplug.activate_flash_attention_impl("slow")
+        else:
+            attnplug.scaled_dot_product_attention(Q, Q, Q, impl="loading")
+
+    class Handle:
+        def remove(self) -> None:
+            """Nothing was registered."""
+
+    attnplug.register_flash_attention_impl("slow", register_fn=lambda: (wait(), Handle())[1])
+    attnplug.register_impl(ImplSpec(name="loading", kernel=Slow(), backend=None))
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert entered.wait(60)
+    threading.Timer(0.2, go.set).start()  # the fork waits for it
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attnplug.activate_flash_attention_impl("aten_math")
+            F.scaled_dot_product_attention(Q, Q, Q)
+            attnplug.scaled_dot_product_attention(Q, Q, Q, impl="loading")
+        os._exit(0)
+    worker.join(60)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# --- nothing is left of what was unregistered ---
+
+
+class Kernel:
+    """A kernel that can be referred to weakly."""
+
+    def forward(self, params: Any) -> Any:
+        return params.query * 2, None
+
+
+def test_registering_and_unregistering_leaves_no_name_and_no_kernel() -> None:
+    attnplug.list_impls()
+    names = theirs.list_flash_attention_impls()
+    kernels = []
+    for turn in range(300):
+        kernel = Kernel()
+        kernels.append(weakref.ref(kernel))
+        attnplug.register_impl(ImplSpec(name=f"passing_{turn}", kernel=kernel, backend=None))
+        if turn % 10 == 0:
+            with attnplug.sdpa_kernel(f"passing_{turn}"):
+                attnplug.scaled_dot_product_attention(Q, Q, Q)
+        attnplug.unregister_impl(f"passing_{turn}")
+    del kernel
+    gc.collect()
+    assert theirs.list_flash_attention_impls() == names
+    assert not any(reference() for reference in kernels)
+
+
+# --- two registries ---
+
+
+def both() -> tuple[str | None, str | None]:
+    return attnplug.current_flash_attention_impl(), theirs.current_flash_attention_impl()
+
+
+Switch = Callable[[str], None]
+
+
+@pytest.mark.parametrize("on", [attnplug.activate_flash_attention_impl, theirs.activate_flash_attention_impl])
+@pytest.mark.parametrize("off", [attnplug.restore_flash_attention_impl, theirs.restore_flash_attention_impl])
+def test_both_registries_say_the_same_whoever_switches(on: Switch, off: Callable[[], None]) -> None:
+    attnplug.list_impls()
+    on("aten_math")
+    assert both() == ("aten_math", "aten_math")
+    attnplug.activate_flash_attention_impl("aten_flash")
+    assert both() == ("aten_flash", "aten_flash")
+    theirs.activate_flash_attention_impl("aten_math")
+    assert both() == ("aten_math", "aten_math")
+    off()
+    assert both() == (None, None)
+
+
+def test_several_providers_registered_with_pytorch_before_the_first_use_appear_and_ours_there() -> None:
+    printed = in_fresh_python("""
+        from torch.nn import attention
+        for name in ("x", "y", "z"):
+            attention.register_flash_attention_impl(name, register_fn=lambda: None)
+        import attnplug
+        ours, theirs = attnplug.list_flash_attention_impls(), attention.list_flash_attention_impls()
+        print({"x", "y", "z"} <= set(ours), set(ours) == set(theirs))
+    """)
+    assert printed == "True True"
+
+
+def test_a_provider_registered_with_pytorch_later_is_listed() -> None:
+    assert (
+        in_fresh_python("""
+        from torch.nn import attention
+        import attnplug
+        attnplug.list_impls()
+        attention.register_flash_attention_impl("later", register_fn=lambda: None)
+        print("later" in attnplug.list_flash_attention_impls(), "later" in [r.name for r in attnplug.list_impls()])
+    """)
+        == "True True"
+    )
+
+
+def test_listing_does_not_import_torch() -> None:
+    assert in_fresh_python("import attnplug, sys; attnplug.list_impls(); print('torch' in sys.modules)") == "False"

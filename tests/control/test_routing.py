@@ -1,0 +1,223 @@
+"""PyTorch's functions while they are routed: other people's wishes, savers, scripts and errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend as Family
+from torch.nn.attention import sdpa_kernel as their_sdpa_kernel
+
+import attnplug
+
+Q = torch.randn(1, 2, 4, 8)
+ORIGINAL = F.scaled_dot_product_attention
+
+
+def ran(*arguments: Any, **named: Any) -> list[str]:
+    with attnplug.record() as calls:
+        F.scaled_dot_product_attention(*(arguments or (Q, Q, Q)), **named)
+    return [call.impl for call in calls]
+
+
+# --- PyTorch's own sdpa_kernel ---
+
+
+@pytest.mark.parametrize(
+    ("active", "enabled", "expected"),
+    [
+        ("aten_flash", [Family.MATH], "torch"),
+        ("aten_flash", [Family.MATH, Family.FLASH_ATTENTION], "aten_flash"),
+        ("aten_math", [Family.MATH], "aten_math"),
+        ("aten_math", [Family.FLASH_ATTENTION], "torch"),
+        ("aten_math", [Family.EFFICIENT_ATTENTION, Family.MATH], "aten_math"),
+    ],
+)
+def test_the_families_that_pytorch_enables_are_the_only_ones_that_run(
+    active: str, enabled: list[Family], expected: str
+) -> None:
+    attnplug.activate_flash_attention_impl(active)
+    assert ran() == [active]
+    with their_sdpa_kernel(enabled):
+        assert ran() == [expected]
+    assert ran() == [active]
+
+
+def test_a_second_derivative_in_pytorch_s_math_scope_works_under_an_activation() -> None:
+    attnplug.activate_flash_attention_impl("aten_flash")
+    query = Q.double().requires_grad_()
+    with their_sdpa_kernel(Family.MATH):
+        out = F.scaled_dot_product_attention(query, query, query)
+    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), query)[0].isfinite().all()
+
+
+def test_scopes_that_have_nothing_in_common_are_an_error_that_names_both() -> None:
+    with (
+        attnplug.patch_torch(),
+        attnplug.sdpa_kernel("aten_flash"),
+        their_sdpa_kernel(Family.MATH),
+        pytest.raises(attnplug.NoImplementationError, match=r"(?s)aten_flash'\].*not enabled in torch.nn.*MATH is"),
+    ):
+        F.scaled_dot_product_attention(Q, Q, Q)
+
+
+def test_a_call_of_attnplug_s_own_is_not_narrowed() -> None:
+    with their_sdpa_kernel(Family.MATH), attnplug.sdpa_kernel("aten_flash"), attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(Q, Q, Q)
+    assert [call.impl for call in calls] == ["aten_flash"]
+
+
+def test_pytorch_s_scope_inside_a_compiled_function_counts() -> None:
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def function(query: Tensor) -> Tensor:
+        with their_sdpa_kernel(Family.FLASH_ATTENTION):
+            inside = F.scaled_dot_product_attention(query, query, query)
+        return inside + F.scaled_dot_product_attention(query, query, query)
+
+    attnplug.activate_flash_attention_impl("aten_math")
+    torch.compile(function, backend=keep, fullgraph=True)(Q)
+    calls = [str(node.target) for node in graphs[-1].graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+    assert ["math" in call for call in calls] == [False, True]
+    torch._dynamo.reset()
+
+
+# --- saved, copied, scripted ---
+
+
+class Holder(nn.Module):
+    """A module that holds PyTorch's function, as those of several libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = F.scaled_dot_product_attention
+
+    def forward(self, query: Tensor) -> Tensor:
+        return self.attend(query, query, query)
+
+
+@pytest.mark.parametrize("saved", ["while it is routed", "afterwards"])
+@pytest.mark.parametrize("loaded", ["while it is routed", "afterwards"])
+def test_a_module_that_holds_the_function_is_saved_and_holds_pytorch_s_again(saved: str, loaded: str) -> None:
+    if saved == "afterwards" and loaded == "while it is routed":
+        pytest.skip("the patch is gone by then")
+    file = io.BytesIO()
+    with attnplug.patch_torch():
+        holder = Holder()
+        if saved == "while it is routed":
+            torch.save(holder, file)
+            copied = copy.deepcopy(holder)
+        if loaded == "while it is routed":
+            file.seek(0)
+            found = torch.load(file, weights_only=False)
+            assert found.attend is copied.attend is F.scaled_dot_product_attention
+            with attnplug.sdpa_kernel("aten_math"), attnplug.record() as calls:
+                found(Q)
+            assert [call.impl for call in calls] == ["aten_math"]
+            return
+    if saved == "afterwards":
+        torch.save(holder, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).attend is ORIGINAL
+    assert copy.deepcopy(holder).attend is ORIGINAL
+
+
+def test_what_was_saved_needs_no_attnplug_to_come_back(tmp_path: Path) -> None:
+    with attnplug.patch_torch():
+        (tmp_path / "function.pkl").write_bytes(pickle.dumps(F.scaled_dot_product_attention))
+    program = f"""
+        import pickle, sys
+        function = pickle.load(open({str(tmp_path / "function.pkl")!r}, "rb"))
+        print(function.__module__, "attnplug" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["torch._C._nn", "False"], done.stderr
+
+
+def attends(query: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, query, query)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripts_are_compiled_while_the_function_is_routed_and_afterwards() -> None:
+    module = nn.MultiheadAttention(8, 2).eval()
+    hidden = torch.randn(3, 1, 8)
+    expected = module(hidden, hidden, hidden)[0]
+    with attnplug.patch_torch():
+        scripts = [(torch.jit.script(module), torch.jit.script(attends))]
+    scripts.append((torch.jit.script(module), torch.jit.script(attends)))
+    for scripted, function in scripts:
+        torch.testing.assert_close(scripted(hidden, hidden, hidden)[0], expected)
+        torch.testing.assert_close(function(Q), ORIGINAL(Q, Q, Q))
+    torch.jit.script(nn.TransformerEncoderLayer(8, 2))
+
+
+# --- errors and odd arguments ---
+
+
+@pytest.mark.parametrize("wrong", [(Q, Q[..., :3], Q), (Q, Q.double(), Q), (Q, Q, Q, torch.zeros(3, 3))])
+def test_mistakes_are_caught_where_pytorch_s_are(wrong: Any) -> None:
+    with pytest.raises(RuntimeError):
+        ORIGINAL(*wrong)
+    with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
+        for expected in (RuntimeError, ValueError):
+            with pytest.raises(expected, match="key|value|attn_mask"):
+                F.scaled_dot_product_attention(*wrong)
+
+
+def test_a_head_size_of_zero_gives_what_pytorch_gives() -> None:
+    empty = Q[..., :0]
+    with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
+        assert torch.equal(F.scaled_dot_product_attention(empty, empty, Q), ORIGINAL(empty, empty, Q))
+
+
+# --- variable length ---
+
+
+def test_pytorch_s_varlen_attn_is_routed_with_its_causal_window_and_its_lse() -> None:
+    pytest.importorskip("attnplug_math_ref")
+    from torch.nn.attention import varlen
+
+    packed, starts = torch.randn(16, 2, 8), torch.tensor([0, 5, 16], dtype=torch.int32)
+    arguments = (packed, packed, packed, starts, starts, 11, 11)
+    original = varlen.varlen_attn
+    with attnplug.patch_torch(), attnplug.sdpa_kernel("math_ref"), attnplug.record() as calls:
+        out, lse = varlen.varlen_attn(*arguments, window_size=(-1, 0), return_aux=varlen.AuxRequest(lse=True))
+        whole = varlen.varlen_attn(*arguments)
+        saved = pickle.dumps(varlen.varlen_attn)
+    assert varlen.varlen_attn is pickle.loads(saved) is original
+    assert [call.impl for call in calls] == ["math_ref"] * 2
+    expected = attnplug.varlen_attn(*arguments, is_causal=True, return_lse=True, impl="math_ref")
+    torch.testing.assert_close((out, lse), expected)
+    torch.testing.assert_close(whole, attnplug.varlen_attn(*arguments, impl="math_ref"))
+
+
+def test_pytorch_s_varlen_attn_follows_if_it_is_imported_while_the_patch_is_in_place() -> None:
+    program = """
+        import attnplug, torch, sys
+        assert "torch.nn.attention.varlen" not in sys.modules
+        handle = attnplug.patch_torch()
+        from torch.nn.attention.varlen import varlen_attn
+        print(type(varlen_attn).__name__)
+        handle.remove()
+        from torch.nn.attention import varlen
+        print(type(varlen.varlen_attn).__name__)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["_RoutedVarlen", "function"], done.stderr

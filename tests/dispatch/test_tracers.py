@@ -1,0 +1,266 @@
+"""What traces programs (compilers, exporters, scripts, graphs) sees attnplug's calls as it sees PyTorch's."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import attnplug
+from attnplug import ImplSpec, SDPAParams
+
+Q = torch.randn(1, 2, 4, 8)
+attend = attnplug.scaled_dot_product_attention
+
+
+class Opaque:
+    """A kernel that a trace cannot look into: twice the query."""
+
+    def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
+        return params.query * 2, None
+
+    def backward(self, params: SDPAParams, grad_out: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return grad_out * 2, torch.zeros_like(params.key), torch.zeros_like(params.value)
+
+
+class Composite:
+    """The same, made of PyTorch's operators."""
+
+    composite = True
+
+    def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
+        return params.query * 2, None
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def register(name: str, kernel: Any = Opaque) -> None:
+    attnplug.register_impl(ImplSpec(name=name, kernel=kernel(), backend=None))
+
+
+def compiled(function: Any, backend: Any = "eager") -> Any:
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("kernel", [Opaque, Composite])
+@pytest.mark.parametrize(
+    "name", ["a.b", "a-b", "FA-3.1", "class", "lambda", "import", "None", "name", "self", "x" * 200]
+)
+def test_every_name_that_registers_compiles(name: str, kernel: Any) -> None:
+    register(name, kernel)
+    assert torch.equal(compiled(lambda query: attend(query, query, query, impl=name))(Q), Q * 2)
+
+
+def test_names_that_differ_in_punctuation_alone_have_operators_of_their_own() -> None:
+    class Thrice(Opaque):
+        def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
+            return params.query * 3, None
+
+    for name, kernel in (("a.b", Opaque), ("a_b", Thrice), ("a_b_backward", Thrice)):
+        register(name, kernel)
+    both = compiled(lambda q: (attend(q, q, q, impl="a.b"), attend(q, q, q, impl="a_b")))
+    assert all(map(torch.equal, both(Q), (Q * 2, Q * 3)))
+    assert torch.equal(compiled(lambda q: attend(q, q, q, impl="a_b_backward"))(Q), Q * 3)
+
+
+# --- recordings ---
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_recording_sees_compiled_calls_in_order_and_compiles_once_more(backend: str) -> None:
+    register("opaque")
+    counter = CompileCounterWithBackend(backend)
+
+    def two(query: Tensor) -> Tensor:
+        return attend(attend(query, query, query, impl="opaque"), query, query, impl="aten_math")
+
+    function = compiled(two, counter)
+    query = Q.clone().requires_grad_()
+    function(query)
+    for _ in range(3):
+        with attnplug.record() as calls:
+            function(query).sum().backward()
+        assert [call.impl for call in calls] == ["opaque", "aten_math"]
+        assert calls[1].backend is attnplug.SDPBackend.MATH
+    function(query)
+    assert counter.frame_count == 2
+
+
+def test_a_recording_of_a_compiled_call_says_who_was_passed_over() -> None:
+    with attnplug.record() as calls:
+        compiled(lambda query: attend(query, query, query, softcap=2.0, return_lse=True)[0])(Q)
+    assert "softcap" in " ".join(calls[0].passed_over["torch"])
+
+
+def test_without_a_recording_a_graph_has_nothing_to_report() -> None:
+    counter = CompileCounterWithBackend("eager")
+    compiled(lambda query: attend(query, query, query, impl="aten_math"), counter)(Q)
+    assert not any("attnplug" in str(node.target) for node in counter.graphs[0].graph.nodes)
+
+
+# --- questions inside a graph ---
+
+
+def test_questions_are_answered_inside_a_graph_and_again_when_the_selection_changes() -> None:
+    def ask(query: Tensor) -> Tensor:
+        params = SDPAParams(query, query, query)
+        math = attnplug.can_use_impl("aten_math", params)
+        flash = attnplug.can_use_impl("aten_flash", SDPAParams(query, query, query, softcap=2.0))
+        found = attnplug.explain(query, query, query)
+        return query + (1 if math else 0) + (10 if flash.accepted else 0) + (100 if found.chosen == "torch" else 0)
+
+    function = compiled(ask)
+    torch.testing.assert_close(function(Q), Q + 101)
+    with attnplug.sdpa_kernel("aten_math"):
+        torch.testing.assert_close(function(Q), Q + 1)
+    torch.testing.assert_close(function(Q), Q + 101)
+
+
+def test_the_answers_in_a_graph_are_those_outside_it() -> None:
+    said: list[Any] = []
+
+    def ask(query: Tensor) -> Tensor:
+        found = attnplug.explain(query, query, query, softcap=2.0)
+        said.append((found.chosen, [(each.name, each.accepted, each.reasons) for each in found.candidates]))
+        return query * 1
+
+    compiled(ask)(Q)
+    ask(Q)
+    assert said[0] == said[1]
+
+
+# --- torch.fx, torch.jit ---
+
+
+class Attends(nn.Module):
+    """A module that calls PyTorch's function, or attnplug's."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, query: Tensor) -> Tensor:
+        if self.own:
+            return attend(query, query, query, is_causal=True, softcap=2.0, impl="aten_math_or_other")
+        return F.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+
+def test_a_symbolic_trace_holds_pytorch_s_function_under_its_name_and_follows_scopes() -> None:
+    with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
+        graph = torch.fx.symbolic_trace(Attends(False))
+        with attnplug.record() as calls:
+            found = graph(Q)
+    assert [call.impl for call in calls] == ["aten_math"]
+    assert "torch.nn.functional.scaled_dot_product_attention" in graph.code
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(Q, Q, Q, is_causal=True))
+
+
+def test_a_symbolic_trace_holds_attnplug_s_function_with_its_arguments() -> None:
+    class Kernel(Composite):
+        def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
+            seen.append(params)
+            return super().forward(params)
+
+    seen: list[SDPAParams] = []
+    attnplug.register_impl(
+        ImplSpec(
+            name="aten_math_or_other",
+            kernel=Kernel(),
+            backend=None,
+            capabilities=attnplug.Capabilities(features=(attnplug.Feature.CAUSAL, attnplug.Feature.SOFTCAP)),
+        )
+    )
+    assert torch.equal(torch.fx.symbolic_trace(Attends(True))(Q), Q * 2)
+    assert (seen[0].is_causal, seen[0].softcap) == (True, 2.0)
+
+
+# --- torch.export ---
+
+
+class Part(nn.Module):
+    """Attention over a part whose size depends on data."""
+
+    def __init__(self, impl: str | None, of: str) -> None:
+        super().__init__()
+        self.impl, self.of = impl, of
+
+    def forward(self, query: Tensor, count: Tensor) -> Tensor:
+        size = count.item()
+        torch._check(size >= 1)
+        torch._check(size <= 4)
+        part = query[:, :, :size] if self.of == "length" else query.expand(4, 2, 4, 8)[:size]
+        return attend(part, part, part, impl=self.impl)
+
+
+@pytest.mark.parametrize("of", ["length", "batch"])
+@pytest.mark.parametrize("impl", [None, "aten_math", "aten_flash", "opaque"])
+def test_a_size_that_depends_on_data_can_be_exported(impl: str | None, of: str) -> None:
+    register("opaque")
+    exported = torch.export.export(Part(impl, of), (Q, torch.tensor(2))).module()
+    for size in (1, 3, 4):
+        torch.testing.assert_close(exported(Q, torch.tensor(size)), Part(impl, of)(Q, torch.tensor(size)))
+
+
+def test_an_exported_program_comes_back_in_a_fresh_process(tmp_path: Path) -> None:
+    kernel = tmp_path / "twice.py"
+    kernel.write_text("def forward(params):\n    return params.query * 2, None\n")
+    common = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch, attnplug
+        attnplug.register_impl(attnplug.ImplSpec(name="twice", kernel="twice", backend=None))
+        query = torch.ones(1, 2, 4, 8)
+    """
+    saving = """
+        class Model(torch.nn.Module):
+            def forward(self, query):
+                return attnplug.scaled_dot_product_attention(query, query, query, impl="twice")
+        torch.export.save(torch.export.export(Model(), (query,)), sys.argv[1])
+    """
+    loading = """
+        attnplug.list_impls()
+        print(torch.equal(torch.export.load(sys.argv[1]).module()(query), query * 2))
+    """
+    for program in (saving, loading):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(common) + textwrap.dedent(program), str(tmp_path / "program.pt2")],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
+
+
+def test_an_operator_that_no_implementation_has_is_still_an_attribute_error() -> None:
+    attnplug.list_impls()
+    with pytest.raises(AttributeError, match="no_such_implementation"):
+        _ = torch.ops.attnplug.no_such_implementation
+
+
+def test_a_module_that_was_traced_by_jit_keeps_its_choice() -> None:
+    with attnplug.sdpa_kernel("aten_math"), pytest.warns(torch.jit.TracerWarning):
+        traced = torch.jit.trace(lambda query: attend(query, query, query), (Q,))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(Q), attend(Q, Q, Q))
+    assert "_scaled_dot_product_attention_math" in traced.code

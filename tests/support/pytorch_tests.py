@@ -1,0 +1,94 @@
+"""PyTorch's own tests of attention, run with the drop-in in place, and held against what they give without it.
+
+    python tests/support/pytorch_tests.py test_transformers.py [--impl aten_flash ...] [-k TestSDPACpuOnly]
+
+The file is PyTorch's `test/test_transformers.py`, or a copy of it; it is part of no package, so it must be fetched from
+the sources of the PyTorch version that is installed. Without `--impl` only `patch_torch()` is in place, and every test
+must end as it does without. With `--impl` the implementation is activated, and what ends otherwise is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SAMPLED = 15  # of a test that is parametrized so often that running all would take an hour
+_WANTED, _RESULTS = "DROP_IN_TESTS_WITH", "DROP_IN_TESTS_RESULTS"
+_outcomes: dict[str, str] = {}
+
+
+def pytest_configure(config: Any) -> None:
+    wanted = os.environ[_WANTED]
+    if wanted:
+        import attnplug
+
+        attnplug.patch_torch()
+        if wanted != "patch":
+            attnplug.activate_flash_attention_impl(wanted)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Keep an even sample of the tests that are parametrized most."""
+    families: dict[str, list[Any]] = {}
+    for item in items:
+        families.setdefault("_".join(item.name.split("_")[:6]), []).append(item)
+    kept = [item for family in families.values() for item in family[:: max(1, len(family) // SAMPLED)]]
+    items[:] = kept
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _outcomes[report.nodeid.partition("::")[2]] = report.outcome
+
+
+def pytest_sessionfinish() -> None:
+    Path(os.environ[_RESULTS]).write_text(json.dumps(_outcomes))
+
+
+def outcomes(path: Path, wanted: str, selected: str) -> dict[str, str]:
+    """Return how each test of the file ends with `wanted` (nothing, `patch`, or an implementation) in place."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as results:
+        environment = os.environ | {
+            _WANTED: wanted,
+            _RESULTS: results.name,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        }
+        options = ["-q", "-p", "pytorch_tests", "-p", "no:randomly", "-p", "no:cacheprovider", "-W", "ignore"]
+        select = ["-k", selected] if selected else []
+        command = [sys.executable, "-m", "pytest", str(path), "-n0", "--no-header", "--tb=no", *options, *select]
+        subprocess.run(command, env=environment, cwd=path.parent, stdout=subprocess.DEVNULL, check=False)
+        return json.loads(Path(results.name).read_text())  # type: ignore[no-any-return]
+
+
+def differences(path: Path, wanted: str, selected: str, bare: dict[str, str]) -> dict[str, tuple[str | None, str]]:
+    """Return the tests that end otherwise with `wanted` in place: how without, and how with."""
+    found = outcomes(path, wanted, selected)
+    sys.stdout.write(f"{wanted}: {dict(Counter(found.values()))}; without: {dict(Counter(bare.values()))}\n")
+    return {test: (bare.get(test), end) for test, end in found.items() if bare.get(test) != end}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--impl", nargs="*", default=[], help="implementations to activate, besides the bare patch")
+    parser.add_argument("-k", dest="selected", default="", help="as pytest's -k")
+    arguments = parser.parse_args()
+    path = arguments.path.resolve()
+    bare = outcomes(path, "", arguments.selected)
+    patched = differences(path, "patch", arguments.selected, bare)
+    activated = {impl: differences(path, impl, arguments.selected, bare) for impl in arguments.impl}
+    for wanted, changed in {"patch": patched, **activated}.items():
+        for test, (without, end) in changed.items():
+            sys.stdout.write(f"{wanted}: {test}: {without} without it, {end} with it\n")
+    return 1 if patched else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
