@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import os
 import random
 import signal
 import threading
@@ -448,3 +449,47 @@ def test_interrupts_at_any_moment_leave_nothing() -> None:
         for handle in handles:
             handle.remove()
     assert not wrong and interrupted > 100
+
+
+# --- all at once ---
+
+
+def _work(seed: int, stop: threading.Event, wrong: list[str]) -> None:
+    """Enter and leave scopes in any order, and look after each step whether the innermost is the one that runs."""
+    draw, entered = random.Random(seed), []
+    while not stop.is_set() or entered:
+        if entered and (stop.is_set() or draw.random() < 0.5):
+            entered.pop(draw.randrange(len(entered)))[1].__exit__()
+        else:
+            name = draw.choice([MATH, FLASH, DEFAULT])
+            scope = attnplug.sdpa_kernel(name)
+            scope.__enter__()
+            entered.append((name, scope))
+        expected = entered[-1][0] if entered else DEFAULT
+        if (found := ran()) != expected:
+            wrong.append(f"{found} instead of {expected}")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_threads_patches_registrations_and_forks_do_not_disturb_each_other() -> None:
+    stop, wrong, ends = threading.Event(), [], []
+    with ThreadPoolExecutor(6) as pool:
+        working = [pool.submit(_work, seed, stop, wrong) for seed in range(6)]
+        try:
+            for turn in range(6):
+                with attnplug.patch_torch():
+                    attnplug.register_impl(attnplug.ImplSpec(name=f"one_of_many_{turn}", kernel=ran, backend=None))
+                    child = os.fork()
+                    if child == 0:
+                        signal.alarm(30)
+                        with attnplug.sdpa_kernel(MATH), attnplug.patch_torch():
+                            os._exit(ran() != MATH)
+                    ends.append(os.waitpid(child, 0)[1])
+                    attnplug.unregister_impl(f"one_of_many_{turn}")
+        finally:
+            stop.set()
+        for work in working:
+            work.result(60)
+    assert not wrong and ends == [0] * 6
+    assert ran() == DEFAULT

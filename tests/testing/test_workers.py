@@ -39,14 +39,18 @@ def reports(found: list[tuple[str, str]]) -> dict[str, Report]:
     """What workers say of each kernel of `faulty`, all in one run."""
     for name in KERNELS:
         register(name, f"faulty:{name}")
-    made = check_impls(
-        KERNELS,
-        device="cpu",
-        checks=CHECKS,
-        workers=2,
-        timeout=TIMEOUT,
-        on_result=lambda name, result: found.append((name, result.check)),
-    )
+    try:
+        made = check_impls(
+            KERNELS,
+            device="cpu",
+            checks=CHECKS,
+            workers=2,
+            timeout=TIMEOUT,
+            on_result=lambda name, result: found.append((name, result.check)),
+        )
+    finally:
+        for name in KERNELS:
+            attnplug.unregister_impl(name)
     return {report.name: report for report in made}
 
 

@@ -7,7 +7,6 @@ works; here a failed activation leaves what was.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from attnplug._control.patch import PatchHandle, patch_torch
 from attnplug._control.providers import provider_spec
 from attnplug._errors import DuplicateImplementationError, NoImplementationError, PluginError
+from attnplug._messages import warn
 from attnplug._registry.forks import ACTIVATION, lock
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import PROGRAM, Entry
@@ -115,7 +115,7 @@ def restore_flash_attention_impl() -> None:
     with _lock:
         before = _active
         if before is None:
-            warnings.warn("restore_flash_attention_impl: no implementation is active", stacklevel=2)
+            warn(UserWarning("restore_flash_attention_impl: no implementation is active"))
             return
         _undo(before)
         _become(None)
@@ -156,9 +156,10 @@ def _undo(active: _Active | None) -> None:
     if active.handle is not None:
         active.handle.remove()
     else:
-        warnings.warn(
-            f"{active.name!r} gave no handle when it was activated, so PyTorch's dispatcher keeps its kernels",
-            stacklevel=3,
+        warn(
+            UserWarning(
+                f"{active.name!r} gave no handle when it was activated, so PyTorch's dispatcher keeps its kernels"
+            )
         )
 
 

@@ -42,7 +42,8 @@ def run_sharded(params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Resu
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    query, mesh = params.query, params.query.device_mesh
+    query: Any = params.query
+    mesh = query.device_mesh
     shares = 1
     placements: list[Any] = []
     for position, placement in enumerate(query.placements):
@@ -63,7 +64,7 @@ def run_sharded(params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Resu
         for placement in placements:
             at = None if placement == Replicate() else dimensions[placement.dim]
             shared = at is not None and tensor.shape[at] > 1
-            wanted.append(Shard(at) if shared else Replicate())
+            wanted.append(Shard(at) if at is not None and shared else Replicate())
             gradients.append(wanted[-1] if shared or placement == Replicate() else Partial())
         return tensor.redistribute(placements=wanted).to_local(grad_placements=gradients)
 

@@ -93,10 +93,21 @@ def check_impls(
 ) -> list[Report]:
     """Check several implementations, in the same workers.
 
-    The arguments are those of `check_impl`; `on_result` gets the implementation's name first.
+    Args:
+        names: of registered implementations.
+        device: as for `check_impl`.
+        dtype: as for `check_impl`.
+        level: as for `check_impl`.
+        checks: as for `check_impl`.
+        on_result: called with the implementation's name and each result as it is found.
+        workers: as for `check_impl`.
+        timeout: as for `check_impl`.
 
     Returns:
-        A report for each.
+        A report for each, in the order of `names`.
+
+    Raises:
+        UnknownImplementationError, ValueError, RuntimeError: as `check_impl` does.
     """
     _assert_known(checks or ())
     if workers is not None and workers < 0:

@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from attnplug import CausalVariant, SDPAParams
@@ -135,7 +136,8 @@ def compiled(launch: Launch, tensors: dict[str, Tensor], architecture: str) -> A
     options, signature, constants, attributes = kernel._pack_args(
         make_backend(target), given, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_of(kernel, signature, constants, attributes)
     with toolchain.assembler_for(architecture):
         return triton.compile(source, target=target, options=options.__dict__)
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams
+from attnplug import Feature, SDPAParams
 from attnplug_flash_triton import config, launches, toolchain
 from attnplug_flash_triton.plans import Plan
 from attnplug_flash_triton.problem import Machine, keeps_statistics, machine_of, tf32_allowed
@@ -34,6 +34,19 @@ def supports(params: SDPAParams) -> list[str]:
     if not reasons and query.device.type == "cuda":
         reasons += toolchain.reasons(query.device)
     return reasons
+
+
+def lacks() -> dict[Feature, str]:
+    """Return the declared features that the GPUs of this machine do not have."""
+    majors = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
+    if 9 not in majors or torch.version.hip is not None:
+        return {}
+    from attnplug_flash_triton.hopper import choose
+
+    if choose.wanted() == "0":
+        return {}
+    order = "on compute capability 9.0 the query's gradient is added up in no fixed order"
+    return {Feature.DETERMINISTIC: f"{order}, unless torch.use_deterministic_algorithms(True) is in force"}
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
@@ -79,6 +92,10 @@ def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
 
     It is asked when a plan is made, so it may look at what a plan is kept under, see `_kind`, and nothing else.
     """
+    if machine.architecture == "sm_90":
+        from attnplug_flash_triton.hopper import choose
+
+        return choose
     return launches
 
 
@@ -120,6 +137,7 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
         params.max_k,
         mask is not None and mask.requires_grad,
         dtype is torch.float32 and tf32_allowed(),
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 

@@ -99,7 +99,7 @@ def backward(
     Delta is, for each row, the sum of `p * grad_p`. The last is there if the mask is additive and wants one.
     """
     rows = row_dim(params)
-    new = {f"grad_{name}": _gradient_of(getattr(params, name), params) for name in ("query", "key", "value")}
+    new = {f"grad_{name}": gradient_of(getattr(params, name), params) for name in ("query", "key", "value")}
     others = [Form.dense(grad_out, rows), *(Form(tensor.shape, tensor.stride) for tensor in new.values())]
     problem = read(params, machine, *others)
     flags, (of_out, of_q, of_k, of_v) = problem.flags, problem.strides
@@ -159,7 +159,7 @@ def _of_mask(problem: Problem, shared: tuple[Any, ...]) -> Launch:
     return Launch(mask_gradient_kernel, programs, arguments, problem.flags | _compiled_in(tiles))
 
 
-def _gradient_of(tensor: Tensor, params: SDPAParams) -> New:
+def gradient_of(tensor: Tensor, params: SDPAParams) -> New:
     """Return where the gradient of `tensor` is written: laid out as it is, if that leaves the rows dense."""
     shape, stride = tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride()
     stride = stride if is_dense(shape, stride, row_dim(params)) else contiguous_strides(shape)

@@ -85,6 +85,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Driver:
     for kernel in kernels:  # what was compiled for another driver has its launcher
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(impl, "machine_of", lambda device: HOPPER)
+    monkeypatch.setattr(impl, "family_for", lambda params, machine: impl.launches)  # what every GPU has
     monkeypatch.setattr(impl, "_plans", {})
     return stub
 

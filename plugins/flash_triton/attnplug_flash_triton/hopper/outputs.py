@@ -1,0 +1,162 @@
+"""Forward on Hopper: which calls its kernel takes, and the plan of what it launches."""
+
+from __future__ import annotations
+
+from math import e, log2
+from typing import NamedTuple
+
+import torch
+
+from attnplug import SDPAParams
+from attnplug_flash_triton import config
+from attnplug_flash_triton.hopper.descriptors import of_rows, rows_between_sequences, why_not
+from attnplug_flash_triton.hopper.forward import forward_kernel
+from attnplug_flash_triton.launches import FUSED
+from attnplug_flash_triton.plans import Launch, New, Plan
+from attnplug_flash_triton.problem import LONGEST, Machine, Problem, cdiv, read
+
+ROWS = 64
+"""Of queries, for one warpgroup."""
+
+
+class Tiles(NamedTuple):
+    """How the kernel runs for one class of head sizes.
+
+    Attributes:
+        consumers: warpgroups that multiply, 64 rows of queries each.
+        block_n: keys of one tile.
+        stages: tiles of keys, and of values, held at once.
+        q_stages: tiles of queries held at once.
+        persistent: one program for each multiprocessor takes one tile of queries after another: `STATIC`, every
+            so-manieth, or `DYNAMIC`, the next that nobody has.
+        own_out: the output has its own shared memory, so that the next queries are loaded while it is written.
+    """
+
+    consumers: int
+    block_n: int
+    stages: int
+    persistent: int = 0
+    own_out: bool = False
+    q_stages: int = 1
+
+
+STATIC, DYNAMIC = 1, 2
+
+FULL, BOUNDED = "full", "bounded"
+"""Whether every query sees every key, or there is a side to what it sees (causal, windows)."""
+
+TILES = {
+    (64, FULL): Tiles(3, 128, 3, STATIC, own_out=True, q_stages=2),
+    (64, BOUNDED): Tiles(3, 128, 3, DYNAMIC, own_out=True, q_stages=2),
+    (128, FULL): Tiles(2, 128, 2, STATIC, own_out=True, q_stages=2),
+    (128, BOUNDED): Tiles(2, 128, 2, DYNAMIC, own_out=True, q_stages=2),
+    (256, FULL): Tiles(2, 64, 2, STATIC),
+    (256, BOUNDED): Tiles(2, 64, 2),
+}
+"""The fastest of those that were measured on an H100 (Triton 3.6, ptxas 13.1)."""
+
+BYTES_IN_ORDER = 0x3210
+
+REGISTERS = {2: (240, 24, 168), 3: (160, 32, 128)}
+"""By warpgroups: those of a thread that multiplies, of one that loads, and of all when the kernel starts."""
+
+
+def reasons(params: SDPAParams) -> list[str]:
+    """Return why this kernel does not run forward of a call; none if it does."""
+    query, key, value = params.query, params.key, params.value
+    queries = query.shape[2] if params.cu_seq_q is None else params.max_q
+    rows = int(queries or 0) * (query.shape[1] // max(1, key.shape[1]))
+    if rows <= config.FEW and params.block_table is None:
+        return [f"{rows} rows for each head of keys are few: the plain kernel packs them, and splits the keys"]
+    found = []
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        found.append(f"dtype {query.dtype} is none of float16 and bfloat16")
+    for name in ("attn_mask", "alibi_slopes", "block_table"):
+        if getattr(params, name) is not None:
+            found.append(f"has no {name}")
+    if params.dropout > 0:
+        found.append("has no dropout")
+    if params.scale == 0:
+        found.append("has no scale of 0, by which hidden logits would be NaN")
+    found += filter(None, (why_not(name, getattr(params, name)) for name in ("query", "key", "value")))
+    if value.shape[-1] * value.element_size() % 16:
+        found.append(f"value head size {value.shape[-1]} is not a multiple of {16 // value.element_size()}")
+    if params.seqused_k is not None and params.cu_seq_k is None and not found:
+        between = {rows_between_sequences(tensor) for tensor in (key, value)}
+        if len(between) > 1 or None in between:
+            found.append("seqused_k: key and value must have the same whole number of rows between their sequences")
+    return found
+
+
+def forward(params: SDPAParams, machine: Machine) -> Plan:
+    """Return the plan of forward: it gives out and lse."""
+    problem = read(params, machine)
+    size = next(limit for limit in config.SIZES if max(params.query.shape[-1], params.value.shape[-1]) <= limit)
+    bounded = problem.flags["HAS_LOW"] or problem.flags["HAS_HIGH"]
+    return plan(problem, size, TILES[size, BOUNDED if bounded else FULL])
+
+
+def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
+    """Return the plan of forward on given tiles; `size` is the class of head sizes."""
+    params, flags, packed = problem.params, problem.flags, problem.packed
+    ragged = packed or params.seqused_k is not None
+    shape = (*params.query.shape[:-1], params.value.shape[-1])
+    new = {  # packed: there may be rows that no sequence has
+        "out": New.contiguous(shape, params.query.dtype, 0.0 if packed else None),
+        "lse": New.contiguous(problem.rows, torch.float32, -torch.inf if packed else None),
+    }
+    if packed and tiles.persistent:  # sequences differ in length
+        tiles = tiles._replace(persistent=DYNAMIC)
+    if tiles.persistent == DYNAMIC:
+        new["counter"] = New.contiguous((1,), torch.int32, 0)
+    lengths = (name if getattr(params, name) is not None else None for name in ("cu_seq_q", "cu_seq_k", "seqused_k"))
+    rows = tiles.consumers * ROWS
+    count, columns = cdiv(problem.longest_q, rows), problem.batch * problem.heads
+    programs = count * columns
+    if tiles.persistent:
+        programs = min(programs, problem.machine.processors)
+    dense_used = ragged and not packed
+    left, right = params.window_size
+    left, right = (min(max(side, 0), 2 * LONGEST) for side in (left, 0 if params.is_causal else right))
+    arguments = (
+        of_rows("query", params.query, ROWS, size, packed=packed),
+        of_rows("key", params.key, tiles.block_n, size, packed=packed, ragged=ragged),
+        of_rows("value", params.value, tiles.block_n, size, packed=packed, ragged=ragged),
+        of_rows("out", new["out"], ROWS, size, packed=packed, ragged=packed),
+        *("lse", *lengths, "sinks" if params.sinks is not None else None),
+        "counter" if tiles.persistent == DYNAMIC else None,
+        *(problem.heads, problem.group, problem.rows[-1], problem.longest_k),
+        rows_between_sequences(params.key) if dense_used else 0,
+        *(left, right, count, columns, problem.section(columns) * problem.group, programs),
+        *_scales(params),
+        BYTES_IN_ORDER,
+    )
+    registers, loader_registers, at_start = REGISTERS[tiles.consumers]
+    compiled_in = dict(
+        SIZE=size,
+        BLOCK_N=tiles.block_n,
+        CONSUMERS=tiles.consumers,
+        STAGES=tiles.stages,
+        Q_STAGES=tiles.q_stages,
+        PERSISTENT=tiles.persistent,
+        OWN_OUT=tiles.own_out,
+        LOWER_RIGHT=flags["LOWER_RIGHT"] and (flags["HAS_LOW"] or flags["HAS_HIGH"]),
+        HAS_LOW=flags["HAS_LOW"],
+        HAS_HIGH=flags["HAS_HIGH"],
+        NEGATE=params.scale < 0 and not params.softcap,
+        SOFTCAP=params.softcap > 0,
+        REGISTERS=registers,
+        LOADER_REGISTERS=loader_registers,
+        num_warps=4,
+        maxnreg=at_start,
+        **FUSED,
+    )
+    return Plan((Launch(forward_kernel, programs, arguments, compiled_in),), new, ("out", "lse"))
+
+
+def _scales(params: SDPAParams) -> tuple[float, float]:
+    """Return what logits (with softcap: its tanh), and products within the tanh are multiplied by."""
+    scale, softcap = float(params.scale), float(params.softcap)
+    if softcap > 0:
+        return softcap * log2(e), 2 * log2(e) * scale / softcap
+    return abs(scale) * log2(e), 0.0

@@ -1,0 +1,167 @@
+"""The emulator of Gluon kernels finds races, wrong waits and missing fences that are planted in a right kernel.
+
+Each is a change of the source of the backward kernels for Hopper that keeps it running. What finds them, a fault or a
+wrong result, must not depend on luck: one seed is enough for all but those that the comment names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from attnplug_flash_triton.hopper import backward, gradients
+from gluon_emulator import Fault, mutant
+from hopper_gradients import call, error, plan_of
+
+FUSED = dict(size=64, heads=(1, 1), queries=700, keys=200)
+DETERMINISTIC = dict(size=64, heads=(1, 1), queries=300, keys=500)
+WIDE = dict(size=256, heads=(1, 1), queries=400, keys=300)
+
+WAITED = "        dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))\n"
+RELEASED = "        mbarrier.arrive(q_empty.index(stage), count=1)\n"
+ASKED = "        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n"
+KEYS_RELEASED = "        mbarrier.arrive(k_empty.index(of_k), count=1)\n"
+STORED = "            store_wait(0)\n"
+FREE = "            mbarrier.wait({}_empty.index(stage), phase)\n"
+
+Changes = tuple[tuple[str, str], ...]
+PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
+    "no wait for keys and values": (FUSED, (("    mbarrier.wait(kv_full, 0)\n", ""),)),
+    "no wait for the output's gradient": (FUSED, (("        mbarrier.wait(do_full.index(stage), phase)\n", ""),)),
+    "no wait for the next queries": (
+        FUSED,
+        (("            mbarrier.wait(q_full.index(after), ((i + 1) // STAGES) & 1, pred=i + 1 < total)\n", ""),),
+    ),
+    "no wait for the other warpgroup's dS": (
+        FUSED,
+        (("            mbarrier.wait(ds_full.index(turn * 2 + OTHER), (i >> 1) & 1)\n", ""),),
+    ),
+    "the other phase of the other warpgroup's dS": (
+        FUSED,
+        (("ds_full.index(turn * 2 + OTHER), (i >> 1) & 1)", "ds_full.index(turn * 2 + OTHER), ((i >> 1) & 1) ^ 1)"),),
+    ),
+    "dS in one buffer instead of two": (
+        FUSED,
+        (("            turn = i & 1\n", "            turn = 0\n"), ("OTHER), (i >> 1) & 1)", "OTHER), i & 1)")),
+    ),
+    "no fence after dS": (
+        FUSED,
+        (("mine.store(ds16)\n            fence_async_shared()\n", "mine.store(ds16)\n"),),
+    ),
+    "dS announced before it is stored": (
+        FUSED,
+        (
+            ("            mbarrier.arrive(ds_full.index(turn * 2 + MINE), count=1)\n", ""),
+            (
+                "            mine.store(ds16)\n",
+                "            mbarrier.arrive(ds_full.index(turn * 2 + MINE), count=1)\n            mine.store(ds16)\n",
+            ),
+        ),
+    ),
+    "queries released before they are multiplied": (
+        FUSED,
+        (
+            (
+                "            dq, dk, ds = warpgroup_mma_wait(1, deps=(dq_acc, dk_acc, ds))\n"
+                "            mbarrier.arrive(q_empty.index(stage), count=1)\n",
+                "            mbarrier.arrive(q_empty.index(stage), count=1)\n"
+                "            dq, dk, ds = warpgroup_mma_wait(1, deps=(dq_acc, dk_acc, ds))\n",
+            ),
+        ),
+    ),
+    "one warpgroup does not release queries": (
+        FUSED,
+        (("    " + RELEASED + STORED, "    " + RELEASED.replace("count=1", "count=1, pred=MINE == 0") + STORED),),
+    ),
+    "no wait for a store before its buffer is written": (
+        FUSED,
+        (("            store_wait(0)\n            dq_bufs", "            dq_bufs"),),
+    ),
+    "no wait for the last store": (FUSED, (("    store_wait(0)\n\n\n", "\n\n"),)),
+    "no fence before a store": (
+        FUSED,
+        ((".store(gradient.to(desc.dtype))\n    fence_async_shared()\n", ".store(gradient.to(desc.dtype))\n"),),
+    ),
+    "results in a buffer that the other warpgroup reads": (
+        FUSED,
+        (("    result = v_bufs.index(MINE)  #", "    result = k_bufs.index(MINE)  #"),),
+    ),
+    "queries loaded into a buffer that is not free": (FUSED, ((FREE.format("q"), ""), (FREE.format("do"), ""))),
+    "the other phase of a free buffer": (
+        FUSED,
+        (("            phase = ((done // STAGES) & 1) ^ 1\n", "            phase = (done // STAGES) & 1\n"),),
+    ),
+    "fewer bytes expected than arrive": (
+        FUSED,
+        (("q_full.index(stage), q_desc.block_type.nbytes + row_desc", "q_full.index(stage), row_desc"),),
+    ),
+    "a product's result used before it is there": (
+        FUSED,
+        (
+            (
+                "        dp = warpgroup_mma_wait(1, deps=(dp_acc,))\n",
+                "        dp = warpgroup_mma_wait(2, deps=(dp_acc,))\n",
+            ),
+        ),
+    ),
+    "the wrong half of dQ": (FUSED, (("slice(MINE * 64, 64, 1)", "slice(OTHER * 64, 64, 1)"),)),
+    "one key too few": (dict(FUSED, is_causal=True), (("keys <= queries + high", "keys < queries + high"),)),
+    "no wait for values of the next tile": (
+        DETERMINISTIC,
+        (("        mbarrier.wait(v_full.index(next_v), ((i + 1) // V_STAGES) & 1, pred=i + 1 < total)\n", ""),),
+    ),
+    "keys released before they are multiplied": (
+        DETERMINISTIC,
+        (
+            ("        mbarrier.arrive(k_empty.index(of_k), count=1)\n", ""),
+            (
+                "        s, dp, dq, ds = warpgroup_mma_wait(0,",
+                "        mbarrier.arrive(k_empty.index(of_k), count=1)\n        s, dp, dq, ds = warpgroup_mma_wait(0,",
+            ),
+        ),
+    ),
+    "the next keys released in place of the current ones": (
+        DETERMINISTIC,
+        ((KEYS_RELEASED, KEYS_RELEASED.replace("of_k", "next_k")),),
+    ),
+    "probabilities of all rounds in one buffer": (
+        WIDE,
+        (("p_bufs.index(turn)", "p_bufs.index(0)"),),
+    ),
+    "queries released as soon as probabilities are asked for": (
+        WIDE,
+        ((WAITED + RELEASED, WAITED), (ASKED, RELEASED + ASKED)),
+    ),
+    "probabilities read before they are written": (
+        WIDE,
+        (("        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n", ""),),
+    ),
+    "results in a buffer that products still read": (
+        WIDE,
+        (("    _store(k_bufs.index(0), dv,", "    _store(v_bufs.index(0), dv,"),),
+    ),
+    "queries released before dK": (WIDE, ((WAITED + RELEASED, RELEASED + WAITED),)),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_planted_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, changes = PLANTED[name]
+    made = call(**arguments)
+    deterministic = arguments is DETERMINISTIC
+    assert error(made, plan_of(made, deterministic=deterministic), seed=1) < 1e-5
+    monkeypatch.setattr(gradients, "kernels", mutant(backward, tmp_path, *changes))
+    try:
+        found = error(made, plan_of(made, deterministic=deterministic), seed=1) > 1e-5
+    except Fault:
+        found = True
+    assert found
+
+
+def test_a_change_of_what_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no 'mbarrier.hold'"):
+        mutant(backward, tmp_path, ("mbarrier.hold", ""))

@@ -1,0 +1,98 @@
+"""Every configuration of forward that is shipped for Hopper compiles without a GPU, and overlaps as it should.
+
+The machine code is looked at: no round spills (with the release of Triton that the tiles were measured with, nothing
+does; a later one spills up to 28 registers before a tile's first round), products run on the asynchronous tensor cores,
+and the exponentials of a round stand between the wait for its scores and the one for its output, where ptxas would not
+leave them by itself.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
+
+from attnplug_flash_triton import config, cost, impl  # noqa: E402
+from attnplug_flash_triton.hopper import outputs  # noqa: E402
+from attnplug_flash_triton.problem import Machine  # noqa: E402
+from hopper_gradients import call  # noqa: E402
+
+MEASURED_WITH = "3.6"
+HOPPER = Machine("sm_90", 132)
+CALLS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": dict(is_causal=True),
+    "everything": dict(lengths=((100, 100),), is_causal=True, window=(50, -1), softcap=2.0, sinks=True),
+    "window, used keys": dict(used=(100, 90), window=(50, 20), lower_right=True),
+    "negative scale": dict(scale=-0.5),
+}
+ALL = [(size, name) for size in (64, 128, 256) for name in CALLS]
+QUICK = [(64, "full"), (128, "causal")]
+CASES = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in ALL]
+PRODUCTS = {64: 4 + 8, 128: 8 + 8, 256: 16 + 4}
+"""HGMMA instructions of one round: of the scores and of the output."""
+
+
+def machine_code(kernel: Any) -> list[str]:
+    """Return the instructions of a compiled kernel, with their addresses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*([0-9a-f]{4,5}\*/ .*?);", text)
+
+
+def rounds(code: list[str]) -> list[list[str]]:
+    """Return the loops with products and exponentials that contain no other one.
+
+    They end in a branch with a condition; those without come back from waiting for a barrier, which stands elsewhere.
+    """
+    at = [int(line.split("*")[0], 16) for line in code]
+    found = []
+    for end, line in zip(at, code, strict=True):
+        back = re.search(r"@\S+ BRA (?:`\S+ )?0x([0-9a-f]+)", line)
+        if back and int(back[1], 16) < end:
+            body = [other for place, other in zip(at, code, strict=True) if int(back[1], 16) <= place <= end]
+            if any("MUFU.EX2" in other for other in body) and any("HGMMA" in other for other in body):
+                found.append(body)
+    shortest: list[list[str]] = []
+    for body in sorted(found, key=len):
+        if not any(set(other) < set(body) for other in shortest):
+            shortest.append(body)
+    return shortest
+
+
+@pytest.mark.parametrize(("size", "name"), CASES)
+def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    params = call(size, heads=(2, 1), queries=100, keys=100, **CALLS[name]).params
+    plan = outputs.forward(params, HOPPER)
+    tensors = plan.tensors(impl.tensors_of(params), torch.device("cpu"))
+    (launch,) = plan.launches
+    found = cost.cost(launch, tensors, "sm_90")
+    with capsys.disabled():
+        sys.stderr.write(f"\nsm_90 forward {size} {name}: {found}\n")
+    assert not cost.does_not_fit(found, "sm_90")
+    assert not found.spilled or config.release() != MEASURED_WITH
+
+    code = machine_code(cost.compiled(launch, tensors, "sm_90"))
+    assert not [line for line in code if re.search(r"\bHMMA\b", line)]
+    loops = rounds(code)
+    assert len(loops) >= launch.compiled_in["CONSUMERS"]
+    for body in loops:
+        text = " ".join(body)
+        assert not re.findall(r"\b(?:STL|LDL)\b", text)
+        assert text.count("HGMMA") == PRODUCTS[size]
+        scores, output = text.index("WARPGROUP.DEPBAR.LE gsb0, 0x1"), text.index("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+        exponentials = [found.start() for found in re.finditer(r"MUFU\.EX2", text)]
+        assert all(scores < place < output for place in exponentials)

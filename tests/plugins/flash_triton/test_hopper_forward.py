@@ -1,0 +1,192 @@
+"""The forward kernel for Hopper gives out and lse of the formulas, in the emulator of Gluon kernels.
+
+There, accesses to shared memory that barriers do not order are faults. See `gluon_emulator`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import gluon_emulator
+from attnplug_flash_triton import launches
+from attnplug_flash_triton.hopper import choose, outputs
+from attnplug_flash_triton.hopper import forward as kernels
+from attnplug_flash_triton.problem import Machine
+from gluon_emulator import launching
+from hopper_gradients import Call, call
+
+FEW_PROCESSORS = Machine("sm_90", 3)
+"""So that a program has several tiles of queries."""
+HALVES = ("query", "key", "value")
+LARGEST = 2e-5
+"""Of an error in float32."""
+
+CALLS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "whole tiles": dict(queries=256, keys=256),
+    "one key": dict(queries=70, keys=1),
+    "upper left": dict(is_causal=True),
+    "lower right": dict(is_causal=True, lower_right=True),
+    "more queries than keys": dict(queries=300, keys=100, is_causal=True, lower_right=True),
+    "window": dict(window=(50, 20), lower_right=True),
+    "wide window": dict(queries=300, keys=500, window=(260, -1), lower_right=True, is_causal=True),
+    "left side": dict(window=(70, -1)),
+    "right side": dict(window=(-1, 30)),
+    "softcap": dict(softcap=2.0),
+    "softcap, negative scale": dict(softcap=2.0, scale=-0.3),
+    "sinks": dict(sinks=True, is_causal=True),
+    "used keys": dict(used=(130, 0, 300), is_causal=True, lower_right=True),
+    "used keys, full": dict(used=(130, 0, 300)),
+    "variable length": dict(lengths=((1, 5), (200, 64), (0, 10), (64, 200)), is_causal=True),
+    "variable length, full": dict(lengths=((1, 5), (200, 64), (40, 0), (64, 200))),
+    "variable length, window and sinks": dict(lengths=((3, 300), (200, 64)), window=(60, 10), sinks=True),
+    "negative scale": dict(scale=-0.2),
+    "heads last": dict(heads_last=True),
+}
+QUICK = [
+    *((64, name) for name in CALLS),
+    *((128, name) for name in ("full", "window", "variable length")),
+    *((256, name) for name in ("full", "lower right", "variable length")),
+]
+
+
+def error(made: Call, seed: int = 0) -> float:
+    """Return the largest error of out and lse; inf where one is infinite and the other is not."""
+    assert outputs.reasons(made.params) == []
+    plan = outputs.forward(made.params, FEW_PROCESSORS)
+    got = gluon_emulator.run_plan(plan, made.given, seed, HALVES)
+    errors = []
+    for x, want in zip(got, (made.given["out"], made.given["lse"]), strict=True):
+        assert torch.equal(torch.isneginf(x), torch.isneginf(want))
+        errors.append(torch.where(x == want, 0.0, (x - want).abs()).max().item())
+    return max(errors)
+
+
+@pytest.mark.parametrize(("size", "name"), QUICK)
+def test_out_and_lse_are_those_of_the_formulas(size: int, name: str) -> None:
+    assert error(call(size, **CALLS[name]), seed=1) < LARGEST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_out_and_lse_are_those_of_the_formulas_in_every_order(size: int, name: str, seed: int) -> None:
+    assert error(call(size, **CALLS[name]), seed) < LARGEST
+
+
+@pytest.mark.parametrize(("size", "size_v"), [(40, 40), (80, 24), (72, 200), (192, 128)])
+def test_head_sizes_between_are_padded(size: int, size_v: int) -> None:
+    assert error(call(size, size_v, queries=70, keys=140, is_causal=True)) < LARGEST
+
+
+def test_groups_of_query_heads_share_keys() -> None:
+    assert error(call(64, heads=(6, 2), queries=100, keys=130, is_causal=True)) < LARGEST
+
+
+def test_maxima_that_grow_much_rescale_what_was_summed() -> None:
+    """Keys of later tiles, which come first, have small logits; those of earlier ones are hundreds larger."""
+    made = call(64, queries=70, keys=400, scale=3.0, is_causal=True, lower_right=True)
+    made.given["key"].mul_(torch.linspace(4, 0.01, 400)[:, None])
+    q, k, v = (made.given[name].double() for name in HALVES)
+    logits = 3.0 * q @ k.repeat_interleave(2, 1).mT
+    logits = logits.masked_fill(~torch.ones(70, 400, dtype=torch.bool).tril(330), -torch.inf)
+    made.given["out"] = (torch.softmax(logits, -1) @ v.repeat_interleave(2, 1)).float()
+    made.given["lse"] = logits.logsumexp(-1).float()
+    assert error(made) < 1e-3  # logits of hundreds, in float32
+
+
+PLANTED = {
+    "keys are not waited for": ("    mbarrier.wait(k_full.index(at_k), (i // STAGES) & 1)\n", ""),
+    "values are not waited for": ("    mbarrier.wait(v_full.index(at_v), ((i - 1) // STAGES) & 1)\n", ""),
+    "keys are released before they are multiplied": (
+        "    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)\n    mbarrier.wait(v_full",
+        "    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)\n"
+        "    mbarrier.arrive(k_empty.index(at_k), count=1)\n    mbarrier.wait(v_full",
+    ),
+    "the loading warp does not wait for free buffers": (
+        "    mbarrier.wait(empty.index(at), ((place // STAGES) & 1) ^ 1)\n",
+        "",
+    ),
+    "outputs are not fenced": ("    fence_async_shared()\n", ""),
+    "scores are used before the product is over": (
+        "warpgroup_mma_wait(1, deps=(s_acc,))",
+        "warpgroup_mma_wait(2, deps=(s_acc,))",
+    ),
+    "the number of the next tile is not waited for": (
+        "            mbarrier.wait(next_full.index(slot), (taken // AHEAD) & 1)\n",
+        "",
+    ),
+    "outputs are overwritten while they are stored": ("    if OWN_OUT:\n        store_wait(0)\n", ""),
+    "tiles before a window are not released": (
+        "    _pass_over(rings, done, done + begin - begin_all, STAGES)",
+        "    _pass_over(rings, done, done, STAGES)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", PLANTED.values(), ids=PLANTED)
+def test_planted_faults_are_found(change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = launching.mutant(kernels, tmp_path, change)
+    monkeypatch.setattr(outputs, "forward_kernel", faulty.forward_kernel)
+    made = call(64, lengths=((1, 5), (400, 700), (0, 10), (64, 200)), window=(150, 20))
+    with pytest.raises(gluon_emulator.Fault):
+        for seed in range(6):
+            error(made, seed)
+
+
+def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:
+    made = call(64, heads=(4, 1), queries=2, keys=3000)
+    assert outputs.reasons(made.params) == [
+        "8 rows for each head of keys are few: the plain kernel packs them, and splits the keys"
+    ]
+    plan = choose.forward(made.params, Machine("sm_90", 132))
+    assert plan.launches[0].kernel is launches.forward_kernel
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(dtype=torch.float32), "dtype torch.float32 is none of float16 and bfloat16"),
+        (dict(size=100), "query: head size 100 is not a multiple of 8"),
+        (dict(attn_mask=torch.ones(1, 1, 80, 80, dtype=torch.bool)), "has no attn_mask"),
+        (dict(alibi_slopes=torch.ones(2)), "has no alibi_slopes"),
+        (dict(dropout=0.1), "has no dropout"),
+        (dict(scale=0.0), "has no scale of 0, by which hidden logits would be NaN"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_runs_on_the_plain_kernel_says_why(change: dict[str, Any], reason: str) -> None:
+    size, dtype = change.pop("size", 64), change.pop("dtype", torch.bfloat16)
+    query, key, value = (torch.zeros(1, 2, 80, size, dtype=dtype) for _ in range(3))
+    params = replace(call().params, query=query, key=key, value=value, **change)
+    assert reason in choose.reasons_forward(params)
+    assert choose.reasons_forward(call().params) == []
+
+
+def test_the_environment_keeps_hoppers_own_kernels_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_TRITON_HOPPER", "0")
+    assert choose.reasons_forward(call().params) == ["FLASH_TRITON_HOPPER=0 keeps Hopper's own kernels from running"]
+    assert choose.reasons_backward(call().params) == choose.reasons_forward(call().params)
+
+
+def test_what_is_not_proven_runs_only_where_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "PROVEN", (choose.BACKWARD,))
+    assert choose.reasons_forward(call().params) == [
+        "forward is not yet proven on sm_90; FLASH_TRITON_HOPPER=1 uses it"
+    ]
+    monkeypatch.setenv("FLASH_TRITON_HOPPER", "1")
+    assert choose.reasons_forward(call().params) == []
+
+
+def test_a_wish_that_means_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASH_TRITON_HOPPER", "yes")
+    with pytest.raises(ValueError, match=r"FLASH_TRITON_HOPPER='yes' is none of 0 .*, 1 "):
+        choose.wanted()
