@@ -203,7 +203,9 @@ def main() -> int:
     implementations = [
         record.name
         for record in attnplug.list_impls()
-        if record.status == "available" and "cuda" in (record.capabilities.devices or ("cuda",))
+        if record.status == "available"
+        and "cuda" in (record.capabilities.devices or ("cuda",))
+        and record.name != "flex"  # it compiles for each kind of call; a few kinds are a test of their own
     ]
     everything = parts(folder, implementations)
     names = [part.name for part in everything]

@@ -100,10 +100,12 @@ class Capabilities:
         architectures: AMD architectures, such as `("gfx942",)`; matched by prefix, asked only on ROCm.
         head_sizes: the query head sizes; `range(8, 257, 8)` says multiples of 8 up to 256.
         features: the `Feature`s, or their names, beyond the plain formula.
+        quantized: whether the kernel rounds its inputs to fewer bits. It is then right within 5 % of the result's
+            norm, and runs only where it is named; lists say so. It holds for all that an implementation does.
         dense: whether dense calls are taken at all; False for a kernel of `varlen_attn` alone.
 
     Raises:
-        SpecError: a field has a wrong type or an unknown value.
+        SpecError: a field has a wrong type or an unknown value, or `|` joins a quantized part and another.
     """
 
     devices: frozenset[str] | None = None
@@ -112,6 +114,7 @@ class Capabilities:
     architectures: frozenset[str] | None = None
     head_sizes: range | frozenset[int] | None = None
     features: frozenset[Feature] = frozenset()
+    quantized: bool = False
     dense: bool = True
     alternatives: tuple[Capabilities, ...] = field(default=(), repr=False, compare=False)
 
@@ -126,6 +129,7 @@ class Capabilities:
             architectures: Collection[str] | None = None,
             head_sizes: Collection[int] | None = None,
             features: Collection[Feature | str] | type[Feature] = (),
+            quantized: bool = False,
             dense: bool = True,
             alternatives: tuple[Capabilities, ...] = (),
         ) -> None: ...
@@ -151,6 +155,8 @@ class Capabilities:
                 raise SpecError(f"Capabilities.head_sizes: expected a range or integers, got {self.head_sizes!r}")
             put(self, "head_sizes", frozenset(sizes))
         put(self, "features", frozenset(_feature(item) for item in _items("features", self.features)))
+        if not isinstance(self.quantized, bool):
+            raise SpecError(f"Capabilities.quantized: expected a bool, got {self.quantized!r}")
         if not isinstance(self.dense, bool):
             raise SpecError(f"Capabilities.dense: expected a bool, got {self.dense!r}")
         if not self.dense and Feature.VARLEN not in self.features:
@@ -161,7 +167,13 @@ class Capabilities:
     def __or__(self, other: Capabilities) -> Capabilities:
         if not isinstance(other, Capabilities):
             return NotImplemented
+        if self.quantized != other.quantized:
+            raise SpecError(
+                "Capabilities.quantized: one part is and the other is not; register two implementations, so that "
+                "naming one says what is asked for"
+            )
         return Capabilities(
+            quantized=self.quantized,
             devices=_either(self.devices, other.devices),
             dtypes=_either(self.dtypes, other.dtypes),
             compute_capability=_least(self.compute_capability, other.compute_capability),
@@ -187,8 +199,9 @@ class ImplSpec:
         capabilities: what it supports.
         priority: higher is preferred. `torch` stands first and attnplug's own implementations next, whatever
             the others claim; the priority orders those of one rank.
-        requires: modules that must be installed, such as `("triton",)`; without them the
-            implementation is listed as unavailable, and its kernel is never imported.
+        requires: modules that must be installed, such as `("triton",)` or `("flash_attn.cute",)`; without them
+            the implementation is listed as unavailable, and its kernel is never imported.
+        install: the command that brings what it requires, such as `pip install triton`; shown where that is missing.
 
     Raises:
         SpecError: a field has a wrong type or value.
@@ -200,6 +213,7 @@ class ImplSpec:
     capabilities: Capabilities = field(default_factory=Capabilities)
     priority: int = 0
     requires: tuple[str, ...] = ()
+    install: str = ""
 
     if TYPE_CHECKING:  # more is accepted than is kept
 
@@ -212,6 +226,7 @@ class ImplSpec:
             capabilities: Capabilities = ...,
             priority: int = 0,
             requires: Collection[str] = (),
+            install: str = "",
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -232,6 +247,8 @@ class ImplSpec:
             raise SpecError(f"{where}.capabilities: expected Capabilities, got {type(self.capabilities).__name__}")
         if isinstance(self.priority, bool) or not isinstance(self.priority, int):
             raise SpecError(f"{where}.priority: expected an int, got {self.priority!r}")
+        if not isinstance(self.install, str):
+            raise SpecError(f"{where}.install: expected a command, got {self.install!r}")
         object.__setattr__(self, "requires", tuple(sorted(_strings("requires", self.requires, where) or ())))
 
 

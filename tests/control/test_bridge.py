@@ -400,8 +400,8 @@ def test_providers_of_pytorch_s_registry_appear_and_can_be_activated() -> None:
 def test_what_pytorch_has_built_in_says_what_it_needs() -> None:
     records = {record.name: record for record in attnplug.list_impls()}
     assert records["FA3"].reason == "needs flash_attn_interface, not installed"
-    assert records["FA4"].reason == "needs flash_attn, not installed"
-    with pytest.raises(attnplug.NoImplementationError, match="needs flash_attn, not installed"):
+    assert records["FA4"].reason == "needs flash_attn.cute, not installed"
+    with pytest.raises(attnplug.NoImplementationError, match="needs flash_attn.cute, not installed"):
         attnplug.activate_flash_attention_impl("FA4")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.nn.attention as torch_attention
 
+from attnplug._call.device import compute_capability
 from attnplug._registry.kernel import Kernel
 from attnplug._selection.state import start
 from attnplug._types import ImplSpec, SDPAParams
@@ -19,9 +20,11 @@ from attnplug._types import ImplSpec, SDPAParams
 FLASH = "aten_flash"
 
 
-def provider_kernel(register_fn: Callable[[], Any]) -> Kernel:
+def provider_kernel(
+    register_fn: Callable[[], Any], supports: Callable[[SDPAParams], str | None] | None = None
+) -> Kernel:
     """Return the kernel behind a `register_fn` as `torch.nn.attention.register_flash_attention_impl` takes it."""
-    return Kernel(forward=_flash, composite=True, register_fn=register_fn)
+    return Kernel(forward=_flash, composite=True, register_fn=register_fn, supports=supports)
 
 
 def provider_spec(name: str, register_fn: Callable[[], Any]) -> ImplSpec:
@@ -44,11 +47,34 @@ class ActivatedByTorch:
             torch_attention.restore_flash_attention_impl()
 
 
+def _supports_fa3(params: SDPAParams) -> str | None:
+    """Decline what `torch/nn/attention/_fa3.py` refuses in the middle of a call."""
+    return _not_of(params, {9})
+
+
+def _supports_fa4(params: SDPAParams) -> str | None:
+    """Decline what `torch/nn/attention/_fa4.py`, and FlashAttention 4 on Blackwell, refuse in the middle of a call."""
+    if reason := _not_of(params, {9, 10}):
+        return reason
+    size, found = params.query.shape[-1], compute_capability(params.query.device)
+    if found is not None and found[0] == 10 and 128 < size < 256:
+        return f"head size {size} is above 128 and not 256, which compute capability 10 asks for"
+    return None
+
+
+def _not_of(params: SDPAParams, majors: set[int]) -> str | None:
+    found = compute_capability(params.query.device)
+    if found is None or found[0] in majors:  # that there is no device at all, the capabilities say
+        return None
+    needed = " or ".join(f"{major}.x" for major in sorted(majors))
+    return f"needs compute capability {needed}, found {found[0]}.{found[1]}"
+
+
 def _flash(params: SDPAParams) -> Any:
     kernel = start().get(FLASH).load()
     assert kernel is not None
     return kernel.forward(params)
 
 
-FA3 = provider_kernel(ActivatedByTorch("FA3"))
-FA4 = provider_kernel(ActivatedByTorch("FA4"))
+FA3 = provider_kernel(ActivatedByTorch("FA3"), _supports_fa3)
+FA4 = provider_kernel(ActivatedByTorch("FA4"), _supports_fa4)

@@ -109,10 +109,9 @@ def explain_all(
         elif accepted:
             reasons = (f"{chosen} comes first",)
         verdicts.append(Verdict(entry.name, entry.spec.backend, accepted, reasons))
-    outside = f"outside {selection.exact}"
     for entry in registry:
         if entry not in candidates:
-            reasons = (outside, *refusals(entry, call, params))
+            reasons = (selection.exclusion(entry), *refusals(entry, call, params))
             verdicts.append(Verdict(entry.name, entry.spec.backend, False, reasons))
     verdicts.sort(key=lambda verdict: verdict.name != chosen)
     return chosen, verdicts

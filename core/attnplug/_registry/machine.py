@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import runpy
@@ -12,7 +13,20 @@ from functools import cache
 
 def missing_modules(names: Iterable[str]) -> list[str]:
     """Return those of `names` that are not installed; nothing is imported."""
-    return [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is None]
+    return [name for name in names if not _is_installed(name)]
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a module is there; the packages that it is part of are not imported, as `find_spec` would."""
+    if name in sys.modules:
+        return True
+    parts = name.split(".")
+    spec = importlib.util.find_spec(parts[0])
+    for depth in range(2, len(parts) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:depth]), spec.submodule_search_locations)
+    return spec is not None
 
 
 @cache

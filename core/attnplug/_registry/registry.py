@@ -68,7 +68,9 @@ class Entry:
     def missing(self) -> str:
         """Return which modules this needs and does not find; empty if none."""
         missing = missing_modules(self.spec.requires)
-        return f"needs {', '.join(missing)}, not installed" if missing else ""
+        if not missing:
+            return ""
+        return f"needs {', '.join(missing)}, not installed" + (f" ({self.spec.install})" if self.spec.install else "")
 
     def unavailable(self) -> str:
         """Return why no call on this machine can use this; empty if one may. Asks the author's code."""

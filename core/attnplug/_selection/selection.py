@@ -40,11 +40,13 @@ class Selection:
         return tuple(name for name in (self.activation, *self.preferred) if name is not None)
 
     def candidates(self, registry: Registry) -> list[Entry]:
-        """Return the allowed implementations, most preferred first."""
+        """Return the allowed implementations, most preferred first; quantized ones only if they are named."""
         if self.impl is not None:
             return [registry.get(self.impl, "impl")]
         order = list(dict.fromkeys(self.wanted))
-        entries = sorted(registry, key=lambda entry: order.index(entry.name) if entry.name in order else len(order))
+        named = {*order, *(self.scope[1] if self.scope is not None else ())}
+        possible = (entry for entry in registry if entry.name in named or not entry.spec.capabilities.quantized)
+        entries = sorted(possible, key=lambda entry: order.index(entry.name) if entry.name in order else len(order))
         if self.scope is None:
             return entries
         set_priority, allowed = self.scope
@@ -58,6 +60,12 @@ class Selection:
         if self.impl is not None:
             return spec.name == self.impl
         return self.scope is None or any(_covers(item, spec) for item in self.scope[1])
+
+    def exclusion(self, entry: Entry) -> str:
+        """Return why `entry`, which is none of the candidates, is left out."""
+        if self.impl is None and self.allows(entry.spec):
+            return f"is quantized, and runs only where {entry.name!r} is named"
+        return f"outside {self.exact}"
 
 
 def current_selection(impl: str | None = None) -> Selection:

@@ -7,6 +7,8 @@ This module is light, as theirs are: the kernels beside it import torch, it does
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend, hookimpl
 
 _TORCH = Capabilities(
@@ -47,6 +49,13 @@ _FLASH_CUDA = Capabilities(
     head_sizes=range(8, 257, 8),
     features={Feature.CAUSAL, Feature.LOWER_RIGHT, Feature.DROPOUT, Feature.GQA, Feature.LSE},
 )
+# FlashAttention 3 and 4 in the place of the operator: `torch/nn/attention/_fa3.py` and `_fa4.py`.
+_HOPPER = replace(
+    _FLASH_CUDA,
+    compute_capability=(9, 0),
+    features=frozenset(_FLASH_CUDA.features) - {Feature.DROPOUT},
+    alternatives=(),
+)
 
 _SPECS = [
     ImplSpec(
@@ -67,7 +76,7 @@ _SPECS = [
         name="FA3",
         kernel="attnplug._control.providers:FA3",
         backend=SDPBackend.FLASH_ATTENTION,
-        capabilities=_FLASH_CUDA,
+        capabilities=_HOPPER,
         priority=-10,
         requires=("flash_attn_interface",),
     ),
@@ -75,9 +84,9 @@ _SPECS = [
         name="FA4",
         kernel="attnplug._control.providers:FA4",
         backend=SDPBackend.FLASH_ATTENTION,
-        capabilities=_FLASH_CUDA,
+        capabilities=_HOPPER,
         priority=-10,
-        requires=("flash_attn",),
+        requires=("flash_attn.cute",),
     ),
     ImplSpec(
         name="aten_math",

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _row(record: ImplRecord) -> tuple[str, ...]:
     return (
-        record.name,
+        f"{record.name} (quantized)" if record.capabilities.quantized else record.name,
         render.family(record.backend),
         str(record.priority),
         _origin(record),
@@ -71,6 +71,8 @@ def _described(record: ImplRecord) -> str:
         ("distribution", _origin(record)),
         ("status", f"{record.status}: {record.reason}" if record.reason else record.status),
     ]
+    if record.capabilities.quantized:
+        fields.append(("quantized", "yes: right within 5 %, and run only where it is named"))
     if _is_known(record):
         fields += [field for part in record.capabilities.alternatives for field in _fields(part)]
     wrapped = [
@@ -114,6 +116,7 @@ def _as_json(record: ImplRecord) -> dict[str, Any]:
         "version": record.version,
         "status": record.status,
         "reason": record.reason,
+        "quantized": record.capabilities.quantized,
         "capabilities": [
             {
                 "devices": _sorted(part.devices),

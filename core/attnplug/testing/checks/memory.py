@@ -10,7 +10,7 @@ from attnplug.testing._checks import check
 from attnplug.testing._failure import failure
 from attnplug.testing._memory import GuardedAllocator, Snapshot
 from attnplug.testing._subject import Subject
-from attnplug.testing.checks.varlen import LENGTHS, packed
+from attnplug.testing.checks.varlen import LENGTHS, PAGE_SIZES, packed
 
 ODD: dict[str, Any] = {"queries": 21, "keys": 37}
 
@@ -87,9 +87,10 @@ def check_unused_keys_are_not_felt(subject: Subject) -> None:
 @check(Feature.PAGED)
 def check_unused_pages_are_not_felt(subject: Subject) -> None:
     """NaN in pages of nobody, and past the last key of a page, never reaches a result."""
-    subject.compare(*(packed(subject, *lengths, page_size=16, poison=True) for lengths in LENGTHS))
-    if subject.has(Feature.SEQUSED_K):
-        subject.compare(packed(subject, *LENGTHS[0], page_size=16, used=(3, 33, 50), poison=True))
+    for size in PAGE_SIZES:
+        subject.compare(*(packed(subject, *lengths, page_size=size, poison=True) for lengths in LENGTHS))
+        if subject.has(Feature.SEQUSED_K):
+            subject.compare(packed(subject, *LENGTHS[0], page_size=size, used=(3, 33, 50), poison=True))
 
 
 def _calls(subject: Subject) -> list[Call]:

@@ -76,7 +76,7 @@ def check_scale(subject: Subject) -> None:
     """The scale of the call is used, whatever its size, 0 and negative numbers included."""
     subject.compare(*(subject.call(scale=scale) for scale in (1.0, 0.05, 0.0, -0.3)))
     if subject.gradients:
-        subject.compare(subject.call(scale=0.1, gradients=subject.gradients))
+        subject.compare(*(subject.call(scale=scale, gradients=subject.gradients) for scale in (0.1, -0.3)))
 
 
 @check(Feature.LSE, dtypes="every")

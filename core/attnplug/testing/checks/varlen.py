@@ -10,6 +10,8 @@ from attnplug.testing._checks import check
 from attnplug.testing._subject import Subject
 
 LENGTHS = [((5, 40, 17), (9, 33, 70)), ((64, 1), (64, 65))]
+PAGE_SIZES = (16, 256)
+"""A small one, and one that kernels which want large pages take."""
 EMPTY = [((0, 7, 5), (4, 7, 0)), ((3, 0, 0, 9), (3, 0, 5, 9)), ((6, 2), (0, 0)), ((0, 0), (3, 4))]
 
 
@@ -109,16 +111,19 @@ def check_varlen_seqused_k(subject: Subject) -> None:
 @check(Feature.PAGED)
 def check_paged(subject: Subject) -> None:
     """Keys and values are read from the pages that the block table names, in its order."""
-    for page_size, lengths in ((16, LENGTHS[0]), (16, LENGTHS[1]), (64, LENGTHS[0]), (16, EMPTY[0])):
+    for page_size, lengths in ((16, LENGTHS[1]), (64, LENGTHS[0]), *((size, LENGTHS[0]) for size in PAGE_SIZES)):
         subject.compare(packed(subject, *lengths, page_size=page_size))
-    if subject.has(Feature.CAUSAL):
-        subject.compare(packed(subject, *LENGTHS[0], page_size=16, is_causal=True))
+    for page_size in PAGE_SIZES:
+        subject.compare(packed(subject, *EMPTY[0], page_size=page_size))
+        if subject.has(Feature.CAUSAL):
+            subject.compare(packed(subject, *LENGTHS[0], page_size=page_size, is_causal=True))
 
 
 @check(Feature.PAGED, Feature.SEQUSED_K)
 def check_paged_seqused_k(subject: Subject) -> None:
     """A cache that is only partly filled: seqused_k says how much of the pages exists."""
-    subject.compare(packed(subject, (1, 1, 4), (40, 64, 33), page_size=16, used=(17, 64, 5)))
+    for page_size in PAGE_SIZES:
+        subject.compare(packed(subject, (1, 1, 4), (40, 64, 33), page_size=page_size, used=(17, 64, 5)))
 
 
 @check(Feature.PAGED, gradients=True, may_decline=True)

@@ -1,0 +1,104 @@
+"""Attention of diffusers' pipelines, by names of attnplug.
+
+diffusers chooses attention from a closed list of its own, `"native"` and others, and leaves an argument that the
+chosen one does not know, such as a mask, to warnings at most. Behind `"native"` stands PyTorch's function, so
+binding a model to a scope is all that it takes: whatever a kernel declines goes to the next name in the scope, with
+the reason in `explain`, and nothing that a call asks for is lost.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+import attnplug
+
+_NATIVE = "native"
+
+
+class Handle:
+    """Undoes `bind`; also a context manager."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take the models' attention back to what it was."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def bind(pipeline: Any, backends: Any, set_priority: bool = False) -> Handle:
+    """Run every attention call of a pipeline's own models, or of one model, in a scope.
+
+    Of a pipeline these are the models of diffusers in it (`transformer`, `unet`, `vae`, `controlnet`, …); text
+    encoders, which are models of transformers, are left alone.
+
+    Args:
+        pipeline: a `DiffusionPipeline`, or one model of diffusers.
+        backends: as for `attnplug.sdpa_kernel`: implementations, families, or both.
+        set_priority: whether their order is the order of preference.
+
+    Returns:
+        A handle whose `remove()` ends it; also a context manager.
+
+    Raises:
+        ValueError: there is no model of diffusers in `pipeline`, or diffusers is told to compute its attention with
+            another backend than PyTorch's function, so that the scope would be asked nothing.
+
+    Examples:
+        >>> import attnplug.integrations.diffusers
+        >>> from diffusers import FluxTransformer2DModel  # doctest: +SKIP
+        >>> handle = attnplug.integrations.diffusers.bind(
+        ...     pipeline, ["sage_attention", "torch"], set_priority=True
+        ... )  # doctest: +SKIP
+    """
+    models = _models(pipeline)
+    if not models:
+        raise ValueError(
+            f"pipeline: expected a DiffusionPipeline or a model of diffusers, got {type(pipeline).__name__}"
+        )
+    for name, model in models.items():
+        _assert_native(name, model)
+    handles: list[Any] = [attnplug.patch_torch()]
+    try:
+        handles += [attnplug.bind(model, backends, set_priority) for model in models.values()]
+    except BaseException:
+        Handle(handles).remove()
+        raise
+    return Handle(handles)
+
+
+def _models(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """Return the models of diffusers in a pipeline, by name."""
+    model_class = importlib.import_module("diffusers").ModelMixin
+    if isinstance(pipeline, model_class):
+        return {type(pipeline).__name__: pipeline}
+    components = getattr(pipeline, "components", {})
+    return {name: part for name, part in components.items() if isinstance(part, model_class)}
+
+
+def _assert_native(name: str, model: torch.nn.Module) -> None:
+    """Raise if attention of this model does not end in PyTorch's function."""
+    dispatch = importlib.import_module("diffusers.models.attention_dispatch")
+    active = dispatch._AttentionBackendRegistry.get_active_backend()[0]
+    chosen = {getattr(processor, "_attention_backend", None) or active for processor in _processors(model)}
+    others = sorted({getattr(item, "value", str(item)) for item in chosen} - {_NATIVE})
+    if others:
+        raise ValueError(
+            f"pipeline: {name} computes its attention with diffusers' backend {', '.join(map(repr, others))}, which "
+            f"does not call PyTorch's function; {name}.set_attention_backend({_NATIVE!r}) first"
+        )
+
+
+def _processors(model: torch.nn.Module) -> list[Any]:
+    found = [getattr(module, "processor", None) for module in model.modules()]
+    return [processor for processor in found if processor is not None]

@@ -1,0 +1,243 @@
+"""What libraries of attention disagree about, each conversion written once.
+
+attnplug hands a kernel `(B, H, S, E)`, natural logarithms, masks that start at either corner, any scale, and
+any head size. Each library takes something else, and what is converted wrongly gives wrong numbers, not an
+error. These helpers are for adapters of other libraries too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnplug import CausalVariant, SDPAParams, compute_capability
+
+MINUS_INFINITY = float("-inf")
+OPEN = (-1, -1)
+READ_BYTES = 16
+
+
+def positive_scale(params: SDPAParams) -> tuple[SDPAParams, int]:
+    """Return a call of the same logits whose scale is above 0, and the factor of the query's gradient.
+
+    Kernels hide keys before they scale: a negative scale would turn their minus infinity into plus infinity,
+    and 0 would turn it into NaN.
+    """
+    assert params.scale is not None, "the core gives scale its default"
+    if params.scale > 0:
+        return params, 1
+    sign = -1 if params.scale < 0 else 0
+    return replace(params, query=params.query * sign, scale=-params.scale or 1.0), sign
+
+
+def heads_behind(tensor: Tensor) -> Tensor:
+    """Return `(B, H, S, E)` as a view `(B, S, H, E)`, or the other way round."""
+    return tensor.transpose(1, 2)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or a copy if its last dimension, its start or its strides are not of 16 bytes.
+
+    Kernels read 16 bytes at a time, and few look at what they are given.
+    """
+    every = READ_BYTES // tensor.dtype.itemsize
+    *strides, last = tensor.stride()
+    fits = last == 1 and tensor.storage_offset() % every == 0
+    if fits and all(stride % every == 0 for stride, size in zip(strides, tensor.shape, strict=False) if size > 1):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def padded(tensor: Tensor, size: int) -> Tensor:
+    """Return `tensor` with zeros appended to its last dimension, up to `size`; zeros change no product."""
+    missing = size - tensor.shape[-1]
+    return pad(tensor, (0, missing)) if missing else tensor
+
+
+def first(tensor: Tensor, size: int) -> Tensor:
+    """Return `tensor[..., :size]`: what padding added is taken away."""
+    return tensor if tensor.shape[-1] == size else tensor.narrow(-1, 0, size)
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def as_kernel_reads(params: SDPAParams, tensor: Tensor, multiple: int = 8) -> Tensor:
+    """Return a tensor of the call with heads behind rows, its head size a multiple, and aligned.
+
+    `(B, H, S, E)` becomes `(B, S, H, E)`; packed tokens `(T, H, E)` and pages have their heads there already.
+    """
+    tensor = padded(tensor, rounded_up(tensor.shape[-1], multiple))
+    return aligned(tensor if params.is_varlen else heads_behind(tensor))
+
+
+def as_caller_reads(params: SDPAParams, tensor: Tensor, size: int) -> Tensor:
+    """Return what `as_kernel_reads` undone gives, with the head size that the caller knows."""
+    tensor = first(tensor, size)
+    return tensor if params.is_varlen else heads_behind(tensor)
+
+
+def outside_cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out with 0, and lse with minus infinity, for packed queries of no sequence, which nobody wrote."""
+    token = torch.arange(params.query.shape[0], device=out.device)
+    nowhere = token >= params.cu_seq_q[-1]
+    return out.masked_fill(nowhere.view(-1, 1, 1), 0.0), lse.masked_fill(nowhere, MINUS_INFINITY)
+
+
+def natural(lse: Tensor) -> Tensor:
+    """Return an lse in natural units, given one to the base of 2."""
+    return lse * math.log(2.0)
+
+
+def blind_as_minus_infinity(lse: Tensor) -> Tensor:
+    """Return `lse` with minus infinity, the logarithm of no sum, where a kernel writes plus infinity."""
+    return lse.masked_fill(lse == math.inf, MINUS_INFINITY)
+
+
+def blind_as_infinity(lse: Tensor) -> Tensor:
+    """Return `lse` as such a kernel's backward reads it: `exp(logit - inf)` is 0, `exp(logit + inf)` is not."""
+    return lse.masked_fill(lse == MINUS_INFINITY, math.inf)
+
+
+def band(params: SDPAParams) -> tuple[int, int]:
+    """Return how many keys to the left and right of the diagonal are seen, `is_causal` included; -1 is open."""
+    left, right = params.window_size
+    return left, 0 if params.is_causal else right
+
+
+def is_lower_right(params: SDPAParams) -> bool:
+    """Whether the diagonal ends at the last key; variable length always does."""
+    return params.is_varlen or params.causal_variant == CausalVariant.LOWER_RIGHT
+
+
+def blind_rows(params: SDPAParams) -> Tensor | None:
+    """Return which queries see no key, for lengths and band alone; None where there can be none.
+
+    `(Sq,)`, or `(B, 1, Sq)` with `seqused_k`, or `(Tq,)` for variable length, in which queries of no sequence
+    count too.
+    """
+    left, right = band(params)
+    device = params.query.device
+    if params.is_varlen:
+        sequence, position, outside = tokens_of(params.cu_seq_q, params.query.shape[0])
+        used = used_keys(params)[sequence]
+        row = position + used - params.cu_seq_q.diff()[sequence]
+        return _sees_nothing(row, used, left, right) | outside
+    queries, keys = params.query.shape[2], params.key.shape[2]
+    if params.seqused_k is not None:
+        used = params.seqused_k.view(-1, 1, 1)
+        row = torch.arange(queries, device=device) + (used - queries if is_lower_right(params) else 0)
+        return _sees_nothing(row, used, left, right)
+    offset = keys - queries if is_lower_right(params) else 0
+    if (right < 0 or offset + right >= 0) and (left < 0 or queries - 1 + offset - left < keys):
+        return None
+    return _sees_nothing(torch.arange(queries, device=device) + offset, keys, left, right)
+
+
+def _sees_nothing(row: Tensor, keys: Tensor | int, left: int, right: int) -> Tensor:
+    nothing = row * 0 + keys <= 0
+    if right >= 0:
+        nothing = nothing | (row + right < 0)
+    if left >= 0:
+        nothing = nothing | (row - left >= keys)
+    return nothing
+
+
+def hidden(params: SDPAParams) -> Tensor | None:
+    """Return `(Sq, Sk)`, which keys the band of a dense call hides; None if it hides none."""
+    left, right = band(params)
+    if (left, right) == OPEN:
+        return None
+    queries, keys = params.query.shape[2], params.key.shape[2]
+    offset = keys - queries if is_lower_right(params) else 0
+    row = torch.arange(queries, device=params.query.device).view(-1, 1) + offset
+    column = torch.arange(keys, device=params.query.device)
+    outside = torch.zeros(queries, keys, dtype=torch.bool, device=params.query.device)
+    if left >= 0:
+        outside |= column < row - left
+    if right >= 0:
+        outside |= column > row + right
+    return outside
+
+
+def cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out with 0, and lse with minus infinity, for queries that see no key, whatever was there."""
+    blind = blind_rows(params)
+    if blind is None:
+        return out, lse
+    rows = blind.view(-1, 1, 1) if params.is_varlen else blind.unsqueeze(-1)
+    return out.masked_fill(rows, 0.0), lse.masked_fill(blind, MINUS_INFINITY)
+
+
+def tokens_of(cu_seq: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each of so many packed tokens its sequence, its position in it, and whether it is in none."""
+    token = torch.arange(tokens, device=cu_seq.device, dtype=cu_seq.dtype)
+    sequence = torch.searchsorted(cu_seq[1:].contiguous(), token, right=True)
+    outside = sequence >= cu_seq.shape[0] - 1
+    sequence = sequence.clamp(max=max(0, cu_seq.shape[0] - 2))
+    return sequence, token - cu_seq[sequence], outside
+
+
+def used_keys(params: SDPAParams) -> Tensor:
+    """Return `(B,)` int32, how many keys each packed sequence has."""
+    found: Tensor = params.cu_seq_k.diff() if params.seqused_k is None else params.seqused_k
+    return found.int()
+
+
+def as_tokens(params: SDPAParams) -> SDPAParams:
+    """Return a dense call as one of variable length: the way to `seqused_k` in kernels that have it there alone."""
+    batch, _, queries, _ = params.query.shape
+    keys = params.key.shape[2]
+    query, key, value = (
+        heads_behind(tensor).reshape(-1, tensor.shape[1], tensor.shape[3])
+        for tensor in (params.query, params.key, params.value)
+    )
+    steps = torch.arange(batch + 1, device=params.query.device, dtype=torch.int32)
+    return replace(
+        params,
+        query=query,
+        key=key,
+        value=value,
+        cu_seq_q=steps * queries,
+        cu_seq_k=steps * keys,
+        max_q=queries,
+        max_k=keys,
+        causal_variant=CausalVariant.LOWER_RIGHT,
+    )
+
+
+def from_tokens(tensor: Tensor, batch: int) -> Tensor:
+    """Return `(B * S, H, E)` as `(B, H, S, E)`."""
+    return heads_behind(tensor.reshape(batch, -1, *tensor.shape[1:]))
+
+
+def lse_from_tokens(lse: Tensor, batch: int) -> Tensor:
+    """Return `(H, B * S)` as `(B, H, S)`."""
+    return lse.reshape(lse.shape[0], batch, -1).transpose(0, 1).contiguous()
+
+
+def spread_heads(tensor: Tensor, heads: int, dim: int = 2) -> Tensor:
+    """Return keys or values with each head repeated for its group, for kernels without grouped queries."""
+    group = heads // tensor.shape[dim]
+    return tensor if group == 1 else tensor.repeat_interleave(group, dim)
+
+
+def sum_heads(grad: Tensor, kv_heads: int, dim: int = 2) -> Tensor:
+    """Return the gradient of what `spread_heads` repeated."""
+    if grad.shape[dim] == kv_heads:
+        return grad
+    return grad.unflatten(dim, (kv_heads, -1)).sum(dim + 1)
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether the GPU that is asked about is the one that `device` stands for on this machine."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index < torch.cuda.device_count() and torch.cuda.get_device_capability(index) == compute_capability(device)

@@ -1,0 +1,123 @@
+"""`attnplug.integrations.diffusers`: a pipeline's own models run in a scope, and its masked calls stay right."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnplug
+from attnplug import Capabilities, ImplSpec
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    diffusers: Any = pytest.importorskip("diffusers")
+
+import attnplug.integrations.diffusers as integration
+
+
+def unet() -> Any:
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+
+
+def run(model: Any, seen: Tensor | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    sample, text = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 4, 4), (2, 5, 16)))
+    mask = {} if seen is None else {"encoder_attention_mask": seen}
+    with torch.no_grad():
+        return model(sample, torch.tensor([3, 500]), encoder_hidden_states=text, **mask).sample  # type: ignore[no-any-return]
+
+
+def maskless(params: attnplug.SDPAParams) -> tuple[Tensor, None]:
+    """A kernel that knows no masks, as SageAttention's is."""
+    return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+
+@pytest.fixture
+def _maskless() -> None:
+    capabilities = Capabilities(quantized=True)
+    attnplug.register_impl(ImplSpec(name="maskless", kernel=maskless, backend=None, capabilities=capabilities))
+
+
+def test_models_of_diffusers_run_in_the_scope_and_others_do_not() -> None:
+    model = unet()
+    text_encoder = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True)
+    pipeline = SimpleNamespace(components={"unet": model, "text_encoder": text_encoder, "scheduler": object()})
+    expected = run(model)
+    with integration.bind(pipeline, "aten_math"), attnplug.record() as calls:
+        found = run(model)
+        text_encoder(torch.randn(1, 3, 16))
+    assert {call.impl for call in calls[:8]} == {"aten_math"} and len(calls) > 8
+    assert calls[8].impl != "aten_math"
+    torch.testing.assert_close(found, expected)
+    with attnplug.record() as calls:
+        run(model)
+    assert calls == []
+
+
+@pytest.mark.usefixtures("_maskless")
+def test_a_kernel_without_masks_leaves_masked_calls_to_the_next_name() -> None:
+    model, seen = unet(), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    expected = run(model, seen)
+    with integration.bind(model, ["maskless", "torch"], set_priority=True), attnplug.record() as calls:
+        found = run(model, seen)
+    assert {call.impl for call in calls} == {"maskless", "torch"}
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("_maskless")
+def test_the_famous_one_liner_loses_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`F.scaled_dot_product_attention = sageattn`, whose `**kwargs` swallow it: what the recipe is there for."""
+
+    def sageattn(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, -1) @ value
+
+    model, seen = unet(), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    expected = run(model, seen)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sageattn)
+    assert (run(model, seen) - expected).abs().max() > 1e-4
+
+
+def test_a_backend_that_does_not_end_in_pytorch_s_function_is_an_error() -> None:
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=[4, 4, 8],
+    )
+    model.set_attention_backend("_native_math")
+    with pytest.raises(ValueError, match=r"backend '_native_math'.*set_attention_backend\('native'\) first"):
+        integration.bind(model, "aten_math")
+    model.set_attention_backend("native")
+    integration.bind(model, "aten_math").remove()
+
+
+def test_what_holds_no_model_of_diffusers_is_an_error() -> None:
+    with pytest.raises(ValueError, match="expected a DiffusionPipeline or a model of diffusers, got Linear"):
+        integration.bind(torch.nn.Linear(1, 1), "torch")
+
+
+def test_an_unknown_name_leaves_nothing_behind() -> None:
+    before = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(attnplug.UnknownImplementationError):
+        integration.bind(unet(), "no_such_implementation")
+    assert torch.nn.functional.scaled_dot_product_attention is before

@@ -1,0 +1,190 @@
+"""What each adapter declines, asked about GPUs that are not here: every limit is a reason before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import attnplug
+from adapters_on_standins import standin
+
+attnplug_adapters = pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
+from attnplug_adapters import specs  # noqa: E402
+from attnplug_adapters.flash_attn2 import FlashAttn2  # noqa: E402
+from attnplug_adapters.flash_attn3 import FlashAttn3  # noqa: E402
+from attnplug_adapters.flash_attn4 import FlashAttn4  # noqa: E402
+from attnplug_adapters.flashinfer import FlashInfer  # noqa: E402
+from attnplug_adapters.sage_attention import SageAttention  # noqa: E402
+from attnplug_adapters.xformers import XFormers  # noqa: E402
+
+Gpu = tuple[int, int]
+LOWER_RIGHT = attnplug.CausalVariant.LOWER_RIGHT
+ADAPTERS = {
+    "flash_attn2": (FlashAttn2, "flash_attn2", specs.FLASH_ATTN2),
+    "flash_attn3": (FlashAttn3, "flash_attn3", specs.FLASH_ATTN3),
+    "wheel": (FlashAttn3, "flash_attn3", specs.FLASH_ATTN3_WHEEL),
+    "flash_attn4": (FlashAttn4, "flash_attn4", specs.FLASH_ATTN4),
+    "sage1": (SageAttention, "sage1", specs.SAGE_ATTENTION1),
+    "sage2": (SageAttention, "sage2", specs.SAGE_ATTENTION),
+    "xformers": (XFormers, "xformers", specs.XFORMERS),
+    "flashinfer": (FlashInfer, "flashinfer", specs.FLASHINFER),
+}
+
+
+@pytest.fixture(autouse=True)
+def _adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    built_without = {"FP16": True, "LOCAL": True, "PAGEDKV": True, "BACKWARD": True, "HDIM64": False}
+    config = type(sys)("flash_attn_config")
+    config.CONFIG = {"build_flags": {f"FLASHATTENTION_DISABLE_{part}": off for part, off in built_without.items()}}  # type: ignore[attr-defined]
+    for name, (adapter, library, capabilities) in ADAPTERS.items():
+        kernel = adapter(standin(library))
+        if name == "wheel":
+            monkeypatch.setitem(sys.modules, f"{kernel.name}_config", config)
+            assert kernel.left_out == {"FP16", "LOCAL", "PAGEDKV", "BACKWARD"}
+            monkeypatch.delitem(sys.modules, f"{kernel.name}_config")
+        attnplug.register_impl(
+            attnplug.ImplSpec(name=f"on.{name}", kernel=kernel, backend=None, capabilities=capabilities)
+        )
+
+
+def reasons(name: str, gpu: Gpu, *, grad: bool = False, **options: Any) -> str:
+    """Each reason against a plain call, changed by `options`; empty if it is accepted."""
+    shape = {"size": 64, "value_size": None, "queries": 128, "keys": 128, "dtype": torch.bfloat16, "page": None}
+    shape |= {key: options.pop(key) for key in list(options) if key in shape}
+    with FakeTensorMode():
+        make = {"dtype": shape["dtype"], "device": "cuda", "requires_grad": grad}
+        ends = [(shape["queries"], shape["size"]), (shape["keys"], shape["size"])]
+        ends.append((shape["keys"], shape["value_size"] or shape["size"]))
+        tensors = [torch.empty(2, 4, *end, **make) for end in ends]
+        if shape["page"]:
+            tensors = [torch.empty(8, 4, shape["size"], **make)]
+            tensors += [torch.empty(6, shape["page"], 4, shape["size"], **make)] * 2
+            options |= {name: torch.empty(3, dtype=torch.int32, device="cuda") for name in ("cu_seq_q", "cu_seq_k")}
+            options |= {"block_table": torch.empty(2, 3, dtype=torch.int32, device="cuda"), "max_q": 4, "max_k": 8}
+            options["causal_variant"] = LOWER_RIGHT
+        if options.get("attn_mask"):
+            options["attn_mask"] = torch.empty(128, 128, dtype=torch.bool, device="cuda")
+        if options.get("seqused_k"):
+            options["seqused_k"] = torch.empty(2, dtype=torch.int32, device="cuda")
+        if options.get("sinks"):
+            options["sinks"] = torch.empty(4, device="cuda", requires_grad=grad)
+    params = attnplug.SDPAParams(*tensors, **options)
+    return "; ".join(attnplug.can_use_impl(f"on.{name}", params, compute_capability=gpu).reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        ("flash_attn2", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("flash_attn3", [(9, 0)]),
+        ("flash_attn4", [(9, 0), (10, 0), (11, 0), (12, 0)]),
+        ("sage1", [(8, 0), (8, 6), (8, 9), (9, 0)]),
+        ("sage2", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)]),
+        ("xformers", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("flashinfer", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+    ],
+)
+def test_gpus(name: str, accepted: list[Gpu]) -> None:
+    gpus = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0)]
+    found = [gpu for gpu in gpus if not reasons(name, gpu)]
+    assert [gpu for gpu in found if gpu != (11, 0) or gpu in accepted] == accepted
+    assert "compute capability" in reasons(name, (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "call", "reason"),
+    [
+        ("flash_attn2", (9, 0), {"dtype": torch.float32}, "does not support float32"),
+        ("flash_attn2", (9, 0), {"size": 264}, "head size 264 is above 256"),
+        ("flash_attn2", (9, 0), {"value_size": 32}, "value head size other than the query's"),
+        ("flash_attn2", (9, 0), {"attn_mask": True}, "a boolean attn_mask"),
+        ("flash_attn2", (9, 0), {"is_causal": True, "keys": 64}, "upper-left alignment"),
+        ("flash_attn2", (9, 0), {"softcap": 5.0, "dropout": 0.1}, "softcap together with dropout"),
+        ("flash_attn2", (9, 0), {"page": 128}, "pages of a multiple of 256 keys, got 128"),
+        ("flash_attn2", (9, 0), {"page": 256, "grad": True}, "no backward with block_table"),
+        ("flash_attn2", (9, 0), {"seqused_k": True, "grad": True}, "no backward with seqused_k"),
+        ("flash_attn2", (8, 9), {"size": 256, "dropout": 0.1, "grad": True}, "no backward for head size 256"),
+        ("flash_attn3", (9, 0), {"dropout": 0.1}, "does not support dropout"),
+        ("flash_attn3", (9, 0), {"sinks": True}, "does not support sinks"),
+        ("flash_attn3", (9, 0), {"size": 128, "value_size": 64}, "head sizes 128 and 64 together"),
+        ("wheel", (9, 0), {"dtype": torch.float16}, "does not support float16"),
+        ("wheel", (9, 0), {"window_size": (5, 0)}, "does not support window_size"),
+        ("flash_attn4", (10, 0), {"size": 192}, "no kernel for head sizes 192 and 192"),
+        ("flash_attn4", (10, 0), {"size": 256, "softcap": 5.0}, "takes no softcap with head size 256"),
+        ("flash_attn4", (12, 0), {"page": 16}, "no paged keys on compute capability 12.x"),
+        ("flash_attn4", (12, 0), {"sinks": True, "grad": True}, "no backward with sinks"),
+        ("sage2", (10, 0), {}, "has kernels for compute capability 8.0, 8.6"),
+        ("sage2", (9, 0), {"attn_mask": True}, "a boolean attn_mask"),
+        ("sage2", (9, 0), {"is_causal": True, "keys": 64}, "upper-left alignment"),
+        ("sage2", (9, 0), {"grad": True}, "has no backward"),
+        ("sage2", (9, 0), {"size": 160}, "head size 160 is above 128"),
+        ("sage1", (9, 0), {"return_lse": True}, "does not support return_lse"),
+        ("xformers", (9, 0), {"dropout": 0.1}, "does not support dropout"),
+        ("xformers", (9, 0), {"softcap": 5.0}, "does not support softcap"),
+        ("flashinfer", (9, 0), {"size": 80}, "head size 80 is not one of 64, 128, 256"),
+        ("flashinfer", (9, 0), {"window_size": (5, 2)}, "only to the left of the diagonal"),
+        ("flashinfer", (9, 0), {"grad": True}, "has no backward"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_limits_are_reasons(name: str, gpu: Gpu, call: dict[str, Any], reason: str) -> None:
+    assert reason in reasons(name, gpu, **call)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "call"),
+    [
+        ("flash_attn2", (8, 0), {"size": 72, "grad": True, "dropout": 0.1}),
+        ("flash_attn2", (9, 0), {"is_causal": True, "keys": 64, "causal_variant": LOWER_RIGHT}),
+        ("flash_attn3", (9, 0), {"size": 192, "value_size": 128}),
+        ("flash_attn4", (10, 0), {"size": 192, "value_size": 128, "grad": True}),
+        ("flash_attn4", (9, 0), {"sinks": True, "window_size": (64, 0), "grad": True}),
+        ("xformers", (8, 0), {"attn_mask": True, "grad": True, "dtype": torch.float32}),
+        ("flashinfer", (9, 0), {"page": 16, "softcap": 30.0}),
+        ("sage2", (8, 9), {"is_causal": True, "return_lse": True}),
+    ],
+    ids=str,
+)
+def test_what_the_libraries_do_is_accepted(name: str, gpu: Gpu, call: dict[str, Any]) -> None:
+    assert reasons(name, gpu, **call) == ""
+
+
+def test_a_build_without_a_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {f"FLASHATTENTION_DISABLE_{part}": True for part in ("SOFTCAP", "BACKWARD", "LOCAL", "HDIM256")}
+    config = type(sys)("libraries.flash_attn3_config")
+    config.CONFIG = {"build_flags": flags}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, config.__name__, config)
+    assert "this build has no softcap" in reasons("flash_attn3", (9, 0), softcap=5.0)
+    assert "this build has no backward" in reasons("flash_attn3", (9, 0), grad=True)
+    assert "this build has no window_size" in reasons("flash_attn3", (9, 0), window_size=(5, 5))
+    assert "no head size above 192, got 256" in reasons("flash_attn3", (9, 0), size=256)
+    assert reasons("flash_attn3", (9, 0), is_causal=True) == ""
+
+
+def test_sage_attention_is_quantized_and_stays_behind() -> None:
+    specs_by_name = {spec.name: spec for spec in attnplug_adapters.attnplug_register_impls()}
+    assert [name for name, spec in specs_by_name.items() if spec.capabilities.quantized] == ["sage_attention"]
+
+
+def test_every_name_is_listed_with_what_would_bring_it() -> None:
+    records = {record.name: record for record in attnplug.list_impls()}
+    names = {spec.name for spec in attnplug_adapters.attnplug_register_impls()}
+    assert names == {
+        "flash_attn2",
+        "flash_attn3",
+        "flash_attn4",
+        "sage_attention",
+        "xformers",
+        "flashinfer",
+        "flex",
+        "hub",
+    }
+    for name in names & set(records):
+        record = records[name]
+        assert record.status != "broken"
+        if "not installed" in record.reason:
+            assert "pip install" in record.reason

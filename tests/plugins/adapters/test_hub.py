@@ -1,0 +1,138 @@
+"""Kernels of the Hub: pinned, asked for by name, behind the adapter of the library inside; nothing is downloaded."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+import attnplug
+from adapters_on_standins import on_cpu, standin
+
+attnplug_adapters = pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
+from attnplug_adapters import hub_pins  # noqa: E402
+from attnplug_adapters.hub_kernels import Hub  # noqa: E402
+from attnplug_adapters.hub_pins import Pinned, hub_spec  # noqa: E402
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+class FakeHub(types.ModuleType):
+    """The package `kernels`, with one repository in it."""
+
+    def __init__(self, library: types.ModuleType) -> None:
+        super().__init__("kernels")
+        self.library = library
+        self.asked: list[dict[str, Any]] = []
+
+    def get_kernel(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        version: int | None = None,
+        backend: str | None = None,
+        user_agent: str | None = None,
+        trust_remote_code: bool = False,
+        check_arch: bool = True,
+    ) -> types.ModuleType:
+        self.asked.append({"repo_id": repo_id, "revision": revision, "version": version, "trust": trust_remote_code})
+        package = types.ModuleType("flash_attn2_0123abc")
+        package.flash_attn_interface = self.library  # type: ignore[attr-defined]
+        return package
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    made = FakeHub(standin("flash_attn2"))
+    monkeypatch.setitem(sys.modules, "kernels", made)
+    for name, capabilities in hub_pins.CAPABILITIES.items():
+        monkeypatch.setitem(hub_pins.CAPABILITIES, name, on_cpu(capabilities))
+    return made
+
+
+def test_a_kernel_that_is_asked_for_is_an_implementation_like_any_other(fake_hub: FakeHub) -> None:
+    name = attnplug_adapters.hub("kernels-community/flash-attn2", version=1)
+    assert name == "hub.flash-attn2" and name in attnplug.list_flash_attention_impls()
+    assert fake_hub.asked == [
+        {"repo_id": "kernels-community/flash-attn2", "revision": None, "version": 1, "trust": False}
+    ]
+    query, key = torch.randn(1, 2, 5, 16).half(), torch.randn(1, 2, 9, 16).half()
+    options = {"is_causal": True, "causal_variant": attnplug.CausalVariant.LOWER_RIGHT}
+    found = attnplug.scaled_dot_product_attention(query, key, key, **options, impl=name)
+    expected = attnplug.scaled_dot_product_attention(query, key, key, **options, impl="math_ref")
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_several_kernels_may_be_there_at_once(fake_hub: FakeHub) -> None:
+    first = attnplug_adapters.hub("kernels-community/flash-attn2", version=1)
+    second = attnplug_adapters.hub("mine/flash-attn2", revision=COMMIT, name="mine", trust_remote_code=True)
+    assert {first, second} <= set(attnplug.list_flash_attention_impls())
+    assert fake_hub.asked[1] == {"repo_id": "mine/flash-attn2", "revision": COMMIT, "version": None, "trust": True}
+
+
+@pytest.mark.parametrize(
+    ("repository", "pin", "message"),
+    [
+        ("kernels-community/flash-attn2", {}, "give one of them"),
+        ("kernels-community/flash-attn2", {"version": 1, "revision": COMMIT}, "give one of them"),
+        ("kernels-community/flash-attn2", {"revision": "main"}, "40 hexadecimal digits"),
+        ("kernels-community/relu", {"version": 1}, "expected owner/name with the name one of flash-attn2"),
+        ("flash-attn2", {"version": 1}, "expected owner/name"),
+    ],
+)
+def test_code_that_is_not_pinned_is_not_even_downloaded(
+    fake_hub: FakeHub, repository: str, pin: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attnplug_adapters.hub(repository, **pin)
+    assert fake_hub.asked == []
+
+
+def test_a_kernel_with_other_functions_is_refused(fake_hub: FakeHub) -> None:
+    fake_hub.library = types.ModuleType("flash_attn_interface")
+    with pytest.raises(attnplug.PluginError, match="kernels-community/flash-attn2: flash_attn_interface has no _flash"):
+        attnplug_adapters.hub("kernels-community/flash-attn2", version=1)
+
+
+def test_without_the_package_the_error_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install kernels"):
+        attnplug_adapters.hub("kernels-community/flash-attn2", version=1)
+
+
+class TestEnvironment:
+    def test_nothing_is_downloaded_unless_it_is_asked_for(
+        self, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("ATTNPLUG_HUB", raising=False)
+        assert "no kernel was asked for: set ATTNPLUG_HUB=" in str(Hub().unavailable())
+        assert fake_hub.asked == []
+
+    @pytest.mark.parametrize(("pin", "version", "revision"), [("3", 3, None), (COMMIT, None, COMMIT)])
+    def test_the_variable_names_repository_and_pin(
+        self, monkeypatch: pytest.MonkeyPatch, pin: str, version: int | None, revision: str | None
+    ) -> None:
+        monkeypatch.setenv("ATTNPLUG_HUB", f"kernels-community/flash-attn3@{pin}")
+        assert Pinned.from_environment() == Pinned("kernels-community/flash-attn3", version, revision)
+        assert hub_spec().capabilities == hub_pins.CAPABILITIES["flash-attn3"]
+
+    def test_the_kernel_is_downloaded_when_it_is_first_asked(
+        self, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ATTNPLUG_HUB", "kernels-community/flash-attn2@2")
+        kernel = Hub()
+        assert fake_hub.asked == []
+        assert not kernel.unavailable() and len(fake_hub.asked) == 1
+        assert not kernel.unavailable() and len(fake_hub.asked) == 1
+
+    @pytest.mark.parametrize("value", ["kernels-community/flash-attn2", "kernels-community/flash-attn2@main", "x@1"])
+    def test_a_value_that_means_nothing_is_a_reason_that_names_the_variable(
+        self, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, value: str
+    ) -> None:
+        monkeypatch.setenv("ATTNPLUG_HUB", value)
+        assert str(Hub().unavailable()).startswith("ATTNPLUG_HUB: ")
+        assert fake_hub.asked == []

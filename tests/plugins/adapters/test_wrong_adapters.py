@@ -1,0 +1,201 @@
+"""Adapters with one wrong conversion each: the kit catches every one, so what it passes has none of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from attnplug import Feature
+from attnplug.testing import check_impl
+
+pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
+from adapters_on_standins import register, standin
+from attnplug_adapters import convert, flash_attn4, specs
+from attnplug_adapters.flash_attn2 import FlashAttn2
+from attnplug_adapters.flash_attn4 import FlashAttn4
+from attnplug_adapters.flashinfer import FlashInfer
+from attnplug_adapters.sage_attention import SageAttention
+from attnplug_adapters.xformers import XFormers
+
+LIBRARIES: dict[type, tuple[str, Any, str]] = {
+    FlashAttn2: ("flash_attn2", specs.FLASH_ATTN2, "float16"),
+    FlashAttn4: ("flash_attn4", specs.FLASH_ATTN4, "float16"),
+    FlashInfer: ("flashinfer", specs.FLASHINFER, "float16"),
+    XFormers: ("xformers", specs.XFORMERS, "float32"),
+    SageAttention: ("sage2", specs.SAGE_ATTENTION, "float16"),
+}
+
+
+def same(tensor: Any, *_: Any, **__: Any) -> Any:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One wrong conversion, and a check that must see it.
+
+    Attributes:
+        name: what is wrong.
+        adapter: which one.
+        check: the check of the kit that fails.
+        place: a module or class, and the name in it that is replaced, by `wrong`.
+        declares: a feature that is promised in vain.
+    """
+
+    name: str
+    adapter: type
+    check: str
+    place: tuple[Any, str] | None = None
+    wrong: Callable[..., Any] | None = None
+    declares: Feature | None = None
+    library: str = ""
+
+
+def forgetting_the_sign(params: Any) -> Any:
+    return RIGHT_SCALE(params)[0], 1
+
+
+def mirrored(params: Any) -> Any:
+    left, right = RIGHT_BAND(params)
+    return right, left
+
+
+def open_to_the_right(params: Any) -> Any:
+    return params.window_size
+
+
+def heads_modulo(tensor: Any, heads: int, dim: int = 2) -> Any:
+    return tensor if heads == tensor.shape[dim] else torch.cat([tensor] * (heads // tensor.shape[dim]), dim)
+
+
+def without(name: str) -> Callable[..., Any]:
+    """A forward that drops an argument of the call."""
+
+    def forward(self: Any, params: Any) -> Any:
+        neutral = {"softcap": 0.0, "alibi_slopes": None, "sinks": None, "seqused_k": None, "scale": 1.0}
+        return RIGHT_FORWARD[type(self)](self, replace(params, **{name: neutral[name]}))
+
+    return forward
+
+
+def without_lse_gradient(self: Any, params: Any, grad_out: Any, grad_lse: Any, *saved: Any) -> Any:
+    return RIGHT_BACKWARD(self, params, grad_out, None, *saved)
+
+
+def passing_the_mask(self: Any, params: Any) -> Any:
+    return self.library.sageattn(params.query, params.key, params.value, attn_mask=params.attn_mask), None
+
+
+def on_the_callers_keys(self: Any, params: Any) -> Any:
+    query, key, value = (convert.aligned(tensor) for tensor in (params.query, params.key, params.value))
+    return self.library.sageattn(query, key, value, is_causal=params.is_causal, sm_scale=params.scale), None
+
+
+def with_upper_left_masks(self: Any, params: Any) -> Any:
+    masks = self.library.fmha.attn_bias
+    return masks.LowerTriangularMask() if params.is_causal else RIGHT_BIAS(self, params)
+
+
+RIGHT_SCALE, RIGHT_BAND = convert.positive_scale, convert.band
+RIGHT_FORWARD = {adapter: adapter.forward for adapter in LIBRARIES}  # type: ignore[attr-defined]
+RIGHT_BACKWARD, RIGHT_BIAS = FlashAttn4.backward, XFormers._bias
+
+MISTAKES = [
+    Mistake("BHSD for BSHD", FlashAttn2, "check_batches_and_heads", (convert, "heads_behind"), same),
+    Mistake("a scale below 0 as it is", FlashAttn2, "check_scale", (convert, "positive_scale"), lambda p: (p, 1)),
+    Mistake(
+        "the sign of the scale not in the gradient",
+        FlashAttn2,
+        "check_scale",
+        (convert, "positive_scale"),
+        forgetting_the_sign,
+    ),
+    Mistake(
+        "an lse of plus infinity",
+        FlashAttn2,
+        "check_varlen_empty_sequences",
+        (convert, "blind_as_minus_infinity"),
+        same,
+    ),
+    Mistake(
+        "minus infinity to the backward",
+        FlashAttn2,
+        "check_rows_before_the_first_key",
+        (convert, "blind_as_infinity"),
+        same,
+    ),
+    Mistake("head sizes not padded", FlashAttn2, "check_head_sizes", (convert, "padded"), same),
+    Mistake("padding not taken away", FlashAttn2, "check_head_sizes", (convert, "first"), same),
+    Mistake("memory as it lies", FlashAttn2, "check_misaligned_inputs", (convert, "aligned"), same),
+    Mistake("window sides exchanged", FlashAttn2, "check_window", (convert, "band"), mirrored),
+    Mistake("a causal window open to the right", XFormers, "check_causal_window", (convert, "band"), open_to_the_right),
+    Mistake("softcap swallowed", FlashAttn2, "check_softcap", (FlashAttn2, "forward"), without("softcap")),
+    Mistake("slopes swallowed", FlashAttn2, "check_alibi", (FlashAttn2, "forward"), without("alibi_slopes")),
+    Mistake("scale swallowed", FlashAttn2, "check_scale", (FlashAttn2, "forward"), without("scale")),
+    Mistake("lower right taken for upper left", FlashAttn2, "check_causal_upper_left", declares=Feature.UPPER_LEFT),
+    Mistake("-1 for an open window", FlashAttn4, "check_window", (flash_attn4, "_open_as_none"), same),
+    Mistake("sinks swallowed", FlashAttn4, "check_sinks", (FlashAttn4, "forward"), without("sinks")),
+    Mistake(
+        "the gradient of lse dropped", FlashAttn4, "check_lse_gradient", (FlashAttn4, "backward"), without_lse_gradient
+    ),
+    Mistake("base 2 taken for e", FlashInfer, "check_lse", (convert, "natural"), same),
+    Mistake(
+        "rows without keys left as they are",
+        FlashInfer,
+        "check_varlen_empty_sequences",
+        (convert, "cleared"),
+        lambda p, out, lse: (out, lse),
+    ),
+    Mistake("only used keys not told", FlashInfer, "check_seqused_k", (FlashInfer, "forward"), without("seqused_k")),
+    Mistake(
+        "upper left taken for lower right",
+        XFormers,
+        "check_causal_lower_right",
+        (XFormers, "_bias"),
+        with_upper_left_masks,
+    ),
+    Mistake("head h reads head h % Hkv", XFormers, "check_gqa", (convert, "spread_heads"), heads_modulo),
+    Mistake("gradients of a group not summed", XFormers, "check_gqa_gradients", (convert, "sum_heads"), same),
+    Mistake("the padding of lse not taken away", XFormers, "check_lse", (convert, "first"), same),
+    Mistake(
+        "a mask that the library ignores",
+        SageAttention,
+        "check_boolean_mask",
+        (SageAttention, "forward"),
+        passing_the_mask,
+        Feature.BOOLEAN_MASK,
+    ),
+    Mistake(
+        "unequal lengths under a causal mask", SageAttention, "check_causal_lower_right", declares=Feature.LOWER_RIGHT
+    ),
+    Mistake(
+        "keys changed in place",
+        SageAttention,
+        "check_inputs_are_unchanged",
+        (SageAttention, "forward"),
+        on_the_callers_keys,
+        library="sage1",
+    ),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_the_kit_catches_it(monkeypatch: pytest.MonkeyPatch, mistake: Mistake) -> None:
+    library, capabilities, dtype = LIBRARIES[mistake.adapter]
+    if mistake.library:
+        library, capabilities = mistake.library, replace(specs.SAGE_ATTENTION1, head_sizes=(64,), alternatives=())
+    if mistake.declares is not None:
+        promised = frozenset(capabilities.features) | {mistake.declares}
+        capabilities = replace(capabilities, features=promised, alternatives=())
+    elif not mistake.library:  # it is the mistake that the check sees, and nothing else
+        register(mistake.adapter(standin(library)), capabilities, "right")
+        assert check_impl("right", device="cpu", dtype=dtype, checks=[mistake.check]).passed
+    if mistake.place is not None:
+        monkeypatch.setattr(*mistake.place, mistake.wrong)
+    register(mistake.adapter(standin(library)), capabilities)
+    (result,) = check_impl("emulated", device="cpu", dtype=dtype, checks=[mistake.check]).results
+    assert result.status == "failed", result
