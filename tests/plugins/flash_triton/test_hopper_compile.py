@@ -1,9 +1,8 @@
 """Every configuration of forward that is shipped for Hopper compiles without a GPU, and overlaps as it should.
 
-The machine code is looked at: no round spills (with the release of Triton that the tiles were measured with, nothing
-does; a later one spills up to 28 registers before a tile's first round), products run on the asynchronous tensor cores,
-and the exponentials of a round stand between the wait for its scores and the one for its output, where ptxas would not
-leave them by itself.
+The machine code is looked at: no round spills (a few registers may, once for each tile of queries), products run on the
+asynchronous tensor cores, and the exponentials of a round stand between the wait for its scores and the one for its
+output, where ptxas would not leave them by itself.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from attnplug_flash_triton import config, cost, impl  # noqa: E402
+from attnplug_flash_triton import cost, impl  # noqa: E402
 from attnplug_flash_triton.hopper import outputs  # noqa: E402
 from attnplug_flash_triton.problem import Machine  # noqa: E402
 from hopper_gradients import call  # noqa: E402
 
-MEASURED_WITH = "3.6"
+BEFORE_ROUNDS = 128
+"""Bytes of one thread that may be spilled where it costs next to nothing."""
 HOPPER = Machine("sm_90", 132)
 CALLS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -83,7 +83,7 @@ def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.Ca
     with capsys.disabled():
         sys.stderr.write(f"\nsm_90 forward {size} {name}: {found}\n")
     assert not cost.does_not_fit(found, "sm_90")
-    assert not found.spilled or config.release() != MEASURED_WITH
+    assert found.spilled <= BEFORE_ROUNDS
 
     code = machine_code(cost.compiled(launch, tensors, "sm_90"))
     assert not [line for line in code if re.search(r"\bHMMA\b", line)]
