@@ -7,6 +7,7 @@ is replaced, so that what is timed is all that Python does, from attnplug's call
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ def finished() -> Iterator[None]:
 
 def stubbed(turns: int) -> Iterator[Result]:
     driver.set_active(Stub())
+    os.environ["FLASH_TRITON_HOPPER"] = "0"  # tensor maps, which those kernels take, only a driver can make
     impl.machine_of = lambda device: HOPPER  # CPU tensors, launched as if they were on the GPU
     kernel = SimpleNamespace(forward=impl.forward, backward=impl.backward)
     attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=Capabilities()))

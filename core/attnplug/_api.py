@@ -173,6 +173,7 @@ def scaled_dot_product_attention(
         and (enable_gqa is False or enable_gqa is True)
         and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
+        and (query.is_cpu or _are_aligned(query, key, value))
     ):
         try:
             if scale is None and not enable_gqa:
@@ -182,7 +183,7 @@ def scaled_dot_product_attention(
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise
-    compiling = is_compiling()
+    compiling, plan, facts = is_compiling(), None, None
     if not compiling:
         if type(query) not in _PLAIN and is_symbolic(query):
             return handle_torch_function(
@@ -209,7 +210,7 @@ def scaled_dot_product_attention(
             impl = replayed(impl)
         if any_autocast() and (dtype := autocast_dtype(query)) is not None:
             query, key, value, attn_mask = (cast(tensor, dtype) for tensor in (query, key, value, attn_mask))
-        # The kept route: the facts of this call are those of one before it, and the kernel needs no record.
+        # The kept route: the facts of this call are those of one before it. Some kernels need no record of the call.
         if plain and attn_mask is None and (return_lse is False or return_lse is True):
             try:
                 facts = facts_of(query, key, value, None, dropout_p, is_causal, scale, enable_gqa, return_lse)
@@ -243,7 +244,12 @@ def scaled_dot_product_attention(
             "alibi_slopes": alibi_slopes,
             "seqused_k": seqused_k,
         }
-    out, lse = traced.dense(SDPAParams(**fields), impl) if compiling else eager.dense(eager.params_of(fields), impl)
+    if compiling:
+        out, lse = traced.dense(SDPAParams(**fields), impl)
+    else:
+        params = eager.params_of(fields)
+        found = eager.kept(plan, facts, params, impl) if plan is not None and facts is not None else None
+        out, lse = found or eager.dense(params, impl)
     return (out, lse) if return_lse else out
 
 
@@ -419,6 +425,11 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
         and mask.dim() > 1
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
+
+
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Whether tensors start where CUDA kernels can load 16 bytes at once: PyTorch's fault at others."""
+    return all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
 
 
 def is_symbolic(query: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -64,7 +65,8 @@ class Compiled:
     @property
     def operations(self) -> list[str]:
         nodes = self._counter.graphs[-1].graph.nodes
-        return [str(node.target) for node in nodes if node.op == "call_function" and "getitem" not in str(node.target)]
+        targets = [node.target for node in nodes if node.op == "call_function" and "getitem" not in str(node.target)]
+        return [target.__name__ if inspect.isbuiltin(target) else str(target) for target in targets]
 
 
 def tensors(requires_grad: bool = False) -> list[Tensor]:
@@ -80,8 +82,8 @@ def call(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
     [
         (None, "scaled_dot_product_attention"),
         ("torch", "scaled_dot_product_attention"),
-        ("aten_flash", "aten._scaled_dot_product_flash_attention_for_cpu.default"),
-        ("aten_math", "aten._scaled_dot_product_attention_math.default"),
+        ("aten_flash", "_scaled_dot_product_flash_attention_for_cpu"),
+        ("aten_math", "_scaled_dot_product_attention_math"),
         ("opaque", "attnplug.opaque"),
     ],
 )
@@ -103,15 +105,15 @@ def test_a_scope_inside_the_function_is_traced(enum: Any) -> None:
     compiled, inputs = Compiled(function), tensors()
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
     assert [name.split("_for_cpu")[0] for name in compiled.operations[:2]] == [
-        "aten._scaled_dot_product_attention_math.default",
-        "aten._scaled_dot_product_flash_attention",
+        "_scaled_dot_product_attention_math",
+        "_scaled_dot_product_flash_attention",
     ]
 
 
 def test_a_decorated_function_is_traced() -> None:
     compiled = Compiled(attnplug.sdpa_kernel("aten_math")(call))
     compiled(*tensors())
-    assert compiled.operations == ["aten._scaled_dot_product_attention_math.default"]
+    assert compiled.operations == ["_scaled_dot_product_attention_math"]
 
 
 def test_a_change_of_scope_is_seen_and_coming_back_compiles_nothing() -> None:

@@ -247,11 +247,12 @@ def raises(params: Any) -> Any:
 def test_supports_that_fails_is_a_refusal_with_its_reason(register: Any, supports: Any, reason: str) -> None:
     register("wrong", SimpleNamespace(forward=formula, composite=True, supports=supports), priority=2000)
     tensors = inputs()
-    with attnplug.record() as calls:
-        attnplug.scaled_dot_product_attention(*tensors, softcap=2.0)
+    with attnplug.sdpa_kernel(["wrong", "sound"], set_priority=True):
+        with attnplug.record() as calls:
+            attnplug.scaled_dot_product_attention(*tensors, softcap=2.0)
+        explanation = attnplug.explain(*tensors, softcap=2.0)
     assert calls[0].impl == "sound"
     assert any(reason in why for why in calls[0].passed_over["wrong"])
-    explanation = attnplug.explain(*tensors, softcap=2.0)
     assert explanation.chosen == "sound" and reason in str(explanation)
     with pytest.raises(attnplug.NoImplementationError, match=reason):
         attnplug.scaled_dot_product_attention(*tensors, impl="wrong")
@@ -268,7 +269,8 @@ def test_what_is_unavailable_here_cannot_be_activated_and_declines_every_call(re
             attnplug.scaled_dot_product_attention(*inputs(), impl="wrong")
     (record,) = (record for record in attnplug.list_impls() if record.name == "wrong")
     assert (record.status, record.reason) == ("unavailable", "needs another compiler")
-    assert attnplug.explain(*inputs(), softcap=2.0).chosen == "sound"
+    with attnplug.sdpa_kernel(["wrong", "sound"], set_priority=True):
+        assert attnplug.explain(*inputs(), softcap=2.0).chosen == "sound"
 
 
 def test_a_feature_that_this_machines_libraries_lack_declines_the_calls_that_ask_for_it(register: Any) -> None:

@@ -16,7 +16,7 @@ from attnplug._call.autocast import any_autocast, autocasted, no_autocast
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._call.validate_varlen import check_lengths
-from attnplug._dispatch.plans import Plan, Result, find, make
+from attnplug._dispatch.plans import BY_LAYOUT, Plan, Result, find, make
 from attnplug._selection.state import start
 from attnplug._types import SDPAParams
 
@@ -29,6 +29,17 @@ def params_of(fields: dict[str, Any]) -> SDPAParams:
     params = object.__new__(SDPAParams)
     object.__setattr__(params, "__dict__", fields)
     return params
+
+
+def kept(plan: Any, facts: CallFacts, params: SDPAParams, impl: str | None) -> Result | None:
+    """Run a call of whose facts `plan` is what is kept; None if that does not decide it."""
+    if plan is BY_LAYOUT:
+        plan = find(impl, facts, params)
+    if plan is None:
+        return None
+    if params.scale is None:
+        params.__dict__["scale"] = plan.scale
+    return plan.run(params)  # type: ignore[no-any-return]
 
 
 def dense(params: SDPAParams, impl: str | None) -> Result:

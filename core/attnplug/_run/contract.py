@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplug._call.autocast import no_autocast
+from attnplug._call.autocast import any_autocast, no_autocast
 from attnplug._errors import GradientError, KernelError
 from attnplug._registry.registry import BUILTIN, Entry
 from attnplug._types import Feature, SDPAParams
@@ -113,7 +113,10 @@ class KernelCall:
 
 def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
     """Run a kernel's forward, without autocast, and check what it returns; built-in ones are taken at their word."""
-    with no_autocast(params.query):
+    if any_autocast():
+        with no_autocast(params.query):
+            returned = entry.kernel.forward(params)
+    else:
         returned = entry.kernel.forward(params)
     if entry.distribution != BUILTIN:
         check_outputs(entry.name, params, returned)
