@@ -378,7 +378,7 @@ def varlen_attn(
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it. Values of `cu_seq_*`,
-            `seqused_k` and `block_table` are checked where that needs no synchronisation with a card.
+            `seqused_k` and `block_table` are checked where that needs no synchronisation with a GPU.
         NoImplementationError: nothing that is allowed supports the call.
         UnknownImplementationError: `impl` names no implementation.
 
@@ -433,5 +433,5 @@ def _are_aligned(*tensors: Tensor) -> bool:
 
 
 def is_symbolic(query: Any) -> bool:
-    """Whether this is no tensor but answers like one: a value of `torch.fx.symbolic_trace`."""
+    """Whether this is not a tensor but answers like one: a value of `torch.fx.symbolic_trace`."""
     return type(query) not in _PLAIN and not isinstance(query, Tensor) and hasattr(type(query), "__torch_function__")

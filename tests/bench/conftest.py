@@ -76,12 +76,12 @@ def report(cases: list[bench.Case]) -> bench.Report:
     """Three cases, PyTorch's two kernels, one that is wrong and one that declines."""
     specs = [
         ImplSpec(name="all_zeros", kernel=kernel(zeros), backend=None, capabilities=Capabilities(features=FEATURES)),
-        ImplSpec(name="on_cards", kernel=zeros, backend=None, capabilities=Capabilities(devices=("cuda",))),
+        ImplSpec(name="on_gpus", kernel=zeros, backend=None, capabilities=Capabilities(devices=("cuda",))),
     ]
     for spec in specs:
         attnplug.register_impl(spec)
     try:
-        return bench.run(cases, ["torch", "aten_math", "all_zeros", "on_cards"], seconds=0.005)
+        return bench.run(cases, ["torch", "aten_math", "all_zeros", "on_gpus"], seconds=0.005)
     finally:
         for spec in specs:
             attnplug.unregister_impl(spec.name)

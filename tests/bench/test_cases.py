@@ -83,7 +83,7 @@ def test_bytes_are_each_tensor_once():
         ({"window": 3}, "window: expected two numbers from -1 on, such as [256, 0], got 3"),
         ({"window": (-2, 0)}, "window: expected two numbers"),
         ({"dtype": "int8"}, "dtype: expected one of 'float16'"),
-        ({"device": "abacus"}, "device: 'abacus' is none; examples: cpu, cuda"),
+        ({"device": "abacus"}, "device: 'abacus' is not a device; examples: cpu, cuda"),
         ({"name": 3}, "name: expected text, got 3"),
     ],
 )

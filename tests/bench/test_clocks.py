@@ -106,18 +106,18 @@ def test_on_a_gpu_a_time_is_that_of_the_work_without_its_launch(register):
 
 
 @pytest.mark.gpu
-def test_on_a_card_a_run_has_times_memory_and_right_results():
-    cases = [case.shrunk() for case in bench.case_set("card", device="cuda")]
+def test_on_a_gpu_a_run_has_times_memory_and_right_results():
+    cases = [case.shrunk() for case in bench.case_set("gpu", device="cuda")]
     report = bench.run(cases, ["torch", "aten_flash", "aten_math"], seconds=0.01)
     assert not report.wrong
     for record in report:
         if record.status == "ran":
             assert 0 < record.forward.median < 1 and 0 < record.forward_cold.median < 1 and record.memory > 0
-    assert report.environment["cards"][0]["name"] == torch.cuda.get_device_name()
+    assert report.environment["gpus"][0]["name"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.gpu
-def test_on_a_card_memory_that_runs_out_is_a_row_and_the_others_go_on():
+def test_on_a_gpu_memory_that_runs_out_is_a_row_and_the_others_go_on():
     huge = bench.Case(batch=2**20, heads=2**10, queries=2**10, device="cuda", dtype="float16")
     small = bench.Case(queries=64, device="cuda", dtype="float16")
     report = bench.run([huge, small], ["torch"], seconds=0.01)

@@ -73,7 +73,7 @@ def test_where_nothing_runs_the_status_is_1_and_each_reason_is_said(small, regis
     [
         (["--set", "nope"], "set: there is no 'nope'"),
         (["--cases", "none.yaml"], "none.yaml: cannot be read"),
-        (["--device", "abacus"], "device: 'abacus' is none"),
+        (["--device", "abacus"], "device: 'abacus' is not a device"),
         (["--device", "cuda:99", "-o", "{device}.json"], "device: 'cuda:99' is not on this machine"),
         (["--impl", "torhc"], "unknown implementation 'torhc'; did you mean 'torch'?"),
         (["--baseline", "torhc"], "baseline: unknown implementation 'torhc'"),

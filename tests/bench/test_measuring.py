@@ -28,7 +28,7 @@ def only(impl: str, *cases: Case, **settings) -> list[Record]:
 
 def test_there_is_a_record_for_each_case_and_implementation_in_order(report, cases):
     assert [(record.case, record.impl) for record in report] == [
-        (case, impl) for case in cases for impl in ("torch", "aten_math", "all_zeros", "on_cards")
+        (case, impl) for case in cases for impl in ("torch", "aten_math", "all_zeros", "on_gpus")
     ]
 
 
@@ -133,7 +133,7 @@ def test_samples_of_a_large_case_find_a_wrong_last_row_of_the_first_and_the_last
 
 
 def test_who_declines_is_a_record_with_each_reason(report):
-    declined = [record for record in report if record.impl == "on_cards"]
+    declined = [record for record in report if record.impl == "on_gpus"]
     assert {record.status for record in declined} == {"declined"}
     assert {record.reason for record in declined} == {"runs on cuda; the call is on cpu"}
 

@@ -65,7 +65,7 @@ def test_the_numbers_in_a_browser_are_those_of_the_json(report, tmp_path):
         rates = [float(rate) for rate in row["TFLOP/s"].split(" / ")]
         expected = [record[name] for name in ("forward_tflops", "backward_tflops") if record[name] is not None]
         assert rates == pytest.approx(expected, rel=6e-3)
-    assert "on_cards, declined: all" in document and "runs on cuda; the call is on cpu" in document
+    assert "on_gpus, declined: all" in document and "runs on cuda; the call is on cpu" in document
 
 
 @pytest.mark.parametrize("header", ["forward", "memory", "ratio"])

@@ -67,7 +67,7 @@ def test_text_has_a_line_for_each_that_ran_and_says_who_did_not(report):
         ]
         assert ("WRONG" in line) == (record.correct is False)
         assert ("fastest" in line) == record.fastest
-    assert "on_cards declined: all: runs on cuda; the call is on cpu" in text
+    assert "on_gpus declined: all: runs on cuda; the call is on cpu" in text
     assert "WRONG results: all_zeros in 3." in text
     assert report.environment["cpu"] in text
 
@@ -76,8 +76,8 @@ def test_text_has_a_line_for_each_that_ran_and_says_who_did_not(report):
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "is no report of attnplug bench"),
-        ("{}", "is no report of attnplug bench"),
+        ("[]", "is not a report of attnplug bench"),
+        ("{}", "is not a report of attnplug bench"),
         ('{"format": 99}', "has format 99; this attnplug reads 1"),
         ('{"format": 1}', "is a damaged report: KeyError"),
     ],

@@ -295,22 +295,22 @@ def test_the_last_dimension_may_be_strided(impl: str | None) -> None:
     torch.testing.assert_close(out.double(), torch.from_numpy(attention(query, key, value)[0]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("card", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("gpu", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize(("size", "dropout"), [(192, 0.1), (200, 0.0), (224, 0.1), (256, 0.0), (256, 0.1)])
-def test_flash_declines_the_backward_that_small_cards_do_not_have(
-    card: tuple[int, int], size: int, dropout: float
+def test_flash_declines_the_backward_that_small_gpus_do_not_have(
+    gpu: tuple[int, int], size: int, dropout: float
 ) -> None:
     with FakeTensorMode():
         query = torch.empty(1, 2, 16, size, dtype=torch.float16, device="cuda", requires_grad=True)
     params = attnplug.SDPAParams(query, query, query, dropout=dropout)
-    small = card in ((8, 6), (8, 9), (12, 0))
+    small = gpu in ((8, 6), (8, 9), (12, 0))
     lacks = small and (192 < size <= 224 or (size == 256 and dropout > 0))
-    verdict = attnplug.can_use_impl("aten_flash", params, compute_capability=card)
+    verdict = attnplug.can_use_impl("aten_flash", params, compute_capability=gpu)
     assert verdict.accepted != lacks
     if lacks:
         assert verdict.reasons[0].startswith(f"has no backward for head size {size}")
     with torch.no_grad():
-        assert attnplug.can_use_impl("aten_flash", params, compute_capability=card)
+        assert attnplug.can_use_impl("aten_flash", params, compute_capability=gpu)
 
 
 @pytest.mark.parametrize("impl", ["aten_flash", "aten_math"])

@@ -117,10 +117,10 @@ def test_nothing_runs_and_nothing_is_allocated(cli, register):
 
 def test_a_device_that_is_not_here_can_be_asked_about(cli, register):
     register(name="on_cpu", capabilities=Capabilities(devices=("cpu",)))
-    register(name="on_card", capabilities=Capabilities(devices=("cuda",)))
-    options = words("--device cuda:1 --dtype bfloat16 --scope on_cpu,on_card --json")
+    register(name="on_gpu", capabilities=Capabilities(devices=("cuda",)))
+    options = words("--device cuda:1 --dtype bfloat16 --scope on_cpu,on_gpu --json")
     done = cli("explain", *options)
-    assert done.data["chosen"] == "on_card"
+    assert done.data["chosen"] == "on_gpu"
     assert verdict(done.data, "on_cpu")["reasons"] == ["runs on cpu; the call is on cuda"]
 
 
@@ -131,7 +131,7 @@ def test_an_architecture_that_is_not_here_is_a_reason(cli, register):
     assert "needs compute capability 99.0" in verdict(done.data, "future")["reasons"][0]
 
 
-def test_a_card_that_is_not_here_can_be_asked_about(cli, register):
+def test_a_gpu_that_is_not_here_can_be_asked_about(cli, register):
     register(name="hopper", capabilities=Capabilities(devices=("cuda",), compute_capability=(9, 0)))
     options = words("--device cuda --dtype bfloat16 --impl hopper --json")
     assert cli("explain", *options, "--capability", "9.0").data["chosen"] == "hopper"
@@ -140,9 +140,9 @@ def test_a_card_that_is_not_here_can_be_asked_about(cli, register):
     assert verdict(done.data, "hopper")["reasons"] == ["needs compute capability 9.0 or later, found 8.9"]
 
 
-@pytest.mark.parametrize("card", ["7.5", "8.0", "9.0", "10.0", "12.0"])
-def test_every_implementation_answers_for_a_card_that_is_not_here(cli, card):
-    data = cli("explain", *words(f"--device cuda --dtype float16 --capability {card} --grad --causal --json")).data
+@pytest.mark.parametrize("gpu", ["7.5", "8.0", "9.0", "10.0", "12.0"])
+def test_every_implementation_answers_for_a_gpu_that_is_not_here(cli, gpu):
+    data = cli("explain", *words(f"--device cuda --dtype float16 --capability {gpu} --grad --causal --json")).data
     assert data["chosen"] == "torch"
     assert {candidate["name"] for candidate in data["candidates"]} == set(attnplug.list_flash_attention_impls())
     said = str([candidate["reasons"] for candidate in data["candidates"]])
@@ -197,11 +197,11 @@ def test_an_unknown_name_is_a_usage_error_with_the_closest(cli, option):
         ("--window -2,0", "window_size: expected sides of -1"),
         ("--dropout 2", "dropout_p: expected a probability"),
         ("--dtype int8", "--dtype: invalid choice"),
-        ("--device toaster", "--device: 'toaster' is no device of PyTorch"),
-        ("--capability 9.0", "--capability: is that of an NVIDIA card, and --device is cpu; add --device cuda"),
+        ("--device toaster", "--device: 'toaster' is not a device of PyTorch"),
+        ("--capability 9.0", "--capability: is that of an NVIDIA GPU, and --device is cpu; add --device cuda"),
         ("--capability 90 --device cuda", "--capability: expected a compute capability such as 9.0"),
         ("--capability sm_90 --device cuda", "--capability: expected a compute capability such as 9.0"),
-        ("--capability 0.3 --device cuda", "compute_capability: no card has 0.3"),
+        ("--capability 0.3 --device cuda", "compute_capability: no GPU has 0.3"),
         ("--set-priority", "--set-priority: is about the order of --scope"),
         ("--paged 16", "--paged: needs --varlen"),
         (f"{PACKED} --paged 0", "--paged: expected a number above 0"),

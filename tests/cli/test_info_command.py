@@ -103,18 +103,18 @@ def test_a_reason_does_not_show_the_home_directory(cli, register, tmp_path, monk
     assert reason == "OSError: no such driver (in ~/kernel_that_fails.py, line 1)"
 
 
-def test_cards_are_listed_with_capability_and_memory(cli, monkeypatch):
-    card = SimpleNamespace(name="NVIDIA Example", major=9, minor=0, total_memory=80 * 2**30)
+def test_gpus_are_listed_with_capability_and_memory(cli, monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA Example", major=9, minor=0, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     expected = {"name": "NVIDIA Example", "compute capability": "9.0", "memory": "80.0 GiB"}
-    assert cli("info", "--json").data["cards"] == [expected, expected]
+    assert cli("info", "--json").data["gpus"] == [expected, expected]
     assert "name NVIDIA Example, compute capability 9.0, memory 80.0 GiB" in cli("info").out
 
 
-def test_cards_that_fail_are_reported_and_the_rest_still_comes(cli, monkeypatch):
+def test_gpus_that_fail_are_reported_and_the_rest_still_comes(cli, monkeypatch):
     def fail():
         raise RuntimeError("the driver is too old")
 
@@ -122,7 +122,7 @@ def test_cards_that_fail_are_reported_and_the_rest_still_comes(cli, monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", fail)
     done = cli("info", "--json")
     assert done.status == 0 and done.data["versions"]["torch"] == torch.__version__
-    assert done.data["cards"] == [{"name": "failed: RuntimeError: the driver is too old"}]
+    assert done.data["gpus"] == [{"name": "failed: RuntimeError: the driver is too old"}]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="writes a shell script")

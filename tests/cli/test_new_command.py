@@ -160,8 +160,8 @@ def test_triton_on_the_cpu_without_its_interpreter_is_declined_with_the_reason(w
 def test_cuda_without_a_compiler_is_declined_with_the_reason(write):
     folder = write("my_kernel", "--cuda")
     site, bare = installed(folder), {"PATH": str(folder / "nothing"), "CXX": "", "CUDA_HOME": str(folder)}
-    on_cpu, on_card = why_not(site, "cpu", "cuda", **bare)
-    assert "needs a C++ compiler" in on_cpu and "needs nvcc" in on_card
+    on_cpu, on_gpu = why_not(site, "cpu", "cuda", **bare)
+    assert "needs a C++ compiler" in on_cpu and "needs nvcc" in on_gpu
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -1,4 +1,4 @@
-"""What must hold wherever tensors live: each claim runs on the CPU, and on a card where there is one."""
+"""What must hold wherever tensors live: each claim runs on the CPU, and on a GPU where there is one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Calls for the tests of `efficient_cuda` and `cudnn`, and what is right for them.
 
-Without a card their code meets emulated kernels (`cuda_kernels_emulated`), whose results are compared with PyTorch's
+Without a GPU their code meets emulated kernels (`cuda_kernels_emulated`), whose results are compared with PyTorch's
 own attention in float64, and, under fake CUDA tensors, the real schemas of PyTorch's operators.
 """
 
@@ -27,7 +27,7 @@ INF = float("inf")
 UPPER_LEFT, LOWER_RIGHT = CausalVariant.UPPER_LEFT, CausalVariant.LOWER_RIGHT
 SPECS = {spec.name: spec for spec in plugin.attnplug_register_impls()}
 KERNELS = {"efficient_cuda": efficient, "cudnn": cudnn}
-CARDS = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+GPUS = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, name: str, kernel: Cutlass | Cudnn | CudnnSequences) -> None:
@@ -54,7 +54,7 @@ def wrong(report: Report) -> list[str]:
     """Return each check in which a call that was taken went wrong.
 
     The kit also fails an implementation that declares a feature and declines every call for it. Here that is so
-    wherever PyTorch, cuDNN or the card is not one that has it, which no declaration can say.
+    wherever PyTorch, cuDNN or the GPU is not one that has it, which no declaration can say.
     """
     failed = [result for result in report.results if result.status == "failed"]
     return [f"{result.check}: {result.reason}" for result in failed if "declines every call" not in result.reason]

@@ -1,8 +1,8 @@
-"""The card that a call would run on, asked in one place, so that a question can be about one that is not there.
+"""The GPU that a call would run on, asked in one place, so that a question can be about one that is not there.
 
-Capabilities and the kernels' `supports` depend on the card. `explain` and `can_use_impl` may be asked about
+Capabilities and the kernels' `supports` depend on the GPU. `explain` and `can_use_impl` may be asked about
 another one; while they answer, and only in their thread, `compute_capability` tells of that one. No call runs
-meanwhile, so no decision that is kept can be made for a card that was only described.
+meanwhile, so no decision that is kept can be made for a GPU that was only described.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _described = _Described()
 
 
 def compute_capability(device: torch.device | str) -> Capability | None:
-    """Return the NVIDIA compute capability of a device: what a kernel's `supports` asks about the card.
+    """Return the NVIDIA compute capability of a device: what a kernel's `supports` asks about the GPU.
 
     Within `explain(..., compute_capability=(9, 0))` and `can_use_impl(..., compute_capability=(9, 0))` it is the
-    one that was given there, so that an implementation that asks here can be asked about cards that it never saw.
+    one that was given there, so that an implementation that asks here can be asked about GPUs that it never saw.
     What is concluded from it must therefore not be kept under the device alone.
 
     Args:
         device: such as `query.device`.
 
     Returns:
-        Such as `(9, 0)`. None for a device that is no CUDA device or is not on this machine, and wherever PyTorch
-        is built for AMD cards, whose architectures are not numbered so.
+        Such as `(9, 0)`. None for a device that is not a CUDA device or is not on this machine, and wherever PyTorch
+        is built for AMD GPUs, whose architectures are not numbered so.
 
     Examples:
         >>> import attnplug
@@ -58,10 +58,10 @@ def compute_capability(device: torch.device | str) -> Capability | None:
 
 @contextmanager
 def described(capability: Any, device: Any) -> Iterator[None]:
-    """Answer questions of this thread for a card of this compute capability; None leaves what is there.
+    """Answer questions of this thread for a GPU of this compute capability; None leaves what is there.
 
     Raises:
-        TypeError, ValueError: it is none, or `device`, the query's, is no CUDA device.
+        TypeError, ValueError: it is not one, or `device`, the query's, is not a CUDA device.
     """
     before = _described.capability
     _described.capability = None if capability is None else _checked(capability, device)
@@ -76,9 +76,9 @@ def _checked(capability: Any, device: Any) -> Capability:
         raise TypeError(f"compute_capability: expected two integers such as (9, 0), got {capability!r}")
     major, minor = capability
     if major < 1 or not 0 <= minor <= 9:
-        raise ValueError(f"compute_capability: no card has {major}.{minor}; expected one such as (9, 0)")
+        raise ValueError(f"compute_capability: no GPU has {major}.{minor}; expected one such as (9, 0)")
     if torch.version.hip is not None:
-        raise ValueError("compute_capability: is NVIDIA's, and this PyTorch is built for AMD cards; leave it out")
+        raise ValueError("compute_capability: is NVIDIA's, and this PyTorch is built for AMD GPUs; leave it out")
     if getattr(device, "type", None) != "cuda":
         raise ValueError(f"compute_capability: describes a CUDA device, and query is on {device}; put query on cuda")
     return major, minor

@@ -96,7 +96,7 @@ def _architecture(part: Capabilities, device: torch.device) -> list[str]:
         if needed is None:
             if part.architectures is None:
                 return []
-            return [f"needs an AMD card ({', '.join(sorted(part.architectures))})"]
+            return [f"needs an AMD GPU ({', '.join(sorted(part.architectures))})"]
         found = compute_capability(device)
         if found is None:
             return [f"needs compute capability {needed[0]}.{needed[1]} or later, and there is no such device here"]
@@ -106,7 +106,7 @@ def _architecture(part: Capabilities, device: torch.device) -> list[str]:
             ]
         return []
     if part.architectures is None:
-        return [] if part.compute_capability is None else ["needs an NVIDIA card"]
+        return [] if part.compute_capability is None else ["needs an NVIDIA GPU"]
     name = architecture_name(device)
     if any(name.startswith(wanted) for wanted in part.architectures):
         return []

@@ -77,11 +77,11 @@ def explain(
         *args: the rest of the call, by position.
         **kwargs: the rest of the call, by name.
         impl: as `impl=` of the call.
-        compute_capability: answer for an NVIDIA card of this compute capability, such as `(9, 0)`, in the place
-            of the one that is here, if any; everything but the card is what is installed here.
+        compute_capability: answer for an NVIDIA GPU of this compute capability, such as `(9, 0)`, in the place
+            of the one that is here, if any; everything but the GPU is what is installed here.
 
     Raises:
-        TypeError, ValueError: what the call itself would raise for its arguments; `compute_capability` is none,
+        TypeError, ValueError: what the call itself would raise for its arguments; `compute_capability` is not one,
             or is given for a query that is on no CUDA device.
         UnknownImplementationError: `impl` names no implementation.
 
@@ -119,12 +119,12 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
     Args:
         name: of the implementation.
         params: the call.
-        compute_capability: as in `explain`: answer for a card that is not here.
+        compute_capability: as in `explain`: answer for a GPU that is not here.
 
     Raises:
         UnknownImplementationError: no implementation has this name.
-        TypeError, ValueError: `params` is no `SDPAParams`, or describes no valid call; `compute_capability` is
-            none, or is given for a query that is on no CUDA device.
+        TypeError, ValueError: `params` is not an `SDPAParams`, or describes no valid call; `compute_capability` is
+            not one, or is given for a query that is on no CUDA device.
     """
     if not isinstance(params, SDPAParams):
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")

@@ -45,7 +45,7 @@ class Plan:
 
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
-        if thread.state.recordings or process.trace:
+        if thread.state.recordings or process.logs:
             observe(self.decision, params)
         if self.simple and not any_autocast():
             return self.decision.kernel.forward(params)  # type: ignore[no-any-return]
@@ -92,7 +92,7 @@ def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = Tr
     scale = 0.0 if params.query.is_nested else default_scale(params.query)
     grad = needs_grad(facts)
     simple = not unfused and _is_simple(decision, grad, facts)
-    plan = Plan(decision, scale, grad, unfused, simple, decision.kernel.plain if simple and not process.trace else None)
+    plan = Plan(decision, scale, grad, unfused, simple, decision.kernel.plain if simple and not process.logs else None)
     if keep:
         if len(plans) >= KEPT:
             plans.clear()

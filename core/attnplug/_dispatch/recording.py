@@ -148,7 +148,7 @@ def observe(decision: Decision, params: SDPAParams) -> None:
     call = RecordedCall(decision.entry.spec.name, backend, decision.passed_over)
     for calls in thread.state.recordings:
         calls.append(call)
-    if process.trace:
+    if process.logs:
         _trace(call, params)
 
 

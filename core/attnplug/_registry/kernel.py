@@ -37,7 +37,7 @@ class Kernel:
             grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
             where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
         supports: `supports(params) -> reason, reasons or None`: what `Capabilities` cannot say. An empty
-            answer accepts. What depends on the card asks `attnplug.compute_capability`.
+            answer accepts. What depends on the GPU asks `attnplug.compute_capability`.
         unavailable: `unavailable() -> reason or None`: what keeps every call from running here, and shows only
             once the kernel is imported: an operator of PyTorch's that has changed, a compiler that is missing.
             Asked when it is activated, and with each decision.

@@ -34,7 +34,7 @@ def device_types() -> frozenset[str]:
     """Return the device types, among cpu and cuda, that calls can use on this machine.
 
     `cuda` stands for ROCm too, as in PyTorch. Without torch imported this is a quick look (is torch
-    built for a card, does the driver have a device node); a call itself always goes by its tensors.
+    built for a GPU, does the driver have a device node); a call itself always goes by its tensors.
     """
     if "torch" in sys.modules:
         cuda = sys.modules["torch"].cuda.is_available()

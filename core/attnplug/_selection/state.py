@@ -62,7 +62,7 @@ class _ProcessState:
         self.activation: str | None = None
         self.preferred: tuple[str, ...] = ()
         self.plain = False  # whether `torch` runs whatever it supports, outside any scope
-        self.trace = False
+        self.logs = False
         self.bindings = 0  # how many modules are bound
         self.listeners: list[Callable[[Registry], None]] = []  # told about the registry when it is there
 
@@ -70,7 +70,7 @@ class _ProcessState:
         """Make `name`, or nothing, the first choice of the process."""
         start()
         self.activation = name
-        self.plain = name is None and not self.preferred and not self.trace
+        self.plain = name is None and not self.preferred and not self.logs
 
 
 thread = _Thread()
@@ -143,7 +143,7 @@ def start() -> Registry:
     if process.registry is None:
         registry, config = get_registry(), get_config()
         process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
-        process.trace = config.trace
+        process.logs = config.trace
         process.plain = process.activation is None and not process.preferred and not config.trace
         process.registry = registry
         for listener in process.listeners:

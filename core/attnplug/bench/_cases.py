@@ -246,4 +246,4 @@ def device_type(device: str) -> str:
     try:
         return torch.device(device).type
     except RuntimeError:
-        raise BenchError(f"device: {device!r} is none; examples: cpu, cuda, cuda:1") from None
+        raise BenchError(f"device: {device!r} is not a device; examples: cpu, cuda, cuda:1") from None

@@ -1,6 +1,6 @@
 """What this machine can do at best, measured in the same run: the rate of products, and of copies.
 
-A share of a data sheet's peak says little about a kernel: the card may be throttled, shared, or cut down.
+A share of a data sheet's peak says little about a kernel: the GPU may be throttled, shared, or cut down.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How long a call takes on a device, with its caches warm or cold.
 
-`torch.utils.benchmark` and Triton's `do_bench` measure one candidate to the end before the next, so that a card
+`torch.utils.benchmark` and Triton's `do_bench` measure one candidate to the end before the next, so that a GPU
 that grows hot punishes whoever comes last. Here a clock takes one sample at a time, and the candidates take turns.
 """
 
@@ -20,7 +20,7 @@ Call = Callable[[], Any]
 
 MIB = 2**20
 _LAUNCH_CYCLES = 100_000
-"""A card waits so many cycles, some 60 µs, for each call that is launched while it waits."""
+"""A GPU waits so many cycles, some 60 µs, for each call that is launched while it waits."""
 
 
 class Clock(Protocol):
@@ -55,7 +55,7 @@ def clock_for(device: str) -> Clock:
     if not torch.cuda.is_available():
         raise BenchError(f"device: {device!r} is not on this machine; try cpu")
     if (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise BenchError(f"device: {device!r} is not on this machine, which has {torch.cuda.device_count()} cards")
+        raise BenchError(f"device: {device!r} is not on this machine, which has {torch.cuda.device_count()} GPUs")
     return CUDAClock(torch.device(device))
 
 
@@ -78,15 +78,15 @@ class CPUClock:
 
 
 class CUDAClock:
-    """Events on the stream: time on the card, the launch itself hidden behind work that came before.
+    """Events on the stream: time on the GPU, the launch itself hidden behind work that came before.
 
     A kernel that is launched from a model whose launches run ahead, or from a CUDA graph, takes this long. The
-    card is kept waiting while calls are launched; a call that synchronises is measured with what that costs.
+    GPU is kept waiting while calls are launched; a call that synchronises is measured with what that costs.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # As Triton's do_bench has it, and more on a card with a larger second-level cache.
+        # As Triton's do_bench has it, and more on a GPU with a larger second-level cache.
         self.buffer_bytes = max(256 * MIB, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
         self._buffer: torch.Tensor | None = None
 

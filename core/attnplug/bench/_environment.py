@@ -16,15 +16,15 @@ _PACKAGES = ("pluggy", "triton", "numpy")
 
 
 def environment(devices: set[str]) -> dict[str, Any]:
-    """Return processor, cards among `devices`, versions of what measures and of every implementation's package."""
-    cards = sorted(device for device in devices if torch.device(device).type == "cuda")
+    """Return processor, GPUs among `devices`, versions of what measures and of every implementation's package."""
+    gpus = sorted(device for device in devices if torch.device(device).type == "cuda")
     origins = {record.distribution: record.version for record in attnplug.list_impls() if record.version}
     return {
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
-        **({"cards": [_card(device) for device in cards]} if cards else {}),
+        **({"gpus": [_gpu(device) for device in gpus]} if gpus else {}),
         "load_average": _load_average(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -43,7 +43,7 @@ def device_name(device: str) -> str:
     return _processor()
 
 
-def _card(device: str) -> dict[str, Any]:
+def _gpu(device: str) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     kind = properties.gcnArchName if torch.version.hip else f"{properties.major}.{properties.minor}"
     return {

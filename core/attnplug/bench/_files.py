@@ -21,9 +21,9 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
 
     Args:
         path: of the file.
-        device: of every case, whatever the file says; by default what it says, else a card if there is one,
+        device: of every case, whatever the file says; by default what it says, else a GPU if there is one,
             else the CPU.
-        dtype: likewise; by default what the file says, else bfloat16 on a card and float32 on the CPU.
+        dtype: likewise; by default what the file says, else bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
         BenchError: the file cannot be read, or says something that no case is.

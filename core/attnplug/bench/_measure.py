@@ -94,7 +94,7 @@ def measure_case(
         try:
             problem = make(case)
             reference = Reference(problem)
-        except Exception as error:  # nobody can run it: too large, or a card in trouble
+        except Exception as error:  # nobody can run it: too large, or a GPU in trouble
             return [Record(case, impl, FAILED, f"inputs and reference: {described(error)}") for impl in impls]
         records = {}
         for impl in impls:
@@ -161,7 +161,7 @@ def _take_turns(series: Sequence[_Series], clock: Clock, seconds: float) -> dict
 
 
 def _release(case: Case) -> None:
-    """Give back to the card what PyTorch keeps for later: the next candidate may want it in other pieces."""
+    """Give back to the GPU what PyTorch keeps for later: the next candidate may want it in other pieces."""
     if torch.device(case.device).type == "cuda":
         torch.cuda.empty_cache()
 

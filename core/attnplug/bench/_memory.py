@@ -23,13 +23,13 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     collecting = gc.isenabled()
     gc.disable()  # what others let go of meanwhile would be counted
     try:
-        return _peak_on_card(call, device) if device.type == "cuda" else _peak_on_cpu(call)
+        return _peak_on_gpu(call, device) if device.type == "cuda" else _peak_on_cpu(call)
     finally:
         if collecting:
             gc.enable()
 
 
-def _peak_on_card(call: Callable[[], Any], device: torch.device) -> int:
+def _peak_on_gpu(call: Callable[[], Any], device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -56,7 +56,7 @@ def _peak_on_cpu(call: Callable[[], Any]) -> int:
 
 @contextmanager
 def memory_limit(device: torch.device) -> Iterator[None]:
-    """Let allocations on a CPU fail where memory ends, as they do on a card.
+    """Let allocations on a CPU fail where memory ends, as they do on a GPU.
 
     Linux promises more memory than there is, and ends the program that uses it. Inside, an allocation beyond what
     is available is an error that can be reported.

@@ -91,7 +91,7 @@ class Report:
             BenchError: it did not write that, or another version did.
         """
         if not isinstance(given, dict) or "format" not in given:
-            raise BenchError(f"{where}: is no report of attnplug bench")
+            raise BenchError(f"{where}: is not a report of attnplug bench")
         if given["format"] != FORMAT:
             raise BenchError(f"{where}: has format {given['format']!r}; this attnplug reads {FORMAT}")
         try:
@@ -109,7 +109,7 @@ class Report:
         """Read a report that was written as JSON.
 
         Raises:
-            BenchError: the file cannot be read, or is no report.
+            BenchError: the file cannot be read, or is not a report.
         """
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))

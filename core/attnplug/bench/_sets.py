@@ -18,18 +18,18 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 def default_device() -> str:
-    """Return `cuda` if there is a card, else `cpu`."""
+    """Return `cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_dtype(device: str) -> str:
-    """Return what models mostly run in there: bfloat16 on a card, float32 on a CPU."""
+    """Return what models mostly run in there: bfloat16 on a GPU, float32 on a CPU."""
     return "float32" if device_type(device) == "cpu" else "bfloat16"
 
 
 def default_set(device: str) -> str:
     """Return the set that gives a useful answer in about a minute on `device`."""
-    return "laptop" if device_type(device) == "cpu" else "card"
+    return "laptop" if device_type(device) == "cpu" else "gpu"
 
 
 def case_set(name: str, *, device: str | None = None, dtype: str | None = None) -> list[Case]:
@@ -37,8 +37,8 @@ def case_set(name: str, *, device: str | None = None, dtype: str | None = None) 
 
     Args:
         name: one of `attnplug.bench.SETS`.
-        device: by default a card if there is one, else the CPU.
-        dtype: by default bfloat16 on a card, float32 on a CPU.
+        device: by default a GPU if there is one, else the CPU.
+        dtype: by default bfloat16 on a GPU, float32 on a CPU.
 
     Raises:
         BenchError: there is no such set.
@@ -66,8 +66,8 @@ def _laptop() -> Iterator[Case]:
     yield _named("whisper", Case(name="decoder 448", heads=20, queries=448, causal=True))
 
 
-def _card() -> Iterator[Case]:
-    """two minutes on a card: sweeps of lengths, and one or two cases of each kind of model"""
+def _gpu() -> Iterator[Case]:
+    """two minutes on a GPU: sweeps of lengths, and one or two cases of each kind of model"""
     for length in (1024, 4096, 16384):
         yield _tokens(length, 128, causal=True)
     yield _named("llama-3-8b", _llama_prefill(8192))
@@ -168,7 +168,7 @@ def _named(model: str, case: Case) -> Case:
 
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "laptop": _laptop,
-    "card": _card,
+    "gpu": _gpu,
     "pytorch": _pytorch,
     "llama-3-8b": _llama,
     "gpt2": _gpt2,

@@ -87,7 +87,7 @@ def reasons(records: Sequence[Record]) -> list[tuple[str, str, str]]:
 
 def machine(environment: Mapping[str, Any], ceilings: Sequence[Ceiling]) -> str:
     """Return the machine in one line."""
-    parts = [card["name"] for card in environment.get("cards", [])]
+    parts = [gpu["name"] for gpu in environment.get("gpus", [])]
     parts += [
         f"{environment['cpu']}, {environment['threads']} of {environment['cores']} cores",
         f"torch {environment['torch']}",

@@ -30,13 +30,13 @@ _flash_cuda = operator(
 
 
 def supports(params: SDPAParams) -> str | None:
-    """Decline what FlashAttention-2's backward refuses, on cards whose multiprocessors have less shared memory."""
-    card, size = compute_capability(params.query.device), params.query.shape[-1]
-    if card is None or not ((8, 6) <= card <= (8, 9) or card[0] == 12) or not params.needs_grad:
+    """Decline what FlashAttention-2's backward refuses, on GPUs whose multiprocessors have less shared memory."""
+    gpu, size = compute_capability(params.query.device), params.query.shape[-1]
+    if gpu is None or not ((8, 6) <= gpu <= (8, 9) or gpu[0] == 12) or not params.needs_grad:
         return None
     if 192 < size <= 224 or (size > 224 and params.dropout > 0):
         dropout = " with dropout" if size > 224 else ""
-        return f"has no backward for head size {size}{dropout} on compute capability {card[0]}.{card[1]}"
+        return f"has no backward for head size {size}{dropout} on compute capability {gpu[0]}.{gpu[1]}"
     return None
 
 

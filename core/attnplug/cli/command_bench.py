@@ -1,7 +1,7 @@
 """Measure every implementation on this machine: which is fastest, and is it right?
 
 Without options: every implementation, on a set of cases that takes about a minute on a CPU, and is meant to take
-two on a card. A file's name says what is written: .json (all of it), .csv (a line a record), .html (one page to be sent
+two on a GPU. A file's name says what is written: .json (all of it), .csv (a line a record), .html (one page to be sent
 on), .png (plots); {device} and {time} in it are filled in. Ctrl-C keeps what is measured.
 Exit status 1: a result is wrong, nothing ran, or it was interrupted; of compare: there is a regression.
 
@@ -40,11 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--set", action="append", default=[], metavar="NAME", help="named cases; --sets lists them")
     what.add_argument("--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml or .toml file")
     what.add_argument("--impl", type=names, metavar="NAMES", help="the only implementations; by default all")
-    what.add_argument("--device", help="cpu, cuda, ...; by default a card if there is one")
+    what.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     what.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32", "float64"),
-        help="by default bfloat16 on a card, float32 on a CPU",
+        help="by default bfloat16 on a GPU, float32 on a CPU",
     )
     what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs, the times mean nothing")
     what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")

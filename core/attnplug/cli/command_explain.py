@@ -1,7 +1,7 @@
 """Say which implementation would run a call, and for every other each reason why not.
 
 Nothing runs and nothing is allocated, so a call on a device that is not here can be asked about too; with
---capability, what an NVIDIA card of that compute capability would run, with what is installed here. Where
+--capability, what an NVIDIA GPU of that compute capability would run, with what is installed here. Where
 neither --impl nor --scope says otherwise, torch comes first, until there are measurements.
 Shapes are those of scaled_dot_product_attention, (..., heads, length, head size); with --varlen those
 of varlen_attn, (tokens, heads, head size). Exit status 1: nothing would run.
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--capability",
         type=capability,
         metavar="X.Y",
-        help="answer for an NVIDIA card of this compute capability, here or not; with --device cuda",
+        help="answer for an NVIDIA GPU of this compute capability, here or not; with --device cuda",
     )
     tensors.add_argument("--grad", action="store_true", help="query, key and value need gradients")
     _configure_mask(parser.add_argument_group("who sees whom"))
@@ -114,9 +114,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.impl is not None:
         check_name(arguments.impl, "--impl")
     if arguments.capability is not None and arguments.device.partition(":")[0] != "cuda":
-        arguments.fail(
-            f"--capability: is that of an NVIDIA card, and --device is {arguments.device}; add --device cuda"
-        )
+        arguments.fail(f"--capability: is that of an NVIDIA GPU, and --device is {arguments.device}; add --device cuda")
     if arguments.set_priority and not arguments.scope:
         arguments.fail("--set-priority: is about the order of --scope, which is not given")
     if arguments.mask_grad and (arguments.mask is None or arguments.mask[0] == "bool"):

@@ -1,4 +1,4 @@
-"""Report versions, cards, variables and implementations, to be pasted into a bug report.
+"""Report versions, GPUs, variables and implementations, to be pasted into a bug report.
 
 It holds no home directory and no user name. It is plain text on a terminal too, so that what is copied
 keeps its lines. What fails is reported, and the rest of the report still comes.
@@ -56,7 +56,7 @@ def _report() -> dict[str, Any]:
                 "nvidia driver": _nvidia_driver(),
                 **{name: _version(name) for name in _PACKAGES},
             },
-            "cards": _attempt(_cards, lambda error: [{"name": error}]),
+            "gpus": _attempt(_gpus, lambda error: [{"name": error}]),
             "environment": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
             "implementations": _attempt(_implementations, _no_implementation),
         }
@@ -99,20 +99,20 @@ def _nvidia_driver() -> str | None:
     return next(iter((answer.stdout or answer.stderr).splitlines()), None)
 
 
-def _cards() -> list[dict[str, str]]:
+def _gpus() -> list[dict[str, str]]:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cards = [torch.cuda.get_device_properties(index) for index in range(count)]
-    return [{"name": card.name, **_kind(card), "memory": f"{card.total_memory / 2**30:.1f} GiB"} for card in cards]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return [{"name": gpu.name, **_kind(gpu), "memory": f"{gpu.total_memory / 2**30:.1f} GiB"} for gpu in gpus]
 
 
-def _kind(card: Any) -> dict[str, str]:
+def _kind(gpu: Any) -> dict[str, str]:
     import torch
 
     if torch.version.hip is not None:
-        return {"architecture": card.gcnArchName}
-    return {"compute capability": f"{card.major}.{card.minor}"}
+        return {"architecture": gpu.gcnArchName}
+    return {"compute capability": f"{gpu.major}.{gpu.minor}"}
 
 
 def _implementations() -> list[dict[str, str]]:
@@ -140,11 +140,11 @@ def _version(name: str) -> str | None:
 
 
 def _as_text(report: dict[str, Any]) -> str:
-    cards = [", ".join(f"{name} {value}" for name, value in card.items()) for card in report["cards"]]
+    gpus = [", ".join(f"{name} {value}" for name, value in gpu.items()) for gpu in report["gpus"]]
     rows = [[_shown(cell) for cell in item.values()] for item in report["implementations"]]
     parts = [
         _aligned(report["versions"]),
-        _section("cards", "\n".join(cards)),
+        _section("gpus", "\n".join(gpus)),
         _section("environment", _aligned(report["environment"])),
         table(("implementation", "distribution", "version", "status", "reason"), rows),
     ]

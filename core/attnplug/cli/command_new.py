@@ -76,7 +76,7 @@ def _is_module(name: str) -> bool:
 
 def _unwritable(folder: Path) -> str | None:
     if not folder.parent.is_dir():
-        return f"--directory: {str(folder.parent)!r} is no folder"
+        return f"--directory: {str(folder.parent)!r} is not a folder"
     if folder.exists() or folder.is_symlink():
         return f"NAME: {str(folder)!r} exists; choose another name or --directory"
     return None
@@ -125,7 +125,7 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
 
 def _next_steps(name: str, flavour: str, folder: Path) -> str:
     interpreted = "TRITON_INTERPRET=1 " if flavour == "triton" else ""
-    hint = "    # on a card: without TRITON_INTERPRET" if interpreted else ""
+    hint = "    # on a GPU: without TRITON_INTERPRET" if interpreted else ""
     return f"""{folder} is written. Next:
 
   cd {folder}

@@ -26,7 +26,7 @@ def fake_call(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         device = torch.device(arguments.device)
     except RuntimeError:
-        arguments.fail(f"--device: {arguments.device!r} is no device of PyTorch; examples: cpu, cuda, cuda:1")
+        arguments.fail(f"--device: {arguments.device!r} is not a device of PyTorch; examples: cpu, cuda, cuda:1")
     with FakeTensorMode(), device:
         return _varlen(arguments) if arguments.varlen else _dense(arguments)
 

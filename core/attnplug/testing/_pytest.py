@@ -81,7 +81,7 @@ def parametrize_with_checks(
         timeout: seconds that a check has there.
 
     Raises:
-        ValueError: a name in `expected_failures` is no check.
+        ValueError: a name in `expected_failures` is not a check.
         UnknownImplementationError: there is no implementation of this name.
 
     Examples:
@@ -101,7 +101,7 @@ def parametrize_with_checks(
     known = {check.name for check in all_checks()} | {repr(each) for each in bound}
     for key in expected:
         if key not in known:
-            raise ValueError(f"expected_failures: {key!r} is no check{did_you_mean(key, known)}")
+            raise ValueError(f"expected_failures: {key!r} is not a check{did_you_mean(key, known)}")
 
     def case(each: BoundCheck) -> Any:
         reason = expected.get(repr(each), expected.get(each.check.name))

@@ -155,7 +155,7 @@ def _assert_known(checks: Collection[str]) -> None:
     known = {check.name for check in all_checks()}
     for name in checks:
         if name not in known:
-            raise ValueError(f"checks: {name!r} is no check{did_you_mean(name, known)}")
+            raise ValueError(f"checks: {name!r} is not a check{did_you_mean(name, known)}")
 
 
 def plan(
@@ -185,7 +185,7 @@ def _device(record: ImplRecord, device: str | None) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is none: {error}") from error
+        raise ValueError(f"device: {device!r} is not a device: {error}") from error
     if declared is not None and kind not in declared:
         raise ValueError(f"device: {record.name!r} runs on {', '.join(sorted(declared))}, got {device!r}")
     try:

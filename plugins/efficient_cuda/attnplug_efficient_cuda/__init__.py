@@ -1,4 +1,4 @@
-"""Tells attnplug about `efficient_cuda` and `cudnn`, the kernels that come with PyTorch for NVIDIA cards.
+"""Tells attnplug about `efficient_cuda` and `cudnn`, the kernels that come with PyTorch for NVIDIA GPUs.
 
 This module is read whenever implementations are listed, so it imports neither torch nor the kernels.
 What depends on lengths, on the installed cuDNN or on combinations of features is asked of the kernels'

@@ -26,7 +26,7 @@ MINUS_INFINITY = float("-inf")
 LARGEST_DIMENSION = 65535
 INDEPENDENT_DROPOUT: int | None = None
 """The first cuDNN that was seen to draw a dropout mask of its own for each query; until there is one, none is used."""
-Card = tuple[int, int]
+Capability = tuple[int, int]
 
 
 class Direct(NamedTuple):
@@ -162,7 +162,7 @@ def lacks() -> dict[Feature, str]:
 def supports(params: SDPAParams) -> list[str]:
     """Return each reason against this call: PyTorch's, cuDNN's, and this GPU's."""
     reasons: list[str] = []
-    version, card = torch.backends.cudnn.version(), compute_capability(params.query.device)
+    version, gpu = torch.backends.cudnn.version(), compute_capability(params.query.device)
     if too_new := hardware.too_new(params.query.device):
         reasons.append(too_new)
     packed = params.cu_seq_q is not None
@@ -171,12 +171,12 @@ def supports(params: SDPAParams) -> list[str]:
     elif version < 90000:
         reasons.append(f"needs cuDNN 9.0 or later in PyTorch {torch.__version__}, found {shown(version)}")
     elif not packed:
-        reasons += _version_reasons(params, version, card)
+        reasons += _version_reasons(params, version, gpu)
         if not hardware.can_ask_pytorch(params.query.device):
-            reasons += _size_reasons(params, version, card)
+            reasons += _size_reasons(params, version, gpu)
     reasons += _common_reasons(params)
     if packed:
-        return reasons + cudnn_packed.reasons(params, card, wants_grad(params))
+        return reasons + cudnn_packed.reasons(params, gpu, wants_grad(params))
     reasons += _dense_reasons(params)
     if not reasons and (refused := hardware.cudnn_refuses(params)):
         reasons.append(refused)
@@ -248,31 +248,31 @@ def _order(query: Tensor) -> list[int]:
     return sorted(range(4), key=lambda dim: (-query.stride()[dim], dim))
 
 
-def _version_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
+def _version_reasons(params: SDPAParams, version: int, gpu: Capability | None) -> list[str]:
     """Return what this cuDNN is known to get wrong, whether or not this PyTorch knows."""
     queries, found, reasons = params.query.shape[2], shown(version), []
     if version < 91501 and queries % 128:
         reasons.append(f"needs cuDNN 9.15.1 for {queries} queries, not a multiple of 128; found {found}")
-    if card is not None and queries == 1 and card[0] in (10, 11) and 91900 <= version <= 92500 and version != 92401:
-        reasons.append(f"does not decode with cuDNN {found} on compute capability {card[0]}.{card[1]}")
+    if gpu is not None and queries == 1 and gpu[0] in (10, 11) and 91900 <= version <= 92500 and version != 92401:
+        reasons.append(f"does not decode with cuDNN {found} on compute capability {gpu[0]}.{gpu[1]}")
     return reasons
 
 
-def _size_reasons(params: SDPAParams, version: int, card: Card | None) -> list[str]:
+def _size_reasons(params: SDPAParams, version: int, gpu: Capability | None) -> list[str]:
     """Return what speaks against head sizes on a GPU that is not here, where PyTorch itself cannot be asked.
 
     The limits are those of PyTorch's `sdp_utils.cpp`; on Hopper 2.11 has 256 from cuDNN 9.10 on.
     """
     size, value_size = params.query.shape[3], params.value.shape[3]
     limit = 128
-    if (card == (9, 0) and version >= 91000) or (
-        card is not None and card[0] == 10 and version > 92200 and not (card == (10, 7) and version <= 92500)
+    if (gpu == (9, 0) and version >= 91000) or (
+        gpu is not None and gpu[0] == 10 and version > 92200 and not (gpu == (10, 7) and version <= 92500)
     ):
         limit = 256
-    elif card is not None and card[0] == 10 and version >= 91100 and (size, value_size) == (192, 128):
+    elif gpu is not None and gpu[0] == 10 and version >= 91100 and (size, value_size) == (192, 128):
         limit = 192
     if max(size, value_size) > limit:
-        where = "an unknown GPU" if card is None else f"compute capability {card[0]}.{card[1]}"
+        where = "an unknown GPU" if gpu is None else f"compute capability {gpu[0]}.{gpu[1]}"
         return [f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {shown(version)} on {where}"]
     if max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
         return [f"has no backward for head sizes {size} and {value_size}"]

@@ -83,17 +83,17 @@ def lacking(version: int | None) -> str:
     return ""
 
 
-def reasons(params: SDPAParams, card: tuple[int, int] | None, wants_grad: bool) -> list[str]:
+def reasons(params: SDPAParams, gpu: tuple[int, int] | None, wants_grad: bool) -> list[str]:
     """Return what no cuDNN has for sequences like these, or not on this GPU."""
     found: list[str] = []
     size, value_size = params.query.shape[-1], params.value.shape[-1]
-    if card is not None and card[0] not in (9, 10):
-        found.append(f"takes sequences on compute capability 9 and 10 only, found {card[0]}.{card[1]}")
+    if gpu is not None and gpu[0] not in (9, 10):
+        found.append(f"takes sequences on compute capability 9 and 10 only, found {gpu[0]}.{gpu[1]}")
     if max(size, value_size) > 128 and not (
-        card is not None and card[0] == 10 and (size, value_size) in LARGE_HEADS[wants_grad]
+        gpu is not None and gpu[0] == 10 and (size, value_size) in LARGE_HEADS[wants_grad]
     ):
         where = "with gradients" if wants_grad else "without gradients"
-        found.append(f"does not take sequences of head sizes {size} and {value_size} {where} on this card")
+        found.append(f"does not take sequences of head sizes {size} and {value_size} {where} on this GPU")
     if params.max_q == 1:
         found.append("does not take sequences of a single query each (cudnn-frontend#1083)")
     if params.is_causal and wants_grad:

@@ -1,4 +1,4 @@
-"""What the kernels' `supports` ask of the machine: the card, PyTorch's own word on cuDNN, and the latter's version."""
+"""What the kernels' `supports` ask of the machine: the GPU, PyTorch's own word on cuDNN, and the latter's version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAST_KNOWN = (12, 1)
 
 
 def too_new(device: Any) -> str:
-    """Return a reason if the card is later than any that the kernels are known to be built for."""
+    """Return a reason if the GPU is later than any that the kernels are known to be built for."""
     found = compute_capability(device)
     if found is None or found <= LAST_KNOWN:
         return ""
@@ -26,7 +26,7 @@ def cudnn_refuses(params: Any) -> str:
 
     `torch.backends.cuda.can_use_cudnn_attention` knows what it was compiled with, which nothing else
     tells. It also looks at the process-wide switch of `torch.nn.attention.sdpa_kernel`, which is no
-    reason here: its first complaint is then the switch, and says nothing of the call. Of a card that is only
+    reason here: its first complaint is then the switch, and says nothing of the call. Of a GPU that is only
     asked about it knows nothing.
     """
     if not can_ask_pytorch(params.query.device):
@@ -47,7 +47,7 @@ def can_ask_pytorch(device: torch.device) -> bool:
 
 
 def _is_here(device: torch.device) -> bool:
-    """Whether the card that is asked about is the one that `device` stands for on this machine."""
+    """Whether the GPU that is asked about is the one that `device` stands for on this machine."""
     if not torch.cuda.is_available():
         return False
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -1,6 +1,6 @@
 """Which tokens of packed sequences take part: what a kernel that writes nothing for the others is corrected by.
 
-Nothing here looks at a length on the host, so nothing waits for the card.
+Nothing here looks at a length on the host, so nothing waits for the GPU.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def _interpreted() -> bool:
 
 @hookimpl
 def attnplug_register_impls() -> list[ImplSpec]:
-    """Return the one implementation of this distribution: on a card, or on the CPU in Triton's interpreter."""
-    on_card = Capabilities(
+    """Return the one implementation of this distribution: on a GPU, or on the CPU in Triton's interpreter."""
+    on_gpu = Capabilities(
         devices=("cuda",),
         dtypes=("float16", "bfloat16", "float32"),
         compute_capability=(8, 0),
@@ -61,7 +61,7 @@ def attnplug_register_impls() -> list[ImplSpec]:
             name="flash_triton",
             kernel="attnplug_flash_triton.impl",
             backend=SDPBackend.FLASH_ATTENTION,
-            capabilities=in_interpreter if _interpreted() else on_card,
+            capabilities=in_interpreter if _interpreted() else on_gpu,
             requires=("triton",),
         )
     ]

@@ -57,7 +57,7 @@ PLAIN, EXTRA = "plain", "extra"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 INTERPRETER = "interpreter"
 SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Bytes that one program may use. sm_80 stands for the cards from 8.0 on, of which the smallest have 99 KiB."""
+"""Bytes that one program may use. sm_80 stands for the GPUs from 8.0 on, of which the smallest have 99 KiB."""
 
 ACCEPTED = dict(
     block_m=(16, 32, 64, 128, 256),
@@ -120,17 +120,17 @@ class Table:
         """Return the table in a file.
 
         Raises:
-            ValueError: it is none: says which entry is missing, unknown or out of range, and what is accepted.
+            ValueError: it is not one: says which entry is missing, unknown or out of range, and what is accepted.
         """
         try:
             content = json.loads(path.read_text())
             entries, architecture, measured = (content[name] for name in ("tiles", "architecture", "measured"))
             spilling = dict(content.get("spilling", {}))
         except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no table of tiles: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path} is not a table of tiles: {type(error).__name__}: {error}") from error
         if architecture not in (*ARCHITECTURES, INTERPRETER):
             accepted = ", ".join((*ARCHITECTURES, INTERPRETER))
-            raise ValueError(f"{path}: architecture {architecture!r} is none of {accepted}")
+            raise ValueError(f"{path}: architecture {architecture!r} is not one of {accepted}")
         wanted = {str(cell): cell for cell in cells()}
         for problem, names in (
             ("missing", wanted.keys() - entries.keys()),
@@ -161,7 +161,7 @@ def _tiles(path: Path, name: str, entry: Any) -> Tiles:
     for each, accepted in ACCEPTED.items():
         value = getattr(tiles, each)
         if value not in accepted:
-            raise ValueError(f"{path}: {name}: {each} {value!r} is none of {', '.join(map(str, accepted))}")
+            raise ValueError(f"{path}: {name}: {each} {value!r} is not one of {', '.join(map(str, accepted))}")
     return tiles
 
 

@@ -1,4 +1,4 @@
-"""What a configuration costs: registers, spills and shared memory, learnt without a card.
+"""What a configuration costs: registers, spills and shared memory, learnt without a GPU.
 
 `python -m attnplug_flash_triton.cost` compiles every entry of the tables in use for its architecture, and prints
 what the assembler says. What is compiled is what a call would launch, its arguments specialised as Triton

@@ -1,4 +1,4 @@
-"""The assembler that turns the kernels into machine code for NVIDIA cards.
+"""The assembler that turns the kernels into machine code for NVIDIA GPUs.
 
 ptxas up to 13.0 corrupts products whose first operand is in registers on Hopper, which is what the
 product of probabilities and values is (https://github.com/triton-lang/triton/issues/11781). Triton 3.6 to 3.9
@@ -34,7 +34,7 @@ def good_ptxas() -> str:
 
 
 def reasons(device: Any) -> list[str]:
-    """Return why kernels for this card would be wrong."""
+    """Return why kernels for this GPU would be wrong."""
     if (compute_capability(device) or (0, 0))[0] != 9 or good_ptxas():
         return []
     major, minor = version(knobs.nvidia.ptxas.path)
@@ -59,7 +59,7 @@ def use_good_ptxas() -> None:
 
 @contextmanager
 def assembler_for(architecture: str) -> Iterator[None]:
-    """Compile for an architecture, of which there need be no card, with the assembler that its card would use."""
+    """Compile for an architecture, of which there need be no GPU, with the assembler that its GPU would use."""
     if architecture != "sm_90":
         yield
         return

@@ -1,4 +1,4 @@
-"""Which tiles are the fastest on this card: measured on request, so that no user's first call does it.
+"""Which tiles are the fastest on this GPU: measured on request, so that no user's first call does it.
 
 `python -m attnplug_flash_triton.tune` climbs from the table in use to better neighbours, one entry after the other,
 and writes the table that is read from then on: `tables/<architecture>-triton<release>.json` of this package. What
@@ -35,7 +35,7 @@ Clock = Callable[[Callable[[], None]], float]
 
 
 def clock_of(machine: Machine) -> Clock:
-    """Return what measures milliseconds: medians on a card; in the interpreter, one run."""
+    """Return what measures milliseconds: medians on a GPU; in the interpreter, one run."""
     if machine.architecture != config.INTERPRETER:
         return lambda run: testing.do_bench(run, return_mode="median")
 
@@ -118,18 +118,18 @@ def _costs(cell: Cell, machine: Machine) -> list[Cost]:
     return [cost(launch, wanted.tensors, machine.architecture) for launch in wanted.launches]
 
 
-def _spilling(table: Table, cell: Cell, machine: Machine, card: str, after: float, before: float) -> str:
+def _spilling(table: Table, cell: Cell, machine: Machine, gpu: str, after: float, before: float) -> str:
     """Return why an entry is in the table although its registers spill; empty if they do not."""
     replaced = config.use(table)
     try:
         spilled = max((each.spilled for each in _costs(cell, machine)), default=0)
     finally:
         config.use(replaced)
-    return f"{after:.3f} ms, {before:.3f} before: {card}, Triton {config.release()}" if spilled else ""
+    return f"{after:.3f} ms, {before:.3f} before: {gpu}, Triton {config.release()}" if spilled else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Tune for the card of this machine, and write the table."""
+    """Tune for the GPU of this machine, and write the table."""
     parser = argparse.ArgumentParser(
         prog="python -m attnplug_flash_triton.tune",
         description=__doc__,
@@ -144,9 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     interpreted = bool(knobs.runtime.interpret)
     if (device.type == "cpu") != interpreted:
-        parser.error("needs a card; or, to see that it works, TRITON_INTERPRET=1 on a machine without one")
+        parser.error("needs a GPU; or, to see that it works, TRITON_INTERPRET=1 on a machine without one")
     machine = machine_of(device)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no card"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     table = config.table_of(machine.architecture)
     for cell in wanted:
         tiles, after, before = tune(table, cell, device, machine, clock_of(machine))
@@ -156,8 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         if tiles != table.tiles[cell]:
             table = table.but(cell, tiles)
-            table = table.but(cell, tiles, _spilling(table, cell, machine, card, after, before))
-    measured = f"{card}, Triton {config.release()}" + (f", {options.only!r} alone" if options.only else "")
+            table = table.but(cell, tiles, _spilling(table, cell, machine, gpu, after, before))
+    measured = f"{gpu}, Triton {config.release()}" + (f", {options.only!r} alone" if options.only else "")
     path = options.write or config.FOLDER / f"{machine.architecture}-triton{config.release()}.json"
     replace(table, measured=measured).write(path)
     sys.stdout.write(f"written: {path}\n")

@@ -1,4 +1,4 @@
-"""`cudnn` without a card: the plugin's code on an emulated cuDNN."""
+"""`cudnn` without a GPU: the plugin's code on an emulated cuDNN."""
 
 from __future__ import annotations
 

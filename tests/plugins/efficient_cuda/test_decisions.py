@@ -1,4 +1,4 @@
-"""What `efficient_cuda` and `cudnn` accept and decline, asked about cards and versions of cuDNN that are not here."""
+"""What `efficient_cuda` and `cudnn` accept and decline, asked about GPUs and versions of cuDNN that are not here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
 from attnplug import SDPAParams
-from cuda_calls import CARDS, LOWER_RIGHT, SPECS, install_cudnn, install_sequences, register_both
+from cuda_calls import GPUS, LOWER_RIGHT, SPECS, install_cudnn, install_sequences, register_both
 
-Card = tuple[int, int]
+Capability = tuple[int, int]
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _both_and_a_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     install_cudnn(monkeypatch, 92000)
 
 
-def reasons(name: str, card: Card | None = (9, 0), *, grad: bool = False, **options: Any) -> tuple[str, ...]:
+def reasons(name: str, gpu: Capability | None = (9, 0), *, grad: bool = False, **options: Any) -> tuple[str, ...]:
     """Each reason against a plain call, changed by `options`; none if it is accepted."""
     shape = {"batch": 2, "queries": 128, "keys": 128, "size": 64, "value_size": None, "dtype": torch.float16}
     shape |= {key: options.pop(key) for key in list(options) if key in shape}
@@ -35,11 +35,11 @@ def reasons(name: str, card: Card | None = (9, 0), *, grad: bool = False, **opti
             options["attn_mask"] = torch.empty(options["attn_mask"], dtype=torch.bool, device="cuda")
         if "seqused_k" in options:
             options["seqused_k"] = torch.empty(shape["batch"], dtype=torch.int32, device="cuda")
-    return attnplug.can_use_impl(name, SDPAParams(*inputs, **options), compute_capability=card).reasons
+    return attnplug.can_use_impl(name, SDPAParams(*inputs, **options), compute_capability=gpu).reasons
 
 
 def reasons_of_sequences(
-    card: Card | None = (9, 0), *, grad: bool = False, tokens: int = 512, size: int = 64, **options: Any
+    gpu: Capability | None = (9, 0), *, grad: bool = False, tokens: int = 512, size: int = 64, **options: Any
 ) -> tuple[str, ...]:
     """Each reason of `cudnn` against a plain call of `varlen_attn`, changed by `options`."""
     value_size = options.pop("value_size", size)
@@ -51,18 +51,20 @@ def reasons_of_sequences(
             options["seqused_k"] = torch.empty(2, dtype=torch.int32, device="cuda")
     lengths = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": 128, "max_k": 128, "causal_variant": LOWER_RIGHT}
     params = SDPAParams(*inputs, **(lengths | options))
-    return attnplug.can_use_impl("cudnn", params, compute_capability=card).reasons
+    return attnplug.can_use_impl("cudnn", params, compute_capability=gpu).reasons
 
 
 class TestEfficientCuda:
-    @pytest.mark.parametrize("card", CARDS, ids=str)
+    @pytest.mark.parametrize("gpu", GPUS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-    def test_takes_half_and_single_precision_and_bfloat16_from_ampere_on(self, card: Card, dtype: torch.dtype) -> None:
-        found = reasons("efficient_cuda", card, dtype=dtype)
+    def test_takes_half_and_single_precision_and_bfloat16_from_ampere_on(
+        self, gpu: Capability, dtype: torch.dtype
+    ) -> None:
+        found = reasons("efficient_cuda", gpu, dtype=dtype)
         if dtype == torch.float64:
             assert "does not support float64" in found[0]
-        elif dtype == torch.bfloat16 and card < (8, 0):
-            assert found == (f"needs compute capability 8.0 or later, found {card[0]}.{card[1]}",)
+        elif dtype == torch.bfloat16 and gpu < (8, 0):
+            assert found == (f"needs compute capability 8.0 or later, found {gpu[0]}.{gpu[1]}",)
         else:
             assert found == ()
 
@@ -84,13 +86,13 @@ class TestEfficientCuda:
 
 
 class TestCudnn:
-    @pytest.mark.parametrize("card", CARDS, ids=str)
+    @pytest.mark.parametrize("gpu", GPUS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-    def test_takes_half_precision_from_ampere_on(self, card: Card, dtype: torch.dtype) -> None:
-        assert (reasons("cudnn", card, dtype=dtype) == ()) == (dtype != torch.float32 and card >= (8, 0))
+    def test_takes_half_precision_from_ampere_on(self, gpu: Capability, dtype: torch.dtype) -> None:
+        assert (reasons("cudnn", gpu, dtype=dtype) == ()) == (dtype != torch.float32 and gpu >= (8, 0))
 
     @pytest.mark.parametrize(
-        ("card", "version", "sizes", "grad", "accepted"),
+        ("gpu", "version", "sizes", "grad", "accepted"),
         [
             ((8, 0), 92300, (128, 128), True, True),
             ((8, 0), 92300, (136, 128), False, False),
@@ -107,17 +109,17 @@ class TestCudnn:
         ],
         ids=str,
     )
-    def test_head_sizes_follow_card_version_and_gradient(
+    def test_head_sizes_follow_gpu_version_and_gradient(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        card: Card,
+        gpu: Capability,
         version: int,
         sizes: tuple[int, int],
         grad: bool,
         accepted: bool,
     ) -> None:
         install_cudnn(monkeypatch, version)
-        assert (reasons("cudnn", card, size=sizes[0], value_size=sizes[1], grad=grad) == ()) == accepted
+        assert (reasons("cudnn", gpu, size=sizes[0], value_size=sizes[1], grad=grad) == ()) == accepted
 
     @pytest.mark.parametrize(
         ("version", "options", "reason"),
@@ -165,9 +167,9 @@ class TestCudnnSequences:
         install_cudnn(monkeypatch, 92500)
         install_sequences(monkeypatch)
 
-    @pytest.mark.parametrize("card", CARDS, ids=str)
-    def test_are_taken_on_hopper_and_the_first_blackwell(self, card: Card) -> None:
-        assert (reasons_of_sequences(card) == ()) == (card[0] in (9, 10))
+    @pytest.mark.parametrize("gpu", GPUS, ids=str)
+    def test_are_taken_on_hopper_and_the_first_blackwell(self, gpu: Capability) -> None:
+        assert (reasons_of_sequences(gpu) == ()) == (gpu[0] in (9, 10))
 
     def test_need_the_release_of_pytorch_that_finished_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         install_sequences(monkeypatch, present=False)
@@ -179,7 +181,7 @@ class TestCudnnSequences:
         assert reasons_of_sequences() == ("needs cuDNN 9.25 for sequences, of which some may be empty; found 9.24.1",)
 
     @pytest.mark.parametrize(
-        ("card", "sizes", "grad", "accepted"),
+        ("gpu", "sizes", "grad", "accepted"),
         [
             ((9, 0), (128, 128), True, True),
             ((9, 0), (192, 128), False, False),
@@ -191,9 +193,9 @@ class TestCudnnSequences:
         ids=str,
     )
     def test_head_sizes_are_those_of_varlen_attn(
-        self, card: Card, sizes: tuple[int, int], grad: bool, accepted: bool
+        self, gpu: Capability, sizes: tuple[int, int], grad: bool, accepted: bool
     ) -> None:
-        assert (reasons_of_sequences(card, size=sizes[0], value_size=sizes[1], grad=grad) == ()) == accepted
+        assert (reasons_of_sequences(gpu, size=sizes[0], value_size=sizes[1], grad=grad) == ()) == accepted
 
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -217,12 +219,12 @@ class TestCudnnSequences:
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
-def test_cards_later_than_the_known_ones_are_declined(name: str) -> None:
+def test_gpus_later_than_the_known_ones_are_declined(name: str) -> None:
     assert reasons(name, (13, 0)) == ("needs compute capability 12.1 or earlier, found 13.0",)
 
 
-def a_card_is_here(monkeypatch: pytest.MonkeyPatch, card: Card, complaint: str) -> None:
-    """Let PyTorch find one card, and refuse every call to cuDNN."""
+def a_gpu_is_here(monkeypatch: pytest.MonkeyPatch, gpu: Capability, complaint: str) -> None:
+    """Let PyTorch find one GPU, and refuse every call to cuDNN."""
 
     def refuse(call: Any, debug: bool) -> bool:
         warnings.warn(f"{complaint} (Triggered internally at somewhere)", stacklevel=1)
@@ -231,19 +233,19 @@ def a_card_is_here(monkeypatch: pytest.MonkeyPatch, card: Card, complaint: str) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
     monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", refuse)
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *fields: fields)
 
 
 def test_what_pytorch_refuses_to_give_to_cudnn_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    a_card_is_here(monkeypatch, (9, 0), "cuDNN is tired.")
+    a_gpu_is_here(monkeypatch, (9, 0), "cuDNN is tired.")
     said = f"PyTorch {torch.__version__} does not give this call to cuDNN: cuDNN is tired."
     assert reasons("cudnn", None) == (said,)
 
 
-def test_pytorch_is_not_asked_about_a_card_other_than_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    a_card_is_here(monkeypatch, (8, 0), "cuDNN is tired.")
+def test_pytorch_is_not_asked_about_a_gpu_other_than_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_gpu_is_here(monkeypatch, (8, 0), "cuDNN is tired.")
     assert reasons("cudnn", None) != () and reasons("cudnn", (9, 0)) == ()
 
 
@@ -265,7 +267,7 @@ def test_explain_without_cuda_shows_both_with_their_reasons(
         assert not verdicts[name].accepted and reason in " ".join(verdicts[name].reasons)
 
 
-def test_explain_answers_for_a_card_that_is_not_here() -> None:
+def test_explain_answers_for_a_gpu_that_is_not_here() -> None:
     query = fake_query("cuda")
     told = attnplug.explain(query, query, query, compute_capability=(9, 0))
     verdicts = {verdict.name: verdict for verdict in told.candidates}
@@ -281,5 +283,5 @@ def test_neither_runs_by_itself_before_there_are_measurements() -> None:
     records = {record.name: record.priority for record in attnplug.list_impls()}
     assert records["efficient_cuda"] < records["torch"] and records["cudnn"] < records["torch"]
     query = fake_query("cuda")
-    for card in CARDS:
-        assert attnplug.explain(query, query, query, compute_capability=card).chosen == "torch"
+    for gpu in GPUS:
+        assert attnplug.explain(query, query, query, compute_capability=gpu).chosen == "torch"

@@ -1,4 +1,4 @@
-"""`efficient_cuda` without a card: dense calls, the plugin's code on the emulated CUTLASS kernel."""
+"""`efficient_cuda` without a GPU: dense calls, the plugin's code on the emulated CUTLASS kernel."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def make(*shape: int, dtype: torch.dtype = torch.float16, grad: bool = True) -> 
 
 
 def needs(name: str, *tensors: Tensor, **options: Any) -> None:
-    """Skip, with the implementation's own reasons, where it declines such a call on this card."""
+    """Skip, with the implementation's own reasons, where it declines such a call on this GPU."""
     if not (verdict := attnplug.can_use_impl(name, attnplug.SDPAParams(*tensors, **options))):
         pytest.skip("; ".join(verdict.reasons))
 
@@ -245,12 +245,12 @@ def test_a_captured_graph_of_forward_and_backward_replays_on_new_inputs(name: st
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_this_card_asked_about_as_another_gets_the_same_answer(name: str) -> None:
+def test_this_gpu_asked_about_as_another_gets_the_same_answer(name: str) -> None:
     query = make(2, 4, 128, 64)
     params = attnplug.SDPAParams(query, query, query, is_causal=True)
-    card = attnplug.compute_capability(query.device)
-    assert card == torch.cuda.get_device_capability()
-    assert attnplug.can_use_impl(name, params) == attnplug.can_use_impl(name, params, compute_capability=card)
+    gpu = attnplug.compute_capability(query.device)
+    assert gpu == torch.cuda.get_device_capability()
+    assert attnplug.can_use_impl(name, params) == attnplug.can_use_impl(name, params, compute_capability=gpu)
     for other in ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0)):
         said = str(attnplug.can_use_impl(name, params, compute_capability=other).reasons)
         assert "raised" not in said

@@ -1,4 +1,4 @@
-"""`efficient_cuda` and `cudnn` without a card: real schemas and meta kernels, under fake CUDA tensors.
+"""`efficient_cuda` and `cudnn` without a GPU: real schemas and meta kernels, under fake CUDA tensors.
 
 For every feature that an implementation declares, and every two of them: forward and backward reach PyTorch's
 operators in the form that their schemas ask for, or the call is declined with a reason.

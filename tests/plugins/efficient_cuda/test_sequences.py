@@ -1,4 +1,4 @@
-"""`efficient_cuda` without a card: packed sequences, some without queries or keys, or with more of one.
+"""`efficient_cuda` without a GPU: packed sequences, some without queries or keys, or with more of one.
 
 The plugin's code runs on the emulated CUTLASS kernel.
 """

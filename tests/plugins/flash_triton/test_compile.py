@@ -1,4 +1,4 @@
-"""Every configuration that flash_triton ships compiles for its architecture, without a card.
+"""Every configuration that flash_triton ships compiles for its architecture, without a GPU.
 
 What is compiled is what a call would launch, for each entry of the tables with the most features that it can have.
 Registers are counted by the assembler; a spilled one fails, unless the table has the times by which it is faster so,

@@ -86,7 +86,7 @@ def test_cpu_tensors_are_declined_outside_the_interpreter() -> None:
         attnplug.scaled_dot_product_attention(query, query, query, impl="flash_triton")
 
 
-def test_a_card_that_is_too_old_is_declined_with_what_it_lacks() -> None:
+def test_a_gpu_that_is_too_old_is_declined_with_what_it_lacks() -> None:
     with FakeTensorMode():
         query = torch.empty(1, 1, 4, 16, dtype=torch.float16, device="cuda")
     params = attnplug.SDPAParams(query, query, query)

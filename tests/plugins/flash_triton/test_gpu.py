@@ -1,4 +1,4 @@
-"""What flash_triton does that only a card can show."""
+"""What flash_triton does that only a GPU can show."""
 
 from __future__ import annotations
 

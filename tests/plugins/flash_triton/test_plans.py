@@ -78,7 +78,7 @@ def plain(argument: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def card(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Driver:
     stub = Driver()
     monkeypatch.setattr(driver, "_active", stub)  # first, so that it is there until the last kernel is unloaded
     kernels = [getattr(impl.launches, name) for name in dir(impl.launches) if name.endswith("_kernel")]
@@ -159,23 +159,23 @@ def test_each_argument_gets_its_own_tensor_after_a_call_of_one_tensor_for_all() 
     assert len(impl._plans) == 1
 
 
-def test_a_tensor_that_starts_elsewhere_gets_the_kernel_that_reads_there(card: Driver) -> None:
+def test_a_tensor_that_starts_elsewhere_gets_the_kernel_that_reads_there(gpu: Driver) -> None:
     """Triton compiles a kernel for pointers that are multiples of 16 bytes; it would fault on others."""
     query, key, value = tensors(32, 32)
     shifted = torch.empty(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape)
     for tensor in (query, shifted, query, shifted):
         impl.forward(SDPAParams(tensor, key, value, scale=0.1))
-    kernels = [identity for identity, *_ in card.launched]
+    kernels = [identity for identity, *_ in gpu.launched]
     assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
-    assert card.launched[3][3] == shifted.data_ptr()
+    assert gpu.launched[3][3] == shifted.data_ptr()
 
 
-def test_another_layout_gets_its_own_strides(card: Driver) -> None:
+def test_another_layout_gets_its_own_strides(gpu: Driver) -> None:
     query, key, value = tensors(32, 48)
     strided = key.transpose(1, 2).contiguous().transpose(1, 2)
     for each in (key, strided, key, strided):
         impl.forward(SDPAParams(query, each, value, scale=0.1))
-    first, second, third, fourth = (numbered([launch]) for launch in card.launched)
+    first, second, third, fourth = (numbered([launch]) for launch in gpu.launched)
     assert first == third != second == fourth
 
 
@@ -231,11 +231,11 @@ def test_other_tiles_are_used_from_the_next_call_on() -> None:
     assert first[1] == (2, 1, 1) and second[1] == (4, 1, 1)
 
 
-def test_each_launch_goes_to_the_current_stream(card: Driver) -> None:
+def test_each_launch_goes_to_the_current_stream(gpu: Driver) -> None:
     params = SDPAParams(*tensors(32, 32), scale=0.1)
-    for card.stream in (0, 7, 9):
+    for gpu.stream in (0, 7, 9):
         impl.forward(params)
-    assert [launch[2] for launch in card.launched] == [0, 7, 9]
+    assert [launch[2] for launch in gpu.launched] == [0, 7, 9]
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +245,13 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(impl._plans) <= 4
 
 
-def test_threads_share_what_is_kept_and_nothing_else(card: Driver) -> None:
+def test_threads_share_what_is_kept_and_nothing_else(gpu: Driver) -> None:
     calls = [tensors(32, 32) for _ in range(8)]
     expected = {tuple(tensor.data_ptr() for tensor in call) for call in calls}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda call: impl.forward(SDPAParams(*call, scale=0.1)), calls * 25))
-    assert len(card.launched) == 200
-    assert {launch[3:6] for launch in card.launched} == expected
+    assert len(gpu.launched) == 200
+    assert {launch[3:6] for launch in gpu.launched} == expected
 
 
 def test_profilers_that_listen_to_triton_hear_of_repeated_launches() -> None:
@@ -291,11 +291,11 @@ def copy_kernel(source, target, factor):
     gl.store(target + rows * 64 + columns, (smem.load(layout) * factor).to(source.dtype))
 
 
-def test_tensor_maps_are_made_once_for_a_pointer(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "launcher_cls", nvidia.CudaLauncher)
+def test_tensor_maps_are_made_once_for_a_pointer(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "launcher_cls", nvidia.CudaLauncher)
     # What the driver has from libraries: those of Triton 3.7 and later, and the one that 3.6 builds for each kernel.
     monkeypatch.setattr(nvidia, "PyKernelArg", lambda **given: given, raising=False)
-    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: card.utils, raising=False)
+    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: gpu.utils, raising=False)
     monkeypatch.setattr(nvidia, "library_dirs", list)
     layout = gl.NVMMASharedLayout.get_default_for(list(BLOCK), gl.float16)
     described = plans.Descriptor("source", BLOCK, (64, 1), BLOCK, layout)
@@ -305,9 +305,9 @@ def test_tensor_maps_are_made_once_for_a_pointer(card: Driver, monkeypatch: pyte
     for source in (one, one, other, one, other):
         plan.run({"source": source}, one.device)
     arguments = [
-        list(launched[-1] if isinstance(launched[-1], (list, tuple)) else launched[13:]) for launched in card.launched
+        list(launched[-1] if isinstance(launched[-1], (list, tuple)) else launched[13:]) for launched in gpu.launched
     ]
     assert [given[0] for given in arguments] == [("map", t.data_ptr()) for t in (one, one, other, one, other)]
     assert all(given[1:5] == [16, 64, 64, 1] for given in arguments)
-    assert len(card.maps) == 3  # Triton's own, at the first run, and one for each pointer
-    assert card.maps[0] == card.maps[1]
+    assert len(gpu.maps) == 3  # Triton's own, at the first run, and one for each pointer
+    assert gpu.maps[0] == gpu.maps[1]

@@ -1,4 +1,4 @@
-"""flash_triton's tables of tiles, and the command that measures them: on a card, or here in Triton's interpreter."""
+"""flash_triton's tables of tiles, and the command that measures them: on a GPU, or here in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -56,8 +56,11 @@ def edited(path: Path, change: Any) -> Path:
         (lambda content: content["tiles"].pop(str(CELL)), "missing: forward, half, 64, plain"),
         (lambda content: content["tiles"].update(backward={}), "unknown: backward"),
         (lambda content: content["spilling"].update(backward=""), "unknown: backward"),
-        (lambda content: content.update(architecture="sm_70"), "'sm_70' is none of sm_80, sm_90"),
-        (lambda content: content["tiles"][str(CELL)].update(block_m=100), "64, plain: block_m 100 is none of 16, 32"),
+        (lambda content: content.update(architecture="sm_70"), "'sm_70' is not one of sm_80, sm_90"),
+        (
+            lambda content: content["tiles"][str(CELL)].update(block_m=100),
+            "64, plain: block_m 100 is not one of 16, 32",
+        ),
         (lambda content: content["tiles"].update({str(CELL): [1, 2]}), r"expected block_m, block_n, .* got \[1, 2\]"),
         (lambda content: content.pop("measured"), "no table of tiles: KeyError: 'measured'"),
     ],
@@ -100,7 +103,7 @@ def test_tuning_writes_the_table_that_calls_then_use(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"written: {path}" in done.stdout and done.stdout.startswith(str(CELL))
     table = Table.read(path)
-    assert table.architecture == config.INTERPRETER and "no card" in table.measured
+    assert table.architecture == config.INTERPRETER and "no GPU" in table.measured
 
     table.but(CELL, Tiles(16, 128, 1, 1)).write(path)
     code = (
@@ -121,13 +124,13 @@ def test_a_table_that_is_none_breaks_the_implementation_with_the_reason(tmp_path
         "print({record.name: record for record in attnplug.list_impls()}['flash_triton'].reason)"
     )
     done = interpreted("-W", "ignore", "-c", code, FLASH_TRITON_TABLE=str(tmp_path / "none.json"))
-    assert "ValueError: FLASH_TRITON_TABLE:" in done.stdout and "none.json is no table" in done.stdout, done.stderr
+    assert "ValueError: FLASH_TRITON_TABLE:" in done.stdout and "none.json is not a table" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "interpreter", "message"),
     [
-        ([], "0", "needs a card; or, to see that it works, TRITON_INTERPRET=1"),
+        ([], "0", "needs a GPU; or, to see that it works, TRITON_INTERPRET=1"),
         (["--only", "nothing"], "1", "--only: no entry's name contains 'nothing'; one is forward, half, 64, plain"),
     ],
 )

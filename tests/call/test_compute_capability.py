@@ -1,4 +1,4 @@
-"""Which card a kernel is told of: the one that is here, or the one that is asked about."""
+"""Which GPU a kernel is told of: the one that is here, or the one that is asked about."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fake_query(device: str = "cuda", *shape: int) -> torch.Tensor:
 
 
 class Curious:
-    """A kernel that notes which card it is told of whenever it is asked."""
+    """A kernel that notes which GPU it is told of whenever it is asked."""
 
     shape_dependent = True
 
@@ -44,24 +44,24 @@ def curious() -> Curious:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let PyTorch find these cards."""
+    """Let PyTorch find these GPUs."""
 
-    def find(*cards: tuple[int, int]) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    def find(*gpus: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpus[device])
 
     return find
 
 
-def test_a_kernel_is_told_of_the_card_that_is_here(here: Callable[..., None]) -> None:
+def test_a_kernel_is_told_of_the_gpu_that_is_here(here: Callable[..., None]) -> None:
     here((9, 0), (12, 0))
     assert attnplug.compute_capability("cuda") == (9, 0)
     assert attnplug.compute_capability(torch.device("cuda:1")) == (12, 0)
 
 
-def test_there_is_none_on_other_devices_and_where_no_card_is(
+def test_there_is_none_on_other_devices_and_where_no_gpu_is(
     here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here((9, 0))
@@ -73,7 +73,7 @@ def test_there_is_none_on_other_devices_and_where_no_card_is(
     assert attnplug.compute_capability("cuda") is None
 
 
-def test_a_question_about_another_card_reaches_the_kernel_and_ends_with_the_answer(
+def test_a_question_about_another_gpu_reaches_the_kernel_and_ends_with_the_answer(
     here: Callable[..., None], curious: Curious
 ) -> None:
     here((8, 0))
@@ -85,7 +85,7 @@ def test_a_question_about_another_card_reaches_the_kernel_and_ends_with_the_answ
     assert curious.told == [(9, 0), (12, 0), (8, 0)]
 
 
-def test_capabilities_are_held_against_the_card_that_is_asked_about(here: Callable[..., None]) -> None:
+def test_capabilities_are_held_against_the_gpu_that_is_asked_about(here: Callable[..., None]) -> None:
     here((12, 0))
     spec = ImplSpec(
         name="hopper",
@@ -100,7 +100,7 @@ def test_capabilities_are_held_against_the_card_that_is_asked_about(here: Callab
     assert attnplug.can_use_impl("hopper", SDPAParams(query, query, query))
 
 
-def test_another_thread_keeps_its_own_card(here: Callable[..., None]) -> None:
+def test_another_thread_keeps_its_own_gpu(here: Callable[..., None]) -> None:
     here((8, 0))
     told: list[Any] = []
 
@@ -125,12 +125,12 @@ def test_another_thread_keeps_its_own_card(here: Callable[..., None]) -> None:
         ("cuda", 9.0, TypeError, "expected two integers"),
         ("cuda", (9, True), TypeError, "expected two integers"),
         ("cuda", (9, 0, 0), TypeError, "expected two integers"),
-        ("cuda", (0, 3), ValueError, "no card has 0.3"),
-        ("cuda", (9, 10), ValueError, "no card has 9.10"),
+        ("cuda", (0, 3), ValueError, "no GPU has 0.3"),
+        ("cuda", (9, 10), ValueError, "no GPU has 9.10"),
         ("cpu", (9, 0), ValueError, "describes a CUDA device, and query is on cpu; put query on cuda"),
     ],
 )
-def test_a_wrong_card_is_an_error_that_says_why(
+def test_a_wrong_gpu_is_an_error_that_says_why(
     curious: Curious, device: str, capability: Any, error: type[Exception], message: str
 ) -> None:
     query = fake_query(device)
@@ -141,10 +141,10 @@ def test_a_wrong_card_is_an_error_that_says_why(
     assert curious.told == []
 
 
-def test_nvidia_cards_cannot_be_asked_about_where_pytorch_is_built_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_gpus_cannot_be_asked_about_where_pytorch_is_built_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     query = fake_query()
-    with pytest.raises(ValueError, match="compute_capability: is NVIDIA's, and this PyTorch is built for AMD cards"):
+    with pytest.raises(ValueError, match="compute_capability: is NVIDIA's, and this PyTorch is built for AMD GPUs"):
         attnplug.explain(query, query, query, compute_capability=(9, 0))
 
 
