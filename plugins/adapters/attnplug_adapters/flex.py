@@ -4,7 +4,8 @@ Written for PyTorch 2.11 to 2.13 (`torch/nn/attention/flex_attention.py`). Numbe
 (offsets, windows, lengths, slopes, caps) reach these functions as tensors, so that one kernel is compiled for
 each kind of call and not for each call. Inside `torch.compile`, flex is part of the caller's graph.
 
-On CPU it has neither a backward nor, compiled, an lse, which sinks are made from.
+On CPU it has neither a backward nor, compiled, an lse, which sinks are made from; and a kernel is compiled for each
+size, up to Dynamo's limit, beyond which PyTorch runs the formula uncompiled and says so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from attnplug_adapters import convert, flex_mods
 
 composite = True
 _compiled = torch.compile(flex_attention)
+_compiled_on_cpu = torch.compile(flex_attention, dynamic=False)
+"""With sizes that vary, what PyTorch 2.13 generates for a mask does not compile: `cur_kvSplitSize` is not declared."""
 
 
 def supports(params: SDPAParams) -> str | None:
@@ -61,7 +64,9 @@ def _attend(query: Tensor) -> Any:
 
     A compiled kernel would read the memory of fake tensors, which have none.
     """
-    return flex_attention if flex_mods.is_watched() or isinstance(query, FakeTensor) else _compiled
+    if flex_mods.is_watched() or isinstance(query, FakeTensor):
+        return flex_attention
+    return _compiled_on_cpu if query.device.type == "cpu" else _compiled
 
 
 def _with_sinks(out: Tensor, lse: Any, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,3 +135,14 @@ def test_features_on_the_cpu_are_those_that_need_neither_lse_nor_gradients() -> 
     only_cuda = frozenset(specs.FLEX_CUDA.features) - frozenset(specs.FLEX_CPU.features)
     assert only_cuda == {Feature.LSE, Feature.LSE_GRADIENT, Feature.SINKS, Feature.SINKS_GRADIENT}
     assert Call(queries=4, keys=6, heads=2).run("flex").out.shape == (2, 2, 4, 32)
+
+
+@pytest.mark.slow
+def test_masked_calls_of_many_sizes_run_on_the_cpu() -> None:
+    """What Inductor generates for sizes that vary does not compile, so each size has a kernel."""
+    for batch, length in ((2, 20), (3, 37), (4, 24)):
+        query, key, value = torch.randn(3, batch, 4, length, 16)
+        mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
+        mask[0, ..., -3:] = False
+        out = attnplug.scaled_dot_product_attention(query, key, value, mask, impl="flex")
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, key, value, mask))
