@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PLUGINS := plugins/math_ref plugins/flash_triton plugins/efficient_cuda
+PLUGINS := plugins/math_ref plugins/flash_triton plugins/efficient_cuda plugins/adapters
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EDITABLE := --editable . $(PLUGINS:%=--editable %)

@@ -209,19 +209,29 @@ def scaled_dot_product_attention(
         if state.recordings:
             impl = replayed(impl)
         if any_autocast() and (dtype := autocast_dtype(query)) is not None:
-            query, key, value, attn_mask = (cast(tensor, dtype) for tensor in (query, key, value, attn_mask))
+            query, key, value, attn_mask = (
+                cast(query, dtype),
+                cast(key, dtype),
+                cast(value, dtype),
+                cast(attn_mask, dtype),
+            )
         # The kept route: the facts of this call are those of one before it. Some kernels need no record of the call.
-        if plain and attn_mask is None and (return_lse is False or return_lse is True):
+        if plain and (attn_mask is None or type(attn_mask) is Tensor) and (return_lse is False or return_lse is True):
             try:
-                facts = facts_of(query, key, value, None, dropout_p, is_causal, scale, enable_gqa, return_lse)
+                mask = attn_mask
+                if mask is not None and mask.dim() < 4 == query.dim():
+                    mask = eager.with_four_dimensions(mask)
+                facts = facts_of(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
                 generation = process.registry.generation  # type: ignore[union-attr]
                 plan = plans.get((state.scope, impl, process.activation, generation, is_deterministic(), facts))
             except (AttributeError, TypeError):  # not tensors, not hashable, or the first call of all
                 plan = None
-            if plan is not None and plan.plain is not None:
+            attn_mask = attn_mask if plan is None else mask
+            if plan is not None and plan.plain is not None and attn_mask is None:
                 if state.recordings:
-                    given = dict(query=query, key=key, value=value, dropout=dropout_p, is_causal=is_causal)
-                    observe(plan.decision, eager.params_of(given | {"enable_gqa": enable_gqa}))
+                    given = {"query": query, "key": key, "value": value, "dropout": dropout_p, "is_causal": is_causal}
+                    given["enable_gqa"] = enable_gqa
+                    observe(plan.decision, eager.params_of(given))
                 out, lse = plan.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
                 return (out, lse) if return_lse else out
     fields: dict[str, Any] = {

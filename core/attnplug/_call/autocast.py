@@ -42,7 +42,7 @@ def autocasted(params: SDPAParams) -> SDPAParams:
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
     """Return a tensor in autocast's dtype, if it is one that autocast casts."""
-    if not isinstance(tensor, Tensor) or tensor.dtype is dtype:
+    if tensor is None or not isinstance(tensor, Tensor) or tensor.dtype is dtype:
         return tensor
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 

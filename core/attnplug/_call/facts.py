@@ -17,6 +17,7 @@ from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
 UPPER_LEFT = CausalVariant.UPPER_LEFT
 _is_recording = torch.is_grad_enabled
+_STRIDED = torch.strided
 _new = tuple.__new__  # half the cost of a named tuple's own
 _NUMBERS = (float, int)  # exactly: True is not 1 here
 Sizes = tuple[int, int, int, int, bool]
@@ -138,7 +139,9 @@ def facts_of(
         return None
     varlen = extended is not None and extended.cu_seq_q is not None
     sizes = packed_sizes(query, key, value, enable_gqa) if varlen else dense_sizes(query, key, value, enable_gqa)
-    if sizes is None or query.is_nested or key.is_nested or value.is_nested:  # jagged ones have a shape like others
+    if sizes is None or not (
+        query.layout is key.layout is value.layout is _STRIDED
+    ):  # sparse and jagged ones have sizes
         return None
     grad = _is_recording()
     facts_of_mask = None

@@ -7,7 +7,6 @@ brought into the one form that kernels know, and the candidates are asked.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +28,11 @@ def params_of(fields: dict[str, Any]) -> SDPAParams:
     params = object.__new__(SDPAParams)
     object.__setattr__(params, "__dict__", fields)
     return params
+
+
+def with_four_dimensions(mask: Tensor) -> Tensor:
+    """Return a mask of fewer dimensions as a view of four."""
+    return mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
 
 
 def kept(plan: Any, facts: CallFacts, params: SDPAParams, impl: str | None) -> Result | None:
@@ -66,10 +70,11 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
 
 
 def _route(params: SDPAParams, impl: str | None) -> Result:
+    query = params.query
+    if isinstance(query, Tensor) and query.dim() == 3 and not query.is_nested:
+        return _lifted(params, impl) or _decided(params, impl)
     plan = _kept(params, impl)
-    if plan is not None:
-        return plan.run(params)
-    return _lifted(params, impl) or _decided(params, impl)
+    return _decided(params, impl) if plan is None else plan.run(params)
 
 
 def _kept(params: SDPAParams, impl: str | None) -> Plan | None:
@@ -80,8 +85,7 @@ def _kept(params: SDPAParams, impl: str | None) -> Plan | None:
             if is_causal_bias(mask):
                 return None
             if mask.dim() < 4 == params.query.dim():
-                for _ in range(4 - mask.dim()):
-                    params.__dict__["attn_mask"] = params.attn_mask.unsqueeze(0)
+                params.__dict__["attn_mask"] = with_four_dimensions(mask)
         facts = CallFacts.of(params)
         plan = None if facts is None else find(impl, facts, params)
     except (AttributeError, TypeError):  # no tensor, or something unhashable: the decided route has words for it
@@ -95,11 +99,11 @@ def _kept(params: SDPAParams, impl: str | None) -> Plan | None:
 
 def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
     """Run a call of three dimensions as one of four, if that one is kept."""
-    tensors = (params.query, params.key, params.value)
-    if not all(isinstance(tensor, Tensor) and tensor.dim() == 3 for tensor in tensors):
+    query, key, value = params.query, params.key, params.value
+    if not (isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == value.dim() == 3):
         return None
-    query, key, value = (tensor.unsqueeze(0) for tensor in tensors)
-    lifted = replace(params, query=query, key=key, value=value)
+    four = {"query": query.unsqueeze(0), "key": key.unsqueeze(0), "value": value.unsqueeze(0)}
+    lifted = params_of(params.__dict__ | four)
     plan = _kept(lifted, impl)
     if plan is None:
         return None
