@@ -157,7 +157,7 @@ def scaled_dot_product_attention(
         and alibi_slopes is None
         and seqused_k is None
         and softcap == 0.0
-        and window_size is OPEN_WINDOW
+        and (window_size is OPEN_WINDOW or _is_open(window_size))
         and causal_variant is UPPER_LEFT
     )
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
@@ -173,7 +173,7 @@ def scaled_dot_product_attention(
         and (enable_gqa is False or enable_gqa is True)
         and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-        and (query.is_cpu or _are_aligned(query, key, value))
+        and (query.get_device() < 0 or _are_aligned(query, key, value))
     ):
         try:
             if scale is None and not enable_gqa:
@@ -431,15 +431,23 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
     """Whether PyTorch's function takes this mask as it is; it also takes some that it then misreads."""
     return (
         type(mask) in _PLAIN
-        and mask.is_cpu is query.is_cpu is True  # CUDA kernels misread what `torch` first converts
+        and mask.get_device() == query.get_device() < 0  # CUDA kernels misread what `torch` first converts
         and mask.dim() > 1
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
 
 
+def _is_open(window: Any) -> bool:
+    """Whether this is `OPEN_WINDOW` in another tuple, as a trace has it; -1.0 is not -1."""
+    return type(window) is tuple and window == OPEN_WINDOW and type(window[0]) is int is type(window[1])
+
+
 def _are_aligned(*tensors: Tensor) -> bool:
-    """Whether tensors start where CUDA kernels can load 16 bytes at once: PyTorch's fault at others."""
-    return all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
+    """Whether tensors start where CUDA kernels can load 16 bytes at once: PyTorch's fault at others.
+
+    A trace has no storage to ask; Inductor copies inputs that are not aligned.
+    """
+    return is_compiling() or all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
 
 
 def is_symbolic(query: Any) -> bool:
