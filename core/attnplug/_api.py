@@ -431,7 +431,8 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
     """Whether PyTorch's function takes this mask as it is; it also takes some that it then misreads."""
     return (
         type(mask) in _PLAIN
-        and mask.get_device() == query.get_device() < 0  # CUDA kernels misread what `torch` first converts
+        and query.get_device() < 0  # CUDA kernels misread what `torch` first converts
+        and mask.device == query.device
         and mask.dim() > 1
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
