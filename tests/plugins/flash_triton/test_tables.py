@@ -62,7 +62,7 @@ def edited(path: Path, change: Any) -> Path:
             "64, plain: block_m 100 is not one of 16, 32",
         ),
         (lambda content: content["tiles"].update({str(CELL): [1, 2]}), r"expected block_m, block_n, .* got \[1, 2\]"),
-        (lambda content: content.pop("measured"), "no table of tiles: KeyError: 'measured'"),
+        (lambda content: content.pop("measured"), "not a table of tiles: KeyError: 'measured'"),
     ],
     ids=["missing", "unknown", "unknown spill", "architecture", "out of range", "no tiles", "no origin"],
 )
