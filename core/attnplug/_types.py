@@ -192,9 +192,9 @@ class ImplSpec:
     Args:
         name: what users write in `impl=`, scopes and `ATTNPLUG_IMPL`.
         kernel: where the kernel is: `"package.module"` or `"package.module:attribute"`, imported when it is
-            first chosen, or asked whether it takes a call; or, from a program, the object itself. It is a function (the forward), or a
-            module or object with a `forward` and whatever else `Kernel` lists; an attribute that looks like
-            one of those and is not is an error.
+            first chosen, or asked whether it takes a call; or, from a program, the object itself. It is a function
+            (the forward), or a module or object with a `forward` and whatever else `Kernel` lists; an attribute that
+            looks like one of those and is not is an error.
         backend: the family that `sdpa_kernel` scopes select by; None for none, so that it runs in a scope only where
             it is named.
         capabilities: what it supports.
