@@ -127,8 +127,8 @@ def test_what_is_seen_are_the_tensors_of_the_call_and_its_differentiable_result(
 
 def test_who_stands_around_a_call_may_give_another_result() -> None:
     class Doubles(Watcher):
-        def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[], Any]) -> Any:
-            out, lse = run()
+        def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
+            out, lse = run(params)
             return out * 2, lse
 
     expected = attend(Q, Q, Q, impl="aten_math")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class Plan:
         state = thread.state
         if state.watched:
             call = described(self.decision, params, state.module, self.described)
-            return run_watched(call, params, partial(self._run, params))  # type: ignore[no-any-return]
+            return run_watched(call, params, self._run)  # type: ignore[no-any-return]
         return self._run(params)
 
     def _run(self, params: SDPAParams) -> Result:

@@ -63,9 +63,9 @@ class _List(Watcher):
     def __init__(self) -> None:
         self.calls: list[RecordedCall] = []
 
-    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[], Result]) -> Result:
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
         self.calls.append(call)
-        return run()
+        return run(params)
 
     def told(self, call: RecordedCall) -> None:
         self.calls.append(call)
@@ -83,8 +83,8 @@ class Replay(Watcher):
             raise ScopeError("the recomputation of a checkpoint makes more attention calls than its forward did")
         return name
 
-    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[], Result]) -> Result:
-        return run()
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+        return run(params)
 
     def told(self, call: RecordedCall) -> None:
         """Count a call of a graph, which runs what it was compiled with."""
@@ -94,11 +94,11 @@ class Replay(Watcher):
 class _Log(Watcher):
     """Logs each call, for `ATTNPLUG_TRACE`."""
 
-    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[], Result]) -> Result:
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
         query, key = params.query, params.key
         shapes = "nested" if query.is_nested else f"query {tuple(query.shape)}, key {tuple(key.shape)}, {query.dtype}"
         _log(call, f"runs {shapes}")
-        return run()
+        return run(params)
 
     def told(self, call: RecordedCall) -> None:
         _log(call, "runs in compiled code")

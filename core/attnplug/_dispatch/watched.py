@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from attnplug._dispatch.resolver import Decision
 from attnplug._run.operator import ARGUMENTS, arguments_of, params_from
 from attnplug._selection.state import thread
-from attnplug._selection.watching import TENSORS, RecordedCall
+from attnplug._selection.watching import TENSORS, RecordedCall, Watcher
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend
 
@@ -29,11 +29,15 @@ def described(decision: Decision, params: SDPAParams, module: str, known: dict[A
     return call
 
 
-def run_watched(call: RecordedCall, params: SDPAParams, run: Callable[[], Any]) -> Any:
+def run_watched(call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
     """Run an eager call among those who watch this thread; the one that came first is nearest to the kernel."""
     for watcher in thread.state.watchers:
-        run = partial(watcher.around, call, params, run)
-    return run()
+        run = _around(watcher, call, run)
+    return run(params)
+
+
+def _around(watcher: Watcher, call: RecordedCall, run: Callable[[SDPAParams], Any]) -> Callable[[SDPAParams], Any]:
+    return lambda params: watcher.around(call, params, run)
 
 
 def tell(call: tuple[str, ...]) -> None:

@@ -61,10 +61,13 @@ class Watcher:
         """Return the implementation that must run, by whoever has the last word in eager code; `impl` if any may."""
         return impl
 
-    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[], Result]) -> Result:
-        """Run an eager call: `params` as the kernel gets it, `run()` for the kernel's, differentiable `(out, lse)`."""
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+        """Run an eager call, `params` being what the kernel gets, and return its differentiable `(out, lse)`.
+
+        `run` does it, with these or with aliases of the same tensors.
+        """
         self.told(call)
-        result = run()
+        result = run(params)
         if self.sees_tensors:
             self.seen(call, params, result)
         return result
