@@ -126,8 +126,8 @@ class Entry:
         if missing_modules(self.spec.requires):
             return self.spec.install
         devices = self.spec.capabilities.devices
-        elsewhere = devices is not None and device_types().isdisjoint(devices)
-        return remedies.gpu_build() if elsewhere and "cuda" in devices else ""
+        on_gpu = devices is not None and "cuda" in devices and device_types().isdisjoint(devices)
+        return remedies.gpu_build() if on_gpu else ""
 
 
 class Registry:

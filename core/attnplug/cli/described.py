@@ -33,7 +33,9 @@ class Described(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # PyTorch's is of a subclass that takes no part
+        cls, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
         """Do to the described tensors what is done to these."""
         options = options or {}
         device = next(each.device for each in _tensors((arguments, options)))

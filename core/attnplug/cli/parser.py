@@ -25,8 +25,9 @@ class Parser(argparse.ArgumentParser):
     """A parser that says what was probably meant by a command, an option or a choice that does not exist."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        defaults = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(*arguments, **defaults | options)
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*arguments, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Look for unknown options first: argparse would rather complain of what is required and was misspelt."""
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         known = self._option_string_actions
-        commands = next((action.choices for action in self._actions if action.nargs == argparse.PARSER), ())
+        commands = next((action.choices or () for action in self._actions if action.nargs == argparse.PARSER), ())
         for position, argument in enumerate(args):
             misspelt = bool(commands) and position == 0 and not argument.startswith("-")
             if argument == "--" or argument in commands or misspelt:
