@@ -61,22 +61,25 @@ def _csv(report: Report) -> str:
 def ready(path: str, device: str) -> Path:
     """Return the path that results can be written to, before anything is measured.
 
+    A folder that is spelled out must exist; those whose names are filled in are made.
+
     `{device}` in it stands for the name of the device, such as `nvidia-h200`, `{time}` for now, in UTC.
 
     Raises:
         BenchError: it cannot be written, or a library that it takes is missing.
     """
     now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    filled = "{" in str(Path(path).parent)
     if "{device}" in path:
         from attnplug.bench._environment import device_name  # and PyTorch, which a wrong name need not wait for
 
         path = path.replace("{device}", _slug(device_name(device)))
     place = Path(path.replace("{time}", now))
     check_kind(place)
-    if not place.parent.is_dir():
-        raise BenchError(f"{place}: cannot be written: {place.parent} is not a folder; make it first")
     new = not place.exists()
     try:
+        if filled:
+            place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("ab"):
             pass
         if new:

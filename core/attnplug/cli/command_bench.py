@@ -93,8 +93,7 @@ def _check(arguments: argparse.Namespace) -> None:
             arguments.fail(f"--cases: {path!r} is not a file")
     for path in map(Path, arguments.output):
         check_kind(path)
-        if "{" not in str(path.parent):
-            outputs.check_folder(arguments, path)
+        outputs.check_folder(arguments, path)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
