@@ -54,6 +54,9 @@ class PatchHandle:
                 if not _handles:
                     _uninstall()
 
+    def __repr__(self) -> str:
+        return f"<PatchHandle: {'in place' if self in _handles else 'removed'}>"
+
     def __enter__(self) -> PatchHandle:
         return self
 
@@ -259,4 +262,4 @@ def _fastpath_enabled() -> bool:
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread."""
-    return not process.plain or thread.state.scope is not None or bool(thread.state.recordings)
+    return not process.plain or thread.state.scope is not None or bool(thread.state.watched)

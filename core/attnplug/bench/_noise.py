@@ -74,7 +74,7 @@ class Watch:
 
 
 def _product(device: str) -> Callable[[], Any]:
-    import torch  # here, for a report is read without it
+    import torch
 
     size = _SIZES[torch.device(device).type]
     left = torch.ones(size, size, device=device)
