@@ -65,7 +65,8 @@ def test_the_names_of_features_stay_where_the_table_scrolls(started, site):
         before = table.locator("td").first.bounding_box()
         moved = table.evaluate(
             """table => {
-              const scroller = [table, table.parentElement].find(e => e.scrollWidth > e.clientWidth + 1);
+              let scroller = table;
+              while (scroller.scrollWidth <= scroller.clientWidth + 1) scroller = scroller.parentElement;
               scroller.scrollLeft = 200;
               return scroller.scrollLeft;
             }"""
@@ -94,7 +95,7 @@ def test_the_home_page_makes_its_point_before_one_scrolls(started, site, scheme)
 
 def test_the_page_for_what_is_not_found_works_in_any_folder(site):
     page = (site / "404.html").read_text()
-    links = re.findall(r'(?:href|src)="([^"#?]+)', page)
+    links = [link for link in re.findall(r'(?:href|src)="([^"#?]+)', page) if not link.startswith("https:")]
     assert len(links) > 20
     assert [link for link in links if link.startswith("/") or not (site / link).exists()] == []
 
