@@ -15,6 +15,7 @@ from attnplug._call.autocast import any_autocast, autocast_dtype, cast
 from attnplug._call.facts import UPPER_LEFT, dense_sizes, facts_of, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
+from attnplug._dispatch.measured import torch_comes_first
 from attnplug._dispatch.plans import is_deterministic, plans
 from attnplug._dispatch.recording import observe, replayed
 from attnplug._selection.state import process, start_outside, thread
@@ -171,7 +172,11 @@ def scaled_dot_product_attention(
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
         and (enable_gqa is False or enable_gqa is True)
-        and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
+        and (
+            (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
+            if process.choices is None or impl is not None
+            else torch_comes_first(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        )
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (query.get_device() < 0 or _are_aligned(query, key, value))
     ):

@@ -15,6 +15,7 @@ from attnplug._call.device import described
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
 from attnplug._dispatch import traced
+from attnplug._dispatch.measured import applies, because, choice_of
 from attnplug._dispatch.resolver import explain_all, refusals
 from attnplug._run.contract import DIFFERENTIABLE
 from attnplug._selection.selection import current_selection
@@ -32,11 +33,13 @@ class Explanation:
             where the call is empty.
         candidates: a verdict for every implementation, the chosen one first.
         empty: whether some size is zero, so that the call returns what the formulas say and no kernel runs.
+        measured: while measured choices are in use, what was measured for the call, or why no choice holds for it.
     """
 
     chosen: str | None
     candidates: tuple[Verdict, ...]
     empty: bool = False
+    measured: str = ""
 
     def __str__(self) -> str:
         rows = [
@@ -48,7 +51,8 @@ class Explanation:
             )
             for verdict in self.candidates
         ]
-        return table(("implementation", "family", "", "reasons"), rows)
+        shown = table(("implementation", "family", "", "reasons"), rows)
+        return f"{shown}\n\n{self.measured}" if self.measured else shown
 
 
 _EMPTY = ("is not asked: the call is empty, and no kernel runs",)
@@ -103,14 +107,23 @@ def explain(
         _refuse_device(compute_capability)
         return _traced(SDPAParams(**given), impl)
     params = _prepared(SDPAParams(**given))
-    registry, selection = start(), current_selection(impl)
+    registry = start()
     with described(compute_capability, params.query.device):
         if not params.query.is_nested and is_empty(params):
             return Explanation(
                 None, tuple(Verdict(entry.name, entry.spec.backend, False, _EMPTY) for entry in registry), empty=True
             )
-        chosen, verdicts = explain_all(registry, selection, _facts(params), params)
-    return Explanation(chosen, tuple(verdicts))
+        facts = _facts(params)
+        choice, measured = _measured(impl, facts, params) if compute_capability is None else (None, "")
+        chosen, verdicts = explain_all(registry, current_selection(impl, choice), facts, params)
+    return Explanation(chosen, tuple(verdicts), measured=measured)
+
+
+def _measured(impl: str | None, facts: CallFacts, params: SDPAParams) -> tuple[str | None, str]:
+    """Return the measured choice for a call, and what is to be said of it; nothing where another order is named."""
+    if not applies(impl):
+        return None, ""
+    return None if params.query.is_nested else choice_of(facts, params), because(facts, params)
 
 
 def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int, int] | None = None) -> Verdict:

@@ -88,8 +88,10 @@ class Replay:
             raise ScopeError("the recomputation of a checkpoint makes more attention calls than its forward did")
         return name
 
-    def append(self, call: RecordedCall) -> None:
-        """Nothing to remember: a replay tells, it does not listen."""
+    def ran(self, call: RecordedCall, params: SDPAParams | None) -> None:
+        """Take the name of a call in a graph, which runs what it was compiled with."""
+        if params is None:
+            self.next()
 
 
 def replayed(impl: str | None) -> str | None:
@@ -120,8 +122,13 @@ def _reporter() -> Any:
 def _reported(impl: str, family: str, passed_over: str) -> None:
     reasons = {name: tuple(each) for name, each in json.loads(passed_over).items()}
     call = RecordedCall(impl, SDPBackend[family] if family else None, reasons)
+    _tell(call, None)
+
+
+def _tell(call: RecordedCall, params: SDPAParams | None) -> None:
+    """Tell the recordings of this thread what runs; `params` is None for a call in a graph."""
     for watcher in thread.state.recordings:
-        watcher.next() if isinstance(watcher, Replay) else watcher.append(call)
+        watcher.append(call) if type(watcher) is list else watcher.ran(call, params)
 
 
 @constant_in_traces
@@ -146,8 +153,7 @@ def observe(decision: Decision, params: SDPAParams) -> None:
     family = decision.kernel.family
     backend = family(params) if family is not None else decision.backend
     call = RecordedCall(decision.entry.spec.name, backend, decision.passed_over)
-    for calls in thread.state.recordings:
-        calls.append(call)
+    _tell(call, params)
     if process.logs:
         _trace(call, params)
 

@@ -10,6 +10,7 @@
 Nothing below imports this package, and plotting and page libraries are imported when something is drawn.
 """
 
+from attnplug.bench._captured import Cases
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._compare import Change, compare
@@ -25,6 +26,7 @@ __all__ = [
     "SETS",
     "BenchError",
     "Case",
+    "Cases",
     "Ceiling",
     "Change",
     "Record",

@@ -26,7 +26,7 @@ from typing import Any
 from attnplug import AttnplugError, PluginError, __version__
 from attnplug.cli import render
 
-COMMANDS = ("list", "explain", "info", "check", "bench", "new")
+COMMANDS = ("list", "explain", "info", "check", "bench", "tune", "new")
 
 DONE, NO, USAGE = 0, 1, 2
 

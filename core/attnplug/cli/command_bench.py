@@ -27,7 +27,7 @@ from attnplug.cli import render
 from attnplug.cli.command_explain import names, size
 
 if TYPE_CHECKING:
-    from attnplug.bench import Case, Report
+    from attnplug.bench import Cases, Report
 
 HELP = "measure every implementation on this machine, and check that it is right"
 USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFTER.json [--threshold SHARE]"
@@ -37,9 +37,27 @@ _EXPENDABLE = ("fwd cold", "bwd cold", "of ceiling", "memory", "TFLOP/s")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--set", action="append", default=[], metavar="NAME", help="named cases; --sets lists them")
-    what.add_argument("--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml or .toml file")
+    configure_cases(what)
     what.add_argument("--impl", type=names, metavar="NAMES", help="the only implementations; by default all")
+    what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
+    how = parser.add_argument_group("how it is measured and reported")
+    how.add_argument("--baseline", default="torch", metavar="NAME", help="what ratios are to; torch if not given")
+    how.add_argument("--caches", choices=("warm", "cold", "both"), default="both")
+    how.add_argument("--seconds", type=seconds, metavar="S", help="for each implementation, direction and caches")
+    how.add_argument("--threads", type=size, metavar="N", help="threads of PyTorch on a CPU")
+    how.add_argument("--output", "-o", action="append", default=[], metavar="FILE", help="write results; repeatable")
+    how.add_argument("--save-choices", metavar="FILE", help="save what follows for each kind of call, as tune does")
+    _configure_compare(parser.add_subparsers(title="two runs", metavar="compare", dest="action", prog="attnplug bench"))
+
+
+def configure_cases(what: Any) -> None:
+    """Add the options that name cases."""
+    what.add_argument(
+        "--set", action="append", default=[], metavar="NAME", help="named cases; attnplug bench --sets lists them"
+    )
+    what.add_argument(
+        "--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml, .toml or .json file"
+    )
     what.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     what.add_argument(
         "--dtype",
@@ -47,14 +65,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="by default bfloat16 on a GPU, float32 on a CPU",
     )
     what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs, the times mean nothing")
-    what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
-    how = parser.add_argument_group("how it is measured and reported")
-    how.add_argument("--baseline", default="torch", metavar="NAME", help="what ratios are to; torch if not given")
-    how.add_argument("--caches", choices=("warm", "cold", "both"), default="both")
-    how.add_argument("--seconds", type=_seconds, metavar="S", help="for each implementation, direction and caches")
-    how.add_argument("--threads", type=size, metavar="N", help="threads of PyTorch on a CPU")
-    how.add_argument("--output", "-o", action="append", default=[], metavar="FILE", help="write results; repeatable")
-    _configure_compare(parser.add_subparsers(title="two runs", metavar="compare", dest="action", prog="attnplug bench"))
 
 
 def _configure_compare(actions: Any) -> None:
@@ -83,17 +93,20 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
 
     from attnplug import bench
+    from attnplug._selection.choice_files import check_writable
     from attnplug.bench._clocks import clock_for
     from attnplug.bench._run import SECONDS
     from attnplug.bench._write import ready
 
-    cases = _cases(arguments)
+    cases = list(cases_of(arguments))
     for device in {case.device for case in cases}:
         clock_for(device)  # before files are named after it
     outputs = [ready(path, cases[0].device) for path in arguments.output]
+    if arguments.save_choices:
+        check_writable(Path(arguments.save_choices))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = bench.run(
             cases,
             arguments.impl,
@@ -104,6 +117,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         )
     for path in outputs:
         bench.write(report, path)
+    if arguments.save_choices:
+        _save_choices(report, Path(arguments.save_choices))
     if arguments.json:
         render.print_json(report.as_dict())
     else:
@@ -111,22 +126,43 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0 if report.impls and not report.wrong and not report.missing else 1
 
 
-def _cases(arguments: argparse.Namespace) -> list[Case]:
-    """Return the cases that the options name, or the default set of the device."""
-    from attnplug.bench import case_set, read_cases
+def _save_choices(report: Report, place: Path) -> None:
+    from attnplug.cli.command_tune import save
+    from attnplug.tuning import choices_from
+
+    choices = choices_from(report)
+    if len(choices):
+        save(choices, place)
+        print(f"attnplug: {len(choices)} choices are saved in {place}", file=sys.stderr)
+    else:
+        print(f"attnplug: nothing was right, so nothing is saved in {place}", file=sys.stderr)
+
+
+def cases_of(arguments: argparse.Namespace) -> Cases:
+    """Return the cases that the options name, with their counts, or the default set of the device."""
+    from attnplug.bench import Cases, case_set, read_cases
     from attnplug.bench._sets import default_device, default_set
 
     chosen = {"device": arguments.device, "dtype": arguments.dtype}
     sets = arguments.set
     if not sets and not arguments.cases:
         sets = [default_set(arguments.device or default_device())]
-    cases = [case for name in sets for case in case_set(name, **chosen)]
-    cases += [case for path in arguments.cases for case in read_cases(path, **chosen)]
-    return [case.shrunk() for case in cases] if arguments.tiny else cases
+    cases = Cases()
+    for found in (
+        *(case_set(name, **chosen) for name in sets),
+        *(read_cases(path, **chosen) for path in arguments.cases),
+    ):
+        cases.update(found)
+    if not arguments.tiny:
+        return cases
+    shrunk = Cases()
+    for case, count in cases.items():
+        shrunk[case.shrunk()] += count
+    return shrunk
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """Show a bar on stderr while it works, if that is a terminal and `rich` is there."""
     if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         yield None
@@ -209,7 +245,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if regressions else 0
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

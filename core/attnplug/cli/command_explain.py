@@ -106,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         render.print_table(_HEADERS, [_row(verdict, explanation) for verdict in explanation.candidates], 2)
         render.put(f"\n{_conclusion(explanation)}")
+        if explanation.measured:
+            render.put(explanation.measured)
     return 1 if explanation.chosen is None and not explanation.empty else 0
 
 
@@ -153,6 +155,7 @@ def _as_json(explanation: attnplug.Explanation) -> dict[str, Any]:
     return {
         "chosen": explanation.chosen,
         "empty": explanation.empty,
+        "measured": explanation.measured,
         "candidates": [
             {
                 "name": verdict.name,
