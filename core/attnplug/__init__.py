@@ -29,6 +29,7 @@ from attnplug._errors import (
 from attnplug._registry.hooks import hookimpl
 from attnplug._registry.kernel import Kernel
 from attnplug._selection.choices import Choices
+from attnplug._selection.watching import RecordedCall
 from attnplug._types import (
     Capabilities,
     CausalVariant,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from attnplug._control.explain import Explanation, can_use_impl, explain
     from attnplug._control.patch import PatchHandle, patch_torch
     from attnplug._control.scopes import sdpa_kernel
-    from attnplug._dispatch.recording import RecordedCall, record
+    from attnplug._dispatch.recording import record
     from attnplug.tuning import capture, tune
 
 WARN_FOR_UNFUSED_KERNELS = False
@@ -75,7 +76,6 @@ _NEEDS_TORCH = {
     "explain": "attnplug._control.explain",
     "BindingHandle": "attnplug._control.binding",
     "PatchHandle": "attnplug._control.patch",
-    "RecordedCall": "attnplug._dispatch.recording",
     "bind": "attnplug._control.binding",
     "capture": "attnplug.tuning",
     "checkpoint_contexts": "attnplug._control.checkpoints",

@@ -12,9 +12,6 @@ from importlib_metadata import PackageNotFoundError, version
 from attnplug._call.device import architecture_name
 from attnplug._registry.registry import Registry
 
-RUNTIME = ("torch", "cuda", "cudnn", "triton")
-"""Whose versions count for every implementation."""
-
 
 @cache
 def device_identity(device: torch.device) -> tuple[str, str] | None:

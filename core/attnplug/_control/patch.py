@@ -264,4 +264,4 @@ def _selected() -> bool:
 
 def _chosen() -> bool:
     """Whether somebody has chosen, or listens. Measured choices do not end the fast path, which was not measured."""
-    return not process.plain or thread.state.scope is not None or bool(thread.state.recordings)
+    return not process.plain or thread.state.scope is not None or bool(thread.state.watched)

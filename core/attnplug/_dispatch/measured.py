@@ -1,13 +1,8 @@
-"""What was measured to be the fastest for a call, while measured choices are in use.
-
-Choices of one kind of problem differ by size alone, so they are kept as a tree of upper bounds: of batch times heads,
-then of queries, then of keys. Neighbours with the same choice are one branch. A call compares a few numbers; a trace
-guards on the same comparisons, so that a length may grow until the choice is another.
-"""
+"""What was measured to be the fastest for a call, while measured choices are in use; and where there is nothing, why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,55 +10,20 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import CallFacts, facts_of
 from attnplug._call.kinds import Problem, kind_of, problem_of, sizes_of
-from attnplug._call.machine import RUNTIME, device_identity, plugin_versions, runtime_versions
+from attnplug._call.machine import device_identity, plugin_versions, runtime_versions
 from attnplug._errors import ChoicesWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import DEFAULT, Registry
 from attnplug._selection.choices import Choice, Choices, Kind, Table, describe_problem
 from attnplug._selection.state import process, start, thread, when_started
+from attnplug._selection.trees import Tree, grown, walked
 from attnplug._types import SDPAParams
-
-Tree = str | tuple[tuple[int, Any], ...] | None
-"""The name of an implementation, None, or branches, each with its upper bound; above the last there is none."""
 
 _KEPT = 4096
 _grad_enabled = torch.is_grad_enabled
-
-
-def grown(found: Mapping[tuple[int, ...], str | None]) -> Tree:
-    """Return the tree of choices by sizes, each of which stands for those above its half."""
-    if () in found:
-        return found[()]
-    branches: list[tuple[int, Tree]] = []
-    for size in sorted({sizes[0] for sizes in found}):
-        below = branches[-1][0] if branches else 0
-        if size // 2 > below:
-            branches.append((size // 2, None))
-        branches.append((size, grown({sizes[1:]: name for sizes, name in found.items() if sizes[0] == size})))
-    merged: list[tuple[int, Tree]] = []
-    for bound, branch in branches:
-        if merged and merged[-1][1] == branch:
-            merged.pop()
-        merged.append((bound, branch))
-    while merged and merged[-1][1] is None:
-        merged.pop()
-    return tuple(merged) or None
-
-
-def walked(tree: Tree, sizes: Sequence[int]) -> str | None:
-    """Return the choice for sizes; 0.3 us."""
-    for size in sizes:
-        if type(tree) is not tuple:
-            break
-        for bound, branch in tree:
-            if size <= bound:
-                tree = branch
-                break
-        else:
-            return None
-    return tree  # type: ignore[return-value]
 
 
 @dataclass
@@ -117,7 +77,7 @@ def torch_comes_first(
 
     0.2 us more than comparing the sizes. Lengths are rounded, so that a decode loop finds what is kept.
     """
-    if is_compiling() or thread.state.scope is not None:
+    if is_compiling() or thread.state.scope is not None or any_autocast():
         return False
     try:
         batch, heads, queries, size = query.shape
@@ -159,7 +119,6 @@ def torch_comes_first(
 
 def _passes(known: tuple[Any, ...], *call: Any) -> bool:
     query, key, value, mask, dropout, is_causal, scale, enable_gqa = call
-    start()
     if isinstance(mask, Tensor) and mask.dim() < 4:
         mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
     facts = facts_of(query, key, value, mask, dropout, is_causal, scale, enable_gqa, False)
@@ -257,13 +216,11 @@ def _holding(choices: Choices, device: torch.device, registry: Registry) -> _Her
 
 def _differences(one: Table, here: Mapping[str, str | None]) -> str:
     """Return which versions a table was measured with and are others now; what is no longer installed is none."""
-    different = [
+    return "; ".join(
         f"{name} {version or 'absent'}, here is {here[name] or 'none'}"
         for name, version in one.versions.items()
         if name in here and here[name] != version
-    ]
-    missing = [f"{name} {version}" for name, version in one.versions.items() if name in RUNTIME and name not in here]
-    return "; ".join([*different, *missing])
+    )
 
 
 def _why_none(choices: Choices, identity: tuple[str, str], stale: list[str]) -> str:

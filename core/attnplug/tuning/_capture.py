@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from attnplug._call.prepare import prepare_dense
 from attnplug._control.patch import patch_torch
-from attnplug._dispatch.recording import RecordedCall
 from attnplug._errors import ScopeError
-from attnplug._selection.state import leave_recording, thread
+from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
 from attnplug._types import CausalVariant, SDPAParams
 from attnplug.bench._captured import Cases
 from attnplug.bench._cases import DTYPES, Case
@@ -53,14 +53,13 @@ class capture:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._watcher = _Watcher()
-        state = thread.state
-        state.recordings = (*state.recordings, self._watcher)
+        add_watcher(self._watcher)
         return self._watcher.cases
 
     def __exit__(self, *exception: object) -> None:
         if self._watcher is None:
             raise ScopeError("capture() is left, but it was not entered")
-        leave_recording(self._watcher)
+        remove_watcher(self._watcher)
         self._watcher = None
         self._stack.close()
 
@@ -70,21 +69,21 @@ class capture:
             self.__exit__()
 
 
-class _Watcher:
-    """In a thread's recordings: is told of each call, with its arguments."""
+class _Watcher(Watcher):
+    """Takes note of each call's arguments."""
 
     def __init__(self) -> None:
         self.cases = Cases()
 
-    def ran(self, call: RecordedCall, params: SDPAParams | None) -> None:
-        if params is None:
-            self.cases.left_out["made by code that was compiled inside the block; compile it before"] += 1
-            return
-        reason = _indescribable(params)
-        if reason:
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
+        if reason := _indescribable(params):
             self.cases.left_out[reason] += 1
         else:
             self.cases[case_of(params)] += 1
+        return run(params)
+
+    def told(self, call: RecordedCall) -> None:
+        self.cases.left_out["made by code that was compiled inside the block; compile it before"] += 1
 
 
 def _indescribable(params: SDPAParams) -> str:
