@@ -1,17 +1,13 @@
-"""What was measured to be the fastest for a call, while measured choices are in use; and where there is nothing, why."""
+"""What was measured to be the fastest for a call, while measured choices are in use; where nothing was, why."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling
 
-from attnplug._call.autocast import any_autocast
-from attnplug._call.facts import CallFacts, facts_of
+from attnplug._call.facts import CallFacts
 from attnplug._call.kinds import Problem, kind_of, problem_of, sizes_of
 from attnplug._call.machine import device_identity, plugin_versions, runtime_versions
 from attnplug._errors import ChoicesWarning
@@ -21,9 +17,6 @@ from attnplug._selection.choices import Choice, Choices, Kind, Table, describe_p
 from attnplug._selection.state import process, start, thread, when_started
 from attnplug._selection.trees import Tree, grown, walked
 from attnplug._types import SDPAParams
-
-_KEPT = 4096
-_grad_enabled = torch.is_grad_enabled
 
 
 @dataclass
@@ -44,7 +37,6 @@ class _Here:
 
 
 _here: dict[torch.device, _Here] = {}
-_passing: dict[tuple[Any, ...], bool] = {}
 _told: set[str] = set()
 
 
@@ -68,70 +60,6 @@ def tree_of_trace(facts: CallFacts) -> Tree:
 def choice_of(facts: CallFacts, params: SDPAParams) -> str | None:
     """Return what was measured to be the fastest for a call; None if nothing was."""
     return walked(tree_of(facts), sizes_of(params))
-
-
-def torch_comes_first(
-    query: Any, key: Any, value: Any, mask: Any, dropout: float, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> bool:
-    """Whether a call of four dimensions has fitting sizes, and PyTorch's function runs it by measurement or for want.
-
-    0.2 us more than comparing the sizes. Lengths are rounded, so that a decode loop finds what is kept.
-    """
-    if is_compiling() or thread.state.scope is not None or any_autocast():
-        return False
-    try:
-        batch, heads, queries, size = query.shape
-        key_batch, kv_heads, keys, key_size = key.shape
-        value_batch, value_heads, values, value_size = value.shape
-        if not (
-            batch == key_batch == value_batch
-            and keys == values
-            and size == key_size
-            and kv_heads == value_heads
-            and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
-            and batch > 0 < heads
-            and queries > 0 < keys
-            and size > 0
-        ):
-            return False
-        grad = _grad_enabled()
-        known = (
-            query.dtype,
-            query.get_device(),
-            size,
-            value_size,
-            heads,
-            kv_heads,
-            batch,
-            (queries - 1).bit_length(),
-            (keys - 1).bit_length(),
-            queries == keys,
-            is_causal,
-            dropout == 0.0,
-            grad and (query.requires_grad or key.requires_grad or value.requires_grad),
-            mask if mask is None else (mask.dtype, grad and mask.requires_grad),
-        )
-        found = _passing.get(known)
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # no tensors, or sizes that are not numbers
-        return False
-    return _passes(known, query, key, value, mask, dropout, is_causal, scale, enable_gqa) if found is None else found
-
-
-def _passes(known: tuple[Any, ...], *call: Any) -> bool:
-    query, key, value, mask, dropout, is_causal, scale, enable_gqa = call
-    if isinstance(mask, Tensor) and mask.dim() < 4:
-        mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
-    facts = facts_of(query, key, value, mask, dropout, is_causal, scale, enable_gqa, False)
-    if facts is None:
-        return False
-    params = SDPAParams(query, key, value)
-    choice = choice_of(facts, params)
-    if choice is None:
-        tell(facts, params)
-    if len(_passing) >= _KEPT:
-        _passing.clear()
-    _passing[known] = choice in (None, DEFAULT)
-    return _passing[known]
 
 
 def because(facts: CallFacts, params: SDPAParams) -> str:
@@ -236,7 +164,6 @@ def _why_none(choices: Choices, identity: tuple[str, str], stale: list[str]) -> 
 def _forget(registry: Registry) -> None:
     """Forget what holds where: implementations, their versions, or the choices in use have changed."""
     _here.clear()
-    _passing.clear()
 
 
 def forget_warnings() -> None:

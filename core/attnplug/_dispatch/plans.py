@@ -14,7 +14,7 @@ from attnplug._call.facts import CallFacts, Layout
 from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import default_scale
 from attnplug._call.requirements import needs_grad
-from attnplug._dispatch.measured import Tree, applies, tell, tree_of, walked
+from attnplug._dispatch.measured import applies, tell, tree_of
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
 from attnplug._dispatch.watched import described, run_watched
@@ -26,6 +26,7 @@ from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
+from attnplug._selection.trees import Tree, walked
 from attnplug._selection.watching import RecordedCall
 from attnplug._types import Feature, SDPAParams, SDPBackend
 
