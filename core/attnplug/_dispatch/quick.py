@@ -28,8 +28,8 @@ _grad_enabled = torch.is_grad_enabled
 def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) -> Any:
     """Return `PASS`, `PASS_IF_ALIGNED`, a plan with a `plain`, or `ASK`; 0.8 us.
 
-    What is in the key was found to fit when its answer was kept. The number of keys is rounded, as in kinds of calls, so
-    that a decode loop finds what is kept.
+    What is in the key was found to fit when its answer was kept. The number of keys is rounded, as in kinds of calls,
+    so that a decode loop finds what is kept.
     """
     if is_compiling() or any_autocast():
         return ASK
