@@ -19,9 +19,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnplug.cli import render
-from attnplug.cli.command_bench import cases_of, configure_cases, progress_bar, seconds
-from attnplug.cli.command_explain import names, size
+from attnplug.cli import render, values
+from attnplug.cli.command_bench import cases_of, check_cases, configure_cases, progress_bar
 
 if TYPE_CHECKING:
     from attnplug import Choices
@@ -37,14 +36,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     configure_cases(what)
     how = parser.add_argument_group("how it is measured and kept")
-    how.add_argument("--impl", type=names, metavar="NAMES", help="the only candidates beside torch; by default all")
-    how.add_argument("--seconds", type=seconds, metavar="S", help="for each implementation and direction")
-    how.add_argument("--threads", type=size, metavar="N", help="threads of PyTorch on a CPU")
+    how.add_argument(
+        "--impl", type=values.names, metavar="NAMES", help="the only candidates beside torch; by default all"
+    )
+    how.add_argument("--seconds", type=values.seconds, metavar="S", help="for each implementation and direction")
+    how.add_argument("--threads", type=values.size, metavar="N", help="threads of PyTorch on a CPU")
     how.add_argument("--force", action="store_true", help="measure although the machine is busy")
     how.add_argument("--output", "-o", metavar="FILE", help="add the choices to this file, not to this user's")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for path in arguments.capture:
+        if not Path(path).is_file():
+            arguments.fail(f"--capture: {path!r} is not a file; attnplug.capture() and save() make one")
+    check_cases(arguments)
     import torch
 
     import attnplug

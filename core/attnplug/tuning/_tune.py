@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import torch
@@ -15,17 +15,17 @@ from attnplug._call.machine import device_identity, plugin_versions, runtime_ver
 from attnplug._control.registration import check_name
 from attnplug._errors import ChoicesWarning
 from attnplug._messages import warn
+from attnplug._registry.registry import DEFAULT
 from attnplug._selection.choices import Choice, Choices, Kind, Table
 from attnplug._selection.state import start
-from attnplug.bench import BenchError, Case, Cases, Record, Report, Timing, case_set
+from attnplug.bench import BenchError, Case, Cases, Record, Report, case_set
 from attnplug.bench._clocks import clock_for
 from attnplug.bench._inputs import empty_params
 from attnplug.bench._measure import measure_case
-from attnplug.bench._records import RAN
+from attnplug.bench._noise import Watch
+from attnplug.bench._records import RAN, ranked
 from attnplug.bench._run import SECONDS, Progress, Steps
 from attnplug.tuning._machine import busy
-
-_NOISY = 0.25
 
 
 def tune(
@@ -77,30 +77,33 @@ def tune(
     kinds = _representatives(counts)
     steps = Steps(progress, len(kinds) * (len(names) + 1))
     records: list[Record] = []
-    interrupted = False
+    watch = Watch(clocks)
     try:
         for number, case in enumerate(kinds.values()):
             steps.at(number * (len(names) + 1))
             clock = clocks[case.device]
+            watch.look(case.device)
             records += measure_case(
                 case, names, clock, caches=("warm",), seconds=seconds, notify=steps.next, weigh=False
             )
     except KeyboardInterrupt:
-        interrupted = True
-    return choices_from(records, counts, kinds.values() if interrupted else ())
+        pass  # what is complete is worth keeping; the notes say what is missing
+    choices = choices_from(records, counts)
+    notes = [f"While it was measured, {noise}." for noise in [watch.found()] if noise.loud]
+    complete = {record.case for record in records}
+    if missing := [case.name for case in kinds.values() if case not in complete]:
+        notes.append(f"Interrupted: not measured are {', '.join(missing)}.")
+    return replace(choices, notes=(*choices.notes, *notes))
 
 
-def choices_from(
-    report: Report | Sequence[Record], counts: Mapping[Case, int] | None = None, wanted: Iterable[Case] = ()
-) -> Choices:
+def choices_from(report: Report | Sequence[Record], counts: Mapping[Case, int] | None = None) -> Choices:
     """Return the choices that follow from what was measured on this machine.
 
     Args:
-        report: of `attnplug.bench.run`, or its records.
+        report: of `attnplug.bench.run`, or records.
         counts: how often a program calls each case.
-        wanted: cases that should have been measured; those that were not are named in the notes.
     """
-    records = list(report)
+    records = list(report) if isinstance(report, Report) else ranked(report, DEFAULT)
     order = {name: place for place, name in enumerate(_default_order())}
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     chosen: dict[tuple[str, Kind], Choice] = {}
@@ -109,26 +112,18 @@ def choices_from(
         choice = _choice(kind_of_case(case), measured, created)
         if choice is not None:
             chosen.setdefault((case.device, choice.kind), choice)
-    notes = [*_notes(records, wanted), *_shares(chosen, counts or {})]
+    notes = [*_notes(records), *_shares(chosen, counts or {})]
     return Choices(_tables(chosen, {record.impl for record in records}), tuple(notes))
 
 
 def _choice(kind: Kind, records: Sequence[Record], created: str) -> Choice | None:
     """Return the choice among records of one case in the default order; None if nothing was right."""
-    ran = [record for record in records if record.status == RAN and record.total is not None]
-    timed = [(record, record.total) for record in ran if record.correct and record.total is not None]
-    if not timed:
-        return None
-    best = min((total for _, total in timed), key=lambda total: total.median)
-    record, total = next((record, total) for record, total in timed if _are_level(total, best))
-    default = ran[0].total
-    assert default is not None
-    return Choice(kind, record.impl, ran[0].impl, total.median, default.median, created)
-
-
-def _are_level(one: Timing, best: Timing) -> bool:
-    """Whether the noise does not tell a time from the best: their ranges meet."""
-    return one.p20 <= best.p80
+    ran = [(record, record.total) for record in records if record.status == RAN and record.total is not None]
+    for record, total in ran:
+        if record.fastest:  # right, and no other that is right is faster beyond noise
+            default, seconds = ran[0][0].impl, ran[0][1].median
+            return Choice(kind, record.impl, default, total.median, seconds, created)
+    return None
 
 
 def kind_of_case(case: Case) -> Kind:
@@ -174,7 +169,7 @@ def _with_index(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
 
 
-def _notes(records: Sequence[Record], wanted: Iterable[Case]) -> list[str]:
+def _notes(records: Sequence[Record]) -> list[str]:
     """Return what is worth knowing of a measurement, in sentences."""
     notes = [
         f"WRONG, so not chosen: {record.impl} for {record.case.name}: {record.reason}"
@@ -188,15 +183,6 @@ def _notes(records: Sequence[Record], wanted: Iterable[Case]) -> list[str]:
     ]
     if nothing:
         notes.append(f"Nothing was right for {', '.join(nothing)}: the default order stays.")
-    spreads = [(total.p80 - total.p20) / total.median for record in records if (total := record.total) is not None]
-    if spreads and statistics.median(spreads) > _NOISY:
-        notes.append(
-            f"The samples of a call spread by {statistics.median(spreads):.0%}, and what differs by less stays as it "
-            f"was: measure again when the machine does nothing else, or longer (--seconds)."
-        )
-    complete = {record.case for record in records}
-    if missing := [case.name for case in wanted if case not in complete]:
-        notes.append(f"Interrupted: not measured are {', '.join(missing)}.")
     return notes
 
 
@@ -237,7 +223,7 @@ def _candidates(impls: str | Iterable[str] | None) -> list[str]:
     names = {impls} if isinstance(impls, str) else set(impls)
     for name in names:
         check_name(name, "impls")
-    return [name for name in order if name in names or name == "torch"]
+    return [name for name in order if name in names or name == DEFAULT]
 
 
 def _default_order() -> list[str]:
