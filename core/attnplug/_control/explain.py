@@ -141,7 +141,9 @@ def explain(
         choice, measured = _measured(impl, facts, params) if compute_capability is None else (None, "")
         answer = explain_all(registry, current_selection(impl, choice), facts, params)
     found = replace(_explanation(answer), measured=measured)
-    return replace(found, nearest=None, remedy="") if choice == found.chosen else found  # nobody faster is missed
+    if choice is not None and choice == found.chosen:  # measured, so nobody faster is missed
+        found = replace(found, nearest=None, remedy="")
+    return found
 
 
 def _measured(impl: str | None, facts: CallFacts, params: SDPAParams) -> tuple[str | None, str]:
