@@ -1,0 +1,64 @@
+"""Attention over several ranks as an implementation like any other: run eagerly, traced, and on DTensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from attnplug._call.prepare import empty, is_empty
+from attnplug._registry.registry import PROGRAM, Entry
+from attnplug._run.autograd import run
+from attnplug._run.operator import arguments_of, is_watched, operator_of
+from attnplug._run.sharded import is_sharded, run_sharded
+from attnplug._tracing import constant_in_traces
+from attnplug._types import Capabilities, ImplSpec, SDPAParams
+from attnplug.parallel._ring import FEATURES, Ring
+
+Result = tuple[Tensor, Tensor | None]
+_entries: dict[tuple[Any, ...], Entry] = {}
+
+
+class _Operators:
+    """The operators that were traced so far, by attribute: adding one does not touch the guards on another."""
+
+
+_operators = _Operators()
+
+
+def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> Result:
+    """Run a checked call in the form that kernels know."""
+    if is_empty(params):
+        return empty(params)
+    if is_compiling():
+        out, lse, _ = getattr(_operators, _traced(group, impl))(*arguments_of(params))
+        return out, lse if params.return_lse else None
+    entry = _entry(group, impl)
+    if is_sharded(params.query) and not params.is_varlen:
+        return run_sharded(params, lambda local: run(entry, local, params.needs_grad))
+    if is_watched(params.query):
+        return operator_of(entry).run(params)
+    return run(entry, params, params.needs_grad)
+
+
+def spec_of(name: str, kernel: Any) -> ImplSpec:
+    return ImplSpec(name=name, kernel=kernel, backend=None, capabilities=Capabilities(features=FEATURES))
+
+
+def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
+    key = (group, impl)
+    if key not in _entries:
+        _entries[key] = Entry(spec_of("ring_attention", Ring(group, impl)), PROGRAM)
+        _entries[key].load()
+    return _entries[key]
+
+
+@constant_in_traces
+def _traced(group: dist.ProcessGroup, impl: str | None) -> str:
+    """Return the attribute under which the operator of a ring is kept."""
+    entry = _entry(group, impl)
+    name = f"of_{list(_entries.values()).index(entry)}"
+    setattr(_operators, name, operator_of(entry).forward)
+    return name
