@@ -1,7 +1,16 @@
 """Attention over a sequence that several ranks share."""
 
-from attnplug.parallel._attention import ring_attention
+from attnplug.parallel._attention import ring_attention, ring_varlen_attn, ulysses_attention, usp_attention
 from attnplug.parallel._exchange import ParallelError
 from attnplug.parallel._sharding import sequence_positions, shard_sequence, unshard_sequence
 
-__all__ = ["ParallelError", "ring_attention", "sequence_positions", "shard_sequence", "unshard_sequence"]
+__all__ = [
+    "ParallelError",
+    "ring_attention",
+    "ring_varlen_attn",
+    "sequence_positions",
+    "shard_sequence",
+    "ulysses_attention",
+    "unshard_sequence",
+    "usp_attention",
+]

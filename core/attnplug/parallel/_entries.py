@@ -12,7 +12,6 @@ from attnplug._call.prepare import empty, is_empty
 from attnplug._registry.registry import PROGRAM, Entry
 from attnplug._run.autograd import run
 from attnplug._run.operator import arguments_of, is_watched, operator_of
-from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._tracing import constant_in_traces
 from attnplug._types import Capabilities, ImplSpec, SDPAParams
 from attnplug.parallel._ring import FEATURES, Ring
@@ -36,8 +35,6 @@ def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> 
         out, lse, _ = getattr(_operators, _traced(group, impl))(*arguments_of(params))
         return out, lse if params.return_lse else None
     entry = _entry(group, impl)
-    if is_sharded(params.query) and not params.is_varlen:
-        return run_sharded(params, lambda local: run(entry, local, params.needs_grad))
     if is_watched(params.query):
         return operator_of(entry).run(params)
     return run(entry, params, params.needs_grad)

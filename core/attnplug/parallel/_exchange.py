@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnplug._errors import AttnplugError
+from attnplug._messages import printable
 
 GRACE = 2.0
 """Seconds that a rank waits for what the others say of themselves, once something has failed."""
+
+_said: set[dist.ProcessGroup] = set()
 
 
 class ParallelError(AttnplugError, RuntimeError):
@@ -52,6 +55,21 @@ def as_group(group: Any, argument: str = "group") -> dist.ProcessGroup:
     )
 
 
+def as_mesh(mesh: Any) -> Any:
+    """Return a device mesh of two dimensions.
+
+    Raises:
+        TypeError, ValueError: it is not one.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a DeviceMesh of two dimensions, (ring, heads), got {type(mesh).__name__}")
+    if mesh.ndim != 2:
+        raise ValueError(f"mesh: expected two dimensions, (ring, heads), got {mesh}")
+    return mesh
+
+
 @dataclass
 class Transfer:
     """Messages in flight; `wait` returns when they have arrived."""
@@ -79,7 +97,7 @@ def exchange(
     group: dist.ProcessGroup, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
 ) -> Transfer:
     """Start to send and to receive contiguous tensors; each comes with the rank in the group at the other end."""
-    operations = [(dist.isend, tensor, peer) for peer, tensor in sent if tensor.numel()]
+    operations: list[tuple[Any, Tensor, int]] = [(dist.isend, tensor, peer) for peer, tensor in sent if tensor.numel()]
     operations += [(dist.irecv, tensor, peer) for peer, tensor in received if tensor.numel()]
     transfer = Transfer(group, buffers=tuple(tensor for _, tensor, _ in operations), started=time.monotonic())
     if not operations:
@@ -99,6 +117,7 @@ def exchange(
 @contextmanager
 def reporting(group: dist.ProcessGroup) -> Iterator[None]:
     """Tell the other ranks, which wait for this one, what an exception here was."""
+    _unsay(group)
     try:
         yield
     except ParallelError:
@@ -120,30 +139,59 @@ def blamed(group: dist.ProcessGroup, peer: int, waited: float, error: BaseExcept
     while culprit not in seen:
         told = _heard(group, culprit, deadline)
         kind, _, text = told.partition(":")
-        if kind != "waits":
-            reason = text
+        if kind != "waits" or text == "all":
+            reason = text if kind == "failed" else ""
             break
         seen.add(culprit)
         if int(text) in seen:
             break
         culprit = int(text)
-    known = reason or ("does not answer: it hangs, or has ended" if waited > 0.5 else "has ended, or closed the group")
-    name = f"rank {culprit} of the group" + (
-        "" if dist.get_global_rank(group, culprit) == culprit else f" (rank {dist.get_global_rank(group, culprit)} of all)"
+    return _error(group, culprit, reason, waited, f"rank {peer}", error)
+
+
+def blamed_by_all(group: dist.ProcessGroup, waited: float, error: BaseException) -> ParallelError:
+    """Return the same for a collective, in which everybody waits for everybody: at fault is who does not say so."""
+    _say(group, "waits:all")
+    deadline = time.monotonic() + GRACE
+    told = {rank: _heard(group, rank, deadline) for rank in range(dist.get_world_size(group)) if rank != group.rank()}
+    culprit = next((rank for rank, text in told.items() if text.startswith("failed:")), None)
+    if culprit is None:
+        culprit = next((rank for rank, text in told.items() if not text), None)
+    if culprit is None:
+        return ParallelError(-1, f"a message between all ranks of the group failed on each of them: {error}")
+    return _error(group, culprit, told[culprit].removeprefix("failed:"), waited, "all ranks", error)
+
+
+def _error(
+    group: dist.ProcessGroup, culprit: int, reason: str, waited: float, awaited: str, error: BaseException
+) -> ParallelError:
+    everywhere = dist.get_global_rank(group, culprit)
+    name = f"rank {culprit} of the group" + ("" if everywhere == culprit else f" (rank {everywhere} of all)")
+    what = f"failed with {reason}" if reason else "does not answer: it hangs, or has ended"
+    return ParallelError(
+        culprit, f"{name} {what}; rank {group.rank()} waited {waited:.0f} s for {awaited} ({printable(error)})"
     )
-    said = f"{name} failed with {known}" if reason else f"{name} {known}"
-    return ParallelError(culprit, f"{said}; rank {group.rank()} waited {waited:.0f} s for rank {peer}. ({error})")
 
 
 def _store(group: dist.ProcessGroup) -> Any:
-    return dist.PrefixStore(f"attnplug/{group.group_name}", dist.distributed_c10d._get_default_store())
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore(f"attnplug/{group.group_name}", _get_default_store())
 
 
 def _say(group: dist.ProcessGroup, text: str) -> None:
-    try:
+    """Tell whoever asks why this rank does not go on."""
+    with suppress(Exception):  # the store goes with the process that holds it; then there is nobody to tell
         _store(group).set(str(group.rank()), text)
-    except Exception:  # noqa: S110  (the store goes with the process that holds it; then there is nobody to tell)
-        pass
+        _said.add(group)
+
+
+def _unsay(group: dist.ProcessGroup) -> None:
+    """Take back what was said: this rank has gone on."""
+    if group in _said:
+        _said.discard(group)
+        with suppress(Exception):
+            _store(group).delete_key(str(group.rank()))
 
 
 def _heard(group: dist.ProcessGroup, rank: int, deadline: float) -> str:

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnplug._accuracy import Expected, Outcome
 from attnplug._call.facts import CallFacts
 from attnplug._dispatch.resolver import Decision, refusals
-from attnplug._errors import GradientError, NoImplementationError
+from attnplug._errors import NoImplementationError
 from attnplug._registry.registry import Entry
-from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
+from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, tensors_of
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import start
 from attnplug._types import Feature, SDPAParams
@@ -100,7 +100,15 @@ def source_of(entry: Entry, block: SDPAParams) -> Source | str:
     """Return what a kernel makes gradients from, or the reason why it makes none."""
     query, value = block.query, block.value
     heads = (query.shape[1], block.key.shape[1])
-    kind = (entry, query.device, query.dtype, query.shape[-1], value.shape[-1], heads, block.softcap > 0)
+    kind: tuple[Any, ...] = (
+        entry,
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        heads,
+        block.softcap > 0,
+    )
     kind = (*kind, block.is_varlen, block.dropout > 0)
     if kind not in _sources:
         _sources[kind] = _find_source(entry, block)
@@ -145,7 +153,7 @@ def _uses_what_it_is_given(entry: Entry, block: SDPAParams) -> bool:
             grad_out / 2,
             grad_lse.T.contiguous() if params.is_varlen else grad_lse,
         )
-        named = dict(zip(expected.gradients, grads, strict=True))
+        named = {name: grad for name, grad in zip(expected.gradients, grads, strict=True) if grad is not None}
         return not any(expected.mistake(Outcome(out, lse, named), name) for name in named)
 
 
@@ -182,18 +190,13 @@ def whole_backward(
     lse: Tensor,
     saved: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a block's query, key and value that are wanted, from `out` and `lse` over all keys.
-
-    Raises:
-        GradientError: a gradient through lse is asked for, and the kernel has none.
-    """
+    """Return the gradients of a block's query, key and value that are wanted, from `out` and `lse` over all keys."""
     kernel = call.entry.kernel
     if kernel.backward is not None:
         wanted = (*wanted, *(False for _ in DIFFERENTIABLE[len(wanted) :]))
         return tuple(call.backward(tensors, wanted, grad_out, grad_lse, out, lse, saved)[:3])
-    if grad_lse is not None:
-        raise GradientError(no_lse_gradient(call.entry))
     assert kernel.partial_backward is not None
+    assert grad_lse is None
     return tuple(kernel.partial_backward(call.params(tensors), grad_out, out, lse))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 Range = tuple[int, int]
 OPEN = -1
@@ -188,14 +189,12 @@ def _with_rows(ranges: Sequence[Range]) -> Iterator[tuple[Range, int]]:
 
 def _in_rows(block: Block, of_queries: int, of_keys: int) -> Block:
     (first, last), (start, stop) = block.queries, block.keys
-    return replace(
-        block, queries=(first + of_queries, last + of_queries), keys=(start + of_keys, stop + of_keys)
-    )
+    return replace(block, queries=(first + of_queries, last + of_queries), keys=(start + of_keys, stop + of_keys))
 
 
 def _sequences(part: Range, starts: Sequence[int]) -> Iterator[Range]:
     """Yield what a range has of each sequence that it has something of."""
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in pairwise(starts):
         piece = max(start, part[0]), min(stop, part[1])
         if piece[0] < piece[1]:
             yield piece

@@ -7,9 +7,8 @@ counted once, after everything else, so no kernel needs to know of them; grouped
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnplug._dispatch.recording import observe
-from attnplug._run.contract import DIFFERENTIABLE, KernelCall, tensors_of
+from attnplug._errors import GradientError
+from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
 from attnplug._selection.selection import Selection, current_selection
 from attnplug._selection.state import process, thread
 from attnplug._types import CausalVariant, Feature, SDPAParams
@@ -26,6 +26,7 @@ from attnplug.parallel._exchange import Transfer, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
 from attnplug.parallel._merge import Merged, weights
 from attnplug.parallel._plan import Layout, Step, kinds, steps
+from attnplug.parallel._random import drawn_seed, seeded
 from attnplug.parallel._ranges import Block, Range, size, total
 
 FEATURES = frozenset(
@@ -88,7 +89,9 @@ class Ring:
             decision = choose(call.examples(grad), selection, grad)
             if thread.state.recordings or process.logs:
                 observe(decision, params)
-            state = _State(number_of(decision.entry), False, _drawn_seed(params), length)
+            state = _State(
+                number_of(decision.entry), False, drawn_seed(params.query.device) if params.dropout else 0, length
+            )
             run = _Run(call, state)
             out, lse = run.forward()
         return out, lse, run.state.as_tensor()
@@ -104,6 +107,8 @@ class Ring:
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value, no mask, and sinks; that of sinks is this rank's share."""
         state = _State.of(saved)
+        if grad_lse is not None and not declares(entry_of(state.number), Feature.LSE_GRADIENT):
+            raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
         call = _Call.of(self.group, params, state.length)
         return _Run(call, state).backward(grad_out, grad_lse, out, lse)
 
@@ -165,8 +170,8 @@ class _Call:
             share, whole = total(layout.ranges(self.rank, of_keys)), layout.keys if of_keys else layout.queries
             if have[name] != share:
                 raise ValueError(
-                    f"{name}: rank {self.rank} of {layout.ranks} has {have[name]} positions, and its share of {whole} is "
-                    f"{share}; cut with shard_sequence"
+                    f"{name}: rank {self.rank} of {layout.ranks} has {have[name]} positions, and its share of {whole} "
+                    f"is {share}; cut with shard_sequence"
                     + ("" if self.params.is_varlen else ", and pass length= if it was not cut evenly")
                 )
             if whole < parts:
@@ -197,7 +202,9 @@ class _Call:
         if size(block.queries) == size(block.keys):
             queries = keys = min(queries, keys)
         same = replace(block, queries=(0, queries), keys=(0, keys), lengths=(queries,) if block.lengths else ())
-        return self.block(same, self.rows(query, (0, queries)), self.rows(key, (0, keys)), self.rows(value, (0, keys)))
+        used = None if self.params.seqused_k is None else self.params.seqused_k.clamp(max=keys)
+        rows, columns = (0, queries), (0, keys)
+        return self.block(same, self.rows(query, rows), self.rows(key, columns), self.rows(value, columns), used)
 
     def block(self, block: Block, query: Tensor, key: Tensor, value: Tensor, used: Tensor | None = None) -> SDPAParams:
         """Return the call of one block, whose tensors are given."""
@@ -210,8 +217,8 @@ class _Call:
             more["cu_seq_k"] = torch.tensor(of_keys, dtype=torch.int32, device=query.device)
             more["max_q"] = max(block.lengths) if block.lengths else query.shape[0]
             more["max_k"] = max(block.lengths) if block.lengths else key.shape[0]
-        if self.params.seqused_k is not None:
-            more["seqused_k"] = self.params.seqused_k if used is None else used
+        if used is not None:
+            more["seqused_k"] = used
         return replace(
             self.params,
             query=query,
@@ -266,7 +273,9 @@ class _Run:
                 of_keys = grads[1:] if own else [torch.zeros_like(tensor, dtype=self.wide) for tensor in (key, value)]
                 for number, block in enumerate(step.blocks):
                     found = self._block_backward(step, number, block, key, value, grad_out, grad_lse, out, lse)
-                    for whole, part, rows in zip((grads[0], *of_keys), found, (block.queries, block.keys, block.keys), strict=True):
+                    for whole, part, rows in zip(
+                        (grads[0], *of_keys), found, (block.queries, block.keys, block.keys), strict=True
+                    ):
                         if part is not None:
                             call.rows(whole, rows).add_(part)
                 if returning is not None:
@@ -340,10 +349,9 @@ class _Run:
 
     def _used(self, step: Step, block: Block) -> Tensor:
         """Return how many keys of a block exist: positions ascend with rows, so that they are the first of it."""
-        layout, row, used = self.call.layout, 0, torch.zeros_like(self.params.seqused_k)
-        for start, stop in layout.ranges(step.source, of_keys=True):
+        used = torch.zeros_like(self.params.seqused_k)
+        for start, stop in self.call.layout.ranges(step.source, of_keys=True):
             used = used + (self.params.seqused_k - start).clamp(0, stop - start)
-            row += stop - start
         before = 0  # rows of the source, and not of what was taken from it
         first, position = block.keys[0], 0
         for start, stop in step.taken:
@@ -385,22 +393,13 @@ class _Run:
 
             return part_backward(of_block, tensors, self.wanted, weigh)
 
-    @contextmanager
-    def _seeded(self, step: Step, number: int) -> Iterator[None]:
-        """Draw what dropout draws in this block, and in no other; the caller's generator stays where it is."""
+    def _seeded(self, step: Step, number: int) -> AbstractContextManager[None]:
+        """Draw what dropout draws in this block, and in no other."""
         if not self.params.dropout:
-            yield
-            return
-        device = self.params.query.device
-        drawn = random.Random(f"{self.state.seed} {self.call.rank} {step.source} {number}").getrandbits(62)
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-            torch.manual_seed(drawn)
-            yield
+            return nullcontext()
+        return seeded(self.params.query.device, self.state.seed, self.call.rank, step.source, number)
 
-    def _sinks_gradient(
-        self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> Tensor | None:
+    def _sinks_gradient(self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor | None:
         """Return this rank's share: `sum(P (grad_lse - grad_out * out))`, `P` what the sink has of the softmax."""
         sinks = self.params.sinks
         if sinks is None or not sinks.requires_grad:
@@ -445,16 +444,3 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     for length in lengths:
         starts.append(starts[-1] + length)
     return starts
-
-
-def _drawn_seed(params: SDPAParams) -> int:
-    """Return a number from the default generator of the call's device, which goes on from there; 0 without dropout."""
-    if not params.dropout:
-        return 0
-    device = params.query.device
-    if device.type == "cpu":
-        return int(torch.randint(2**62, ()))
-    generator = torch.get_device_module(device).default_generators[device.index or 0]
-    offset = generator.get_offset()
-    generator.set_offset(offset + 4)
-    return random.Random(f"{generator.initial_seed()} {offset}").getrandbits(62)

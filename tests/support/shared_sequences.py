@@ -1,0 +1,229 @@
+"""What the ranks of a world do in tests of `attnplug.parallel`: a call on parts, held against the call on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import attnplug
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend, parallel
+from attnplug._accuracy import Expected, Outcome
+from attnplug.testing import assert_right
+
+TENSORS = ("query", "key", "value")
+_meshes: dict[tuple[int, ...], DeviceMesh] = {}
+
+
+def mesh_of(*sizes: int) -> DeviceMesh:
+    """Return the device mesh of all ranks with these dimensions; made once, as each makes groups."""
+    if sizes not in _meshes:
+        _meshes[sizes] = init_device_mesh("cpu", sizes, mesh_dim_names=("ring", "heads")[: len(sizes)])
+    return _meshes[sizes]
+
+
+def dense(
+    method: str = "ring",
+    length: int = 48,
+    keys: int | None = None,
+    heads: tuple[int, int] = (4, 2),
+    sizes: tuple[int, int] = (16, 16),
+    dtype: torch.dtype = torch.float32,
+    mesh: tuple[int, int] | None = None,
+    lse_gradient: bool = False,
+    sinks: bool = False,
+    run: Callable[..., Any] | None = None,
+    **arguments: Any,
+) -> None:
+    """Run one call on every rank's part, forward and backward, and hold all of it against the contract's rule.
+
+    Args:
+        method: `ring`, `ulysses` or `usp`.
+        length, keys: of the whole sequences of queries and keys.
+        heads, sizes: of queries and keys, and of values.
+        dtype: of query, key and value.
+        mesh: for `usp`.
+        lse_gradient: whether lse is part of the loss.
+        sinks: whether there are some.
+        run: what to call instead of the function itself, such as the compiled one.
+        arguments: others of the call.
+    """
+    group: Any = dist.group.WORLD if mesh is None else mesh_of(*mesh)
+    impl = arguments.pop("impl", None)
+    given = _given(length, length if keys is None else keys, heads, sizes, dtype, sinks)
+    folded = arguments.get("is_causal", False) and method != "ulysses"
+    local = {name: _cut(given[name], group, folded).requires_grad_() for name in TENSORS}
+    more: dict[str, Any] = dict(arguments)
+    if sinks:
+        more["sinks"] = given["sinks"].clone().requires_grad_()
+    for name, tensor in more.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad and name != "sinks":
+            more[name] = tensor.detach().clone().requires_grad_()
+    where = {"mesh": group} if method == "usp" else {"group": group}
+    call = run or getattr(parallel, f"{method}_attention")
+    long = given["key"].shape[2]
+    out, lse = call(
+        *local.values(), **where, **more, enable_gqa=heads[0] != heads[1], length=long, return_lse=True, impl=impl
+    )
+    outputs, grads = [out], [_cut(given["grad_out"], group, folded)]
+    if lse_gradient:
+        outputs, grads = [*outputs, lse], [*grads, _cut(given["grad_lse"], group, folded, dim=-1)]
+    torch.autograd.backward(outputs, grads)
+    found = {name: _joined(tensor.grad, group, folded, given[name].shape[2]) for name, tensor in local.items()}
+    for name in ("sinks", "attn_mask"):
+        if (tensor := more.get(name)) is not None and tensor.requires_grad:
+            dist.all_reduce(tensor.grad)
+            found[name] = tensor.grad
+    whole = {name: value.detach() if isinstance(value, Tensor) else value for name, value in more.items()}
+    assert_right(
+        {**{name: given[name] for name in TENSORS}, **whole, "enable_gqa": heads[0] != heads[1]},
+        _joined(out.detach(), group, folded, length),
+        _joined(lse.detach(), group, folded, length, dim=-1),
+        found,
+        grad_out=given["grad_out"],
+        grad_lse=given["grad_lse"] if lse_gradient else None,
+    )
+
+
+def packed(lengths: list[int], impl: str, heads: tuple[int, int] = (4, 2), **arguments: Any) -> None:
+    """The same for packed sequences."""
+    group = dist.group.WORLD
+    torch.manual_seed(1)
+    tokens = sum(lengths)
+    given = {name: torch.randn(tokens, heads[name != "query"], 16) for name in TENSORS}
+    grad_out = torch.randn(tokens, heads[0], 16)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    folded = arguments.get("is_causal", False)
+    local = {name: _cut(tensor, group, folded, dim=0).requires_grad_() for name, tensor in given.items()}
+    out, lse = parallel.ring_varlen_attn(
+        *local.values(), starts, group=group, enable_gqa=True, return_lse=True, impl=impl, **arguments
+    )
+    out.backward(_cut(grad_out, group, folded, dim=0))
+    found = {name: _joined(tensor.grad, group, folded, tokens, dim=0) for name, tensor in local.items()}
+    whole = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": max(lengths), "max_k": max(lengths), "enable_gqa": True}
+    assert_right(
+        {**given, **whole, **arguments},
+        _joined(out.detach(), group, folded, tokens, dim=0),
+        _joined(lse.detach(), group, folded, tokens, dim=-1),
+        found,
+        grad_out=grad_out,
+    )
+
+
+def dropped(method: str, impl: str, is_causal: bool, length: int = 24) -> list[float]:
+    """Run a call with dropout whose values are the identity, so that out shows what was dropped; check its gradients.
+
+    Returns the shares of dropped pairs, whether two ranks dropped the same, and whether two calls did.
+    """
+    group, probability = dist.group.WORLD, 0.4
+    torch.manual_seed(0)  # the same on each rank, on purpose
+    given = _given(length, length, (4, 4), (16, length), torch.float64, False)
+    given["value"] = torch.eye(length, dtype=torch.float64).expand(2, 4, length, length).contiguous()
+    folded = is_causal and method == "ring"
+    local = {name: _cut(given[name], group, folded).requires_grad_() for name in TENSORS}
+    call = getattr(parallel, f"{method}_attention")
+
+    def run() -> Tensor:
+        return call(*local.values(), group=group, is_causal=is_causal, dropout_p=probability, length=length, impl=impl)
+
+    out = run()
+    out.backward(_cut(given["grad_out"], group, folded))
+    whole = _joined(out.detach(), group, folded, length)
+    factors = (whole != 0).double() / (1 - probability)
+    seen = torch.ones(length, length, dtype=torch.bool)
+    seen = seen.tril() if is_causal else seen
+    found = {name: _joined(tensor.grad, group, folded, length) for name, tensor in local.items()}
+    arguments = {**{name: given[name] for name in TENSORS}, "is_causal": is_causal, "dropout_p": probability}
+    expected = Expected(arguments, TENSORS, given["grad_out"], None, factors)
+    mistakes = expected.mistakes(Outcome(whole, None, found))
+    assert not mistakes, mistakes
+    again = _joined(run().detach(), group, folded, length)
+    share = 1 - (factors != 0)[..., seen].double().mean().item()
+    halves = (factors[:, :2] != 0)[..., seen], (factors[:, 2:] != 0)[..., seen]
+    rows = (factors[:, :, : length // 2, : length // 4] != 0), (factors[:, :, length // 2 :, : length // 4] != 0)
+    return [
+        share,
+        float(torch.equal(*halves)) + float(torch.equal(*(part[:, :, -(length // 4) :] for part in rows))),
+        float(torch.equal(again != 0, whole != 0)),
+    ]
+
+
+class Opaque:
+    """A kernel that nobody can look into, whose backward computes from the out and lse that it is given."""
+
+    def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
+        return _formula(params)[:2]
+
+    def backward(self, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor) -> Any:
+        _, _, logits, group = _formula(params)
+        query, key, value = params.query, params.key, params.value
+        grad_out, key, value = grad_out.float(), key.float(), value.float()
+        key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+        weights = torch.exp(logits - lse[..., None]).nan_to_num()
+        delta = (grad_out * out).sum(-1, keepdim=True)
+        of_logits = weights * (grad_out @ value.mT - delta) * params.scale
+        grads = of_logits @ key, of_logits.mT @ query.float(), weights.mT @ grad_out
+        shape = (query.shape[0], params.key.shape[1], group, params.key.shape[2], -1)
+        summed = (grads[0], *(grad.reshape(shape).sum(2) for grad in grads[1:]))
+        return tuple(
+            grad.to(tensor.dtype) for grad, tensor in zip(summed, (query, params.key, params.value), strict=True)
+        )
+
+
+class OwnStatistics(Opaque):
+    """A kernel whose backward computes its own out and lse anew, and gives no gradient through lse."""
+
+    def backward(self, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor) -> Any:
+        own, own_lse, *_ = _formula(params)
+        return super().backward(params, grad_out, grad_lse, own, own_lse)
+
+
+def _formula(params: SDPAParams) -> Any:
+    query, key, value = (tensor.detach().float() for tensor in (params.query, params.key, params.value))
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
+    logits = query @ key.mT * params.scale
+    if params.is_causal:
+        logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    lse = logits.logsumexp(-1)
+    out = torch.exp(logits - lse[..., None]).nan_to_num() @ value
+    return out.to(params.query.dtype), lse, logits, group
+
+
+def register(name: str) -> None:
+    """Register one of the kernels above in this process, if it is not there."""
+    if name not in attnplug.list_flash_attention_impls():
+        features = (Feature.LSE, Feature.GQA, Feature.CAUSAL)
+        kernel = {"opaque": Opaque, "own_statistics": OwnStatistics}[name]()
+        capabilities = Capabilities(dtypes=("float32", "bfloat16"), features=features)
+        attnplug.register_impl(
+            ImplSpec(name=name, kernel=kernel, backend=SDPBackend.FLASH_ATTENTION, capabilities=capabilities)
+        )
+
+
+def _given(
+    length: int, keys: int, heads: tuple[int, int], sizes: tuple[int, int], dtype: torch.dtype, sinks: bool
+) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    shapes = {
+        "query": (2, heads[0], length, sizes[0]),
+        "key": (2, heads[1], keys, sizes[0]),
+        "value": (2, heads[1], keys, sizes[1]),
+        "grad_out": (2, heads[0], length, sizes[1]),
+    }
+    given = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    given["grad_lse"] = torch.randn(2, heads[0], length)
+    given["sinks"] = torch.randn(heads[0])
+    return given
+
+
+def _cut(tensor: Tensor, group: Any, folded: bool, dim: int = -2) -> Tensor:
+    return parallel.shard_sequence(tensor, group=group, dim=dim, is_causal=folded).detach()
+
+
+def _joined(tensor: Any, group: Any, folded: bool, length: int, dim: int = -2) -> Tensor:
+    return parallel.unshard_sequence(tensor, group=group, dim=dim, is_causal=folded, length=length)
