@@ -227,3 +227,109 @@ def _cut(tensor: Tensor, group: Any, folded: bool, dim: int = -2) -> Tensor:
 
 def _joined(tensor: Any, group: Any, folded: bool, length: int, dim: int = -2) -> Tensor:
     return parallel.unshard_sequence(tensor, group=group, dim=dim, is_causal=folded, length=length)
+
+
+def tiny_llama(**config: Any) -> Any:
+    """Return a small Llama, the same on each rank."""
+    import transformers
+
+    import attnplug.integrations.transformers
+
+    attnplug.integrations.transformers.register()
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(
+        **{
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            **config,
+        }
+    )
+    return transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="attnplug")
+
+
+def trained(method: str, mesh: tuple[int, int] | None = None, length: int = 24, impl: str | None = None) -> None:
+    """Train a Llama for one step over all ranks, and hold loss and gradients against one rank's, by the rule."""
+    group: Any = dist.group.WORLD if mesh is None else mesh_of(*mesh)
+    torch.manual_seed(3)
+    tokens = torch.randint(64, (2, length))
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.2, -100)
+    heads = {"num_key_value_heads": 4} if method == "ulysses" else {}
+    model = tiny_llama(**heads)
+    low, ref = tiny_llama(**heads), tiny_llama(**heads).double()
+    handle = parallel.context_parallel(model, group, method, impl=impl)
+    output = model(input_ids=tokens, labels=labels)
+    assert output.logits.shape[1] < length
+    output.loss.backward()
+    found = {"loss": output.loss.detach()}
+    for name, parameter in model.named_parameters():
+        dist.all_reduce(parameter.grad)
+        found[name] = parameter.grad / dist.get_world_size()
+    on_one = [_step(each, tokens, labels) for each in (low, ref)]
+    for name, tensor in found.items():
+        _assert_near(name, tensor, *(each[name] for each in on_one))
+    handle.remove()
+    torch.testing.assert_close(model(input_ids=tokens, labels=labels).loss, low(input_ids=tokens, labels=labels).loss)
+
+
+def _step(model: Any, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    loss = model(input_ids=tokens, labels=labels).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: each.grad for name, each in model.named_parameters()}}
+
+
+def _assert_near(name: str, actual: Tensor, low: Tensor, ref: Tensor) -> None:
+    """The rule of the contract, with the sum of absolute values of each element taken for the gradient's largest."""
+    error, allowed = (actual.double() - ref).abs().max().item(), 3 * (low.double() - ref).abs().max().item()
+    allowed += 2 * (ref.float() + 0.3 - 0.3 - ref.float()).abs().max().item()
+    allowed += 8 * torch.finfo(torch.float32).eps * ref.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def fails_on_padding() -> str:
+    model = tiny_llama()
+    handle = parallel.context_parallel(model, dist.group.WORLD)
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :3] = 0
+    try:
+        model(input_ids=torch.zeros(2, 24, dtype=torch.int64), attention_mask=mask)
+    except ValueError as error:
+        return str(error)
+    finally:
+        handle.remove()
+    return ""
+
+
+class Block(torch.nn.Module):
+    """A module that calls attnplug itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.project = torch.nn.Linear(32, 96)
+
+    def forward(self, states: Tensor) -> Tensor:
+        query, key, value = self.project(states).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return attnplug.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def bound(method: str, mesh: tuple[int, int] | None = None) -> None:
+    """Run a module of one's own over all ranks, and hold it against one rank."""
+    group: Any = dist.group.WORLD if mesh is None else mesh_of(*mesh)
+    module, alone = Block(), Block()
+    folded = method != "ulysses"
+    states = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1))
+    handle = parallel.context_parallel(module, group, method, impl="math_ref")
+    out = module(_cut(states, group, folded, dim=1))
+    expected = alone(states)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(_joined(out.detach(), group, folded, 32, dim=1), expected.detach())
+    dist.all_reduce(grad := module.project.weight.grad)
+    torch.testing.assert_close(grad, alone.project.weight.grad, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    torch.testing.assert_close(module(states), expected)
+    assert not [name for name in attnplug.list_flash_attention_impls() if "context_parallel" in name]

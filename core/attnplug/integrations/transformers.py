@@ -133,7 +133,7 @@ def attention_forward(
     Raises:
         ValueError: the model asks for something that attnplug cannot do.
     """
-    _refuse(others)
+    refuse_unknown(others)
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask, causal = _complete_mask(query, key, attention_mask, causal, sliding_window)
     if cu_seq_lens_q is not None:
@@ -242,7 +242,7 @@ def _library(module: str) -> Any:
     return importlib.import_module(f"transformers.{module}")
 
 
-def _refuse(others: dict[str, Any]) -> None:
+def refuse_unknown(others: dict[str, Any]) -> None:
     """Raise for every argument that asks for something and is not known to change nothing here."""
     for name, value in others.items():
         if value is None or value is False or name in _HARMLESS:

@@ -40,14 +40,18 @@ def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> 
     return run(entry, params, params.needs_grad)
 
 
-def spec_of(name: str, kernel: Any) -> ImplSpec:
-    return ImplSpec(name=name, kernel=kernel, backend=None, capabilities=Capabilities(features=FEATURES))
-
-
 def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
     key = (group, impl)
     if key not in _entries:
-        _entries[key] = Entry(spec_of("ring_attention", Ring(group, impl)), PROGRAM)
+        _entries[key] = Entry(
+            ImplSpec(
+                name="ring_attention",
+                kernel=Ring(group, impl),
+                backend=None,
+                capabilities=Capabilities(features=FEATURES),
+            ),
+            PROGRAM,
+        )
         _entries[key].load()
     return _entries[key]
 
