@@ -41,6 +41,7 @@ _HARMLESS = {
     "output_router_logits": "collected outside of attention",
     "return_dict": "the form of the model's output",
     "num_items_in_batch": "a divisor of the loss",
+    "shift_labels": "labels of the loss",
     "seq_idx": "for state-space layers; packing of attention is in the mask",
     "max_length_q": "cu_seq_lens_q says it",
     "max_length_k": "cu_seq_lens_k says it",
