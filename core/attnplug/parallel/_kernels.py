@@ -10,6 +10,7 @@ Such a kernel is used through the gradient of its block's own lse, if it has one
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
 from math import log, prod
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._accuracy import Expected, Outcome
 from attnplug._call.facts import CallFacts
@@ -118,7 +118,8 @@ def source_of(entry: Entry, block: SDPAParams) -> Source | str:
 def _find_source(entry: Entry, block: SDPAParams) -> Source | str:
     kernel = entry.kernel
     partial = kernel.partial_backward is not None and block.dropout == 0
-    if (partial or kernel.backward is not None) and _uses_what_it_is_given(entry, block):
+    tried = partial or kernel.backward is not None
+    if tried and _undisturbed(lambda: _uses_what_it_is_given(entry, block), block.query.device):
         return Source.WHOLE
     if declares(entry, Feature.LSE_GRADIENT) and (kernel.backward is not None or block.dropout == 0):
         return Source.PART
@@ -135,26 +136,36 @@ def _uses_what_it_is_given(entry: Entry, block: SDPAParams) -> bool:
     All probabilities are then half of what they would be, and no mean is taken off: the gradients are those of
     `(out + stopped(grad_out * out) * lse) / 2`.
     """
-    with _disable_current_modes(), torch.enable_grad():
-        params, arguments = _trial(block)
-        if entry.kernel.refusals(params):
-            return False
-        call = KernelCall.of(entry, params)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            out, lse, *saved = call.forward(tensors_of(params))
-            grad_out = torch.randn(out.shape, generator=generator).to(out)
-            given = (grad_out, None, out * 0, lse + log(2), tuple(saved))
-            grads = whole_backward(call, tensors_of(params), (True,) * 3, *given)
-        grad_lse = (grad_out.double() * out.double()).sum(-1) / 2
-        expected = Expected(
-            arguments,
-            ("query", "key", "value"),
-            grad_out / 2,
-            grad_lse.T.contiguous() if params.is_varlen else grad_lse,
-        )
-        named = {name: grad for name, grad in zip(expected.gradients, grads, strict=True) if grad is not None}
-        return not any(expected.mistake(Outcome(out, lse, named), name) for name in named)
+    params, arguments = _trial(block)
+    if entry.kernel.refusals(params):
+        return False
+    call = KernelCall.of(entry, params)
+    with torch.no_grad():
+        out, lse, *saved = call.forward(tensors_of(params))
+        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        given = (grad_out, None, out * 0, lse + log(2), tuple(saved))
+        grads = whole_backward(call, tensors_of(params), (True,) * 3, *given)
+    grad_lse = (grad_out.double() * out.double()).sum(-1) / 2
+    expected = Expected(
+        arguments,
+        ("query", "key", "value"),
+        grad_out / 2,
+        grad_lse.T.contiguous() if params.is_varlen else grad_lse,
+    )
+    named = {name: grad for name, grad in zip(expected.gradients, grads, strict=True) if grad is not None}
+    return not any(expected.mistake(Outcome(out, lse, named), name) for name in named)
+
+
+def _undisturbed(function: Callable[[], Any], device: torch.device) -> Any:
+    """Call a function where no mode, transform or trace is in the way: in a thread of its own."""
+    with ThreadPoolExecutor(1) as thread:
+
+        def on_device() -> Any:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            return function()
+
+        return thread.submit(on_device).result()
 
 
 def _trial(block: SDPAParams) -> tuple[SDPAParams, dict[str, Any]]:

@@ -7,20 +7,23 @@ counted once, after everything else, so no kernel needs to know of them; grouped
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnplug._dispatch.recording import observe
+from attnplug._dispatch.resolver import Decision
+from attnplug._dispatch.watched import described
 from attnplug._errors import GradientError
 from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
-from attnplug._selection.selection import Selection, current_selection
-from attnplug._selection.state import process, thread
+from attnplug._selection.selection import current_selection
+from attnplug._selection.state import thread
+from attnplug._selection.watching import wished
 from attnplug._types import CausalVariant, Feature, SDPAParams
 from attnplug.parallel._exchange import Transfer, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
@@ -83,17 +86,14 @@ class Ring:
         grad = any(tensor is not None and tensor.requires_grad for tensor in tensors_of(params)[: len(DIFFERENTIABLE)])
         with torch.no_grad():
             call = _Call.of(self.group, params, length)
-            selection = current_selection(self.impl)
+            impl = wished(self.impl) if thread.state.watched else self.impl
+            selection = current_selection(impl)
             if not self.scoped:
-                selection = Selection(self.impl, None, process.activation, process.preferred)
+                selection = replace(selection, scope=None)
             decision = choose(call.examples(grad), selection, grad)
-            if thread.state.recordings or process.logs:
-                observe(decision, params)
-            state = _State(
-                number_of(decision.entry), False, drawn_seed(params.query.device) if params.dropout else 0, length
-            )
-            run = _Run(call, state)
-            out, lse = run.forward()
+            seed = drawn_seed(params.query.device) if params.dropout else 0
+            run = _Run(call, _State(number_of(decision.entry), False, seed, length))
+            out, lse = _watched(decision, params, lambda _: run.forward())
         return out, lse, run.state.as_tensor()
 
     def backward(
@@ -108,9 +108,24 @@ class Ring:
         """Return the gradients of query, key, value, no mask, and sinks; that of sinks is this rank's share."""
         state = _State.of(saved)
         if grad_lse is not None and not declares(entry_of(state.number), Feature.LSE_GRADIENT):
-            raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
+            if bool(grad_lse.any()):  # a graph has zeros where nobody asked
+                raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
+            grad_lse = None
         call = _Call.of(self.group, params, state.length)
         return _Run(call, state).backward(grad_out, grad_lse, out, lse)
+
+
+def _watched(decision: Decision, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
+    """Run a ring among those who watch this thread, as a call of the kernel that computes the blocks.
+
+    Who compares tensors is left out: what a rank has of a call is no call that one rank could make.
+    """
+    if thread.state.watched:
+        call = described(decision, params, thread.state.module, {})
+        for watcher in thread.state.watchers:
+            if not watcher.sees_tensors:
+                run = partial(watcher.around, call, run=run)
+    return run(params)
 
 
 @dataclass
