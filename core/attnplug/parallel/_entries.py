@@ -32,7 +32,7 @@ def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> 
     if is_empty(params):
         return empty(params)
     if is_compiling():
-        out, lse, _ = getattr(_operators, _traced(group, impl))(*arguments_of(params))
+        out, lse, _ = getattr(_operators, _traced(group.group_name, impl))(*arguments_of(params))
         return out, lse if params.return_lse else None
     entry = _entry(group, impl)
     if is_watched(params.query):
@@ -57,9 +57,11 @@ def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
 
 
 @constant_in_traces
-def _traced(group: dist.ProcessGroup, impl: str | None) -> str:
-    """Return the attribute under which the operator of a ring is kept."""
-    entry = _entry(group, impl)
+def _traced(group_name: str, impl: str | None) -> str:
+    """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    entry = _entry(_resolve_process_group(group_name), impl)
     name = f"of_{list(_entries.values()).index(entry)}"
     setattr(_operators, name, operator_of(entry).forward)
     return name
