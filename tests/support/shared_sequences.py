@@ -333,3 +333,148 @@ def bound(method: str, mesh: tuple[int, int] | None = None) -> None:
     handle.remove()
     torch.testing.assert_close(module(states), expected)
     assert not [name for name in attnplug.list_flash_attention_impls() if "context_parallel" in name]
+
+
+def compiled(method: str) -> None:
+    """Run compiled calls, in one graph each."""
+    call = torch.compile(getattr(parallel, f"{method}_attention"), fullgraph=True, backend="aot_eager")
+    mesh = (2, 2) if method == "usp" else None
+    for impl in ("math_ref", "aten_flash", "opaque"):
+        dense(method, run=call, impl=impl, is_causal=True, mesh=mesh, heads=(4, 4))
+
+
+def recorded() -> list[str]:
+    with attnplug.sdpa_kernel("aten_flash"), attnplug.record() as calls:
+        dense(is_causal=True)
+    return [call.impl for call in calls]
+
+
+def under_autocast() -> None:
+    query = torch.randn(1, 2, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = parallel.ring_attention(query, query, query, group=dist.group.WORLD, is_causal=True, impl="aten_flash")
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert query.grad is not None
+    assert query.grad.dtype == torch.float32
+
+
+def checkpointed() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    query = torch.randn(1, 2, 8, 8, requires_grad=True)
+
+    def attend(query: Tensor, impl: str | None = None) -> Tensor:
+        return parallel.ring_attention(query, query, query, group=dist.group.WORLD, is_causal=True, impl=impl)
+
+    with attnplug.sdpa_kernel("aten_flash"), attnplug.record() as calls:
+        out = checkpoint(attend, query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
+    with attnplug.record() as again:
+        (grad,) = torch.autograd.grad(out.sum(), query)
+    assert [call.impl for call in (*calls, *again)] == ["aten_flash", "aten_flash"]
+    (expected,) = torch.autograd.grad(attend(query, "aten_flash").sum(), query)
+    torch.testing.assert_close(grad, expected)
+
+
+def sharded() -> None:
+    """Run a ring on DTensors that are sharded along another dimension of the mesh."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = mesh_of(2, 2)
+    ring, others = mesh["ring"], mesh["heads"]
+    given = _given(16, 16, (4, 4), (8, 8), torch.float32, False)
+    whole = given["query"].clone().requires_grad_()
+    expected = attnplug.scaled_dot_product_attention(whole, whole, whole, is_causal=True)
+    expected.backward(given["grad_out"])
+    for impl in ("math_ref", "opaque"):
+        for dim in (0, 1):
+            query, grad_out = (
+                distribute_tensor(_cut(given[name], ring, True), others, [Shard(dim)]) for name in ("query", "grad_out")
+            )
+            query.requires_grad_()
+            out = parallel.ring_attention(query, query, query, group=ring, is_causal=True, impl=impl)
+            assert isinstance(out, DTensor)
+            out.backward(grad_out)
+            torch.testing.assert_close(_joined(out.full_tensor().detach(), ring, True, 16), expected.detach())
+            grad = _joined(query.grad.full_tensor(), ring, True, 16)
+            torch.testing.assert_close(grad, whole.grad, rtol=1e-4, atol=1e-5)
+
+
+def fully_sharded() -> None:
+    """Train one step with the parameters sharded over the same ranks that share the sequence."""
+    from torch.distributed.fsdp import fully_shard
+
+    tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(3))
+    model, alone = tiny_llama(), tiny_llama()
+    parallel.context_parallel(model, dist.group.WORLD)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    _compare_steps(model, alone, tokens, lambda grad: grad.full_tensor())
+
+
+def with_tensor_parallel() -> None:
+    """Train one step with heads over one dimension of a mesh and the sequence over the other."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = mesh_of(2, 2)
+    tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(3))
+    model, alone = tiny_llama(), tiny_llama()
+    for layer in model.model.layers:
+        names = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+        plan: dict[str, Any] = {name: ColwiseParallel() for name in names}
+        plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        parallelize_module(layer, mesh["heads"], plan)
+    parallel.context_parallel(model, mesh["ring"])
+
+    def whole(grad: Tensor) -> Tensor:
+        grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        dist.all_reduce(grad, group=mesh["ring"].get_group())
+        return grad / 2
+
+    _compare_steps(model, alone, tokens, whole)
+
+
+def _compare_steps(model: Any, alone: Any, tokens: Tensor, whole: Callable[[Any], Tensor]) -> None:
+    steps = [each(input_ids=tokens, labels=tokens).loss for each in (model, alone)]
+    for loss in steps:
+        loss.backward()
+    torch.testing.assert_close(*steps)
+    for (name, parameter), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def mistaken(what: str) -> None:
+    """Make one mistake."""
+    group, query = dist.group.WORLD, torch.randn(1, 2, 8, 8)
+    if what == "short":
+        parallel.shard_sequence(query[:, :, :3], group=group)
+    elif what == "length":
+        parallel.ring_attention(query, query, query, group=group, length=24)
+    elif what == "group":
+        parallel.ring_attention(query, query, query, group="all")
+    elif what == "mesh":
+        parallel.usp_attention(query, query, query, mesh="all")
+    elif what == "starts":
+        starts = torch.tensor([0, 9, 5], dtype=torch.int32)
+        parallel.ring_varlen_attn(query[0], query[0], query[0], starts, group=group)
+    else:
+        parallel.context_parallel(torch.nn.Linear(2, 2), group, "rings")
+
+
+def failing(method: str, rank: int, how: str) -> None:
+    """Let one rank raise, or hang, in the middle of a call."""
+    import time
+
+    if dist.get_rank() == rank and how == "hangs":
+        time.sleep(12)
+        return
+    if dist.get_rank() == rank:
+        Opaque.forward = _broken  # type: ignore[method-assign]
+    dense(method, impl="opaque", is_causal=True, heads=(6, 3))
+    dense(method, impl="opaque", is_causal=True, heads=(6, 3))
+
+
+def _broken(self: Any, params: SDPAParams) -> Any:
+    raise OSError("this rank is broken")
