@@ -1,4 +1,4 @@
-"""One world of processes for each number of ranks and test module: each start imports torch, and takes seconds."""
+"""One world of processes for each number of ranks: each start imports torch, and takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranks import World
 collect_ignore_glob = [] if dist.is_available() else ["test_*.py"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], World]]:
     """Return the world of so many ranks."""
     worlds: dict[int, World] = {}

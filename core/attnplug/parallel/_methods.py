@@ -14,6 +14,7 @@ from attnplug._api import scaled_dot_product_attention
 from attnplug._call.prepare import empty, is_empty
 from attnplug._types import SDPAParams
 from attnplug.parallel._entries import Result, run_ring
+from attnplug.parallel._exchange import reporting
 from attnplug.parallel._heads import Heads
 from attnplug.parallel._random import drawn_seed, seeded
 from attnplug.parallel._ranges import parts_of, total
@@ -59,6 +60,13 @@ def _by_heads(params: SDPAParams, heads: Heads, of_queries: list[int], of_keys: 
         raise ValueError(f"query, key: {reasons}")
     if is_empty(params):
         return empty(params)
+    if is_compiling():
+        return _changed(params, heads, of_queries, of_keys, attend)
+    with reporting(heads.group):
+        return _changed(params, heads, of_queries, of_keys, attend)
+
+
+def _changed(params: SDPAParams, heads: Heads, of_queries: list[int], of_keys: list[int], attend: Attend) -> Result:
     tensors = (params.query, params.key, params.value)
     query, key, value = heads.gather(tensors, (of_queries, of_keys, of_keys))
     mask, sinks, slopes = params.attn_mask, params.sinks, params.alibi_slopes

@@ -24,13 +24,14 @@ from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
 from attnplug._selection.watching import wished
-from attnplug._types import CausalVariant, Feature, SDPAParams
+from attnplug._types import Feature, SDPAParams
 from attnplug.parallel._exchange import Transfer, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
 from attnplug.parallel._merge import Merged, weights
-from attnplug.parallel._plan import Layout, Step, kinds, steps
+from attnplug.parallel._plan import Step, steps
 from attnplug.parallel._random import drawn_seed, seeded
 from attnplug.parallel._ranges import Block, Range, size, total
+from attnplug.parallel._share import Share
 
 FEATURES = frozenset(
     {
@@ -84,8 +85,8 @@ class Ring:
         """Return `out`, `lse` and what backward must know: the kernel, whether it saves tensors, seed and length."""
         length = params.max_k if params.is_varlen or params.max_k is not None else self.length
         grad = any(tensor is not None and tensor.requires_grad for tensor in tensors_of(params)[: len(DIFFERENTIABLE)])
-        with torch.no_grad():
-            call = _Call.of(self.group, params, length)
+        with reporting(self.group), torch.no_grad():
+            call = Share.of(self.group, params, length)
             impl = wished(self.impl) if thread.state.watched else self.impl
             selection = current_selection(impl)
             if not self.scoped:
@@ -106,13 +107,13 @@ class Ring:
         saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value, no mask, and sinks; that of sinks is this rank's share."""
-        state = _State.of(saved)
-        if grad_lse is not None and not declares(entry_of(state.number), Feature.LSE_GRADIENT):
-            if bool(grad_lse.any()):  # a graph has zeros where nobody asked
-                raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
-            grad_lse = None
-        call = _Call.of(self.group, params, state.length)
-        return _Run(call, state).backward(grad_out, grad_lse, out, lse)
+        with reporting(self.group):
+            state = _State.of(saved)
+            if grad_lse is not None and not declares(entry_of(state.number), Feature.LSE_GRADIENT):
+                if bool(grad_lse.any()):  # a graph has zeros where nobody asked
+                    raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
+                grad_lse = None
+            return _Run(Share.of(self.group, params, state.length), state).backward(grad_out, grad_lse, out, lse)
 
 
 def _watched(decision: Decision, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
@@ -146,112 +147,10 @@ class _State:
         return cls(number, bool(saves), seed, None if length < 0 else length)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One rank's share of a call, and where it lies in the whole."""
-
-    group: dist.ProcessGroup
-    params: SDPAParams
-    layout: Layout
-    rank: int
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup, params: SDPAParams, length: int | None) -> _Call:
-        """Return the call.
-
-        Raises:
-            ValueError: a rank has another number of rows than its share.
-        """
-        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        dim = 0 if params.is_varlen else 2
-        have = {"query": params.query.shape[dim], "key": params.key.shape[dim]}
-        whole = {name: size * ranks for name, size in have.items()}
-        starts: tuple[int, ...] = ()
-        if params.is_varlen:
-            starts = tuple(params.cu_seq_q.tolist())
-            whole = dict.fromkeys(whole, starts[-1])
-        elif length is not None:
-            whole["key"] = length
-            if have["query"] == have["key"]:
-                whole["query"] = length
-        layout = Layout(ranks, whole["query"], whole["key"], params.is_causal, params.window_size, False, starts)
-        call = cls(group, params, layout, rank)
-        call._check(have)
-        return call
-
-    def _check(self, have: dict[str, int]) -> None:
-        layout, parts = self.layout, self.layout.ranks * (2 if self.layout.is_causal else 1)
-        for name, of_keys in (("query", False), ("key", True)):
-            share, whole = total(layout.ranges(self.rank, of_keys)), layout.keys if of_keys else layout.queries
-            if have[name] != share:
-                raise ValueError(
-                    f"{name}: rank {self.rank} of {layout.ranks} has {have[name]} positions, and its share of {whole} "
-                    f"is {share}; cut with shard_sequence"
-                    + ("" if self.params.is_varlen else ", and pass length= if it was not cut evenly")
-                )
-            if whole < parts:
-                raise ValueError(f"{name}: {whole} positions cannot be cut into {parts} parts; use fewer ranks")
-
-    @property
-    def is_varlen(self) -> bool:
-        return self.params.is_varlen
-
-    def rows(self, tensor: Tensor, part: Range) -> Tensor:
-        """Return rows of what is laid out as the call's tensors are."""
-        if size(part) == tensor.shape[0 if self.is_varlen else 2]:
-            return tensor
-        return tensor.narrow(0 if self.is_varlen else 2, part[0], size(part))
-
-    def examples(self, grad: bool) -> list[SDPAParams]:
-        """Return one call of each kind of block that any rank makes, for who decides."""
-        query, key, value = (
-            tensor.detach().requires_grad_(grad) for tensor in (self.params.query, self.params.key, self.params.value)
-        )
-        with torch.enable_grad():
-            return [self._example(query, key, value, block) for block in kinds(self.layout)]
-
-    def _example(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> SDPAParams:
-        dim = 0 if self.is_varlen else 2
-        queries = min(size(block.queries), query.shape[dim])
-        keys = min(size(block.keys), key.shape[dim])
-        if size(block.queries) == size(block.keys):
-            queries = keys = min(queries, keys)
-        same = replace(block, queries=(0, queries), keys=(0, keys), lengths=(queries,) if block.lengths else ())
-        used = None if self.params.seqused_k is None else self.params.seqused_k.clamp(max=keys)
-        rows, columns = (0, queries), (0, keys)
-        return self.block(same, self.rows(query, rows), self.rows(key, columns), self.rows(value, columns), used)
-
-    def block(self, block: Block, query: Tensor, key: Tensor, value: Tensor, used: Tensor | None = None) -> SDPAParams:
-        """Return the call of one block, whose tensors are given."""
-        more: dict[str, Any] = {"max_q": None, "max_k": None}
-        if self.is_varlen:
-            of_queries = of_keys = _starts(block.lengths)
-            if not block.lengths:
-                of_queries, of_keys = [0, query.shape[0]], [0, key.shape[0]]
-            more["cu_seq_q"] = torch.tensor(of_queries, dtype=torch.int32, device=query.device)
-            more["cu_seq_k"] = torch.tensor(of_keys, dtype=torch.int32, device=query.device)
-            more["max_q"] = max(block.lengths) if block.lengths else query.shape[0]
-            more["max_k"] = max(block.lengths) if block.lengths else key.shape[0]
-        if used is not None:
-            more["seqused_k"] = used
-        return replace(
-            self.params,
-            query=query,
-            key=key,
-            value=value,
-            is_causal=block.is_causal,
-            window_size=block.window,
-            causal_variant=CausalVariant.LOWER_RIGHT if self.is_varlen else CausalVariant.UPPER_LEFT,
-            sinks=None,
-            return_lse=True,
-            **more,
-        )
-
-
 class _Run:
     """Forward or backward of a call on this rank."""
 
-    def __init__(self, call: _Call, state: _State) -> None:
+    def __init__(self, call: Share, state: _State) -> None:
         self.call, self.state = call, state
         self.params, self.group = call.params, call.group
         self.entry = entry_of(state.number)
@@ -262,14 +161,13 @@ class _Run:
     def forward(self) -> tuple[Tensor, Tensor]:
         call, params = self.call, self.params
         merged = Merged.nothing(_by_heads(call, params.query), params.value.shape[-1], self.wide)
-        with reporting(self.group):
-            for step, key, value in self._arriving():
-                for number, block in enumerate(step.blocks):
-                    tensors, of_block = self._block(step, number, block, key, value)
-                    with self._seeded(step, number):
-                        out, lse, *saved = of_block.forward(tensors)
-                    self.state.saves |= any(tensor is not None for tensor in saved)
-                    merged.add(*block.queries, _by_heads(call, out), lse)
+        for step, key, value in self._arriving():
+            for number, block in enumerate(step.blocks):
+                tensors, of_block = self._block(step, block, key, value)
+                with self._seeded(step, number):
+                    out, lse, *saved = of_block.forward(tensors)
+                self.state.saves |= any(tensor is not None for tensor in saved)
+                merged.add(*block.queries, _by_heads(call, out), lse)
         if params.sinks is not None:
             merged.add_sinks(params.sinks)
         out = merged.out.to(params.query.dtype)
@@ -282,23 +180,27 @@ class _Run:
         wanted = self.wanted
         grads = [torch.zeros_like(tensor, dtype=self.wide) for tensor in (params.query, params.key, params.value)]
         returning: _Returning | None = None
-        with reporting(self.group):
-            for step, key, value in self._arriving() if any(wanted) else ():
-                own = step.source == call.rank
-                of_keys = grads[1:] if own else [torch.zeros_like(tensor, dtype=self.wide) for tensor in (key, value)]
-                for number, block in enumerate(step.blocks):
-                    found = self._block_backward(step, number, block, key, value, grad_out, grad_lse, out, lse)
-                    for whole, part, rows in zip(
-                        (grads[0], *of_keys), found, (block.queries, block.keys, block.keys), strict=True
-                    ):
-                        if part is not None:
-                            call.rows(whole, rows).add_(part)
-                if returning is not None:
-                    returning.add_to(grads[1:])
-                if not own and (wanted[1] or wanted[2]):
-                    returning = self._send_back(step, of_keys)
+        for step, key, value in self._arriving() if any(wanted) else ():
+            own = step.source == call.rank
+            of_keys = grads[1:] if own else self._sums(step, key, value)
+            for number, block in enumerate(step.blocks):
+                found = self._block_backward(step, number, block, key, value, grad_out, grad_lse, out, lse)
+                if not of_keys:  # the gradients of one block are those of the step
+                    of_keys = [
+                        torch.zeros_like(tensor) if part is None else part
+                        for tensor, part in zip((key, value), found[1:], strict=True)
+                    ]
+                    found = (found[0], None, None)
+                places = (block.queries, block.keys, block.keys)
+                for whole, part, rows in zip((grads[0], *of_keys), found, places, strict=True):
+                    if part is not None:
+                        call.rows(whole, rows).add_(part)
             if returning is not None:
                 returning.add_to(grads[1:])
+            if not own and (wanted[1] or wanted[2]):
+                returning = self._send_back(step, of_keys)
+        if returning is not None:
+            returning.add_to(grads[1:])
         results: list[Tensor | None] = [
             grad.to(tensor.dtype) if want else None
             for grad, tensor, want in zip(grads, (params.query, params.key, params.value), wanted, strict=True)
@@ -324,6 +226,12 @@ class _Run:
         received, views = self._empty(total(step.taken))
         return exchange(self.group, [(step.target, sent)], [(step.source, received)]), views
 
+    def _sums(self, step: Step, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Return where gradients of several blocks are added up; nothing where there is one of all that was taken."""
+        if len(step.blocks) == 1 and size(step.blocks[0].keys) == total(step.taken):
+            return []
+        return [torch.zeros_like(tensor, dtype=self.wide) for tensor in (key, value)]
+
     def _send_back(self, step: Step, of_keys: Sequence[Tensor]) -> _Returning:
         """Start to send gradients back to the owner of the keys, in the dtype that the kernel rounded them to."""
         dtype = self.params.key.dtype
@@ -346,7 +254,7 @@ class _Run:
         return 0 if self.call.is_varlen else 2
 
     def _block(
-        self, step: Step, number: int, block: Block, key: Tensor, value: Tensor
+        self, step: Step, block: Block, key: Tensor, value: Tensor
     ) -> tuple[tuple[Tensor | None, ...], KernelCall]:
         """Return a block's tensors and call."""
         call = self.call
@@ -388,7 +296,7 @@ class _Run:
         lse: Tensor,
     ) -> tuple[Tensor | None, ...]:
         call = self.call
-        tensors, of_block = self._block(step, number, block, key, value)
+        tensors, of_block = self._block(step, block, key, value)
         first, last = block.queries
         grad_out, out = (call.rows(tensor, block.queries).contiguous() for tensor in (grad_out, out))
         lse = lse[..., first:last].contiguous()
@@ -429,7 +337,7 @@ class _Run:
 class _Returning:
     """Gradients of this rank's keys and values, on their way from where they were made."""
 
-    call: _Call
+    call: Share
     transfer: Transfer
     given: tuple[Range, ...]
     views: tuple[Tensor, Tensor]
@@ -449,13 +357,6 @@ def _pack(tensors: Sequence[Sequence[Tensor]], dim: int) -> Tensor:
     return torch.cat(flat) if flat else torch.empty(0)
 
 
-def _by_heads(call: _Call, rows: Tensor) -> Tensor:
+def _by_heads(call: Share, rows: Tensor) -> Tensor:
     """Return rows `(..., Hq, rows, n)`, of packed tokens too."""
     return rows.transpose(0, 1) if call.is_varlen else rows
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts
