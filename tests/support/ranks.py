@@ -40,7 +40,7 @@ class World:
         for tasks in self._tasks:
             tasks.put((function, arguments, named))
 
-    def results(self, wait: float = 120.0, ranks: int | None = None) -> list[Any]:
+    def results(self, wait: float = 240.0, ranks: int | None = None) -> list[Any]:
         """Return what each rank returned, or the text of what it raised, an `AssertionError`."""
         found: dict[int, Any] = {}
         for _ in range(self.ranks if ranks is None else ranks):

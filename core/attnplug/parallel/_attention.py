@@ -79,6 +79,16 @@ def ring_attention(
         NoImplementationError: no implementation that is allowed computes the blocks; raised on each rank, before
             anything is sent.
         ParallelError: another rank failed, or did not answer within the group's timeout; the message names it.
+
+    Examples:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from attnplug import parallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> part = parallel.shard_sequence(torch.randn(1, 4, 8, 16), group=dist.group.WORLD)
+        >>> parallel.ring_attention(part, part, part, group=dist.group.WORLD, is_causal=True).shape
+        torch.Size([1, 4, 8, 16])
+        >>> dist.destroy_process_group()
     """
     params = SDPAParams(
         query,
@@ -130,8 +140,14 @@ def ring_varlen_attn(
             which is the number of all tokens. The same on each rank; on the CPU, or the call waits for the GPU.
         group: the ranks: a process group, or a device mesh of one dimension.
         is_causal: query `i` of a sequence sees its keys `j <= i`.
-        scale, enable_gqa, window_size, softcap, sinks, dropout_p, impl: as for `ring_attention`.
+        scale: factor of the logits; `1 / sqrt(E)` if None.
+        enable_gqa: allows `Hq` to be a multiple of `Hkv`.
+        window_size: `(left, right)`: query `i` of a sequence sees `i - left <= j <= i + right`; -1 leaves a side open.
+        softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
+        sinks: `(Hq,)`, as for `ring_attention`.
+        dropout_p: as for `ring_attention`.
         return_lse: also return the natural logarithm of the softmax's denominator.
+        impl: the implementation that must compute the blocks.
 
     Returns:
         `out (T, Hq, Ev)` of this rank's queries; with `return_lse`, `(out, lse)` with `lse (Hq, T)`.
@@ -194,7 +210,11 @@ def ulysses_attention(
         group: the ranks: a process group, or a device mesh of one dimension.
         attn_mask: of the whole sequence, the same on each rank; broadcasts to `(..., Hq, Sq, Sk)`. Its gradient, and
             that of sinks, is the share of this rank's heads, as for any parameter.
-        is_causal, scale, enable_gqa, window_size, softcap: as for `attnplug.scaled_dot_product_attention`.
+        is_causal: query `i` sees keys `j <= i`.
+        scale: factor of the logits; `1 / sqrt(E)` if None.
+        enable_gqa: allows `Hq` to be a multiple of `Hkv`.
+        window_size: `(left, right)`: query `i` sees `i - left <= j <= i + right`; -1 leaves a side open.
+        softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
         sinks: `(Hq,)`, the same on each rank.
         alibi_slopes: `(Hq,)` or `(B, Hq)`, the same on each rank.
         seqused_k: `(B,)` int32; only so many keys of each whole sequence exist.
@@ -260,7 +280,14 @@ def usp_attention(
         key: `(..., Hkv, S, E)`, likewise.
         value: `(..., Hkv, S, Ev)`, likewise.
         mesh: a device mesh of two dimensions, `(ring, heads)`. The second is for the faster network.
-        is_causal, scale, enable_gqa, window_size, softcap, sinks, seqused_k, dropout_p: as for `ring_attention`.
+        is_causal: query `i` sees keys `j <= i`.
+        scale: factor of the logits; `1 / sqrt(E)` if None.
+        enable_gqa: allows `Hq` to be a multiple of `Hkv`.
+        window_size: `(left, right)`: query `i` sees `i - left <= j <= i + right`; -1 leaves a side open.
+        softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
+        sinks: `(Hq,)`, as for `ring_attention`.
+        seqused_k: `(B,)` int32; only so many keys of each whole sequence exist.
+        dropout_p: as in the call on one rank; ranks draw differently, whatever they were seeded with.
         length: of the whole sequence; needed if it was not cut evenly.
         return_lse: also return the natural logarithm of the softmax's denominator.
         impl: the implementation that must compute the blocks.
