@@ -129,6 +129,7 @@ __all__ = [
     "hookimpl",
     "list_flash_attention_impls",
     "list_impls",
+    "parallel",
     "patch_torch",
     "record",
     "register_flash_attention_impl",
@@ -146,6 +147,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     module = _NEEDS_TORCH.get(name)
+    if name == "parallel":  # torch.distributed is imported where it is needed
+        return importlib.import_module("attnplug.parallel")
     if module is None:
         raise AttributeError(f"module 'attnplug' has no attribute {name!r}")
     importlib.import_module("attnplug._control.torch_registry")
