@@ -102,12 +102,31 @@ class GradientError(AttnplugError, RuntimeError):
     """A gradient was asked for that the implementation which ran forward does not give."""
 
 
+class MismatchError(AttnplugError, RuntimeError):
+    """`verify` found a result that is further from the reference than is allowed.
+
+    Args:
+        mismatch: the `Mismatch`, which says what is wrong, and has the call as a line of Python.
+    """
+
+    def __init__(self, mismatch: Any) -> None:
+        self.mismatch = mismatch
+        super().__init__(str(mismatch))
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.mismatch,)
+
+
 class ScopeError(AttnplugError, RuntimeError):
     """A scope or a recording was left that was not entered, or a scope was left that several other threads are in."""
 
 
 class PluginWarning(UserWarning):
     """A plugin, or its kernel, is broken; everything else goes on working."""
+
+
+class MismatchWarning(UserWarning):
+    """`verify` found a result that is further from the reference than is allowed."""
 
 
 class FallbackWarning(UserWarning):

@@ -1,0 +1,1 @@
+"""Who watches what runs: verification, metrics, summaries."""
