@@ -43,7 +43,7 @@ def entered(context: Callable[[], Any]) -> Callable[..., None]:
 
 CHANGES: dict[str, tuple[Callable[[ExitStack, pytest.MonkeyPatch], Any], str]] = {
     "a scope": (entered(lambda: attnplug.sdpa_kernel("aten_math")), "attnplug's thread.scope"),
-    "a recording": (entered(attnplug.record), "attnplug's thread.recordings"),
+    "a recording": (entered(attnplug.record), "attnplug's thread.watchers"),
     "a patch": (entered(attnplug.patch_torch), "F.scaled_dot_product_attention"),
     "a bound module": (bound, "attnplug's process.bindings"),
     "an implementation": (registered, "registered implementations"),

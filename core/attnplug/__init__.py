@@ -26,6 +26,7 @@ from attnplug._errors import (
 )
 from attnplug._registry.hooks import hookimpl
 from attnplug._registry.kernel import Kernel
+from attnplug._selection.watching import RecordedCall
 from attnplug._types import (
     Capabilities,
     CausalVariant,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from attnplug._control.explain import Explanation, can_use_impl, explain
     from attnplug._control.patch import PatchHandle, patch_torch
     from attnplug._control.scopes import sdpa_kernel
-    from attnplug._dispatch.recording import RecordedCall, record
+    from attnplug._dispatch.recording import record
 
 WARN_FOR_UNFUSED_KERNELS = False
 """Set to True to be warned, with each reason, whenever a call falls back to the MATH family."""
@@ -70,7 +71,6 @@ _NEEDS_TORCH = {
     "explain": "attnplug._control.explain",
     "BindingHandle": "attnplug._control.binding",
     "PatchHandle": "attnplug._control.patch",
-    "RecordedCall": "attnplug._dispatch.recording",
     "bind": "attnplug._control.binding",
     "checkpoint_contexts": "attnplug._control.checkpoints",
     "patch_torch": "attnplug._control.patch",

@@ -16,8 +16,8 @@ from attnplug._call.facts import UPPER_LEFT, dense_sizes, facts_of, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import is_deterministic, plans
-from attnplug._dispatch.recording import observe, replayed
 from attnplug._selection.state import process, start_outside, thread
+from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def scaled_dot_product_attention(
         and process.plain
         and return_lse is False
         and (state.torch_first if impl is None else impl == "torch")
-        and not state.recordings
+        and not state.watched
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
         and (enable_gqa is False or enable_gqa is True)
@@ -206,8 +206,9 @@ def scaled_dot_product_attention(
                 return_lse=return_lse,
                 impl=impl,
             )
-        if state.recordings:
-            impl = replayed(impl)
+        watched = state.watched
+        if watched:
+            impl = wished(impl)
         if any_autocast() and (dtype := autocast_dtype(query)) is not None:
             query, key, value, attn_mask = (
                 cast(query, dtype),
@@ -227,11 +228,7 @@ def scaled_dot_product_attention(
             except (AttributeError, TypeError):  # not tensors, not hashable, or the first call of all
                 plan = None
             attn_mask = attn_mask if plan is None else mask
-            if plan is not None and plan.plain is not None and attn_mask is None:
-                if state.recordings:
-                    given = {"query": query, "key": key, "value": value, "dropout": dropout_p, "is_causal": is_causal}
-                    given["enable_gqa"] = enable_gqa
-                    observe(plan.decision, eager.params_of(given))
+            if plan is not None and plan.plain is not None and attn_mask is None and not watched:
                 out, lse = plan.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
                 return (out, lse) if return_lse else out
     fields: dict[str, Any] = {
@@ -421,8 +418,8 @@ def varlen_attn(
         "block_table": block_table,
     }
     compiling = is_compiling()
-    if not compiling and thread.state.recordings:
-        impl = replayed(impl)
+    if not compiling and thread.state.watched:
+        impl = wished(impl)
     out, lse = traced.varlen(SDPAParams(**fields), impl) if compiling else eager.varlen(eager.params_of(fields), impl)
     return (out, lse) if return_lse else out
 

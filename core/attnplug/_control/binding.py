@@ -12,10 +12,11 @@ import weakref
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from attnplug._control.scopes import run_in, sdpa_kernel
 from attnplug._registry.forks import BINDING, lock
-from attnplug._selection.state import Block, process, start
+from attnplug._selection.state import Block, process, start, thread
 
 _lock = lock(BINDING)  # a module may be collected while it is held
 
@@ -92,7 +93,15 @@ class _Bound:
         blocks = self._attnplug_blocks
         if not blocks:  # removed, by somebody whose class is derived from this
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        return run_in(blocks[-1], super().__call__, *args, **kwargs)  # type: ignore[misc]
+        if is_compiling():
+            return run_in(blocks[-1], super().__call__, *args, **kwargs)  # type: ignore[misc]
+        state = thread.state
+        outer = state.module
+        state.module = type(self).__name__
+        try:
+            return run_in(blocks[-1], super().__call__, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            state.module = outer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)

@@ -10,7 +10,8 @@ from torch.compiler import is_compiling
 from attnplug._control.scopes import is_torch_first
 from attnplug._dispatch.recording import Replay, record
 from attnplug._selection.selection import Selection
-from attnplug._selection.state import leave_recording, leave_scope, process, start, thread
+from attnplug._selection.state import leave_scope, process, start, thread
+from attnplug._selection.watching import add_watcher, remove_watcher
 
 
 class _Remember:
@@ -38,6 +39,7 @@ class _Repeat:
 
     def __init__(self, remembered: _Remember) -> None:
         self._remembered = remembered
+        self._replay: Replay | None = None
 
     def __enter__(self) -> None:
         selected = self._remembered.selected
@@ -47,13 +49,19 @@ class _Repeat:
         self._replay = Replay(self._remembered.names)
         self._block = (scope, scope is None or is_torch_first(scope))
         state, block = thread.state, self._block
+        add_watcher(self._replay)
         state.scopes = (*state.scopes, block)
         state.scope, state.torch_first = block
-        state.recordings = (*state.recordings, self._replay)
 
     def __exit__(self, *exception: object) -> None:
-        leave_recording(self._replay)
+        if self._replay is not None:
+            remove_watcher(self._replay)
         leave_scope(self._block)
+
+    def __del__(self) -> None:
+        """Leave what an interrupt kept from being entered, or left, whole."""
+        if self._replay is not None:
+            remove_watcher(self._replay)
 
 
 def checkpoint_contexts() -> tuple[Any, Any]:

@@ -259,4 +259,4 @@ def _fastpath_enabled() -> bool:
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread."""
-    return not process.plain or thread.state.scope is not None or bool(thread.state.recordings)
+    return not process.plain or thread.state.scope is not None or bool(thread.state.watched)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import CallFacts, Layout
 from attnplug._call.prepare import default_scale
 from attnplug._call.requirements import needs_grad
-from attnplug._dispatch.recording import observe, unfused_warnings_wanted, warn_unfused
+from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
+from attnplug._dispatch.watched import described, run_watched
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
 from attnplug._run.contract import declares
@@ -23,6 +24,7 @@ from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
+from attnplug._selection.watching import RecordedCall
 from attnplug._types import Feature, SDPAParams, SDPBackend
 
 Result = tuple[Tensor, Tensor | None]
@@ -42,11 +44,17 @@ class Plan:
     unfused: bool  # whether a MATH implementation runs because others could not
     simple: bool  # whether nothing has to be done around the kernel: no autograd, no check, no warning
     plain: Callable[..., Result] | None  # the kernel's `plain`, if all is simple
+    described: dict[Any, RecordedCall] = field(default_factory=dict)  # what was said of such calls
 
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
-        if thread.state.recordings or process.logs:
-            observe(self.decision, params)
+        state = thread.state
+        if state.watched:
+            call = described(self.decision, params, state.module, self.described)
+            return run_watched(call, params, self._run)  # type: ignore[no-any-return]
+        return self._run(params)
+
+    def _run(self, params: SDPAParams) -> Result:
         if self.simple and not any_autocast():
             return self.decision.kernel.forward(params)  # type: ignore[no-any-return]
         if self.unfused and unfused_warnings_wanted():
@@ -92,7 +100,7 @@ def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = Tr
     scale = 0.0 if params.query.is_nested else default_scale(params.query)
     grad = needs_grad(facts)
     simple = not unfused and _is_simple(decision, grad, facts)
-    plan = Plan(decision, scale, grad, unfused, simple, decision.kernel.plain if simple and not process.logs else None)
+    plan = Plan(decision, scale, grad, unfused, simple, decision.kernel.plain if simple else None)
     if keep:
         if len(plans) >= KEPT:
             plans.clear()

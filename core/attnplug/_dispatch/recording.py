@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
-
-import torch
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from attnplug._dispatch.resolver import Decision
 from attnplug._errors import ScopeError
 from attnplug._messages import warn
-from attnplug._selection.state import leave_recording, process, thread
-from attnplug._tracing import constant_in_traces
-from attnplug._types import SDPAParams, SDPBackend
+from attnplug._registry.config import get_config
+from attnplug._selection.state import when_started
+from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
+from attnplug._types import SDPAParams
+
+if TYPE_CHECKING:
+    from attnplug._selection.watching import Result
 
 logger = logging.getLogger("attnplug")
-
-
-@dataclass(frozen=True)
-class RecordedCall:
-    """One attention call: the implementation that ran, its family, and who was passed over for what reasons.
-
-    Attributes:
-        impl: the implementation that ran.
-        backend: its family; for `torch`, which belongs to none, that of the kernel that PyTorch chose, and None in
-            compiled code, where the compiler chooses.
-        passed_over: implementation to reasons, for each that was asked before.
-    """
-
-    impl: str
-    backend: SDPBackend | None
-    passed_over: Mapping[str, tuple[str, ...]]
 
 
 class record:
@@ -53,103 +36,72 @@ class record:
         ['aten_math']
     """
 
-    _calls: list[RecordedCall] | None = None
+    _list: _List | None = None
 
     def __enter__(self) -> list[RecordedCall]:
-        if self._calls is not None:
+        if self._list is not None:
             raise ScopeError("this record() is entered already; make another one")
-        state = thread.state
-        calls: list[RecordedCall] = []
-        state.recordings = (*state.recordings, calls)
-        self._calls = calls
-        return calls
+        self._list = listening = _List()
+        add_watcher(listening)
+        return listening.calls
 
     def __exit__(self, *exception: object) -> None:
-        if self._calls is None:
+        if self._list is None:
             raise ScopeError("record() is left, but it was not entered")
-        leave_recording(self._calls)
-        self._calls = None
+        remove_watcher(self._list)
+        self._list = None
 
     def __del__(self) -> None:
         """Leave what nobody can leave any more: a block that was interrupted while it was being left."""
-        if self._calls is not None:
-            leave_recording(self._calls)
+        if self._list is not None:
+            remove_watcher(self._list)
 
 
-class Replay:
-    """In a thread's recordings: names, in order, the implementations that its calls must use."""
+class _List(Watcher):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[RecordedCall] = []
+
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+        self.calls.append(call)
+        return run(params)
+
+    def told(self, call: RecordedCall) -> None:
+        self.calls.append(call)
+
+
+class Replay(Watcher):
+    """Makes a thread's calls use the implementations of these names, in order."""
 
     def __init__(self, names: list[str]) -> None:
         self._names = iter(names)
 
-    def next(self) -> str:
+    def wish(self, impl: str | None) -> str:
         name = next(self._names, None)
         if name is None:
             raise ScopeError("the recomputation of a checkpoint makes more attention calls than its forward did")
         return name
 
-    def append(self, call: RecordedCall) -> None:
-        """Nothing to remember: a replay tells, it does not listen."""
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+        return run(params)
+
+    def told(self, call: RecordedCall) -> None:
+        """Count a call of a graph, which runs what it was compiled with."""
+        self.wish(None)
 
 
-def replayed(impl: str | None) -> str | None:
-    """Return the implementation that a checkpoint's forward used for this call; `impl` if none is replayed."""
-    for watcher in thread.state.recordings:
-        if isinstance(watcher, Replay):
-            return watcher.next()
-    return impl
+class _Log(Watcher):
+    """Logs each call, for `ATTNPLUG_TRACE`."""
 
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+        query, key = params.query, params.key
+        shapes = "nested" if query.is_nested else f"query {tuple(query.shape)}, key {tuple(key.shape)}, {query.dtype}"
+        _log(call, f"runs {shapes}")
+        return run(params)
 
-@cache
-def _reporter() -> Any:
-    """Return the operator with which a graph tells the recordings of the thread what it runs."""
-    from torch._higher_order_ops.effects import _EffectType
-    from torch.fx.node import has_side_effect
-    from torch.library import _register_effectful_op
-
-    library = torch.library.Library("attnplug", "FRAGMENT")
-    library.define("report(str impl, str family, str passed_over) -> ()")
-    library.impl("report", _reported, "CompositeExplicitAutograd")
-    torch.library.register_fake("attnplug::report", lambda *_: None, lib=library)
-    operator = torch.ops.attnplug.report.default
-    has_side_effect(operator)  # or a graph would drop it, as nothing uses what it returns
-    _register_effectful_op(operator, _EffectType.ORDERED)
-    return operator, library
-
-
-def _reported(impl: str, family: str, passed_over: str) -> None:
-    reasons = {name: tuple(each) for name, each in json.loads(passed_over).items()}
-    call = RecordedCall(impl, SDPBackend[family] if family else None, reasons)
-    for watcher in thread.state.recordings:
-        watcher.next() if isinstance(watcher, Replay) else watcher.append(call)
-
-
-@constant_in_traces
-def _define_reporter() -> None:
-    _reporter()
-
-
-def report(impl: str, family: str, passed_over: str) -> None:
-    """Put a report into the graph that is being traced."""
-    _define_reporter()
-    torch.ops.attnplug.report.default(impl, family, passed_over)
-
-
-def described_call(decision: Decision) -> tuple[str, str, str]:
-    """Return what `report` takes. Which kernel PyTorch's own function comes to in a graph is not known yet."""
-    backend = decision.backend
-    return decision.name, "" if backend is None else backend.name, json.dumps(dict(decision.passed_over))
-
-
-def observe(decision: Decision, params: SDPAParams) -> None:
-    """Tell the recordings of this thread, and the log, what is about to run."""
-    family = decision.kernel.family
-    backend = family(params) if family is not None else decision.backend
-    call = RecordedCall(decision.entry.spec.name, backend, decision.passed_over)
-    for calls in thread.state.recordings:
-        calls.append(call)
-    if process.logs:
-        _trace(call, params)
+    def told(self, call: RecordedCall) -> None:
+        _log(call, "runs in compiled code")
 
 
 def warn_unfused(decision: Decision) -> None:
@@ -158,20 +110,17 @@ def warn_unfused(decision: Decision) -> None:
     warn(UserWarning(f"{decision.name!r} of the MATH family runs, because " + " | ".join(lines)))
 
 
-def _trace(call: RecordedCall, params: SDPAParams) -> None:
+def _log(call: RecordedCall, what: str) -> None:
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.setLevel(logging.INFO)
-    query, key = params.query, params.key
-    shapes = "nested" if query.is_nested else f"query {tuple(query.shape)}, key {tuple(key.shape)}"
     over = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in call.passed_over.items())
     logger.info(
-        "attnplug: %s (%s) runs %s, %s on %s%s",
+        "attnplug: %s (%s) %s on %s%s",
         call.impl,
         call.backend.name if call.backend is not None else "no family",
-        shapes,
-        query.dtype,
-        query.device,
+        what,
+        call.device,
         f"; passed over: {over}" if over else "",
     )
 
@@ -179,3 +128,6 @@ def _trace(call: RecordedCall, params: SDPAParams) -> None:
 def unfused_warnings_wanted() -> Any:
     """Return the flag that users set on the package, as they do on `torch.nn.attention`."""
     return sys.modules["attnplug"].WARN_FOR_UNFUSED_KERNELS  # type: ignore[attr-defined]
+
+
+when_started(lambda _: add_watcher(_Log(), everywhere=True) if get_config().trace else None)

@@ -20,8 +20,9 @@ from attnplug._call.autocast import no_autocast
 from attnplug._call.facts import CallFacts, Extensions, Layout, TensorFacts, example
 from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._dispatch.plans import Result
-from attnplug._dispatch.recording import described_call, report, unfused_warnings_wanted, warn_unfused
+from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, explain_all, resolve
+from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError
 from attnplug._run.contract import check_outputs
 from attnplug._run.operator import arguments_of, operator_of
@@ -54,11 +55,14 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
     if is_empty(prepared):
         out, lse = empty(prepared)
     else:
-        name, composite = _chosen(prepared, impl)
+        name, composite, call = _chosen(prepared, impl)
         if composite and getattr(_composite, _attribute(name)).any_form:
-            return getattr(_composite, _attribute(name)).forward(given)  # type: ignore[no-any-return]
+            out, lse = getattr(_composite, _attribute(name)).forward(given)
+            show(call, given, out, lse)
+            return out, lse
         with no_autocast(prepared.query):
             out, lse = _run(prepared, name, composite)
+        show(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
     return out, lse
@@ -70,20 +74,24 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     prepared = prepare_varlen(params)
     if is_empty(prepared):
         return empty(prepared)
-    name, composite = _chosen(prepared, impl)
+    name, composite, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
-        return _run(prepared, name, composite)
+        out, lse = _run(prepared, name, composite)
+    show(call, prepared, out, lse)
+    return out, lse
 
 
-def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool]:
-    """Return, as constants, the name of the chosen implementation and whether it is traced into."""
+def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool, tuple[str, ...]]:
+    """Return, as constants, the name of the chosen implementation, whether it is traced into, and what to say of it."""
     decisive = _decisive(params, impl)
     name, composite, error = _choose(*decisive)
     if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
         raise AttnplugError(error)
-    if thread.state.recordings and not is_exporting():  # a graph of its own, which reports; others pay nothing
-        report(*_described(*decisive))
-    return name, composite
+    call: tuple[str, ...] = ()
+    if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
+        call = _described(*decisive)
+        tell(call)
+    return name, composite, call
 
 
 def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
@@ -147,8 +155,8 @@ def _resolved(scope: Any, impl: str | None, activation: str | None, items: tuple
 
 @constant_in_traces
 def _described(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[str, ...]:
-    """Return what a recording is told of a decision, as an operator can be told it."""
-    return described_call(_resolved(scope, impl, activation, items))
+    """Return what is said of a decision, as an operator can be told it."""
+    return as_constants(_resolved(scope, impl, activation, items), _facts(items).device)
 
 
 def explained(params: SDPAParams, impl: str | None) -> tuple[str | None, list[Verdict]]:

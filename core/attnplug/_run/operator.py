@@ -16,6 +16,7 @@ import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,18 +30,18 @@ from attnplug._selection.state import start
 from attnplug._tracing import constant_in_traces
 from attnplug._types import CausalVariant, Feature, SDPAParams
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
     "Tensor? seqused_k, Tensor? cu_seq_q, Tensor? cu_seq_k, Tensor? block_table, float dropout, bool is_causal, "
     "bool enable_gqa, float scale, int causal_variant, int[] window_size, float softcap, bool return_lse, "
     "SymInt? max_q, SymInt? max_k, int draw"
 )
-_FORWARD = f"({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
+_FORWARD = f"({ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
 _BACKWARD = (
-    f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor[] saved, bool[] wanted, {_ARGUMENTS}) "
+    f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor[] saved, bool[] wanted, {ARGUMENTS}) "
     f"-> Tensor[]"
 )
-_NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
+_NAMES = tuple(part.split()[-1] for part in ARGUMENTS.split(", "))
 
 _defined: set[str] = set()
 _draws = itertools.count(1)
@@ -177,12 +178,18 @@ class Operator:
 
     def _call(self, arguments: tuple[Any, ...]) -> tuple[KernelCall, tuple[Any, ...]]:
         """Return the call that the operator's arguments describe, and its tensors."""
-        tensors, values = arguments[: len(TENSORS)], dict(zip(_NAMES, arguments, strict=True))
-        values["causal_variant"] = CausalVariant(values["causal_variant"])
-        values["window_size"] = tuple(values["window_size"])
         # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
-        values["return_lse"] = self._gives_lse
-        return KernelCall(self._entry, tuple(values[name] for name in CONSTANTS)), tensors
+        params = replace(params_from(arguments), return_lse=self._gives_lse)
+        return KernelCall.of(self._entry, params), arguments[: len(TENSORS)]
+
+
+def params_from(arguments: tuple[Any, ...]) -> SDPAParams:
+    """Return the call that `arguments_of` took apart."""
+    values = dict(zip(_NAMES, arguments, strict=True))
+    del values["draw"]
+    values["causal_variant"] = CausalVariant(values["causal_variant"])
+    values["window_size"] = tuple(values["window_size"])
+    return SDPAParams(**values)
 
 
 def arguments_of(params: SDPAParams) -> tuple[Any, ...]:

@@ -41,9 +41,12 @@ class State:
     def __init__(self) -> None:
         self.scopes: tuple[Block, ...] = (OUTSIDE,)
         self.scope, self.torch_first = OUTSIDE  # the innermost of `scopes`
-        self.recordings: tuple[Any, ...] = ()  # lists and replays
+        self.module = ""  # the class of the innermost bound module that runs
         number = id(self)
+        self.watchers: tuple[Any, ...] = ()
+        self.watched = ""  # see `watching`
         _states[number] = weakref.ref(self, lambda _: _states.pop(number, None))
+        self.watchers, self.watched = process.watchers, process.watched  # whoever comes now finds this state
 
 
 _states: dict[int, weakref.ref[State]] = {}
@@ -62,7 +65,8 @@ class _ProcessState:
         self.activation: str | None = None
         self.preferred: tuple[str, ...] = ()
         self.plain = False  # whether `torch` runs whatever it supports, outside any scope
-        self.logs = False
+        self.watchers: tuple[Any, ...] = ()  # of every thread
+        self.watched = ""
         self.bindings = 0  # how many modules are bound
         self.listeners: list[Callable[[Registry], None]] = []  # told about the registry when it is there
 
@@ -70,11 +74,11 @@ class _ProcessState:
         """Make `name`, or nothing, the first choice of the process."""
         start()
         self.activation = name
-        self.plain = name is None and not self.preferred and not self.logs
+        self.plain = name is None and not self.preferred
 
 
-thread = _Thread()
 process = _ProcessState()
+thread = _Thread()
 
 
 def leave_scope(block: Block) -> None:
@@ -83,10 +87,10 @@ def leave_scope(block: Block) -> None:
     Raises:
         ScopeError: several other threads are in it.
     """
-    for state in _holders(lambda state: state.scopes, block):
+    for state in _holders(block):
         while True:
             scopes = state.scopes
-            kept = _without(scopes, block)
+            kept = without(scopes, block)
             innermost = kept[-1]
             if state.scopes is scopes:  # no call stands between this and the stores: nothing can come between
                 state.scopes = kept
@@ -94,23 +98,11 @@ def leave_scope(block: Block) -> None:
                 return
 
 
-def leave_recording(recording: object) -> None:
-    """Take `recording` from this thread, or else from the one that entered it."""
-    for state in _holders(lambda state: state.recordings, recording):
-        while True:
-            recordings = state.recordings
-            kept = _without(recordings, recording)
-            if state.recordings is recordings:
-                state.recordings = kept
-                return
-
-
-def _holders(held: Callable[[State], tuple[Any, ...]], block: object) -> list[State]:
+def _holders(block: Block) -> list[State]:
     """Return the state that holds `block`, in a list that is empty if the thread that entered it has ended."""
-    if any(item is block for item in held(thread.state)):
+    if any(item is block for item in thread.state.scopes):
         return [thread.state]
-    states = [state for reference in list(_states.values()) if (state := reference()) is not None]
-    holding = [state for state in states if any(item is block for item in held(state))]
+    holding = [state for state in states() if any(item is block for item in state.scopes)]
     if len(holding) > 1:
         raise ScopeError(
             "a scope that several threads are in is left in none of them; make one scope for each with statement"
@@ -118,7 +110,12 @@ def _holders(held: Callable[[State], tuple[Any, ...]], block: object) -> list[St
     return holding
 
 
-def _without(blocks: tuple[Any, ...], block: object) -> tuple[Any, ...]:
+def states() -> list[State]:
+    """Return the state of each thread that has one."""
+    return [state for reference in list(_states.values()) if (state := reference()) is not None]
+
+
+def without(blocks: tuple[Any, ...], block: object) -> tuple[Any, ...]:
     """Return `blocks` without the last that is `block`."""
     for position in reversed(range(len(blocks))):
         if blocks[position] is block:
@@ -143,8 +140,7 @@ def start() -> Registry:
     if process.registry is None:
         registry, config = get_registry(), get_config()
         process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
-        process.logs = config.trace
-        process.plain = process.activation is None and not process.preferred and not config.trace
+        process.plain = process.activation is None and not process.preferred
         process.registry = registry
         for listener in process.listeners:
             listener(registry)

@@ -1,0 +1,106 @@
+"""How a call is made that somebody watches (`_selection.watching`), and how a compiled graph tells of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from attnplug._dispatch.resolver import Decision
+from attnplug._run.operator import ARGUMENTS, arguments_of, params_from
+from attnplug._selection.state import thread
+from attnplug._selection.watching import TENSORS, RecordedCall, Watcher
+from attnplug._tracing import constant_in_traces
+from attnplug._types import SDPAParams, SDPBackend
+
+
+def described(decision: Decision, params: SDPAParams, module: str, known: dict[Any, RecordedCall]) -> RecordedCall:
+    """Return what is said of an eager call; `known` holds what was said of the calls of this decision before."""
+    family = decision.kernel.family
+    backend = family(params) if family is not None else decision.backend
+    device = params.query.device
+    key = backend, device, module
+    call = known.get(key)
+    if call is None:
+        call = known[key] = RecordedCall(decision.name, backend, decision.passed_over, str(device), module)
+    return call
+
+
+def run_watched(call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
+    """Run an eager call among those who watch this thread; the one that came first is nearest to the kernel."""
+    for watcher in thread.state.watchers:
+        run = _around(watcher, call, run)
+    return run(params)
+
+
+def _around(watcher: Watcher, call: RecordedCall, run: Callable[[SDPAParams], Any]) -> Callable[[SDPAParams], Any]:
+    return lambda params: watcher.around(call, params, run)
+
+
+def tell(call: tuple[str, ...]) -> None:
+    """Put into the graph that is being traced that it is about to make a call."""
+    _define()
+    torch.ops.attnplug.told.default(*call)
+
+
+def show(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
+    """Put into the graph that is being traced that it has made a call, with its tensors, if somebody wants them."""
+    if call and thread.state.watched == TENSORS:
+        torch.ops.attnplug.seen.default(*call, *arguments_of(params), out, lse)
+
+
+def as_constants(decision: Decision, device: torch.device) -> tuple[str, ...]:
+    """Return what `tell` takes. Which kernel PyTorch's own function comes to in a graph is not known yet."""
+    backend = decision.backend
+    family = "" if backend is None else backend.name
+    return decision.name, family, json.dumps(dict(decision.passed_over)), str(device)
+
+
+_GIVEN = ARGUMENTS.replace("float scale", "float? scale")  # kernels of any form get None where the user gave none
+_CALL = "str impl, str family, str passed_over, str device"
+
+
+@cache
+def _operators() -> Any:
+    """Define the operators with which a graph tells the watchers of the thread that runs it."""
+    from torch._higher_order_ops.effects import _EffectType
+    from torch.fx.node import has_side_effect
+    from torch.library import _register_effectful_op
+
+    library = torch.library.Library("attnplug", "FRAGMENT")
+    for name, more, function in (("told", "", _told), ("seen", f", {_GIVEN}, Tensor out, Tensor? lse", _seen)):
+        library.define(f"{name}({_CALL}{more}) -> ()")
+        library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"attnplug::{name}", lambda *_: None, lib=library)
+        operator = getattr(torch.ops.attnplug, name).default
+        has_side_effect(operator)  # or a graph would drop it, as nothing uses what it returns
+        _register_effectful_op(operator, _EffectType.ORDERED)
+    return library
+
+
+@constant_in_traces
+def _define() -> None:
+    _operators()
+
+
+def _told(*call: str) -> None:
+    described = _call(*call)
+    for watcher in thread.state.watchers:
+        watcher.told(described)
+
+
+def _seen(impl: str, family: str, passed_over: str, device: str, *given: Any) -> None:
+    described = _call(impl, family, passed_over, device)
+    *arguments, out, lse = given
+    params = params_from(tuple(arguments))
+    for watcher in thread.state.watchers:
+        if watcher.sees_tensors:
+            watcher.seen(described, params, (out, lse))
+
+
+def _call(impl: str, family: str, passed_over: str, device: str) -> RecordedCall:
+    reasons = {name: tuple(each) for name, each in json.loads(passed_over).items()}
+    return RecordedCall(impl, SDPBackend[family] if family else None, reasons, device)

@@ -1,0 +1,141 @@
+"""Who is told of attention calls: recordings, logs, checkpoints that repeat a choice, and whatever else watches.
+
+All hang on one attribute of a thread's state, `watched`, which is an empty string while nobody does: that is the one
+test that a call nobody watches pays, and the guard by which compiled code has a graph for each of its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attnplug._selection.state import process, states, thread, without
+from attnplug._types import SDPBackend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnplug._types import SDPAParams
+
+    Result = tuple[Tensor, Tensor | None]
+
+CALLS, TENSORS = "calls", "tensors"
+"""What a graph has to tell somebody who watches: that a call is made, or its tensors too."""
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One attention call: the implementation that ran, its family, and who was passed over for what reasons.
+
+    Attributes:
+        impl: the implementation that ran.
+        backend: its family; for `torch`, which belongs to none, that of the kernel that PyTorch chose, and None in
+            compiled code, where the compiler chooses.
+        passed_over: implementation to reasons, for each that was asked before.
+        device: the device that it ran on, such as `cuda:0`.
+        module: the class of the innermost module bound by `bind` that it was made in; empty outside any, and in
+            compiled code.
+    """
+
+    impl: str
+    backend: SDPBackend | None
+    passed_over: Mapping[str, tuple[str, ...]]
+    device: str = ""
+    module: str = ""
+
+
+class Watcher:
+    """Somebody who watches attention calls, from `add_watcher` until `remove_watcher`.
+
+    Where code runs eagerly, `around` is called in a call's place, and may do anything before and after it. A compiled
+    graph can only tell: it calls `told` before the kernel and, where `sees_tensors`, `seen` after it. A graph that is
+    exported tells nothing. Nobody is told of empty inputs, for which no kernel runs, nor of what runs in `unwatched()`.
+    """
+
+    sees_tensors = False
+    """Whether graphs must hand over their tensors. They are compiled once more for it, and keep the tensors longer."""
+
+    def wish(self, impl: str | None) -> str | None:
+        """Return the implementation that must run, by whoever has the last word in eager code; `impl` if any may."""
+        return impl
+
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+        """Run an eager call, `params` being what the kernel gets, and return its differentiable `(out, lse)`.
+
+        `run` does it, with these or with aliases of the same tensors.
+        """
+        self.told(call)
+        result = run(params)
+        if self.sees_tensors:
+            self.seen(call, params, result)
+        return result
+
+    def told(self, call: RecordedCall) -> None:
+        """Take note of a call that is about to run."""
+
+    def seen(self, call: RecordedCall, params: SDPAParams, result: Result) -> None:
+        """Look at a call that has run. In compiled code its tensors are part of no graph of autograd."""
+
+
+def add_watcher(watcher: Watcher, everywhere: bool = False) -> None:
+    """Let `watcher` watch this thread, or all threads that are there or will be.
+
+    What is interrupted in here is undone by `remove_watcher`, which may be called in any case.
+    """
+    if everywhere:
+        add_to(process, watcher)
+    for state in states() if everywhere else [thread.state]:
+        add_to(state, watcher)
+
+
+def add_to(state: Any, watcher: Watcher) -> None:
+    """Add `watcher` to one thread, or to the process, from which new threads take theirs."""
+    while True:
+        before = state.watchers
+        after = before if any(each is watcher for each in before) else (*before, watcher)
+        watched = level(after)
+        if state.watchers is before:  # no call stands between this and the stores: nothing can come between
+            state.watchers = after
+            state.watched = watched
+            return
+
+
+def remove_watcher(watcher: Watcher) -> None:
+    """Let `watcher` watch no longer, in whatever threads it does."""
+    state: Any
+    for state in (process, *states()):
+        while any(each is watcher for each in state.watchers):
+            before = state.watchers
+            after = without(before, watcher)
+            watched = level(after)
+            if state.watchers is before:
+                state.watchers = after
+                state.watched = watched
+
+
+def level(watchers: tuple[Watcher, ...]) -> str:
+    """Return what a graph has to tell these."""
+    if any(watcher.sees_tensors for watcher in watchers):
+        return TENSORS
+    return CALLS if watchers else ""
+
+
+def wished(impl: str | None) -> str | None:
+    """Return the implementation that this thread's watchers want for a call."""
+    for watcher in thread.state.watchers:
+        impl = watcher.wish(impl)
+    return impl
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Make calls that nobody is told of: those that a watcher makes itself."""
+    state = thread.state
+    before = state.watched
+    state.watched = ""
+    try:
+        yield
+    finally:
+        state.watched = before and level(state.watchers)
