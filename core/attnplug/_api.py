@@ -16,6 +16,7 @@ from attnplug._call.facts import UPPER_LEFT, dense_sizes, facts_of, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import is_deterministic, plans
+from attnplug._dispatch.ranges import is_profiled
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
@@ -168,6 +169,7 @@ def scaled_dot_product_attention(
         and return_lse is False
         and (state.torch_first if impl is None else impl == "torch")
         and not state.watched
+        and not is_profiled()
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
         and (enable_gqa is False or enable_gqa is True)
@@ -228,7 +230,7 @@ def scaled_dot_product_attention(
             except (AttributeError, TypeError):  # not tensors, not hashable, or the first call of all
                 plan = None
             attn_mask = attn_mask if plan is None else mask
-            if plan is not None and plan.plain is not None and attn_mask is None and not watched:
+            if plan is not None and plan.plain is not None and attn_mask is None and not (watched or is_profiled()):
                 out, lse = plan.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
                 return (out, lse) if return_lse else out
     fields: dict[str, Any] = {

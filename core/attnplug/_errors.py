@@ -106,15 +106,15 @@ class MismatchError(AttnplugError, RuntimeError):
     """`verify` found a result that is further from the reference than is allowed.
 
     Args:
-        mismatch: the `Mismatch`, which says what is wrong, and has the call as a line of Python.
+        mismatches: a `Mismatch` for each wrong result of one call.
     """
 
-    def __init__(self, mismatch: Any) -> None:
-        self.mismatch = mismatch
-        super().__init__(str(mismatch))
+    def __init__(self, *mismatches: Any) -> None:
+        self.mismatches = mismatches
+        super().__init__("\n".join(map(str, mismatches)))
 
     def __reduce__(self) -> Any:
-        return type(self), (self.mismatch,)
+        return type(self), self.mismatches
 
 
 class ScopeError(AttnplugError, RuntimeError):

@@ -29,6 +29,7 @@ from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
+from attnplug._selection.watching import decided
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend, Verdict
 
@@ -190,6 +191,7 @@ def _choose(scope: Any, impl: str | None, activation: str | None, generation: in
         decision = _resolved(scope, impl, activation, items)
     except AttnplugError as error:
         return "", False, str(error)
+    decided(decision.name, decision.backend)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
     if decision.kernel.composite:

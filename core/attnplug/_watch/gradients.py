@@ -2,8 +2,8 @@
 
 The call gets aliases of the tensors whose gradients are wanted, made by one node of autograd: the gradients that arrive
 there are those of this call alone, whatever else uses the tensors. The gradients of its results are those that reach
-the node that made them. Nothing is saved for backward, so that checkpoints and hooks on saved tensors see the call as it
-is; what backward needs is looked at again only if nobody has changed it since.
+the node that made them. Nothing is saved for backward, so that checkpoints and hooks on saved tensors see the call as
+it is; its tensors are looked at again only if nobody has changed them since.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Backward:
             for name in TENSORS
             if (tensor := getattr(params, name)) is not None and not tensor.is_inference()
         ]
+        self._twice = False
+        """Whether backward itself was recorded: aliases then get gradients from what it computed, too."""
         self._pass = -1
         self._arrived: dict[str, Tensor] = {}
 
@@ -76,6 +78,10 @@ class Backward:
         """Have the gradients of the arguments judged."""
         arrived, number = self._arrived, self._pass
         self._arrived, self._pass = {}, -1
+        if self._twice:
+            self._skip("gradients: of a call that was differentiated with create_graph=True before")
+            return
+        self._twice = torch.is_grad_enabled()
         if number != torch._C._current_graph_task_id():
             self._skip("gradients: the result was changed in place, or backward runs in several threads at once")
             return

@@ -42,7 +42,7 @@ def line_of(impl: str, params: SDPAParams, gradients: Sequence[str] = (), grad_l
         "lse_gradient": grad_lse or None,
     }
     given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
-    return f"attnplug.testing.Call({given}).check({impl!r})"
+    return f"from attnplug.testing import Call; Call({given}).check({impl!r})"
 
 
 def _of_batch(params: SDPAParams) -> dict[str, Any]:

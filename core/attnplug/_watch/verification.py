@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,11 +15,14 @@ from attnplug._accuracy import Mistake
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
 from attnplug._messages import warn
 from attnplug._selection.state import start
-from attnplug._selection.watching import RecordedCall, Result, Watcher, add_watcher, remove_watcher, unwatched
+from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
 from attnplug._types import SDPAParams
+from attnplug._watch import totals
 from attnplug._watch.gradients import Backward, wanted
 from attnplug._watch.judging import Judge, NotJudged, plain_form, unfit
 from attnplug._watch.lines import line_of
+
+Result = tuple[Tensor, Tensor | None]
 
 KEPT = 100
 """How many mismatches are kept; the others are counted."""
@@ -54,8 +57,15 @@ class Mismatch:
     arguments: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
-        where = f" (in {self.module})" if self.module else ""
-        return f"{self.impl}{where}: {self.text}, by {self.reference}: {self.call}"
+        return _together([self])
+
+
+def _together(mismatches: Sequence[Mismatch]) -> str:
+    """Return in one line what is wrong with one call."""
+    first = mismatches[0]
+    where = f" in {first.module}" if first.module else ""
+    texts = "; ".join(mismatch.text for mismatch in mismatches)
+    return f"{first.impl}{where}, held against {first.reference}: {texts}. To see it: {first.call}"
 
 
 class verify:
@@ -69,8 +79,9 @@ class verify:
     Args:
         rate: between 0, which costs nothing, and 1, every call.
         reference: the implementation that computes what is right, in float64.
-        on_mismatch: `"warn"` (a `MismatchWarning`, once for each implementation, result and module), `"raise"` (a
-            `MismatchError`, from the call or from backward), or a function that is called with each `Mismatch`.
+        on_mismatch: `"warn"` (a `MismatchWarning`, once for the results and once for the gradients of each
+            implementation in each module), `"raise"` (a `MismatchError`, from the call or from backward), or a
+            function that is called with each `Mismatch`.
         seed: of the choice of calls. Equal seeds choose equal calls, on every rank of a distributed program too.
 
     Attributes:
@@ -157,7 +168,7 @@ class _Verifier(Watcher):
         self._judge = Judge(found.reference)
         self._random = random.Random(found.seed)
         self._lock = threading.Lock()
-        self._warned: set[tuple[str, str, str]] = set()
+        self._warned: set[tuple[str, bool, str]] = set()
 
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
         if not self._is_sampled():
@@ -234,6 +245,7 @@ class _Verifier(Watcher):
             return
         with self._lock:
             setattr(self._found, kind, getattr(self._found, kind) + 1)
+        totals.add("attnplug.verified", call.impl, kind)
         if mistakes:
             line = line_of(call.impl, plain, gradients, grad_lse)
             arguments = {item.name: getattr(plain, item.name) for item in fields(plain)}
@@ -259,24 +271,25 @@ class _Verifier(Watcher):
             found.wrong += len(mismatches)
             kept = [replace(mismatch, arguments={}) for mismatch in mismatches]
             found.mismatches += kept[: KEPT - len(found.mismatches)]
-        for mismatch, without_tensors in zip(mismatches, kept, strict=True):
-            if callable(found.on_mismatch):
+        for mismatch in mismatches:
+            totals.add("attnplug.mismatches", mismatch.impl, mismatch.name)
+        if callable(found.on_mismatch):
+            for mismatch in mismatches:
                 found.on_mismatch(mismatch)
-            elif found.on_mismatch == "raise":
-                raise MismatchError(without_tensors)
-            else:
-                self._warn(without_tensors)
+        elif found.on_mismatch == "raise":
+            raise MismatchError(*kept)
+        else:
+            self._warn(kept)
 
-    def _warn(self, mismatch: Mismatch) -> None:
-        key = (mismatch.impl, mismatch.name, mismatch.module)
+    def _warn(self, mismatches: list[Mismatch]) -> None:
+        first = mismatches[0]
+        key = (first.impl, first.name in ("out", "lse"), first.module)
         with self._lock:
             if key in self._warned:
                 return
             self._warned.add(key)
-        warn(MismatchWarning(str(mismatch)))
+        warn(MismatchWarning(_together(mismatches)))
 
     @staticmethod
     def _is_quantized(call: RecordedCall) -> bool:
         return start().get(call.impl).spec.capabilities.quantized
-
-
