@@ -15,8 +15,9 @@ from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._compare import Change, compare
 from attnplug.bench._errors import BenchError
 from attnplug.bench._files import read_cases
+from attnplug.bench._noise import Noise
 from attnplug.bench._records import Record, Timing
-from attnplug.bench._report import Report
+from attnplug.bench._report import Report, Standing
 from attnplug.bench._run import run
 from attnplug.bench._sets import SETS, case_set
 from attnplug.bench._write import write
@@ -27,8 +28,10 @@ __all__ = [
     "Case",
     "Ceiling",
     "Change",
+    "Noise",
     "Record",
     "Report",
+    "Standing",
     "Timing",
     "case_set",
     "compare",

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 HELP = "measure every implementation on this machine, and check that it is right"
 USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFTER.json [--threshold SHARE]"
 
-_EXPENDABLE = ("fwd cold", "bwd cold", "of ceiling", "memory", "TFLOP/s")
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("float16", "bfloat16", "float32", "float64"),
         help="by default bfloat16 on a GPU, float32 on a CPU",
     )
-    what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs, the times mean nothing")
+    what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs; nobody is the fastest")
     what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
     how = parser.add_argument_group("how it is measured and reported")
     how.add_argument("--baseline", default="torch", metavar="NAME", help="what ratios are to; torch if not given")
@@ -100,6 +100,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             baseline=arguments.baseline,
             caches=("warm", "cold") if arguments.caches == "both" else (arguments.caches,),
             seconds=arguments.seconds or SECONDS,
+            tiny=arguments.tiny,
             progress=progress,
         )
     for path in outputs:
@@ -121,8 +122,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     if not sets and not arguments.cases:
         sets = [default_set(arguments.device or default_device())]
     cases = [case for name in sets for case in case_set(name, **chosen)]
-    cases += [case for path in arguments.cases for case in read_cases(path, **chosen)]
-    return [case.shrunk() for case in cases] if arguments.tiny else cases
+    return cases + [case for path in arguments.cases for case in read_cases(path, **chosen)]
 
 
 @contextmanager
@@ -146,39 +146,45 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 def _print(report: Report, outputs: list[Path]) -> None:
-    if render.out().isatty() and importlib.util.find_spec("rich") is not None:
-        _print_rich(report)
-        render.put(f"\n{report.summary()}")
+    if render.out().isatty():
+        _print_by_case(report, shutil.get_terminal_size().columns)
     else:
         render.put(report)
     for path in outputs:
         render.put(f"written: {path}")
 
 
-def _print_rich(report: Report) -> None:
-    """Print the rows of each case below its name, as many columns as the terminal has room for."""
+def _print_by_case(report: Report, width: int) -> None:
+    """Print the rows of each case below its name, every column that fits and says something."""
+    from attnplug.bench._text import HEADERS, filled, fitting
+
+    records = [record for record in report if record.status == "ran"]
+    lines = report.lines()
+    shown = fitting(lines, width, without="case")
+    header, *printed = table([HEADERS[at] for at in shown], [[line[at] for at in shown] for line in lines]).splitlines()
+    put = _styled()
+    put(header, "bold")
+    for case in report.cases:
+        ran = any(record.case == case for record in records)
+        put(case.name if ran else f"{case.name}: nothing ran", "bold cyan")
+        for record, line in zip(records, printed, strict=True):
+            if record.case == case:
+                put(line, "bold red" if not record.correct else "bold green" if record.fastest else "")
+    missing = [HEADERS[at] for at in filled(lines) if at not in shown and HEADERS[at] != "case"]
+    said = f"Not shown for want of width: {', '.join(missing)}; --json and --output have all." if missing else ""
+    for part in ("", *([said, ""] if said else []), *report.summary().splitlines()):
+        put("\n".join(textwrap.wrap(part, width, subsequent_indent="  ")) if len(part) > width else part, "")
+
+
+def _styled() -> Callable[[str, str], None]:
+    """Return a function that prints a line in a style, in no style where `rich` is not there."""
+    if importlib.util.find_spec("rich") is None:
+        return lambda line, style: render.put(line)
     from rich.console import Console
     from rich.text import Text
 
-    from attnplug.bench._text import HEADERS, row
-
     console = Console(file=render.out())
-    records = [record for record in report if record.status == "ran"]
-    lines = [row(record)[1:] for record in records]
-    shown = render.fitting(HEADERS[1:], lines, console.width, _EXPENDABLE)
-    cut = [[line[position] for position in shown] for line in (HEADERS[1:], *lines)]
-    header, *printed = table(cut[0], cut[1:]).splitlines()
-    console.print(Text(header, "bold"), soft_wrap=True)
-    for case in report.cases:
-        ran = any(record.case == case for record in records)
-        console.print(Text(case.name if ran else f"{case.name}: nothing ran", "bold cyan"), soft_wrap=True)
-        for record, line in zip(records, printed, strict=True):
-            if record.case == case:
-                style = "bold red" if not record.correct else "bold green" if record.fastest else ""
-                console.print(Text(line, style), soft_wrap=True)
-    missing = [title for position, title in enumerate(HEADERS[1:]) if position not in shown]
-    if missing:
-        console.print(Text(f"\nNot shown for want of width: {', '.join(missing)}; --json and --output have all."))
+    return lambda line, style: console.print(Text(line, style), soft_wrap=True)
 
 
 def _list_sets(arguments: argparse.Namespace) -> int:

@@ -51,7 +51,7 @@ direct = Kept(_look)
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return `out`, `lse`, where there is a mask the operator's own lse, and seeds of dropout."""
     params, _ = layout.positive_scale(params)
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         return cudnn_packed.forward(params)
     if (told := direct.of(params)) is not None:
         out, lse, seeds = _run(params, params.query, params.key, params.value, None)
@@ -101,7 +101,7 @@ def backward(
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError("cudnn: the backward has no deterministic form; use 'efficient_cuda' or another one")
     params, sign = layout.positive_scale(params)
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         grad_query, *others = cudnn_packed.backward(params, grad_out, out, lse)
     else:
         grad_query, *others = _dense_backward(params, grad_out, out, lse, *saved)
@@ -165,7 +165,7 @@ def supports(params: SDPAParams) -> list[str]:
     version, gpu = torch.backends.cudnn.version(), compute_capability(params.query.device)
     if too_new := hardware.too_new(params.query.device):
         reasons.append(too_new)
-    packed = params.cu_seq_q is not None
+    packed = params.is_varlen
     if version is None:
         reasons.append(f"needs cuDNN 9, which PyTorch {torch.__version__} is built without; ask where a CUDA build is")
     elif version < 90000:
@@ -185,7 +185,7 @@ def supports(params: SDPAParams) -> list[str]:
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return tensors of the shapes and strides of forward's."""
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         query, value = params.query, params.value
         lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
         return query.new_empty((*query.shape[:-1], value.shape[-1])), lse

@@ -20,7 +20,7 @@ from attnplug_efficient_cuda import dense, geometry, hardware, layout, operators
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return `out`, `lse` and, with dropout, the seed and offset of each launch."""
     params, _ = layout.positive_scale(params)
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         return packed.forward(params)
     if params.seqused_k is not None:
         out, lse = packed.forward(packed.from_dense(params))
@@ -44,7 +44,7 @@ def backward(
 
 
 def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *saved: Tensor) -> tuple[Any, ...]:
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         return packed.backward(params, grad_out, out, lse)
     if params.seqused_k is not None:
         tokens, batch = packed.from_dense(params), params.query.shape[0]
@@ -69,7 +69,7 @@ def supports(params: SDPAParams) -> list[str]:
     reasons: list[str] = []
     if too_new := hardware.too_new(params.query.device):
         reasons.append(too_new)
-    if params.cu_seq_q is not None or params.seqused_k is not None:
+    if params.is_varlen or params.seqused_k is not None:
         reasons += _sequence_reasons(params)
     return reasons
 
@@ -95,7 +95,7 @@ def _sequence_reasons(params: SDPAParams) -> list[str]:
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return tensors of the shapes and strides of forward's."""
     query, value = params.query, params.value
-    if params.cu_seq_q is None:
+    if not params.is_varlen:
         return dense.empty_result(params)
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
     return query.new_empty((*query.shape[:-1], value.shape[-1])), lse

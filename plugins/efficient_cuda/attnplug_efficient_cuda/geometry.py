@@ -52,7 +52,7 @@ def shifted_window(params: SDPAParams) -> bool:
     """Whether a window's diagonal may start elsewhere than at the first key: the backward forgets that offset."""
     if params.window_size[0] < 0 or params.causal_variant != CausalVariant.LOWER_RIGHT:
         return False
-    if params.cu_seq_q is not None or params.seqused_k is not None:
+    if params.is_varlen or params.seqused_k is not None:
         return True
     return bool(params.query.shape[2] != params.key.shape[2])
 

@@ -30,7 +30,7 @@ class Kept(Generic[Direct]):
     def of(self, params: SDPAParams) -> Direct | None:
         """Return the answer about a call. About 3 us for one whose like was asked about before."""
         query, key, value = params.query, params.key, params.value
-        if params.attn_mask is not None or params.cu_seq_q is not None or params.seqused_k is not None:
+        if params.attn_mask is not None or params.is_varlen or params.seqused_k is not None:
             return None
         kind = (
             *(query.shape, query.stride(), layout.starts_aligned(query), query.dtype),

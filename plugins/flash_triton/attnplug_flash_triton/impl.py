@@ -158,7 +158,7 @@ _SELDOM = ("sinks", "alibi_slopes", "seqused_k", "cu_seq_q", "cu_seq_k", "block_
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return empty tensors like those that `forward` returns."""
     query = params.query
-    rows = query.shape[:-1] if params.cu_seq_q is None else (query.shape[1], query.shape[0])
+    rows = (query.shape[1], query.shape[0]) if params.is_varlen else query.shape[:-1]
     returned = [query.new_empty(*query.shape[:-1], params.value.shape[-1]), query.new_empty(rows, dtype=torch.float32)]
     if keeps_statistics(params):
         returned += (query.new_empty(rows, dtype=torch.float32) for _ in range(2))

@@ -163,7 +163,7 @@ def gradient_of(tensor: Tensor, params: SDPAParams) -> New:
     """Return where the gradient of `tensor` is written: laid out as it is, if that leaves the rows dense."""
     shape, stride = tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride()
     stride = stride if is_dense(shape, stride, row_dim(params)) else contiguous_strides(shape)
-    return New(shape, tensor.dtype, stride, None if params.cu_seq_q is None else 0.0)  # rows that no sequence has
+    return New(shape, tensor.dtype, stride, 0.0 if params.is_varlen else None)  # rows that no sequence has
 
 
 def _not_dense(params: SDPAParams) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ class Problem:
 
     @property
     def packed(self) -> bool:
-        return self.params.cu_seq_q is not None
+        return self.params.is_varlen
 
     @property
     def additive(self) -> bool:
@@ -125,7 +125,7 @@ def read(params: SDPAParams, machine: Machine, *others: Form) -> Problem:
     Of tensors it looks at nothing but shapes, strides and dtypes: what it returns holds for every call that has the
     same. Leading arguments that are tensors are their names, as in `plans`.
     """
-    packed, paged = params.cu_seq_q is not None, params.block_table is not None
+    packed, paged = params.is_varlen, params.block_table is not None
     query, key, value = (Form.dense(tensor, row_dim(params)) for tensor in (params.query, params.key, params.value))
     batch = params.cu_seq_q.shape[0] - 1 if packed else query.shape[0]
     heads = query.shape[1]
@@ -189,7 +189,7 @@ def read(params: SDPAParams, machine: Machine, *others: Form) -> Problem:
 
 def row_dim(params: SDPAParams) -> int:
     """Return the dimension along which rows follow each other."""
-    return -2 if params.cu_seq_q is None else -3
+    return -3 if params.is_varlen else -2
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int], rows: int) -> bool:

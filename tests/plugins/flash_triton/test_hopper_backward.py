@@ -105,7 +105,7 @@ def test_additions_in_no_order_are_left_out_where_pytorch_wants_determinism() ->
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (dict(dtype=torch.float32), "dtype torch.float32 is none of float16 and bfloat16"),
+        (dict(dtype=torch.float32), "dtype torch.float32 is neither float16 nor bfloat16"),
         (dict(size=100), "query: head size 100 is not a multiple of 8"),
         (dict(attn_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool)), "has no attn_mask"),
         (dict(alibi_slopes=torch.ones(2)), "has no alibi_slopes"),

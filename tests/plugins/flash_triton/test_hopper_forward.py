@@ -154,7 +154,7 @@ def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (dict(dtype=torch.float32), "dtype torch.float32 is none of float16 and bfloat16"),
+        (dict(dtype=torch.float32), "dtype torch.float32 is neither float16 nor bfloat16"),
         (dict(size=100), "query: head size 100 is not a multiple of 8"),
         (dict(attn_mask=torch.ones(1, 1, 80, 80, dtype=torch.bool)), "has no attn_mask"),
         (dict(alibi_slopes=torch.ones(2)), "has no alibi_slopes"),
@@ -188,5 +188,5 @@ def test_what_is_not_proven_runs_only_where_the_environment_asks_for_it(monkeypa
 
 def test_a_wish_that_means_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_TRITON_HOPPER", "yes")
-    with pytest.raises(ValueError, match=r"FLASH_TRITON_HOPPER='yes' is none of 0 .*, 1 "):
+    with pytest.raises(ValueError, match=r"FLASH_TRITON_HOPPER='yes' is neither 0 .* nor 1 "):
         choose.wanted()

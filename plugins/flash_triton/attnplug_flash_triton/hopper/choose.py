@@ -69,5 +69,5 @@ def wanted() -> str:
     """
     wish = os.environ.get(VARIABLE, "")
     if wish not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE}={wish!r} is none of 0 (plain kernels alone), 1 (also what is not yet proven)")
+        raise ValueError(f"{VARIABLE}={wish!r} is neither 0 (plain kernels alone) nor 1 (also what is not yet proven)")
     return wish

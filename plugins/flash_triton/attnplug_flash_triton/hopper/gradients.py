@@ -56,14 +56,14 @@ def reasons(params: SDPAParams, grad_out: Tensor | None = None) -> list[str]:
     if grad_out is not None and grad_out.is_contiguous() and (reason := why_not("grad_out", grad_out)):
         found.append(reason)
     if query.dtype not in (torch.float16, torch.bfloat16):
-        found.append(f"dtype {query.dtype} is none of float16 and bfloat16")
+        found.append(f"dtype {query.dtype} is neither float16 nor bfloat16")
     for name in ("attn_mask", "alibi_slopes", "block_table"):
         if getattr(params, name) is not None:
             found.append(f"has no {name}")
     if params.dropout > 0:
         found.append("has no dropout")
     found += filter(None, (why_not(name, getattr(params, name)) for name in ("query", "key", "value")))
-    if params.seqused_k is not None and params.cu_seq_k is None and not found:
+    if params.seqused_k is not None and not params.is_varlen and not found:
         between = {rows_between_sequences(tensor) for tensor in (key, value)}
         if len(between) > 1 or None in between:
             found.append("seqused_k: key and value must have the same whole number of rows between their sequences")
@@ -80,7 +80,7 @@ class _Call:
 
     @property
     def packed(self) -> bool:
-        return self.params.cu_seq_q is not None
+        return self.params.is_varlen
 
     @property
     def ragged_keys(self) -> bool:

@@ -64,13 +64,13 @@ REGISTERS = {2: (240, 24, 168), 3: (160, 32, 128)}
 def reasons(params: SDPAParams) -> list[str]:
     """Return why this kernel does not run forward of a call; none if it does."""
     query, key, value = params.query, params.key, params.value
-    queries = query.shape[2] if params.cu_seq_q is None else params.max_q
+    queries = params.max_q if params.is_varlen else query.shape[2]
     rows = int(queries or 0) * (query.shape[1] // max(1, key.shape[1]))
     if rows <= config.FEW and params.block_table is None:
         return [f"{rows} rows for each head of keys are few: the plain kernel packs them, and splits the keys"]
     found = []
     if query.dtype not in (torch.float16, torch.bfloat16):
-        found.append(f"dtype {query.dtype} is none of float16 and bfloat16")
+        found.append(f"dtype {query.dtype} is neither float16 nor bfloat16")
     for name in ("attn_mask", "alibi_slopes", "block_table"):
         if getattr(params, name) is not None:
             found.append(f"has no {name}")
@@ -81,7 +81,7 @@ def reasons(params: SDPAParams) -> list[str]:
     found += filter(None, (why_not(name, getattr(params, name)) for name in ("query", "key", "value")))
     if value.shape[-1] * value.element_size() % 16:
         found.append(f"value head size {value.shape[-1]} is not a multiple of {16 // value.element_size()}")
-    if params.seqused_k is not None and params.cu_seq_k is None and not found:
+    if params.seqused_k is not None and not params.is_varlen and not found:
         between = {rows_between_sequences(tensor) for tensor in (key, value)}
         if len(between) > 1 or None in between:
             found.append("seqused_k: key and value must have the same whole number of rows between their sequences")
