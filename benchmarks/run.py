@@ -25,6 +25,7 @@ PROGRAMS = (
     "discovery",
     "memory",
     "launching",
+    "watching",
 )
 
 

@@ -20,8 +20,8 @@ def current_module() -> str:
     running: list[torch.nn.Module] = []  # innermost first
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL:
-            running.append(frame.f_locals["self"])
+        if frame.f_code is _CALL and not isinstance(module := frame.f_locals["self"], torch.fx.GraphModule):
+            running.append(module)
         frame = frame.f_back
     if not running:
         return ""
