@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from attnplug.bench._clocks import Clock
+if TYPE_CHECKING:
+    from attnplug.bench._clocks import Clock
 
 _REPEATS = 3
 _SIZES = {"cpu": 384, "cuda": 4096}  # of the matrices: a few milliseconds, less than one on a GPU
@@ -75,6 +74,8 @@ class Watch:
 
 
 def _product(device: str) -> Callable[[], Any]:
+    import torch
+
     size = _SIZES[torch.device(device).type]
     left = torch.ones(size, size, device=device)
     out = torch.empty_like(left)

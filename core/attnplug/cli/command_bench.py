@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnplug._control.registration import check_name
+from attnplug._errors import did_you_mean
 from attnplug._tables import table
-from attnplug.cli import render
-from attnplug.cli.command_explain import names, size
+from attnplug.cli import outputs, render, values
 
 if TYPE_CHECKING:
     from attnplug.bench import Case, Report
@@ -39,20 +40,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--set", action="append", default=[], metavar="NAME", help="named cases; --sets lists them")
     what.add_argument("--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml or .toml file")
-    what.add_argument("--impl", type=names, metavar="NAMES", help="the only implementations; by default all")
+    what.add_argument("--impl", type=values.names, metavar="NAMES", help="the only implementations; by default all")
     what.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
-    what.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32", "float64"),
-        help="by default bfloat16 on a GPU, float32 on a CPU",
-    )
+    what.add_argument("--dtype", type=values.dtype, help="by default bfloat16 on a GPU, float32 on a CPU")
     what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs; nobody is the fastest")
     what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
     how = parser.add_argument_group("how it is measured and reported")
     how.add_argument("--baseline", default="torch", metavar="NAME", help="what ratios are to; torch if not given")
     how.add_argument("--caches", choices=("warm", "cold", "both"), default="both")
-    how.add_argument("--seconds", type=_seconds, metavar="S", help="for each implementation, direction and caches")
-    how.add_argument("--threads", type=size, metavar="N", help="threads of PyTorch on a CPU")
+    how.add_argument(
+        "--seconds", type=values.seconds, metavar="S", help="for each implementation, direction and caches"
+    )
+    how.add_argument("--threads", type=values.size, metavar="N", help="threads of PyTorch on a CPU")
     how.add_argument("--output", "-o", action="append", default=[], metavar="FILE", help="write results; repeatable")
     _configure_compare(parser.add_subparsers(title="two runs", metavar="compare", dest="action", prog="attnplug bench"))
 
@@ -79,7 +78,26 @@ def run(arguments: argparse.Namespace) -> int:
     return _bench(arguments)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what does not exist before torch is imported and before anything is measured."""
+    from attnplug.bench import SETS
+    from attnplug.bench._write import check_kind
+
+    for name in [*(arguments.impl or ()), arguments.baseline]:
+        check_name(name, "--impl" if name in (arguments.impl or ()) else "--baseline")
+    for name in arguments.set:
+        if name not in SETS:
+            arguments.fail(f"--set: there is no {name!r}{did_you_mean(name, SETS) or ';'} the sets: {', '.join(SETS)}")
+    for path in arguments.cases:
+        if not Path(path).is_file():
+            arguments.fail(f"--cases: {path!r} is not a file")
+    for path in map(Path, arguments.output):
+        check_kind(path)
+        outputs.check_folder(arguments, path)
+
+
 def _bench(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     import torch
 
     from attnplug import bench
@@ -192,7 +210,7 @@ def _list_sets(arguments: argparse.Namespace) -> int:
 
     rows = [(name, len(list(make())), (make.__doc__ or "").strip()) for name, make in SETS.items()]
     if arguments.json:
-        render.print_json([dict(zip(("name", "cases", "description"), row, strict=True)) for row in rows])
+        render.print_json({"sets": [dict(zip(("name", "cases", "description"), row, strict=True)) for row in rows]})
     else:
         render.print_table(("set", "cases", "what it is"), [(name, str(count), text) for name, count, text in rows], 0)
     return 0
@@ -213,13 +231,3 @@ def _compare(arguments: argparse.Namespace) -> int:
             render.put()
         render.put(comparison(before, after, changes))
     return 1 if regressions else 0
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, such as 0.5, got {text!r}")
-    return value
