@@ -15,7 +15,7 @@ from attnplug._call.autocast import any_autocast, autocasted, no_autocast
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._call.validate_varlen import check_lengths
-from attnplug._dispatch.plans import BY_LAYOUT, Plan, Result, find, make
+from attnplug._dispatch.plans import BY_LAYOUT, ByChoice, Plan, Result, find, make
 from attnplug._selection.state import start
 from attnplug._types import SDPAParams
 
@@ -37,6 +37,8 @@ def with_four_dimensions(mask: Tensor) -> Tensor:
 
 def kept(plan: Any, facts: CallFacts, params: SDPAParams, impl: str | None) -> Result | None:
     """Run a call of whose facts `plan` is what is kept; None if that does not decide it."""
+    if type(plan) is ByChoice:
+        plan = plan.find(params)
     if plan is BY_LAYOUT:
         plan = find(impl, facts, params)
     if plan is None:
