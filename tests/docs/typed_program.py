@@ -59,6 +59,20 @@ assert_type(explanation, attnplug.Explanation)
 assert_type(explanation.candidates, tuple[Verdict, ...])
 assert_type(attnplug.compute_capability(query.device), tuple[int, int] | None)
 
+# Watching ---------------------------------------------------------------------------------------------
+
+with attnplug.verify(0.01, reference="math_ref", on_mismatch="raise", seed=1) as watched:
+    sdpa(query, query, query)
+assert_type(watched.mismatches, list[attnplug.Mismatch])
+assert_type(watched.mismatches[0].error, float | None)
+attnplug.verify(0.01, on_mismatch=lambda mismatch: mismatch.call).start().stop()
+with attnplug.summary() as ran:
+    sdpa(query, query, query)
+assert_type(ran.rows, list[attnplug.Ran])
+assert_type(ran.shares(object()), dict[str, attnplug.Share])
+telling: attnplug.Instrumentation = attnplug.instrument()
+telling.remove()
+
 # What authors write -----------------------------------------------------------------------------------
 
 capabilities = Capabilities(
@@ -125,10 +139,11 @@ errors: list[type[attnplug.AttnplugError]] = [
     attnplug.DuplicateImplementationError,
     attnplug.GradientError,
     attnplug.KernelError,
+    attnplug.MismatchError,
     attnplug.NoImplementationError,
     attnplug.PluginError,
     attnplug.ScopeError,
     attnplug.SpecError,
     attnplug.UnknownImplementationError,
 ]
-caught: list[type[UserWarning]] = [attnplug.FallbackWarning, attnplug.PluginWarning]
+caught: list[type[UserWarning]] = [attnplug.FallbackWarning, attnplug.MismatchWarning, attnplug.PluginWarning]
