@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     from attnplug._watch.summaries import Ran, Share, summary
     from attnplug._watch.telemetry import Instrumentation, instrument
     from attnplug._watch.verification import Mismatch, verify
-    from attnplug.tuning import capture, tune
+    from attnplug.tuning._capture import capture
+    from attnplug.tuning._tune import tune
 
 WARN_FOR_UNFUSED_KERNELS = False
 """Set to True to be warned, with each reason, whenever a call falls back to the MATH family."""
@@ -89,13 +90,13 @@ _NEEDS_TORCH = {
     "BindingHandle": "attnplug._control.binding",
     "PatchHandle": "attnplug._control.patch",
     "bind": "attnplug._control.binding",
-    "capture": "attnplug.tuning",
+    "capture": "attnplug.tuning._capture",
     "checkpoint_contexts": "attnplug._control.checkpoints",
     "patch_torch": "attnplug._control.patch",
     "record": "attnplug._dispatch.recording",
     "restore_choices": "attnplug._control.choices",
     "sdpa_kernel": "attnplug._control.scopes",
-    "tune": "attnplug.tuning",
+    "tune": "attnplug.tuning._tune",
     "use_choices": "attnplug._control.choices",
 }
 
