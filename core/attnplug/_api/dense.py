@@ -1,0 +1,280 @@
+"""The dense call. The first comparisons decide whether PyTorch's own function can simply run."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.overrides import handle_torch_function
+
+from attnplug._call.facts import UPPER_LEFT, dense_sizes, fit_in_three
+from attnplug._call.prepare import prepare_dense
+from attnplug._dispatch import eager, traced
+from attnplug._dispatch.plans import who_decides
+from attnplug._dispatch.recognised import PLAIN, known, recognise
+from attnplug._selection.state import process, start_outside, thread
+from attnplug._selection.watching import wished
+from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalVariant as TorchVariant
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    causal_variant: CausalVariant | TorchVariant = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_variant: CausalVariant | TorchVariant = UPPER_LEFT,
+    window_size: tuple[int, int] = OPEN_WINDOW,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Any:
+    """Compute attention with the implementation that the current selection chooses for this call.
+
+    The first eight parameters are those of `torch.nn.functional.scaled_dot_product_attention`, in its
+    order. `off`, below, is 0 for `UPPER_LEFT` and `Sk - Sq` for `LOWER_RIGHT`.
+
+    Args:
+        query: `(..., Hq, Sq, E)`, float16, bfloat16, float32 or float64.
+        key: `(..., Hkv, Sk, E)`, of the query's dtype and device.
+        value: `(..., Hkv, Sk, Ev)`, likewise.
+        attn_mask: broadcasts to `(..., Hq, Sq, Sk)`; boolean, True takes part; or floating, of the
+            query's dtype or float32, added to the logits. A `CausalBias` is accepted. May be combined
+            with `is_causal`.
+        dropout_p: probability with which a probability is zeroed; the others are scaled by
+            `1 / (1 - dropout_p)`.
+        is_causal: query `i` sees keys `j <= i + off`.
+        scale: factor of the logits; `1 / sqrt(E)` if None.
+        enable_gqa: allows `Hq` to be a multiple of `Hkv`; query head `h` reads head `h // (Hq / Hkv)`.
+        causal_variant: alignment of causal masks, windows and ALiBi distances.
+        window_size: `(left, right)`: query `i` sees `i + off - left <= j <= i + off + right`; -1 leaves
+            a side open.
+        softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
+        sinks: `(Hq,)`, one more logit in each row's denominator, with no value.
+        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits.
+        seqused_k: `(B,)` int32; only so many keys of each sequence exist.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        impl: the implementation that must run; stronger than any scope or activation.
+
+    Returns:
+        `out (..., Hq, Sq, Ev)` in the query's dtype; with `return_lse`, `(out, lse)` with
+        `lse (..., Hq, Sq)` in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        NoImplementationError: nothing that is allowed supports the call; the message gives all reasons.
+        UnknownImplementationError: `impl` names no implementation.
+
+    Examples:
+        >>> import torch, attnplug
+        >>> query = torch.randn(2, 8, 16, 64)
+        >>> attnplug.scaled_dot_product_attention(query, query, query, is_causal=True).shape
+        torch.Size([2, 8, 16, 64])
+    """
+    # Each comparison below is a share of a tiny call's time. PyTorch's keyword arguments cost 0.8 us, so they are
+    # left out where they say nothing.
+    state = thread.state
+    if not process.plain and is_compiling():
+        start_outside()
+    plain = (
+        sinks is None
+        and alibi_slopes is None
+        and seqused_k is None
+        and softcap == 0.0
+        and (window_size is OPEN_WINDOW or _is_open(window_size))
+        and causal_variant is UPPER_LEFT
+    )
+    # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
+    # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
+    if (
+        plain
+        and process.plain
+        and return_lse is False
+        and (state.torch_first if impl is None else impl == "torch")
+        and not state.watched
+        and (scale is None or (type(scale) is float and 0.0 < scale < inf))
+        and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
+        and (enable_gqa is False or enable_gqa is True)
+        and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
+        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
+        and (query.is_cpu or _are_aligned(query, key, value))
+    ):
+        try:
+            if scale is None and not enable_gqa:
+                return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal)
+            return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        except (RuntimeError, TypeError, ValueError):
+            # Almost surely a mistake in the arguments: say which, or let the error be raised again.
+            prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
+            raise
+    if state.watched and not is_compiling():
+        impl = wished(impl)
+    # The kept route's short way: a call like one before it. Some kernels need no record of the call.
+    way = found = None
+    if (
+        plain
+        and not is_dynamo_compiling()
+        and (impl is None or type(impl) is str)
+        and (is_causal is False or is_causal is True)
+        and (enable_gqa is False or enable_gqa is True)
+        and (return_lse is False or return_lse is True)
+        and (scale is None or type(scale) is float)
+        and type(dropout_p) is float
+    ):
+        way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None
+        found = recognise(known.get(way, ()), query, key, value, attn_mask)
+        if found is not None and found.plain is not None and attn_mask is None and not state.watched:
+            out, lse = found.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+            return (out, lse) if return_lse else out
+    compiling = is_compiling()
+    if not compiling and type(query) not in PLAIN and is_symbolic(query):
+        return handle_torch_function(
+            scaled_dot_product_attention,
+            (query, key, value),
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            causal_variant=causal_variant,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            seqused_k=seqused_k,
+            return_lse=return_lse,
+            impl=impl,
+        )
+    fields: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "attn_mask": attn_mask,
+        "dropout": dropout_p,
+        "is_causal": is_causal,
+        "enable_gqa": enable_gqa,
+        "scale": scale,
+        "return_lse": return_lse,
+    }
+    if not plain:
+        fields |= {
+            "causal_variant": causal_variant,
+            "window_size": window_size,
+            "softcap": softcap,
+            "sinks": sinks,
+            "alibi_slopes": alibi_slopes,
+            "seqused_k": seqused_k,
+        }
+    if compiling:
+        out, lse = traced.dense(SDPAParams(**fields), impl)
+    elif found is not None:
+        out, lse = found.run_as_given(eager.params_of(fields))
+    else:
+        out, lse = eager.dense(eager.params_of(fields), impl, way)
+    return (out, lse) if return_lse else out
+
+
+def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
+    """Whether PyTorch's function takes this mask as it is; it also takes some that it then misreads."""
+    return (
+        type(mask) in PLAIN
+        and query.is_cpu  # CUDA kernels misread what `torch` first converts
+        and mask.is_cpu
+        and mask.dim() > 1
+        and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
+    )
+
+
+def _is_open(window: Any) -> bool:
+    """Whether this is `OPEN_WINDOW` in another tuple, as a trace has it; -1.0 is not -1."""
+    return type(window) is tuple and window == OPEN_WINDOW and type(window[0]) is int is type(window[1])
+
+
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Whether tensors start where CUDA kernels can load 16 bytes at once: PyTorch's fault at others.
+
+    A trace has no storage to ask; Inductor copies inputs that are not aligned.
+    """
+    return is_compiling() or all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
+
+
+def is_symbolic(query: Any) -> bool:
+    """Whether this is not a tensor but answers like one: a value of `torch.fx.symbolic_trace`."""
+    return type(query) not in PLAIN and not isinstance(query, Tensor) and hasattr(type(query), "__torch_function__")
