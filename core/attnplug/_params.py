@@ -5,9 +5,11 @@ Nothing here imports torch before a property needs it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
+
+from attnplug._tables import WIDTH, html_table
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -36,7 +38,19 @@ class CausalVariant(IntEnum):
     LOWER_RIGHT = 2
 
 
-@dataclass(frozen=True, eq=False)
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float, tuple))
+
+
+def _shown(value: Any) -> str:
+    if hasattr(value, "device") and hasattr(value, "dtype"):
+        where = "" if value.device.type == "cpu" else f" {value.device}"
+        grad = " requires_grad" if value.requires_grad else ""
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{where}{grad}"
+    return value.name if isinstance(value, CausalVariant) else repr(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SDPAParams:
     """A read-only record of one call; building one checks nothing.
 
@@ -92,6 +106,25 @@ class SDPAParams:
     max_q: int | MaybeNone = field(default=None, kw_only=True)
     max_k: int | MaybeNone = field(default=None, kw_only=True)
     block_table: Tensor | MaybeNone = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        parts = [f"{name}={value}" for name, value in self._described()]
+        line = f"SDPAParams({', '.join(parts)})"
+        return line if len(line) <= WIDTH else "SDPAParams(\n  " + ",\n  ".join(parts) + ",\n)"
+
+    def _repr_html_(self) -> str:
+        return html_table(("field", "value"), self._described())
+
+    def _described(self) -> list[tuple[str, str]]:
+        """Return what the call has, and of a tensor not its numbers but its dtype, shape and device."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        required = ("query", "key", "value")
+        defaults = {each.name: each.default for each in fields(self)}
+        return [
+            (name, _shown(value))
+            for name, value in given.items()
+            if name in required or not (value is defaults[name] or (_is_plain(value) and value == defaults[name]))
+        ]
 
     @property
     def is_varlen(self) -> bool:

@@ -289,6 +289,11 @@ class ImplRecord:
         status: `available`, `unavailable` (something it needs is not on this machine, or the environment
             keeps its plugin from loading) or `broken` (it failed to load, or another claims its name).
         reason: what is lacking or what failed; empty when it is available.
+        remedy: the command that mends it; empty when it is available, and where no command can.
+        entry_point: the name of the entry point that brought it, which `ATTNPLUG_LOAD` and `ATTNPLUG_DISABLE` take;
+            empty for what is built in or registered by a program.
+        module: the module, or the object in one, that the entry point names.
+        kernel: the dotted path of the kernel; empty where it is an object of a program, or nothing is known.
     """
 
     name: str
@@ -299,6 +304,10 @@ class ImplRecord:
     capabilities: Capabilities
     status: str
     reason: str
+    remedy: str = ""
+    entry_point: str = ""
+    module: str = ""
+    kernel: str = ""
 
 
 def as_backend(value: Any, argument: str) -> SDPBackend:

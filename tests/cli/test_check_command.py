@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 
 def test_an_implementation_that_keeps_its_promises_is_status_0(cli):
     done = cli("check", "torch", "--device", "cpu", "--dtype", "float32")
     assert done.status == 0
-    assert done.out.splitlines()[0].split() == ["check", "dtype", "result", "why"]
-    assert done.out.splitlines()[-1].startswith("torch on cpu, quick: ")
+    assert done.out.startswith("torch on cpu, quick: PASSED; ")
+    assert ["check", "dtype", "result", "why"] in [line.split() for line in done.out.splitlines()]
 
 
 def test_one_that_does_not_is_status_1_and_the_failure_is_shown(cli, register):
@@ -21,22 +23,61 @@ def test_one_that_does_not_is_status_1_and_the_failure_is_shown(cli, register):
     register(name="unscaled", kernel=forward)
     done = cli("check", "unscaled", "--device", "cpu", "--dtype", "float32")
     assert done.status == 1
+    assert done.out.startswith("unscaled on cpu, quick: FAILED, first check_values[float32]; ")
     assert "hint: this is what comes out with no scale" in done.out
     assert ".check('unscaled')" in done.out
+
+
+def test_failed_shows_failures_only_the_simplest_first(cli, register):
+    def forward(params):
+        return (params.query @ params.key.mT).softmax(-1) @ params.value, None
+
+    register(name="unscaled", kernel=forward)
+    lines = cli("check", "unscaled", "--device", "cpu", "--dtype", "f32", "--failed").out.splitlines()
+    failed = [line.partition(":")[0] for line in lines[1:] if line.startswith("check_")]
+    assert failed[0] == "check_values[float32]" and len(failed) > 1
+    assert not any(" passed " in line or " not applicable " in line for line in lines[1:])
+
+
+def test_failed_of_one_that_passes_is_one_line(cli):
+    done = cli("check", "torch", "--device", "cpu", "--dtype", "fp32", "--only", "check_scale", "--failed")
+    assert done.status == 0 and len(done.out.splitlines()) == 1
+
+
+def test_jacobians_that_differ_are_not_printed(cli, register):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(context, out):
+            return out.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return 2 * gradient
+
+    def forward(params):
+        out = (params.scale * params.query @ params.key.mT).softmax(-1) @ params.value
+        return Doubled.apply(out), None
+
+    register(name="doubled", kernel=SimpleNamespace(forward=forward, composite=True))
+    done = cli("check", "doubled", "--device", "cpu", "--dtype", "float64", "--only", "check_gradcheck", "--failed")
+    assert done.status == 1 and "max per-element difference" in done.out
+    assert "tensor([" not in done.out
 
 
 def test_json_holds_every_result(cli):
     done = cli("check", "aten_math", "--device", "cpu", "--dtype", "float32", "--json")
     assert (done.status, done.err) == (0, "")
-    assert done.data["name"] == "aten_math"
-    assert {"check", "dtype", "status", "reason"} <= done.data["results"][0].keys()
+    (report,) = done.data["reports"]
+    assert report["name"] == "aten_math"
+    assert {"check", "dtype", "status", "reason"} <= report["results"][0].keys()
 
 
 def test_only_names_the_checks_to_make(cli):
     done = cli("check", "torch", "--device", "cpu", "--only", "check_scale", "--only", "check_values", "--json")
     assert done.status == 0
-    assert {result["check"] for result in done.data["results"]} == {"check_scale", "check_values"}
-    assert done.data["seconds"] > 0
+    (report,) = done.data["reports"]
+    assert {result["check"] for result in report["results"]} == {"check_scale", "check_values"}
+    assert report["seconds"] > 0
 
 
 def test_one_that_is_not_available_is_status_1_with_the_reason(cli, register):
@@ -52,9 +93,9 @@ def test_one_that_is_not_available_is_status_1_with_the_reason(cli, register):
         (("nosuch",), "unknown implementation 'nosuch'"),
         (("torch", "--device", "nowhere"), "'nowhere'"),
         (("torch", "--quick", "--full"), "not allowed with"),
-        (("torch", "--dtype", "int8"), "invalid choice"),
-        (("torch", "--device", "cpu", "--workers", "-2"), "workers: expected a number from 0 on"),
-        (("torch", "--device", "cpu", "--timeout", "0"), "timeout: expected seconds above 0"),
+        (("torch", "--dtype", "int8"), "argument --dtype: expected float16"),
+        (("torch", "--device", "cpu", "--workers", "-2"), "--workers: expected a number from 0 on"),
+        (("torch", "--device", "cpu", "--timeout", "0"), "--timeout: expected seconds above 0"),
         (("torch", "--device", "meta:x"), "device"),
         (("torch", "--device", "meta"), "'meta' cannot be used here"),
         (("torch", "--device", "cpu", "--only", "check_vales"), "did you mean 'check_values'"),
@@ -67,16 +108,22 @@ def test_what_cannot_be_asked_is_status_2(cli, arguments, said):
 
 
 def test_several_implementations_are_checked_in_workers_and_results_written_as_they_come(cli, tmp_path):
-    written = tmp_path / "results" / "found.jsonl"
+    written = tmp_path / "found.jsonl"
     checks = ("--only", "check_scale", "--only", "check_values")
     asked = ("--device", "cpu", "--dtype", "float32", *checks, "--workers", "1", "--output", str(written))
     done = cli("check", "torch", "math_ref", *asked, "--json")
     assert done.status == 0
-    assert [report["name"] for report in done.data] == ["torch", "math_ref"]
+    assert [report["name"] for report in done.data["reports"]] == ["torch", "math_ref"]
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     assert sorted((line["impl"], line["check"], line["status"]) for line in lines) == [
         (name, check, "passed") for name in ("math_ref", "torch") for check in ("check_scale", "check_values")
     ]
+
+
+def test_output_into_a_folder_that_does_not_exist_is_an_error_before_work_begins(cli, tmp_path):
+    done = cli("check", "torch", "--output", str(tmp_path / "nowhere" / "found.jsonl"))
+    assert (done.status, done.out) == (2, "")
+    assert "nowhere' is not a folder" in done.err and list(tmp_path.iterdir()) == []
 
 
 def test_one_of_several_that_is_not_available_is_said_and_the_others_are_checked(cli, register):

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 import attnplug
 
 KERNELS = ("torch_sdpa", "aten_flash", "aten_math")
-COMMANDS = {"list": (), "explain": ("--query", "1,8,128,64"), "info": ()}
+COMMANDS = {
+    "list": (),
+    "show": ("math_ref",),
+    "explain": ("--query", "1,8,128,64"),
+    "doctor": (),
+    "info": (),
+    "check": ("torch", "--device", "cpu", "--dtype", "float32", "--only", "check_scale"),
+    "bench": ("--sets",),
+}
 
 
 def imported(stderr: str) -> set[str]:
@@ -32,7 +45,7 @@ def test_explaining_is_seen_to_import_torch_and_the_kernels(shell):
 
 
 def test_help_and_version_import_no_torch(shell):
-    for option in ("--help", "--version"):
+    for option in ("--help", "-V", "--version"):
         done = shell(option, options=("-X", "importtime"))
         assert done.status == 0 and "torch" not in imported(done.err)
     assert done.out == f"attnplug {attnplug.__version__}\n"
@@ -41,7 +54,7 @@ def test_help_and_version_import_no_torch(shell):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_json(cli, name):
     assert "--json" in cli(name, "--help").out
-    assert cli(name, *COMMANDS[name], "--json").data
+    assert cli(name, *COMMANDS[name], "--json").data["format"] == 1
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -50,11 +63,110 @@ def test_data_goes_to_stdout_and_nothing_else_does(cli, name):
     assert done.status == 0 and done.out.endswith("\n") and not done.err
 
 
-@pytest.mark.parametrize("arguments", [(), ("lst",), ("list", "--colour"), ("list", "--stat", "broken"), ("explain",)])
+@pytest.mark.parametrize("arguments", [("lst",), ("list", "--colour"), ("list", "--stat", "broken"), ("explain",)])
 def test_a_usage_error_is_status_2_and_says_so_on_stderr(cli, arguments):
     done = cli(*arguments)
     assert (done.status, done.out) == (2, "")
     assert "error: " in done.err and "Traceback" not in done.err
+
+
+def test_without_a_command_there_is_help(cli):
+    done = cli()
+    assert (done.status, done.err) == (0, "") and "commands:" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("lst",), "'list'"),
+        (("explian", "--query", "1,2"), "'explain'"),
+        (("list", "--verbse"), "'--verbose'"),
+        (("explain", "--qery", "1,2"), "'--query'"),
+        (("explain", "--query=1,2", "--softcp=3"), "'--softcap'"),
+        (("list", "--status", "brokn"), "'broken'"),
+        (("bench", "compare", "a", "b", "--treshold", "1"), "'--threshold'"),
+        (("explain", "--query", "1,2", "--dtype", "bf61"), "'bf16'"),
+    ],
+)
+def test_a_typing_error_is_told_what_was_meant(cli, arguments, meant):
+    done = cli(*arguments)
+    assert (done.status, done.out) == (2, "")
+    assert f"did you mean {meant}?" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "--impl", "nosuch"),
+        ("bench", "--set", "nosuch"),
+        ("bench", "-o", "results.txt"),
+        ("bench", "-o", "a_folder_that_is_nowhere/results.json"),
+        ("bench", "compare", "absent.json", "absent.json"),
+        ("check", "nosuch"),
+        ("check", "torch", "--only", "check_nothing"),
+        ("explain", "--query", "1,8,128,64", "--scope", "nosuch"),
+        ("show", "nosuch"),
+    ],
+)
+def test_a_usage_error_does_not_wait_for_torch(shell, arguments):
+    done = shell(*arguments, options=("-X", "importtime"))
+    assert done.status == 2 and "torch" not in imported(done.err)
+
+
+def test_comparing_two_benchmarks_imports_no_torch(shell):
+    results = str(Path(__file__).parents[2] / "benchmarks/results/cpu/bench.json")
+    done = shell("bench", "compare", results, results, options=("-X", "importtime"))
+    assert done.status == 0 and "torch" not in imported(done.err)
+
+
+def piped(*arguments: str, into: str) -> tuple[int, str]:
+    """Return the status of a command whose output goes `into` something, and what is on stderr."""
+    script = f"{sys.executable} -m attnplug {' '.join(arguments)} {into}; echo ${{PIPESTATUS[0]}} >&2"
+    done = subprocess.run(["bash", "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    *said, status = done.stderr.splitlines()
+    return int(status), "\n".join(said)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("arguments", [("list",), ("--help",), ("-V",), ("list", "--json")])
+def test_a_full_or_closed_stdout_is_one_line_and_status_2(arguments):
+    assert piped(*arguments, into=">/dev/full") == (
+        2,
+        "attnplug: error: stdout cannot be written: No space left on device",
+    )
+    assert piped(*arguments, into=">&-") == (2, "attnplug: error: stdout is closed")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell with pipes")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(("list", "--verbose"), 0), (("--help",), 0), (("list", "--status", "broken", "--json"), 1)],
+)
+def test_a_reader_that_leaves_changes_neither_status_nor_stderr(arguments, status):
+    assert piped(*arguments, into="| true") == (status, "")
+
+
+def test_an_interrupt_ends_with_the_status_of_one(cli, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attnplug, "list_impls", interrupted)
+    done = cli("list")
+    assert (done.status, done.out, done.err) == (130, "", "")
+
+
+def test_a_shell_completes_commands_options_and_names(shell, tmp_path):
+    pytest.importorskip("argcomplete")
+
+    def completed(line: str) -> set[str]:
+        script = f"exec 8>{tmp_path / 'answer'}; {sys.executable} -m attnplug"
+        given = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+        subprocess.run(["bash", "-c", script], check=True, env=os.environ | given, timeout=120)
+        return set((tmp_path / "answer").read_text().split())
+
+    assert "explain" in completed("attnplug e")
+    assert "--softcap" in completed("attnplug explain --so")
+    assert "aten_flash" in completed("attnplug show aten_")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +181,7 @@ def test_a_meaningless_variable_is_a_usage_error(shell, variable, value, said):
 
 def test_a_plugin_warning_is_one_line_on_stderr_and_data_stay_clean(shell):
     done = shell("list", "--json", ATTNPLUG_DISABLE="nosuch")
-    assert done.status == 0 and done.out.startswith("[")
+    assert done.status == 0 and done.out.startswith("{")
     assert done.err == "attnplug: warning: ATTNPLUG_DISABLE: no installed plugin is named 'nosuch'\n"
 
 

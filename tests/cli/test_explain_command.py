@@ -92,7 +92,7 @@ def test_the_table_is_that_of_explain_with_real_tensors(cli, options):
     }.get(options.partition(" ")[0], {})
     explanation = attnplug.explain(query, query, query, **call)
     done = cli("explain", *words(options))
-    assert done.out.startswith(str(explanation))
+    assert done.out.split()[: len(str(explanation).split())] == str(explanation).split()
     assert done.status == (0 if explanation.chosen else 1)
 
 
@@ -164,6 +164,38 @@ def test_status_1_and_a_sentence_when_nothing_would_run(cli, register):
     assert cli("explain", *words("--impl bare --softcap 30 --json")).data["chosen"] is None
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "BF16", "bfloat16", "torch.bfloat16"])
+def test_a_dtype_is_taken_as_tables_print_it(cli, register, dtype):
+    register(name="half", capabilities=Capabilities(dtypes=("bfloat16",)))
+    assert cli("explain", *words(f"--dtype {dtype} --impl half --json")).data["chosen"] == "half"
+
+
+def test_families_are_taken_in_any_case(cli):
+    for written in ("math", "Math", "MATH"):
+        assert cli("explain", *words(f"--scope {written} --json")).data["chosen"] == "aten_math"
+
+
+def test_the_nearest_miss_is_named_with_what_would_let_it_run(cli):
+    done = cli("explain", *words("--impl aten_flash --softcap 30"))
+    assert done.status == 1
+    assert "Nearest miss: math_ref: outside impl='aten_flash'. Remedy: impl='math_ref'" in done.out
+
+
+def test_what_is_not_installed_can_be_the_nearest(shell):
+    words_ = words("--softcap 30 --dtype bf16 --device cuda --capability 9.0")
+    done = shell("explain", *words_, ATTNPLUG_LOAD="math_ref")
+    assert done.status == 0 and done.out.endswith("math_ref would run.\n")
+    (line,) = (line for line in done.out.splitlines() if line.startswith("Nearest miss: "))
+    assert line.startswith("Nearest miss: flash_triton: ")
+    assert line.endswith("Remedy: export ATTNPLUG_LOAD=flash_triton,math_ref")
+
+
+def test_dynamo_is_not_imported(shell):
+    said = shell("explain", *words("--softcap 30 --device cuda"), options=("-X", "importtime")).err
+    modules = {line.rpartition("|")[2].strip() for line in said.splitlines()}
+    assert "torch" in modules and "torch._dynamo" not in modules
+
+
 def test_scope_takes_families_and_names_and_their_order(cli):
     assert cli("explain", *words("--scope MATH --json")).data["chosen"] == "aten_math"
     both = words("--scope aten_math,aten_flash --json")
@@ -196,7 +228,7 @@ def test_an_unknown_name_is_a_usage_error_with_the_closest(cli, option):
         ("--window 3", "--window: expected LEFT,RIGHT"),
         ("--window -2,0", "window_size: expected sides of -1"),
         ("--dropout 2", "dropout_p: expected a probability"),
-        ("--dtype int8", "--dtype: invalid choice"),
+        ("--dtype int8", "--dtype: expected float16"),
         ("--device toaster", "--device: 'toaster' is not a device of PyTorch"),
         ("--capability 9.0", "--capability: is that of an NVIDIA GPU, and --device is cpu; add --device cuda"),
         ("--capability 90 --device cuda", "--capability: expected a compute capability such as 9.0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
@@ -42,6 +43,10 @@ def _params():
     return attnplug.SDPAParams(*torch.empty(3, 1, 1, 4, 8))
 
 
+def listed(cli, *options: str) -> list[dict]:
+    return cli("list", "--json", *options).data["implementations"]
+
+
 def rows(text: str) -> dict[str, str]:
     return {line.split()[0]: line for line in text.splitlines()[1:]}
 
@@ -49,19 +54,19 @@ def rows(text: str) -> dict[str, str]:
 def test_rows_stand_in_the_order_of_preference(cli):
     names = [record.name for record in attnplug.list_impls()]
     assert list(rows(cli("list").out)) == names
-    assert [record["name"] for record in cli("list", "--json").data] == names
+    assert [record["name"] for record in listed(cli)] == names
 
 
 def test_a_row_holds_what_the_record_holds(cli, unavailable):
     row = rows(cli("list").out)["rocket"]
     assert row.split() == [
-        *("rocket", "MATH", "-900", "this", "program", "unavailable", "cpu,", "cuda", "bf16", "f32"),
+        *("rocket", "MATH", "-900", "this", "program", "-", "unavailable", "cpu,", "cuda", "bf16", "f32"),
         *("2", "of", str(len(Feature)), "needs", "absent_module,", "not", "installed"),
     ]
 
 
 def test_json_holds_each_alternative_with_null_for_no_limit(cli, unavailable):
-    record = next(record for record in cli("list", "--json").data if record["name"] == "rocket")
+    record = next(record for record in listed(cli) if record["name"] == "rocket")
     assert record["family"] == "MATH"
     assert record["priority"] == -900
     assert (record["distribution"], record["version"]) == ("this program", "")
@@ -117,14 +122,14 @@ def test_no_limit_reads_as_any(cli, register):
 def test_what_is_broken_claims_no_capabilities(cli, broken):
     row = rows(cli("list").out)["wreck"]
     assert "broken" in row and "ModuleNotFoundError" in row and "any" not in row
-    assert cli("list", "--status", "broken", "--json").data[0]["capabilities"] == []
+    assert listed(cli, "--status", "broken")[0]["capabilities"] == []
 
 
 def test_status_lists_only_those(cli, unavailable):
     for status in ("available", "unavailable"):
         names = {record.name for record in attnplug.list_impls() if record.status == status}
         assert set(rows(cli("list", "--status", status).out)) == names
-        assert {record["name"] for record in cli("list", "--status", status, "--json").data} == names
+        assert {record["name"] for record in listed(cli, "--status", status)} == names
 
 
 def test_status_1_where_none_is_of_the_status(cli):
@@ -132,7 +137,7 @@ def test_status_1_where_none_is_of_the_status(cli):
     absent = next(status for status in ("broken", "unavailable", "available") if status not in present)
     done = cli("list", "--status", absent)
     assert (done.status, done.out) == (1, "") and absent in done.err
-    assert cli("list", "--status", absent, "--json").data == []
+    assert listed(cli, "--status", absent) == []
 
 
 @pytest.fixture
@@ -181,8 +186,32 @@ def test_a_cell_is_not_read_as_markup(register, terminal):
     assert "needs [/], [red], not installed" in plain(terminal(300))
 
 
-def test_a_terminal_without_rich_gets_plain_text(cli, terminal, monkeypatch):
-    in_a_pipe = cli("list").out
-    assert terminal(300) != in_a_pipe
+@pytest.mark.parametrize("columns", [300, 120, 80, 60, 40, 20])
+def test_no_width_cuts_a_word_with_rich_or_without(cli, unavailable, terminal, monkeypatch, columns):
+    whole = set(cli("list").out.split())
+    with_rich = plain(terminal(columns))
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert terminal(300) == in_a_pipe
+    without = terminal(columns)
+    assert without == with_rich
+    words = set(without.partition("Not shown")[0].split())
+    assert {word for word in words if word not in whole and not word.endswith(":")} == set()
+    assert all(len(line) <= columns or len(line.split()) == 1 for line in without.splitlines())
+
+
+def test_without_rich_there_is_no_colour(terminal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert "\x1b" not in terminal(80)
+
+
+def test_entry_points_are_named_as_the_environment_takes_them(cli):
+    (record,) = (record for record in listed(cli) if record["name"] == "math_ref")
+    assert (record["entry_point"], record["module"]) == ("math_ref", "attnplug_math_ref")
+    assert rows(cli("list").out)["math_ref"].split()[5] == "math_ref"
+
+
+def test_a_disabled_plugin_is_listed_with_what_lets_it_load(shell):
+    done = shell("list", "--json", "--status", "unavailable", ATTNPLUG_DISABLE="math_ref,adapters")
+    records = {record["name"]: record for record in json.loads(done.out)["implementations"]}
+    assert records["math_ref"]["reason"] == "disabled by ATTNPLUG_DISABLE"
+    assert records["math_ref"]["remedy"] == "export ATTNPLUG_DISABLE=adapters"
+    assert records["adapters"]["entry_point"] == "adapters"

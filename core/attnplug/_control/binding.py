@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from attnplug._control.scopes import run_in, sdpa_kernel
+from attnplug._control.scopes import described, run_in, sdpa_kernel
 from attnplug._registry.forks import BINDING, lock
 from attnplug._selection.state import Block, process, start, thread
 
@@ -43,6 +43,12 @@ class BindingHandle:
                 if _Bound in type(module).__bases__:  # else somebody has derived another class from it since
                     module.__class__ = type(module).__bases__[1]
         start().changed()
+
+    def __repr__(self) -> str:
+        module = self._module()
+        if module is None or not self._counted.alive:
+            return "<BindingHandle: removed>"
+        return f"<BindingHandle: {type(module).__name__} in {described(self._block)}>"
 
 
 def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> BindingHandle:

@@ -16,31 +16,37 @@ from attnplug._call.device import described
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
 from attnplug._dispatch import traced
-from attnplug._dispatch.resolver import explain_all, refusals
+from attnplug._dispatch.resolver import Answer, explain_all, refusals
 from attnplug._run.contract import DIFFERENTIABLE
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import start, start_outside
-from attnplug._tables import table
+from attnplug._tables import WIDTH, html_table, table, wrap
 from attnplug._types import CausalVariant, SDPAParams, Verdict
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run, and a verdict for every implementation; `str()` is a table.
+    """What would run, and a verdict for every implementation; `str()` is a table, 80 columns wide.
 
     Attributes:
         chosen: the implementation that would run; None where nothing that is allowed supports the call, and
             where the call is empty.
         candidates: a verdict for every implementation, the chosen one first.
         empty: whether some size is zero, so that the call returns what the formulas say and no kernel runs.
+        nearest: where nothing would run, the implementation that comes closest, with its reasons; where one of the
+            MATH family would, the fused one that does. It may be one that is not installed. None elsewhere.
+        remedy: what would let `nearest` run, a command or an argument of the call; empty if neither does.
     """
 
     chosen: str | None
     candidates: tuple[Verdict, ...]
     empty: bool = False
+    nearest: Verdict | None = None
+    remedy: str = ""
 
-    def __str__(self) -> str:
-        rows = [
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return name, family, answer and reasons of each implementation, for a table."""
+        return [
             (
                 verdict.name,
                 verdict.backend.name if verdict.backend is not None else "-",
@@ -49,9 +55,29 @@ class Explanation:
             )
             for verdict in self.candidates
         ]
-        return table(("implementation", "family", "", "reasons"), rows)
+
+    def advice(self) -> str:
+        """Return who comes closest and what would let it run, in one line; empty where nobody is missed."""
+        if self.nearest is None:
+            return ""
+        reasons = "; ".join(self.nearest.reasons)
+        way = f". Remedy: {self.remedy}" if self.remedy and self.remedy not in reasons else ""
+        return f"Nearest miss: {self.nearest.name}: {reasons}{way}"
+
+    def __str__(self) -> str:
+        lines = [table(HEADERS, self.rows(), WIDTH)]
+        if advice := self.advice():
+            lines.append("\n".join(wrap(advice, WIDTH)))
+        return "\n\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        strong = [number for number, verdict in enumerate(self.candidates) if verdict.name == self.chosen]
+        return html_table(HEADERS, self.rows(), strong=strong, caption=self.advice())
 
 
+HEADERS = ("implementation", "family", "", "reasons")
 _EMPTY = ("is not asked: the call is empty, and no kernel runs",)
 _DENSE = inspect.signature(scaled_dot_product_attention)
 _VARLEN = inspect.signature(varlen_attn)
@@ -110,8 +136,7 @@ def explain(
             return Explanation(
                 None, tuple(Verdict(entry.name, entry.spec.backend, False, _EMPTY) for entry in registry), empty=True
             )
-        chosen, verdicts = explain_all(registry, selection, _facts(params), params)
-    return Explanation(chosen, tuple(verdicts))
+        return _explanation(explain_all(registry, selection, _facts(params), params))
 
 
 def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int, int] | None = None) -> Verdict:
@@ -164,11 +189,15 @@ def _traced(params: SDPAParams, impl: str | None) -> Explanation:
     """Return an explanation in a trace, of constants; a change of selection or registry traces again."""
     start_outside()
     prepared = prepare_varlen(params) if params.is_varlen else prepare_dense(params)[0]
-    chosen, verdicts = traced.explained(prepared, impl)
+    answer = traced.explained(prepared, impl)
     if is_empty(prepared):
-        empty = [Verdict(verdict.name, verdict.backend, False, _EMPTY) for verdict in verdicts]
+        empty = [Verdict(verdict.name, verdict.backend, False, _EMPTY) for verdict in answer.verdicts]
         return Explanation(None, tuple(empty), True)
-    return Explanation(chosen, tuple(verdicts))
+    return _explanation(answer)
+
+
+def _explanation(answer: Answer) -> Explanation:
+    return Explanation(answer.chosen, answer.verdicts, nearest=answer.nearest, remedy=answer.remedy)
 
 
 def _refuse_device(compute_capability: tuple[int, int] | None) -> None:

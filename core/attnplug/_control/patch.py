@@ -56,6 +56,9 @@ class PatchHandle:
                 if not _handles:
                     _uninstall()
 
+    def __repr__(self) -> str:
+        return f"<PatchHandle: {'in place' if self in _handles else 'removed'}>"
+
     def __enter__(self) -> PatchHandle:
         return self
 

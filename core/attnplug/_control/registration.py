@@ -9,8 +9,11 @@ from operator import index  # under a trace it makes a symbolic size a constant,
 
 from attnplug._registry.registry import PROGRAM
 from attnplug._selection.state import process, start
+from attnplug._tables import WIDTH, html_table, table
 from attnplug._tracing import constant_in_traces
 from attnplug._types import ImplRecord, ImplSpec
+
+_HEADERS = ("name", "family", "distribution", "status", "reason")
 
 
 def register_impl(spec: ImplSpec, *, replace: bool = False) -> None:
@@ -62,6 +65,28 @@ def unregister_impl(name: str) -> None:
     start().remove(name)
 
 
+class ImplList(list[ImplRecord]):
+    """A list of records that is shown as a table: 80 columns in a terminal, HTML in a notebook."""
+
+    def __repr__(self) -> str:
+        return table(_HEADERS, self._rows(), WIDTH, ("distribution",))
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADERS, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                record.name,
+                "-" if record.backend is None else record.backend.name,
+                f"{record.distribution} {record.version}".rstrip(),
+                record.status,
+                record.reason,
+            )
+            for record in self
+        ]
+
+
 def list_impls() -> list[ImplRecord]:
     """Return a record for each implementation, in the order of preference, and for what cannot be used, last.
 
@@ -70,7 +95,7 @@ def list_impls() -> list[ImplRecord]:
     """
     _in_step()
     assert process.registry is not None
-    return list(_records(index(process.registry.generation)))
+    return ImplList(_records(index(process.registry.generation)))
 
 
 @constant_in_traces

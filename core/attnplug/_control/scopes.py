@@ -78,9 +78,7 @@ class sdpa_kernel:
     def _leave(self) -> None:
         """Leave out of order, in another thread, or for the second time."""
         if not self._open:
-            scope = self.block[0]
-            shown = "a scope" if scope is None else describe_scope(scope)
-            raise ScopeError(f"{shown} is left, but it was not entered")
+            raise ScopeError(f"{described(self.block)} is left, but it was not entered")
         leave_scope(self.block)
         self._open -= 1
 
@@ -91,6 +89,15 @@ class sdpa_kernel:
 
     def __call__(self, function: _Function) -> _Function:
         return _decorated(function, self.block)
+
+    def __repr__(self) -> str:
+        return described(self.block)
+
+
+def described(block: Block) -> str:
+    """Return a block as the user would write it."""
+    scope = block[0]
+    return "a scope" if scope is None else describe_scope(scope)
 
 
 _seen: dict[Hashable, tuple[Scope, bool]] = {}

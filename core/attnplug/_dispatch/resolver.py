@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from attnplug._call.facts import CallFacts
 from attnplug._call.requirements import features, lacking, needs_grad
@@ -61,15 +62,23 @@ def resolve(registry: Registry, selection: Selection, call: CallFacts, params: S
 
 def _way_out(registry: Registry, selection: Selection, call: CallFacts) -> str:
     """Return which of attnplug's own implementations would take the call if it were there, and what keeps it out."""
-    absent = registry.absent()
     return "\n".join(
-        f"{name!r}, which takes such calls, {absent[name]}"
+        f"{verdict.name!r}, which takes such calls, {verdict.reasons[0]}"
+        for verdict in _absent(registry, selection, call)
+    )
+
+
+def _absent(registry: Registry, selection: Selection, call: CallFacts) -> list[Verdict]:
+    """Return a verdict for each of attnplug's own implementations that would take the call if it were there."""
+    absent = registry.absent()
+    return [
+        Verdict(name, known.spec.backend, False, (absent[name],))
         for name, known in KNOWN.items()
         if name in absent
         and known.spec is not None
         and selection.allows(known.spec)
         and not lacking(known.spec.capabilities, call)
-    )
+    ]
 
 
 def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ...]:
@@ -94,10 +103,21 @@ def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ..
     return reasons + kernel.missing(features(call)) + kernel.refusals(params)
 
 
-def explain_all(
-    registry: Registry, selection: Selection, call: CallFacts, params: SDPAParams
-) -> tuple[str | None, list[Verdict]]:
-    """Return what `resolve` would choose, and a verdict for every implementation, chosen one first."""
+class Answer(NamedTuple):
+    """What `resolve` would choose, and a verdict for every implementation, chosen one first.
+
+    `nearest` is the implementation that comes closest to taking the call, where none does or where one of the MATH
+    family runs for want of a fused one; `remedy` is what would let it.
+    """
+
+    chosen: str | None
+    verdicts: tuple[Verdict, ...]
+    nearest: Verdict | None = None
+    remedy: str = ""
+
+
+def explain_all(registry: Registry, selection: Selection, call: CallFacts, params: SDPAParams) -> Answer:
+    """Return what would run a call, and why not the others."""
     candidates = selection.candidates(registry)
     chosen: str | None = None
     verdicts = []
@@ -114,7 +134,38 @@ def explain_all(
             reasons = (selection.exclusion(entry), *refusals(entry, call, params))
             verdicts.append(Verdict(entry.name, entry.spec.backend, False, reasons))
     verdicts.sort(key=lambda verdict: verdict.name != chosen)
-    return chosen, verdicts
+    return Answer(chosen, tuple(verdicts), *_nearest(registry, selection, call, verdicts, chosen))
+
+
+def _nearest(
+    registry: Registry, selection: Selection, call: CallFacts, verdicts: list[Verdict], chosen: str | None
+) -> tuple[Verdict | None, str]:
+    """Return the implementation that comes closest to taking a call that nothing fused takes, and what would let it."""
+    if chosen is not None and verdicts[0].backend is not SDPBackend.MATH:
+        return None, ""
+    refused = [verdict for verdict in verdicts if not verdict.accepted]
+    absent = _absent(registry, selection, call)
+    if chosen is None:
+        excluded = [each for each in refused if each.reasons == (selection.exclusion(registry.get(each.name)),)]
+        if excluded:
+            return excluded[0], f"impl={excluded[0].name!r}"
+    else:
+        behind = next((each for each in verdicts if each.accepted and _is_fused(each)), None)
+        if behind is not None:
+            return behind, f"impl={behind.name!r}"
+        refused = [each for each in refused if _is_fused(each) and selection.allows(registry.get(each.name).spec)]
+        absent = [each for each in absent if _is_fused(each)]
+    if absent:
+        return absent[0], registry.remedy(absent[0].name)
+    nearest = min(refused, key=lambda verdict: len(verdict.reasons), default=None)
+    if nearest is None:
+        return None, ""
+    entry = registry.get(nearest.name)
+    return nearest, entry.record().remedy if nearest.reasons == (entry.missing(),) or entry.broken else ""
+
+
+def _is_fused(verdict: Verdict) -> bool:
+    return verdict.backend is not SDPBackend.MATH
 
 
 def _looks_at_shape(entry: Entry) -> bool:

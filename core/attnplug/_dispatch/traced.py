@@ -21,7 +21,7 @@ from attnplug._call.facts import CallFacts, Extensions, Layout, TensorFacts, exa
 from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._dispatch.plans import Result
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
-from attnplug._dispatch.resolver import Decision, explain_all, resolve
+from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
 from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError
 from attnplug._run.contract import check_outputs
@@ -159,10 +159,12 @@ def _described(scope: Any, impl: str | None, activation: str | None, generation:
     return as_constants(_resolved(scope, impl, activation, items), _facts(items).device)
 
 
-def explained(params: SDPAParams, impl: str | None) -> tuple[str | None, list[Verdict]]:
+def explained(params: SDPAParams, impl: str | None) -> Answer:
     """Return, in a trace, what would be chosen for a checked call, and a verdict for every implementation."""
-    chosen, verdicts = _explained(*_decisive(params, impl))
-    return chosen, [Verdict(name, backend, accepted, reasons) for name, backend, accepted, reasons in verdicts]
+    chosen, verdicts, nearest, remedy = _explained(*_decisive(params, impl))
+    return Answer(
+        chosen, tuple([Verdict(*each) for each in verdicts]), None if nearest is None else Verdict(*nearest), remedy
+    )
 
 
 @constant_in_traces
@@ -171,8 +173,13 @@ def _explained(scope: Any, impl: str | None, activation: str | None, generation:
     with _disable_current_modes(), FakeTensorMode():
         params = example(facts)
         with torch.enable_grad():
-            chosen, verdicts = explain_all(start(), selection, facts, params)
-    return chosen, tuple((each.name, each.backend, each.accepted, each.reasons) for each in verdicts)
+            answer = explain_all(start(), selection, facts, params)
+    nearest = None if answer.nearest is None else _items(answer.nearest)
+    return answer.chosen, tuple(map(_items, answer.verdicts)), nearest, answer.remedy
+
+
+def _items(verdict: Verdict) -> tuple[Any, ...]:
+    return verdict.name, verdict.backend, verdict.accepted, verdict.reasons
 
 
 @constant_in_traces

@@ -17,12 +17,12 @@ import pluggy
 
 from attnplug._errors import ConfigError, PluginError, PluginWarning, SpecError, did_you_mean
 from attnplug._messages import printable, warn
-from attnplug._registry import hooks
+from attnplug._registry import hooks, remedies
 from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.config import get_config
 from attnplug._registry.forks import DISCOVERY, lock
-from attnplug._registry.registry import BUILTIN, Entry, Registry, describe, report_broken
-from attnplug._types import ImplSpec
+from attnplug._registry.registry import BUILTIN, NOTHING, Entry, Registry, describe, report_broken
+from attnplug._types import ImplRecord, ImplSpec
 from attnplug._version import __version__
 
 GROUP = "attnplug"
@@ -98,6 +98,18 @@ class Plugin:
         """What `ATTNPLUG_LOAD` and `ATTNPLUG_DISABLE` may call it; the longer one, where two have one name."""
         return frozenset({self.name, f"{self.distribution}:{self.name}"})
 
+    @property
+    def module(self) -> str:
+        """The module, or the object in one, that the entry point names."""
+        return printable(self.entry_point.value)
+
+    def left_out(self, status: str, reason: str, remedy: str) -> ImplRecord:
+        """Return the record of a plugin that is not loaded, or not all of it, under its own name."""
+        return ImplRecord(
+            *(self.name, None, 0, self.distribution, self.version, NOTHING, status, reason, remedy),
+            *(self.name, self.module),
+        )
+
     def __str__(self) -> str:
         return f"plugin {self.name!r} of {self.distribution} {self.version}".rstrip()
 
@@ -114,11 +126,13 @@ def discover(registry: Registry) -> None:
         try:
             specs = ask(plugin.name, plugin.entry_point.load(), plugin.entry_point.value)
         except (Exception, SystemExit) as error:  # sys.exit in a plugin must not end the host
-            reason = describe(error) + _version_mismatch(plugin, error)
-            registry.leave_out(plugin.name, plugin.distribution, plugin.version, "broken", reason)
+            mismatch, remedy = _version_mismatch(plugin, error)
+            reason = describe(error) + mismatch
+            registry.leave_out(plugin.left_out("broken", reason, remedy or remedies.reinstalled(plugin.distribution)))
             report_broken(str(plugin), error, reason)
         else:
-            entries += [Entry(spec, plugin.distribution, plugin.version, plugin.name) for spec in specs]
+            origin = plugin.distribution, plugin.version, plugin.name, plugin.module
+            entries += [Entry(spec, *origin) for spec in specs]
     for duplicate in registry.claim(entries):
         report_broken(f"implementation {duplicate.name!r}", duplicate)
 
@@ -217,22 +231,27 @@ def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
         elif config.load is not None and not config.load & plugin.names:
             reason = "not among the plugins of ATTNPLUG_LOAD"
         if reason:
-            registry.leave_out(plugin.name, plugin.distribution, plugin.version, "unavailable", reason)
+            registry.leave_out(plugin.left_out("unavailable", reason, remedies.allowed_again(plugin.names)))
         else:
             allowed.append(plugin)
     return allowed
 
 
-def _version_mismatch(plugin: Plugin, error: BaseException) -> str:
-    """Return that a plugin was written for a later attnplug, or may have been, if that may be why it failed."""
+def _version_mismatch(plugin: Plugin, error: BaseException) -> tuple[str, str]:
+    """Return that a plugin was written for a later attnplug, or may have been, if that may be why it failed.
+
+    Returns:
+        The continuation of a reason, and the command that mends it; both empty if that is not why.
+    """
+    upgrade = "pip install --upgrade attnplug"
     origin = f"{plugin.distribution} {plugin.version}"
     least = re.search(r">=?\s*([\d.]+)", plugin.needs)
     if least and _numbers(least[1]) > _numbers(__version__):
-        return f"; {origin} needs attnplug {plugin.needs}, and this is {__version__}: pip install --upgrade attnplug"
+        return f"; {origin} needs attnplug {plugin.needs}, and this is {__version__}: {upgrade}", upgrade
     if isinstance(error, (AttributeError, ImportError, SpecError, TypeError)) and _UNKNOWN_HERE.search(describe(error)):
         needs = f", for attnplug {plugin.needs}" if plugin.needs else ""
-        return f"; this is attnplug {__version__}, and {origin} may be written for a later one{needs}"
-    return ""
+        return f"; this is attnplug {__version__}, and {origin} may be written for a later one{needs}", upgrade
+    return "", ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -43,6 +43,11 @@ def device_types() -> frozenset[str]:
     return frozenset({"cpu", "cuda"}) if cuda else frozenset({"cpu"})
 
 
+def lacks_gpu_build() -> bool:
+    """Whether there is a driver of a GPU, and a PyTorch that was built without support for any."""
+    return _driver_present() and os.name != "nt" and not _torch_build_has_cuda()
+
+
 def _torch_build_has_cuda() -> bool:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:

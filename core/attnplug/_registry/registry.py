@@ -15,6 +15,7 @@ from typing import Any
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
 from attnplug._messages import printable, warn
+from attnplug._registry import remedies
 from attnplug._registry.catalogue import KNOWN, OWN
 from attnplug._registry.config import get_config
 from attnplug._registry.forks import KERNEL, REGISTRY, lock
@@ -38,7 +39,11 @@ class Entry:
     version: str = ""
     plugin: str = ""
     """The name of the entry point that brought it; empty if none did."""
+    module: str = ""
+    """What that entry point names."""
     broken: str = ""
+    remedy: str = ""
+    """What mends it where it is broken."""
     loaded: Kernel | None = None
     _error: BaseException | None = None
     _loading: bool = False
@@ -99,6 +104,7 @@ class Entry:
                     self.loaded = load_kernel(self.spec)
                 except (Exception, SystemExit) as error:  # sys.exit in a kernel must not end the host
                     self._error, self.broken = error, describe(error)
+                    self.remedy = remedies.reinstalled(self.distribution) if self.plugin else ""
                     report_broken(what, error)
                 finally:
                     self._loading = False
@@ -110,8 +116,18 @@ class Entry:
         status = "broken" if self.broken else "unavailable" if reason else "available"
         spec = self.spec
         return ImplRecord(
-            spec.name, spec.backend, spec.priority, self.distribution, self.version, spec.capabilities, status, reason
+            *(spec.name, spec.backend, spec.priority, self.distribution, self.version, spec.capabilities),
+            *(status, reason, self.remedy if self.broken else self._brings() if reason else ""),
+            *(self.plugin, self.module, spec.kernel if isinstance(spec.kernel, str) else ""),
         )
+
+    def _brings(self) -> str:
+        """Return the command that brings what this needs; empty if none does."""
+        if missing_modules(self.spec.requires):
+            return self.spec.install
+        devices = self.spec.capabilities.devices
+        on_gpu = devices is not None and "cuda" in devices and device_types().isdisjoint(devices)
+        return remedies.gpu_build() if on_gpu else ""
 
 
 class Registry:
@@ -161,16 +177,21 @@ class Registry:
                 errors.append(error)
                 for entry in claimants:
                     entry.broken = describe(error)
+                    entry.remedy = remedies.left_out(_unique_name(claimants, entry))
                     if owner is not None:
-                        self.leave_out(entry.plugin, entry.distribution, entry.version, "broken", entry.broken)
+                        self.leave_out(
+                            ImplRecord(
+                                *(entry.plugin, None, 0, entry.distribution, entry.version, NOTHING, "broken"),
+                                *(entry.broken, entry.remedy, entry.plugin, entry.module),
+                            )
+                        )
                 if owner is None:
                     self._contested[name] = claimants
         self.changed()
         return errors
 
-    def leave_out(self, plugin: str, distribution: str, version: str, status: str, reason: str) -> None:
-        """Remember a plugin that is not loaded, or not all of it, under its entry point's name."""
-        record = ImplRecord(plugin, None, 0, distribution, version, NOTHING, status, reason)
+    def leave_out(self, record: ImplRecord) -> None:
+        """Remember a plugin that is not loaded, or not all of it, by a record under its entry point's name."""
         with self._lock:
             self._plugins_out.append(record)
 
@@ -228,6 +249,14 @@ class Registry:
         absent |= {name: f"is claimed by {_joined(claimants)}" for name, claimants in contested.items()}
         return {name: reason for name, reason in absent.items() if name not in entries}
 
+    def remedy(self, name: str) -> str:
+        """Return the command that brings an implementation of `absent()`; empty if none is known."""
+        known = KNOWN.get(name)
+        plugin = name if known is None else known.entry_point
+        with self._lock:
+            out = [record.remedy for record in self._plugins_out if record.entry_point == plugin]
+        return out[0] if out else "" if known is None else known.install
+
     def __contains__(self, name: str) -> bool:
         """Whether the name is taken."""
         return name in self._entries or name in self._contested
@@ -272,14 +301,15 @@ def _duplicate(owner: Entry | None, claimants: list[Entry]) -> DuplicateImplemen
     if owner is not None:
         return DuplicateImplementationError(name, owner.distribution, _joined(claimants), "choose another name")
     first, *others = claimants
-    plugins = [entry.plugin for entry in claimants]
-    names = [
-        plugin if plugins.count(plugin) == 1 else f"{entry.distribution}:{plugin}"
-        for plugin, entry in zip(plugins, claimants, strict=True)
-    ]
-    settings = " or ".join(f"ATTNPLUG_DISABLE={plugin}" for plugin in names)
+    settings = " or ".join(f"ATTNPLUG_DISABLE={_unique_name(claimants, entry)}" for entry in claimants)
     way_out = f"neither runs under this name until one is left out, with {settings}"
     return DuplicateImplementationError(name, first.distribution, _joined(others), way_out)
+
+
+def _unique_name(claimants: list[Entry], entry: Entry) -> str:
+    """Return what `ATTNPLUG_DISABLE` may call an entry's plugin that tells it from those of the others."""
+    alone = [each.plugin for each in claimants].count(entry.plugin) == 1
+    return entry.plugin if alone else f"{entry.distribution}:{entry.plugin}"
 
 
 def describe(error: BaseException) -> str:

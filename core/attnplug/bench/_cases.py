@@ -6,14 +6,16 @@ half that nobody needs. That is what makes TFLOP/s of different kernels comparab
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import did_you_mean
 from attnplug.bench._errors import BenchError
+
+if TYPE_CHECKING:
+    import torch
 
 MASKS = ("", "boolean", "additive")
 VARIANTS = ("UPPER_LEFT", "LOWER_RIGHT")
@@ -134,6 +136,8 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        import torch
+
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
@@ -243,6 +247,10 @@ def device_type(device: str) -> str:
     Raises:
         BenchError: PyTorch knows no such device.
     """
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device):  # `bench compare` reads a report without PyTorch
+        return device.partition(":")[0]
+    import torch
+
     try:
         return torch.device(device).type
     except RuntimeError:

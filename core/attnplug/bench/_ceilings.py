@@ -6,10 +6,12 @@ A share of a data sheet's peak says little about a kernel: the GPU may be thrott
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from attnplug.bench._clocks import Clock
+    from attnplug.bench._clocks import Clock
 
 _ENOUGH = 0.05
 _LARGEST = 8192
@@ -38,11 +40,15 @@ class Ceiling:
 
 def measure_ceiling(device: str, dtype: str, clock: Clock) -> Ceiling:
     """Measure the rates; a second or two."""
+    import torch
+
     return Ceiling(device, dtype, _matrix_rate(device, getattr(torch, dtype), clock), _bandwidth(device, clock))
 
 
 def _matrix_rate(device: str, dtype: torch.dtype, clock: Clock) -> float:
     """Return operations a second of the largest product that takes little time; the best of several."""
+    import torch
+
     best, size = 0.0, 512
     while size <= _LARGEST:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -63,6 +69,8 @@ def _matrix_rate(device: str, dtype: torch.dtype, clock: Clock) -> float:
 
 def _bandwidth(device: str, clock: Clock) -> float:
     """Return bytes a second, read and written, of a copy that no cache holds."""
+    import torch
+
     source = torch.zeros(clock.buffer_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)

@@ -35,7 +35,12 @@ def comparison(before: Report, after: Report, changes: Sequence[Change]) -> str:
     lines = [
         f"{name} differs: {was.get(name, 'none')} before, {now.get(name, 'none')} now"
         for name in dict.fromkeys([*was, *now])
-        if was.get(name) != now.get(name) and name != "load_average"
+        if was.get(name) != now.get(name)
+    ]
+    lines += [
+        f"noise {when}: {report.noise}."
+        for when, report in (("before", before), ("now", after))
+        if report.noise is not None and report.noise.loud
     ]
     regressions = sum(change.regression for change in changes)
     only = {"before": len(before) - pairs, "now": len(after) - pairs}

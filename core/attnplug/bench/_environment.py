@@ -25,7 +25,6 @@ def environment(devices: set[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         **({"gpus": [_gpu(device) for device in gpus]} if gpus else {}),
-        "load_average": _load_average(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -62,14 +61,6 @@ def _processor() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
-
-
-def _load_average() -> float | None:
-    """Return how many programs wanted to run in the last minute: others were there if it exceeds the threads."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (AttributeError, OSError):  # Windows
-        return None
 
 
 def _version(name: str) -> str | None:

@@ -19,7 +19,7 @@ from attnplug.bench._text import machine
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#999933")
 _MARKERS = "osD^vP*X"
 _DIRECTIONS: dict[str, Literal["-", "--"]] = {"forward": "-", "backward": "--"}
 _WIDTH, _HEIGHT, _ROW = 15.0, 3.6, 0.16
@@ -73,24 +73,31 @@ def picture(report: Report, form: str) -> bytes:
     from matplotlib.figure import Figure
 
     sweeps, singles = groups(report.cases)
-    heights = [_HEIGHT] * len(sweeps) + ([_rows_height(report, singles)] if singles else [])
+    heights = [_HEIGHT] * len(sweeps) + ([rows_height(report, singles)] if singles else [])
     figure = Figure(figsize=(_WIDTH, max(sum(heights), 1.0) + 1.2), layout="constrained")
     where = machine(report.environment, report.ceilings)
     figure.suptitle(f"attnplug bench, {report.created[:10]}\n{where}", fontsize=9)
-    looks = {impl: (_COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]) for at, impl in enumerate(report.impls)}
+    chosen = looks(report)
     grid: Any = figure.subplots(len(heights) or 1, len(PANELS), squeeze=False, height_ratios=heights or None)
     for axes, (title, cases) in zip(grid, sweeps.items(), strict=False):
         for ax, panel in zip(axes, PANELS, strict=True):
-            _lines(ax, report, cases, panel, looks)
+            draw_lines(ax, report, cases, panel, chosen)
         axes[0].set_title(title, loc="left", fontsize=10, fontweight="bold")
     if singles:
         for ax, panel in zip(grid[-1], PANELS, strict=True):
-            _dots(ax, report, singles, panel, looks)
+            draw_dots(ax, report, singles, panel, chosen)
+            if panel is not PANELS[0]:
+                ax.set_yticklabels([])
         grid[-1][0].set_title("single cases", loc="left", fontsize=10, fontweight="bold")
-    _legend(figure, looks, any(case.backward for case in report.cases))
+    _legend(figure, chosen, any(case.backward for case in report.cases))
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, dpi=110)
     return buffer.getvalue()
+
+
+def looks(report: Report) -> dict[str, tuple[str, str]]:
+    """Return colour and marker of each implementation."""
+    return {impl: (_COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]) for at, impl in enumerate(report.impls)}
 
 
 def groups(cases: list[Case]) -> tuple[dict[str, list[Case]], list[Case]]:
@@ -137,7 +144,7 @@ def _title(kind: Case, members: list[Case]) -> str:
     return " ".join([batch, *label, *queries])
 
 
-def _points(report: Report, cases: list[Case], panel: Panel) -> Iterator[tuple[str, str, list[Record]]]:
+def points(report: Report, cases: list[Case], panel: Panel) -> Iterator[tuple[str, str, list[Record]]]:
     """Yield implementation, direction and its records that have a value, in the order of the cases."""
     for impl in report.impls:
         for direction in panel.directions:
@@ -147,15 +154,25 @@ def _points(report: Report, cases: list[Case], panel: Panel) -> Iterator[tuple[s
                 yield impl, direction, known
 
 
-def _lines(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
-    for impl, direction, records in _points(report, cases, panel):
+def draw_lines(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
+    for impl, direction, records in points(report, cases, panel):
         colour, marker = looks[impl]
         lengths = [length(record.case) for record in records]
         values: Any = [panel.value(record, direction) for record in records]
         style = _DIRECTIONS[direction]
         width = 3.0 - 2.0 * report.impls.index(impl) / len(report.impls)  # lines that coincide are all seen
         fill = _filling(colour, direction)
-        ax.plot(lengths, values, style, color=colour, marker=marker, ms=3 + width, lw=width, markerfacecolor=fill)
+        ax.plot(
+            lengths,
+            values,
+            style,
+            color=colour,
+            marker=marker,
+            ms=3 + width,
+            lw=width,
+            markerfacecolor=fill,
+            gid=f"{impl} {direction}",
+        )
         if panel.spread is not None:
             low, high = zip(*(panel.spread(record, direction) for record in records), strict=True)
             ax.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -171,28 +188,31 @@ def _lines(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dic
     ax.grid(alpha=0.3)
 
 
-def _dots(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
+def draw_dots(ax: Axes, report: Report, cases: list[Case], panel: Panel, looks: dict[str, tuple[str, str]]) -> None:
     """Draw a group of rows for each case, a row for each implementation."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     impls = report.impls
     step = 1 / (len(impls) + 1)
     places = {case: float(-at) for at, case in enumerate(cases)}
-    for impl, direction, records in _points(report, cases, panel):
+    for impl, direction, records in points(report, cases, panel):
         at = [places[record.case] - (impls.index(impl) - (len(impls) - 1) / 2) * step for record in records]
         values: Any = [panel.value(record, direction) for record in records]
         colour, marker = looks[impl]
-        ax.plot(values, at, marker, color=colour, markersize=6, markerfacecolor=_filling(colour, direction))
+        fill = _filling(colour, direction)
+        ax.plot(values, at, marker, color=colour, markersize=6, markerfacecolor=fill, gid=f"{impl} {direction}")
         if panel.spread is not None:
             ax.hlines(at, *zip(*(panel.spread(record, direction) for record in records), strict=True), color=colour)
-    ax.set_yticks(list(places.values()), [case.name for case in cases] if panel is PANELS[0] else [""] * len(cases))
+    ax.set_yticks(list(places.values()), [case.name for case in cases])
     ax.tick_params(axis="y", length=0, labelsize=8)
     ax.set_ylim(0.5 - len(cases), 0.5)
     for place in list(places.values())[1:]:
-        ax.axhline(place + 0.5, color="lightgrey", linewidth=0.8)
+        ax.axhline(place + 0.5, color="grey", alpha=0.4, linewidth=0.8)
     if panel is not PANELS[1]:
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        low, high = ax.get_xlim()
+        few = high > 200 * low  # decades: labels between them would lie over each other
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0), numticks=8))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())  # less than a decade would have a label at each, over the others
     else:
@@ -205,7 +225,7 @@ def _filling(colour: str, direction: str) -> str:
     return colour if direction == "forward" else "white"
 
 
-def _rows_height(report: Report, cases: list[Case]) -> float:
+def rows_height(report: Report, cases: list[Case]) -> float:
     return max(1.5, _ROW * len(cases) * (len(report.impls) + 1)) + 0.8
 
 

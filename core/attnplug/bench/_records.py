@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
 
 RAN, DECLINED, FAILED = "ran", "declined", "failed"
+_ENOUGH = 5  # samples, for a percentile
 TIMINGS = ("forward", "forward_cold", "backward", "backward_cold")
 
 
@@ -18,9 +19,12 @@ TIMINGS = ("forward", "forward_cold", "backward", "backward_cold")
 class Timing:
     """Seconds of one call: the median of all samples, and their 20th and 80th percentile.
 
+    Of fewer than five samples these are the smallest and the largest.
+
     Attributes:
         samples: how many were taken.
         calls: how many calls each of them is the mean of.
+        again: by which share the medians of every other sample differ: what measuring it again would change.
     """
 
     median: float
@@ -28,6 +32,7 @@ class Timing:
     p80: float
     samples: int
     calls: int = 1
+    again: float = 0.0
 
     @classmethod
     def of(cls, seconds: Sequence[float], calls: int = 1) -> Timing:
@@ -35,7 +40,19 @@ class Timing:
         if len(seconds) == 1:
             return cls(seconds[0], seconds[0], seconds[0], 1, calls)
         cuts = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(statistics.median(seconds), cuts[0], cuts[-1], len(seconds), calls)
+        low, high = (min(seconds), max(seconds)) if len(seconds) < _ENOUGH else (cuts[0], cuts[-1])
+        median, halves = statistics.median(seconds), (statistics.median(seconds[start::2]) for start in (0, 1))
+        again = abs(next(halves) - next(halves)) / median if median else 0.0
+        return cls(median, low, high, len(seconds), calls, again)
+
+    def level(self, first: Timing, noise: float = 0.0) -> bool:
+        """Whether the noise does not tell this from a time that has the smaller median.
+
+        The ranges from the 20th to the 80th percentile meet; or the medians differ by no more than they would if
+        either were measured again, or than `noise`, which is the same of the whole run.
+        """
+        margin = max(noise, self.again, first.again)
+        return self.p20 <= first.p80 or self.median <= first.median * (1 + margin)
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Record:
         memory: peak bytes beyond the inputs, over forward and, where measured, backward, results included.
         ceiling: what the machine can do, measured in the same run.
         ratio: its time over the baseline's; below 1 is faster.
-        fastest: whether, among the results that are right, none is faster beyond noise.
+        fastest: whether, among the results that are right, none is faster beyond noise; where several are, they tie.
     """
 
     case: Case
@@ -78,7 +95,8 @@ class Record:
             return None
         samples = min(part.samples for part in known)
         median, p20, p80 = (sum(getattr(part, at) for part in known) for at in ("median", "p20", "p80"))
-        return Timing(median, p20, p80, samples)
+        again = sum(part.again * part.median for part in known) / median if median else 0.0
+        return Timing(median, p20, p80, samples, again=again)
 
     @property
     def forward_tflops(self) -> float | None:
@@ -145,22 +163,34 @@ class Record:
         return row
 
 
-def ranked(records: Sequence[Record], baseline: str) -> list[Record]:
-    """Return the records of one case with `ratio` and `fastest`.
+def repeatability(records: Sequence[Record]) -> list[float]:
+    """Return by which shares the times of these records would change if measured again, the smallest first."""
+    return sorted(record.total.again for record in records if record.total is not None)
 
-    Only results that are right can be the fastest; all are that the noise does not tell from the first: whose
-    20th percentile is not above its median. (Whatever disturbs a run makes it slower, never faster.)
+
+def ranked(records: Sequence[Record], baseline: str, crown: bool = True) -> list[Record]:
+    """Return the records of a run with `ratio` and `fastest`.
+
+    Only results that are right can be the fastest; of a case all are that the noise does not tell from the first
+    (`Timing.level`), and nobody is if `crown` is false.
     """
+    shares = repeatability(records)
+    noise = shares[len(shares) // 2] if shares else 0.0
+    by_case: dict[Case, list[Record]] = {}
+    for record in records:
+        by_case.setdefault(record.case, []).append(record)
+    return [ranked for group in by_case.values() for ranked in _ranked_case(group, baseline, crown, noise)]
+
+
+def _ranked_case(records: Sequence[Record], baseline: str, crown: bool, noise: float) -> Iterator[Record]:
     base = next((record.total for record in records if record.impl == baseline), None)
     right = [record.total for record in records if record.correct and record.total is not None]
     first = min(right, key=lambda timing: timing.median, default=None)
-
-    def with_rank(record: Record) -> Record:
+    for record in records:
         total = record.total
         if total is None:
-            return record
+            yield record
+            continue
         ratio = None if base is None else total.median / base.median
-        fastest = bool(record.correct) and first is not None and total.p20 <= first.median
-        return replace(record, ratio=ratio, fastest=fastest)
-
-    return [with_rank(record) for record in records]
+        fastest = crown and bool(record.correct) and first is not None and total.level(first, noise)
+        yield replace(record, ratio=ratio, fastest=fastest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,10 +13,33 @@ from attnplug._tables import table
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._errors import BenchError
-from attnplug.bench._records import Record
-from attnplug.bench._text import HEADERS, machine, reasons, rows
+from attnplug.bench._noise import Noise
+from attnplug.bench._records import RAN, Record, repeatability
+from attnplug.bench._text import HEADERS, STANDING_HEADERS, filled, machine, reasons, row, standing_row
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one implementation did over all cases of a report.
+
+    Attributes:
+        impl: its name.
+        alone: cases in which it is the fastest.
+        tied: cases in which it is among several that the noise does not tell apart.
+        right: cases that it ran, with a right result.
+        ran: cases that it ran.
+        ratio: geometric mean of its time over that of the baseline, of the cases that both ran and got right; None if
+            there are none.
+    """
+
+    impl: str
+    alone: int
+    tied: int
+    right: int
+    ran: int
+    ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,7 @@ class Report:
         created: when it was finished, in UTC, ISO 8601.
         settings: how it was measured.
         missing: names of the cases that were not measured because the run was interrupted.
+        noise: what other programs and the processor's pace did meanwhile; None in reports that do not say.
     """
 
     records: tuple[Record, ...]
@@ -40,6 +64,7 @@ class Report:
     created: str
     settings: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    noise: Noise | None = None
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)
@@ -66,9 +91,37 @@ class Report:
         """Return the records of one case."""
         return [record for record in self.records if record.case == case]
 
+    def verdict(self, record: Record) -> str:
+        """Return `fastest`; `tied`, where several are; `right`; `WRONG`; or, of what did not run, its status."""
+        if record.status != RAN:
+            return record.status
+        if not record.fastest:
+            return "right" if record.correct else "WRONG"
+        return "fastest" if sum(other.fastest for other in self.of(record.case)) == 1 else "tied"
+
+    def standings(self) -> list[Standing]:
+        """Return how each implementation that ran did over all cases, the one that is most often fastest first."""
+        return sorted(map(self._standing, self.impls), key=lambda one: (-one.alone - one.tied, one.ratio or math.inf))
+
+    def _standing(self, impl: str) -> Standing:
+        ran = [record for record in self.records if record.impl == impl and record.status == RAN]
+        verdicts = [self.verdict(record) for record in ran]
+        bases = {record.case for record in self.records if record.impl == self.baseline and record.correct}
+        logs = [math.log(record.ratio) for record in ran if record.correct and record.ratio and record.case in bases]
+        return Standing(
+            impl,
+            alone=verdicts.count("fastest"),
+            tied=verdicts.count("tied"),
+            right=len(ran) - verdicts.count("WRONG"),
+            ran=len(ran),
+            ratio=math.exp(sum(logs) / len(logs)) if logs else None,
+        )
+
     def rows(self) -> list[dict[str, Any]]:
         """Return a flat mapping for each record, with the time of the report: for CSV and data frames."""
-        return [{"created": self.created, **record.as_row()} for record in self.records]
+        return [
+            {"created": self.created, "verdict": self.verdict(record), **record.as_row()} for record in self.records
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data, for JSON."""
@@ -80,6 +133,7 @@ class Report:
             "baseline": self.baseline,
             "ceilings": [asdict(ceiling) for ceiling in self.ceilings],
             "missing": list(self.missing),
+            "noise": None if self.noise is None else asdict(self.noise),
             "records": [record.as_dict() for record in self.records],
         }
 
@@ -99,6 +153,7 @@ class Report:
                 records=tuple(Record.from_dict(record) for record in given["records"]),
                 ceilings=tuple(Ceiling(**ceiling) for ceiling in given["ceilings"]),
                 missing=tuple(given["missing"]),
+                noise=None if given.get("noise") is None else Noise(**given["noise"]),
                 **{name: given[name] for name in ("environment", "baseline", "created", "settings")},
             )
         except (KeyError, TypeError, BenchError) as error:
@@ -117,23 +172,42 @@ class Report:
             raise BenchError(f"{path}: cannot be read: {error}") from error
         return cls.from_dict(given, str(path))
 
+    def lines(self) -> list[tuple[str, ...]]:
+        """Return the cells of what ran, as the table has them."""
+        return [row(record, self.verdict(record)) for record in self.records if record.status == RAN]
+
     def summary(self) -> str:
-        """Return who did not run and why, who was fastest, what is wrong, and the machine."""
-        lines = [f"{impl} {where}: {reason}" for impl, where, reason in reasons(self.records)]
-        lines += ["", *self.conclusions()]
-        return "\n".join(lines).strip()
+        """Return how each did over all cases, who did not run and why, what is wrong, the noise and the machine."""
+        parts = [table(STANDING_HEADERS, list(map(standing_row, self.standings())))] if self.impls else []
+        parts.append("\n".join(f"{impl} {where}: {reason}" for impl, where, reason in reasons(self.records)))
+        parts.append("\n".join(self.conclusions()))
+        return "\n\n".join(filter(None, parts))
 
     def conclusions(self) -> list[str]:
-        """Return the answer in sentences."""
-        counts = Counter(record.impl for record in self.records if record.fastest)
-        best = ", ".join(f"{impl} {count}" for impl, count in counts.most_common())
-        lines = [f"Fastest, or level with the fastest, of {len(self.cases)} cases: {best or 'none'}."]
+        """Return what the numbers must be read with, in sentences."""
+        lines = []
+        if self.settings.get("tiny"):
+            lines.append(
+                "Cases were shrunk to see that everything runs: the times mean nothing, and nobody is the fastest."
+            )
         if self.wrong:
-            wrong = Counter(record.impl for record in self.wrong)
-            lines.append("WRONG results: " + ", ".join(f"{impl} in {count}" for impl, count in wrong.items()) + ".")
+            wrong = dict.fromkeys(record.impl for record in self.wrong)
+            counts = ", ".join(f"{impl} in {sum(one.impl == impl for one in self.wrong)}" for impl in wrong)
+            lines.append(f"WRONG results: {counts}.")
         if self.missing:
             lines.append(f"Interrupted: not measured are {', '.join(self.missing)}.")
-        return [*lines, machine(self.environment, self.ceilings)]
+        if self.noise is not None:
+            lines.append(f"Noise: {self._again()}{self.noise}.")
+        return [*lines, f"Machine: {machine(self.environment, self.ceilings)}"]
+
+    def _again(self) -> str:
+        shares = repeatability(self.records)
+        if not shares:
+            return ""
+        return f"a time measured again differs by {shares[len(shares) // 2]:.0%}, at most by {shares[-1]:.0%}; "
 
     def __str__(self) -> str:
-        return f"{table(HEADERS, rows(self.records))}\n\n{self.summary()}"
+        lines = self.lines()
+        shown = filled(lines)
+        printed = table([HEADERS[at] for at in shown], [[line[at] for at in shown] for line in lines])
+        return f"{printed}\n\n{self.summary()}"

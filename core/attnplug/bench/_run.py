@@ -13,6 +13,7 @@ from attnplug.bench._clocks import Clock, clock_for
 from attnplug.bench._environment import environment
 from attnplug.bench._errors import BenchError
 from attnplug.bench._measure import CACHES, measure_case
+from attnplug.bench._noise import Watch
 from attnplug.bench._records import Record, ranked
 from attnplug.bench._report import Report
 from attnplug.bench._sets import case_set
@@ -28,6 +29,7 @@ def run(
     baseline: str = "torch",
     caches: Sequence[str] = CACHES,
     seconds: float = SECONDS,
+    tiny: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Measure implementations on cases: times, memory, and whether the results are right.
@@ -41,6 +43,7 @@ def run(
         baseline: the one that ratios are to, measured even if it is not among `impls`.
         caches: `warm`, `cold`, or both.
         seconds: how long to measure each implementation on each case, for each direction and state of the caches.
+        tiny: shrink every case, to see that everything runs. Such times mean nothing, so nobody is the fastest.
         progress: called with what is done next, how many steps are done, and how many there are.
 
     Raises:
@@ -53,7 +56,7 @@ def run(
         >>> [(record.impl, record.correct) for record in report]
         [('torch', True), ('aten_math', True)]
     """
-    cases = _cases(cases)
+    cases = _cases(cases, tiny)
     names = _impls(impls, baseline)
     if not caches or isinstance(caches, str) or not set(caches) <= set(CACHES):
         raise BenchError(f"caches: expected some of {CACHES}, got {caches!r}")
@@ -64,12 +67,14 @@ def run(
     steps = _Steps(progress, len(kinds) + len(cases) * (len(names) + 1))
     ceilings: dict[tuple[str, str], Ceiling] = {}
     records: list[Record] = []
+    watch = Watch(clocks)
     try:
         for device, dtype in kinds:
             steps.next(f"what {device} can do with {dtype}")
             ceilings[device, dtype] = _ceiling(device, dtype, clocks[device])
         for number, case in enumerate(cases):
             steps.at(len(kinds) + number * (len(names) + 1))
+            watch.look(case.device)
             found = measure_case(
                 case,
                 names,
@@ -79,17 +84,19 @@ def run(
                 seconds=seconds,
                 notify=steps.next,
             )
-            records += ranked(found, baseline)
+            records += found
+            watch.look(case.device)
     except KeyboardInterrupt:
         pass  # what is complete is worth keeping; the report says what is missing
     complete = {record.case for record in records}
     return Report(
-        records=tuple(records),
+        records=tuple(ranked(records, baseline, crown=not tiny)),
         environment=environment({case.device for case in cases}),
         ceilings=tuple(ceilings.values()),
         baseline=baseline,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        settings={"caches": list(caches), "seconds": seconds},
+        settings={"caches": list(caches), "seconds": seconds, "tiny": tiny},
+        noise=watch.found(),
         missing=tuple(case.name for case in cases if case not in complete),
     )
 
@@ -116,16 +123,16 @@ class _Steps:
         self._done += 1
 
 
-def _cases(cases: str | Case | Iterable[Case]) -> list[Case]:
+def _cases(cases: str | Case | Iterable[Case], tiny: bool) -> list[Case]:
     if isinstance(cases, str):
-        return case_set(cases)
+        cases = case_set(cases)
     cases = [cases] if isinstance(cases, Case) else list(cases)
     for case in cases:
         if not isinstance(case, Case):
             raise BenchError(f"cases: expected cases or the name of a set, got {case!r}")
     if not cases:
         raise BenchError("cases: there are none")
-    return list(dict.fromkeys(cases))
+    return list(dict.fromkeys(case.shrunk() if tiny else case for case in cases))
 
 
 def _impls(impls: Iterable[str] | None, baseline: str) -> list[str]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import product
 
-import torch
-
 from attnplug._errors import did_you_mean
 from attnplug.bench._cases import Case, device_type
 from attnplug.bench._errors import BenchError
@@ -19,6 +17,8 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 def default_device() -> str:
     """Return `cuda` if there is a GPU, else `cpu`."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -13,37 +13,60 @@ from attnplug.bench._records import RAN, Record, Timing
 HEADERS = (
     "case",
     "implementation",
-    "correct",
+    "verdict",
+    "ratio",
     "forward",
-    "fwd cold",
     "backward",
+    "fwd cold",
     "bwd cold",
     "TFLOP/s",
     "of ceiling",
     "memory",
-    "ratio",
-    "",
 )
+STANDING_HEADERS = ("implementation", "fastest", "tied", "right", "ran", "ratio")
+_BY_WORTH = (1, 2, 3, 0, 4, 5, 10, 8, 9, 6, 7)  # columns of HEADERS, as a narrow terminal fills up
+_GAP = 2
 
 
-def rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Return the cells of the records that ran; a pair is forward / backward."""
-    return [row(record) for record in records if record.status == RAN]
-
-
-def row(record: Record) -> tuple[str, ...]:
-    """Return the cells of one record."""
+def row(record: Record, verdict: str) -> tuple[str, ...]:
+    """Return the cells of a record that ran; a pair is forward / backward."""
     return (
         record.case.name,
         record.impl,
-        "yes" if record.correct else "WRONG",
-        *(duration(timing) for timing in (record.forward, record.forward_cold, record.backward, record.backward_cold)),
+        verdict,
+        "-" if record.ratio is None else f"{record.ratio:.2f}",
+        *(duration(timing) for timing in (record.forward, record.backward, record.forward_cold, record.backward_cold)),
         pair(record.forward_tflops, record.backward_tflops, "{:.3g}"),
         pair(record.forward_share, record.backward_share, "{:.0%}"),
         "-" if record.memory is None else size(record.memory),
-        "-" if record.ratio is None else f"{record.ratio:.2f}",
-        "fastest" if record.fastest else record.reason if not record.correct else "",
     )
+
+
+def filled(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the columns that say something in some row; where there are no rows, all of them."""
+    return [at for at in range(len(HEADERS)) if not rows or any(row[at] != "-" for row in rows)]
+
+
+def fitting(rows: Sequence[Sequence[str]], width: int, without: str = "") -> list[int]:
+    """Return the columns, in their order, that say something and fit into `width`, those first that matter most.
+
+    Implementation, verdict and ratio are always there, and never the column that is called `without`.
+    """
+    shown: list[int] = []
+    left = width + _GAP
+    for at in _BY_WORTH:
+        needed = max(len(line[at]) for line in (HEADERS, *rows)) + _GAP
+        if at in filled(rows) and HEADERS[at] != without and (needed <= left or len(shown) < 3):
+            shown.append(at)
+            left -= needed
+    return sorted(shown)
+
+
+def standing_row(standing: Any) -> tuple[str, ...]:
+    """Return the cells of a line of the summary."""
+    counts = (standing.alone, standing.tied, standing.right, standing.ran)
+    ratio = "-" if standing.ratio is None else f"{standing.ratio:.2f}"
+    return (standing.impl, *map(str, counts), ratio)
 
 
 def duration(timing: Timing | None) -> str:
@@ -74,10 +97,14 @@ def pair(forward: float | None, backward: float | None, form: str) -> str:
 
 
 def reasons(records: Sequence[Record]) -> list[tuple[str, str, str]]:
-    """Return who did not run and why, the same reason for several cases once: name, status with cases, reason."""
+    """Return who did not run, or is wrong, and why: name, status with cases, reason; of several cases once."""
     cases = len({record.case for record in records})
-    found = Counter((record.impl, record.status, record.reason) for record in records if record.status != RAN)
-    named = {(record.impl, record.status, record.reason): record.case.name for record in records}
+
+    def key(record: Record) -> tuple[str, str, str]:
+        return record.impl, record.status if record.status != RAN else "WRONG", record.reason
+
+    found = Counter(key(record) for record in records if record.status != RAN or not record.correct)
+    named = {key(record): record.case.name for record in records}
     lines = []
     for (impl, status, reason), count in found.items():
         where = "all" if count == cases else f"{count} of {cases}" if count > 1 else named[impl, status, reason]

@@ -9,7 +9,6 @@ import re
 from datetime import datetime, timezone
 from pathlib import Path
 
-from attnplug.bench._environment import device_name
 from attnplug.bench._errors import BenchError, needed
 from attnplug.bench._report import Report
 
@@ -28,7 +27,7 @@ def write(report: Report, path: str | Path) -> None:
         BenchError: the name ends otherwise, a library is missing, or the file cannot be written.
     """
     path = Path(path)
-    _check_kind(path)
+    check_kind(path)
     try:
         path.write_bytes(_content(report, path.suffix.lower()))
     except OSError as error:
@@ -60,7 +59,9 @@ def _csv(report: Report) -> str:
 
 
 def ready(path: str, device: str) -> Path:
-    """Return the path that results can be written to, with its folders made, before anything is measured.
+    """Return the path that results can be written to, before anything is measured.
+
+    A folder that is spelled out must exist; those whose names are filled in are made.
 
     `{device}` in it stands for the name of the device, such as `nvidia-h200`, `{time}` for now, in UTC.
 
@@ -68,13 +69,17 @@ def ready(path: str, device: str) -> Path:
         BenchError: it cannot be written, or a library that it takes is missing.
     """
     now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    filled = "{" in str(Path(path).parent)
     if "{device}" in path:
+        from attnplug.bench._environment import device_name  # and PyTorch, which a wrong name need not wait for
+
         path = path.replace("{device}", _slug(device_name(device)))
     place = Path(path.replace("{time}", now))
-    _check_kind(place)
+    check_kind(place)
     new = not place.exists()
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        if filled:
+            place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("ab"):
             pass
         if new:
@@ -84,7 +89,12 @@ def ready(path: str, device: str) -> Path:
     return place
 
 
-def _check_kind(path: Path) -> None:
+def check_kind(path: Path) -> None:
+    """Raise unless the name of a file says a form that can be written here.
+
+    Raises:
+        BenchError: it ends otherwise, or a library is missing.
+    """
     suffix = path.suffix.lower()
     if suffix not in _LIBRARIES:
         raise BenchError(f"{path}: expected a file that ends in {', '.join(_LIBRARIES)}")

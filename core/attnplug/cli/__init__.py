@@ -1,6 +1,6 @@
 """The command line: `attnplug`, or `python -m attnplug`.
 
-A command is a module `command_<name>.py` beside this one and its name in `COMMANDS`. The module has
+A command is a module `command_<name>.py` beside this one and its name in `parser.COMMANDS`. The module has
 
 * `HELP`: its line in `attnplug --help`; its own docstring is what `attnplug <name> --help` shows;
 * `configure(parser)`: adds its options;
@@ -14,84 +14,68 @@ Data goes to stdout, by `render`; warnings and errors go to stderr, and so does 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import os
-import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from attnplug import AttnplugError, PluginError, __version__
+from attnplug import AttnplugError, PluginError
 from attnplug.cli import render
-
-COMMANDS = ("list", "explain", "info", "check", "bench", "new")
+from attnplug.cli.parser import COMMANDS as COMMANDS
+from attnplug.cli.parser import build_parser as build_parser
+from attnplug.cli.parser import with_negative_values
 
 DONE, NO, USAGE = 0, 1, 2
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 (the answer is no) or 2 (a usage error)."""
+    """Run one command and return the exit status: 0, 1 (the answer is no) or 2 (it could not be asked)."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            status = _run(sys.argv[1:] if argv is None else argv)
-            sys.stdout.flush()
+            return _run(sys.argv[1:] if argv is None else argv)
         except AttnplugError as error:
-            print(f"attnplug: error: {error}", file=sys.stderr)
+            _say(f"error: {error}")
             return NO if isinstance(error, PluginError) else USAGE
-        except BrokenPipeError:  # whoever read has read enough, as in `attnplug list | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return NO
-    return status
+        except KeyboardInterrupt:
+            return INTERRUPTED
 
 
 def _run(argv: Sequence[str]) -> int:
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks, because somebody pressed Tab
+        _complete(parser)
     try:
-        arguments = build_parser().parse_args(_with_negative_values(argv))
-        with render.only_reports_on_stdout():
-            return int(arguments.run(arguments))
+        with render.checked_stdout():
+            arguments = parser.parse_args(with_negative_values(argv))
+            if arguments.run is None:
+                parser.print_help()
+                return DONE
+            with render.only_reports_on_stdout():
+                return int(arguments.run(arguments))
+        return DONE  # nobody read what was to be printed
+    except render.Unwritable as error:
+        _say(f"error: {error}")
+        return USAGE
     except SystemExit as ended:  # argparse has said why
         return ended.code if isinstance(ended.code, int) else USAGE
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; the documentation shows what it says."""
-    parser = argparse.ArgumentParser(
-        "attnplug",
-        description="Attention kernels as plugins: what is installed, and what would run.",
-        epilog="Exit status: 0; 1, the answer is no; 2, usage error.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"attnplug {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        module = importlib.import_module(f"attnplug.cli.command_{name}")
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=inspect.getdoc(module),
-            usage=getattr(module, "USAGE", None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.add_argument("--json", action="store_true", help="print JSON")
-        module.configure(command)
-        command.set_defaults(run=module.run, fail=command.error)
-    return parser
-
-
-def _with_negative_values(argv: Sequence[str]) -> list[str]:
-    """Join `--window -1,0` into `--window=-1,0`: argparse would take such a value for an option."""
-    joined: list[str] = []
-    for argument in argv:
-        if re.match(r"-\d", argument) and joined and re.fullmatch(r"--[a-z-]+", joined[-1]):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell and end the process; without the extra `cli` there is no answer."""
+    try:
+        import argcomplete
+    except ImportError as error:
+        raise SystemExit(f"attnplug: completion needs argcomplete: pip install 'attnplug[cli]' ({error})") from None
+    argcomplete.autocomplete(parser)
 
 
 def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
-    print(f"attnplug: warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    print(f"attnplug: {text}", file=sys.stderr)

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnplug._control.registration import check_name
+from attnplug._errors import did_you_mean
 from attnplug._tables import table
-from attnplug.cli import render
-from attnplug.cli.command_explain import names, size
+from attnplug.cli import outputs, render, values
 
 if TYPE_CHECKING:
     from attnplug.bench import Case, Report
@@ -32,27 +35,23 @@ if TYPE_CHECKING:
 HELP = "measure every implementation on this machine, and check that it is right"
 USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFTER.json [--threshold SHARE]"
 
-_EXPENDABLE = ("fwd cold", "bwd cold", "of ceiling", "memory", "TFLOP/s")
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--set", action="append", default=[], metavar="NAME", help="named cases; --sets lists them")
     what.add_argument("--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml or .toml file")
-    what.add_argument("--impl", type=names, metavar="NAMES", help="the only implementations; by default all")
+    what.add_argument("--impl", type=values.names, metavar="NAMES", help="the only implementations; by default all")
     what.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
-    what.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32", "float64"),
-        help="by default bfloat16 on a GPU, float32 on a CPU",
-    )
-    what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs, the times mean nothing")
+    what.add_argument("--dtype", type=values.dtype, help="by default bfloat16 on a GPU, float32 on a CPU")
+    what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs; nobody is the fastest")
     what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
     how = parser.add_argument_group("how it is measured and reported")
     how.add_argument("--baseline", default="torch", metavar="NAME", help="what ratios are to; torch if not given")
     how.add_argument("--caches", choices=("warm", "cold", "both"), default="both")
-    how.add_argument("--seconds", type=_seconds, metavar="S", help="for each implementation, direction and caches")
-    how.add_argument("--threads", type=size, metavar="N", help="threads of PyTorch on a CPU")
+    how.add_argument(
+        "--seconds", type=values.seconds, metavar="S", help="for each implementation, direction and caches"
+    )
+    how.add_argument("--threads", type=values.size, metavar="N", help="threads of PyTorch on a CPU")
     how.add_argument("--output", "-o", action="append", default=[], metavar="FILE", help="write results; repeatable")
     _configure_compare(parser.add_subparsers(title="two runs", metavar="compare", dest="action", prog="attnplug bench"))
 
@@ -79,7 +78,26 @@ def run(arguments: argparse.Namespace) -> int:
     return _bench(arguments)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what does not exist before torch is imported and before anything is measured."""
+    from attnplug.bench import SETS
+    from attnplug.bench._write import check_kind
+
+    for name in [*(arguments.impl or ()), arguments.baseline]:
+        check_name(name, "--impl" if name in (arguments.impl or ()) else "--baseline")
+    for name in arguments.set:
+        if name not in SETS:
+            arguments.fail(f"--set: there is no {name!r}{did_you_mean(name, SETS) or ';'} the sets: {', '.join(SETS)}")
+    for path in arguments.cases:
+        if not Path(path).is_file():
+            arguments.fail(f"--cases: {path!r} is not a file")
+    for path in map(Path, arguments.output):
+        check_kind(path)
+        outputs.check_folder(arguments, path)
+
+
 def _bench(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     import torch
 
     from attnplug import bench
@@ -100,6 +118,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             baseline=arguments.baseline,
             caches=("warm", "cold") if arguments.caches == "both" else (arguments.caches,),
             seconds=arguments.seconds or SECONDS,
+            tiny=arguments.tiny,
             progress=progress,
         )
     for path in outputs:
@@ -121,8 +140,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     if not sets and not arguments.cases:
         sets = [default_set(arguments.device or default_device())]
     cases = [case for name in sets for case in case_set(name, **chosen)]
-    cases += [case for path in arguments.cases for case in read_cases(path, **chosen)]
-    return [case.shrunk() for case in cases] if arguments.tiny else cases
+    return cases + [case for path in arguments.cases for case in read_cases(path, **chosen)]
 
 
 @contextmanager
@@ -146,39 +164,45 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 def _print(report: Report, outputs: list[Path]) -> None:
-    if render.out().isatty() and importlib.util.find_spec("rich") is not None:
-        _print_rich(report)
-        render.put(f"\n{report.summary()}")
+    if render.out().isatty():
+        _print_by_case(report, shutil.get_terminal_size().columns)
     else:
         render.put(report)
     for path in outputs:
         render.put(f"written: {path}")
 
 
-def _print_rich(report: Report) -> None:
-    """Print the rows of each case below its name, as many columns as the terminal has room for."""
+def _print_by_case(report: Report, width: int) -> None:
+    """Print the rows of each case below its name, every column that fits and says something."""
+    from attnplug.bench._text import HEADERS, filled, fitting
+
+    records = [record for record in report if record.status == "ran"]
+    lines = report.lines()
+    shown = fitting(lines, width, without="case")
+    header, *printed = table([HEADERS[at] for at in shown], [[line[at] for at in shown] for line in lines]).splitlines()
+    put = _styled()
+    put(header, "bold")
+    for case in report.cases:
+        ran = any(record.case == case for record in records)
+        put(case.name if ran else f"{case.name}: nothing ran", "bold cyan")
+        for record, line in zip(records, printed, strict=True):
+            if record.case == case:
+                put(line, "bold red" if not record.correct else "bold green" if record.fastest else "")
+    missing = [HEADERS[at] for at in filled(lines) if at not in shown and HEADERS[at] != "case"]
+    said = f"Not shown for want of width: {', '.join(missing)}; --json and --output have all." if missing else ""
+    for part in ("", *([said, ""] if said else []), *report.summary().splitlines()):
+        put("\n".join(textwrap.wrap(part, width, subsequent_indent="  ")) if len(part) > width else part, "")
+
+
+def _styled() -> Callable[[str, str], None]:
+    """Return a function that prints a line in a style, in no style where `rich` is not there."""
+    if importlib.util.find_spec("rich") is None:
+        return lambda line, style: render.put(line)
     from rich.console import Console
     from rich.text import Text
 
-    from attnplug.bench._text import HEADERS, row
-
     console = Console(file=render.out())
-    records = [record for record in report if record.status == "ran"]
-    lines = [row(record)[1:] for record in records]
-    shown = render.fitting(HEADERS[1:], lines, console.width, _EXPENDABLE)
-    cut = [[line[position] for position in shown] for line in (HEADERS[1:], *lines)]
-    header, *printed = table(cut[0], cut[1:]).splitlines()
-    console.print(Text(header, "bold"), soft_wrap=True)
-    for case in report.cases:
-        ran = any(record.case == case for record in records)
-        console.print(Text(case.name if ran else f"{case.name}: nothing ran", "bold cyan"), soft_wrap=True)
-        for record, line in zip(records, printed, strict=True):
-            if record.case == case:
-                style = "bold red" if not record.correct else "bold green" if record.fastest else ""
-                console.print(Text(line, style), soft_wrap=True)
-    missing = [title for position, title in enumerate(HEADERS[1:]) if position not in shown]
-    if missing:
-        console.print(Text(f"\nNot shown for want of width: {', '.join(missing)}; --json and --output have all."))
+    return lambda line, style: console.print(Text(line, style), soft_wrap=True)
 
 
 def _list_sets(arguments: argparse.Namespace) -> int:
@@ -186,7 +210,7 @@ def _list_sets(arguments: argparse.Namespace) -> int:
 
     rows = [(name, len(list(make())), (make.__doc__ or "").strip()) for name, make in SETS.items()]
     if arguments.json:
-        render.print_json([dict(zip(("name", "cases", "description"), row, strict=True)) for row in rows])
+        render.print_json({"sets": [dict(zip(("name", "cases", "description"), row, strict=True)) for row in rows]})
     else:
         render.print_table(("set", "cases", "what it is"), [(name, str(count), text) for name, count, text in rows], 0)
     return 0
@@ -207,13 +231,3 @@ def _compare(arguments: argparse.Namespace) -> int:
             render.put()
         render.put(comparison(before, after, changes))
     return 1 if regressions else 0
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, such as 0.5, got {text!r}")
-    return value

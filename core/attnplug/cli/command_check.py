@@ -1,8 +1,9 @@
 """Check implementations against everything that their capabilities promise.
 
 A quick run takes seconds for a fast kernel; a full one makes every check for every dtype, and long
-sequences. What fails is shown with a line of Python that does it again. On a GPU each check is made in one
-of several worker processes, so that a kernel's fault costs one check. Exit status 1: something failed.
+sequences. What fails is shown with a line of Python that does it again, the simplest first: an early failure often
+explains those that follow. On a GPU each check is made in one of several worker processes, so that a kernel's fault
+costs one check. Exit status 1: something failed.
 
 examples:
   attnplug check math_ref
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,37 +26,42 @@ from typing import TYPE_CHECKING, TextIO
 
 import attnplug
 from attnplug._control.registration import check_name
-from attnplug.cli import render
+from attnplug._errors import did_you_mean
+from attnplug.cli import outputs, render, values
+from attnplug.cli.parser import complete_with
 
 if TYPE_CHECKING:
-    from attnplug.testing import Result
+    from attnplug.testing import Report, Result
 
 HELP = "check an implementation against everything that it promises"
 
-_HEADERS = ("check", "dtype", "result", "why")
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", metavar="IMPL", nargs="+", help="an implementation")
+    names = parser.add_argument("names", metavar="IMPL", nargs="+", help="an implementation")
+    complete_with(names, attnplug.list_flash_attention_impls)
     parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU if it runs on one that is here")
-    parser.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32", "float64"),
-        help="the only one to check; by default each that is declared",
-    )
+    parser.add_argument("--dtype", type=values.dtype, help="the only one to check; by default each that is declared")
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="seconds; the default")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="everything")
     parser.set_defaults(level="quick")
-    parser.add_argument(
+    only = parser.add_argument(
         "--only", dest="checks", metavar="CHECK", action="append", help="make this check alone; may be repeated"
     )
-
+    complete_with(only, _checks)
+    parser.add_argument("--failed", action="store_true", help="show failures only")
     parser.add_argument(
-        "--workers", type=int, help="processes that make checks; 0: this one, the default on a CPU; on a GPU at most 8"
+        "--workers",
+        type=values.count,
+        metavar="N",
+        help="processes that make checks; 0: this one, the default on a CPU; on a GPU at most 8",
     )
     parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="SECONDS", help="that a check has in a worker (default: 300)"
+        "--timeout",
+        type=values.seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="that a check has in a worker (default: 300)",
     )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="also write each result as it is found, a line of JSON each"
@@ -65,6 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     usable = [name for name in dict.fromkeys(arguments.names) if _is_usable(name)]
     if not usable:
         return 1
+    if arguments.output is not None:
+        outputs.check_folder(arguments, arguments.output)
+    for name in set(arguments.checks or ()).difference(_checks()):
+        arguments.fail(f"--only: {name!r} is not a check{did_you_mean(name, _checks())}")
 
     from attnplug.testing import check_impls
 
@@ -72,7 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             written = None
             if arguments.output is not None:
-                arguments.output.parent.mkdir(parents=True, exist_ok=True)
                 written = stack.enter_context(arguments.output.open("w", encoding="utf-8"))
             reports = check_impls(
                 usable,
@@ -90,15 +100,33 @@ def run(arguments: argparse.Namespace) -> int:
             if sys.stderr.isatty():
                 print("\r\x1b[K", end="", file=sys.stderr)
     if arguments.json:
-        data = [report.as_dict() for report in reports]
-        render.print_json(data[0] if len(arguments.names) == 1 else data)
+        render.print_json({"reports": [report.as_dict() for report in reports]})
     else:
         for position, report in enumerate(reports):
             if position:
                 render.put("")
-            render.print_table(_HEADERS, report.rows(), _HEADERS.index("result"))
-            render.put(f"\n{report.details()}")
+            _print(report, arguments.failed)
     return 0 if len(usable) == len(arguments.names) and all(report.passed for report in reports) else 1
+
+
+@functools.cache
+def _checks() -> list[str]:
+    """Return the names of all checks, read from their sources: importing them imports torch."""
+    folder = Path(__file__).parents[1] / "testing" / "checks"
+    sources = (file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.py")))
+    return [name for source in sources for name in re.findall(r"^def (check_\w+)\(subject", source, re.MULTILINE)]
+
+
+def _print(report: Report, failures_only: bool) -> None:
+    """Print the verdict, the failures in full, the simplest first, and what became of each check."""
+    from attnplug.testing._report import HEADERS
+
+    render.put(report.summary())
+    if report.failures:
+        render.put(f"\n{report.details()}")
+    if not failures_only:
+        render.put()
+        render.print_table(HEADERS, report.rows(), HEADERS.index("result"))
 
 
 def _is_usable(name: str) -> bool:

@@ -7,7 +7,6 @@ keeps its lines. What fails is reported, and the rest of the report still comes.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import re
@@ -54,7 +53,7 @@ def _report() -> dict[str, Any]:
                 "system": platform.platform(),
                 **_attempt(_torch, lambda error: {"torch": error}),
                 "nvidia driver": _nvidia_driver(),
-                **{name: _version(name) for name in _PACKAGES},
+                **{name: installed_version(name) for name in _PACKAGES},
             },
             "gpus": _attempt(_gpus, lambda error: [{"name": error}]),
             "environment": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
@@ -132,10 +131,13 @@ def _no_implementation(error: str) -> list[dict[str, str]]:
     return [{"name": "-", "distribution": "-", "version": "-", "status": "-", "reason": error}]
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Return the version of a distribution, None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # 50 ms, of which `attnplug list` has few
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return version(name)
+    except PackageNotFoundError:
         return None
 
 

@@ -1,27 +1,27 @@
 """List the implementations, built in and installed, in the order of preference.
 
-No kernel is imported, and neither is torch: what is listed is what the packages say of themselves.
+Plugins that are broken, or that the environment keeps from loading, come last, under their entry points' names. No
+kernel is imported, and neither is torch: what is listed is what the packages say of themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
-from collections.abc import Iterable
-from typing import Any
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplRecord
-from attnplug.cli import render
+from attnplug.cli import describe, render
+from attnplug.cli.values import DTYPES
 
 HELP = "list the implementations and whether they can work here"
 
-_HEADERS = ("name", "family", "priority", "distribution", "status", "devices", "dtypes", "features", "reason")
-_EXPENDABLE = ("features", "dtypes", "priority", "devices", "distribution")
-_SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+_HEADERS = (
+    *("name", "family", "priority", "distribution", "entry point", "status"),
+    *("devices", "dtypes", "features", "reason"),
+)
+_EXPENDABLE = ("features", "dtypes", "priority", "devices", "entry point", "distribution", "family")
 _UNKNOWN = ("-", "-", "-")
-_WIDTH = 100
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +36,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     records = [record for record in attnplug.list_impls() if arguments.status in (None, record.status)]
     if arguments.json:
-        render.print_json([_as_json(record) for record in records])
+        render.print_json({"implementations": [describe.as_json(record) for record in records]})
     elif not records:
         print(f"attnplug: no implementation is {arguments.status}", file=sys.stderr)
     elif arguments.verbose:
-        render.put("\n\n".join(_described(record) for record in records))
+        blocks = [
+            describe.block(record.name, [*describe.facts(record), *describe.supported(record)]) for record in records
+        ]
+        render.put("\n\n".join(blocks))
     else:
         rows = [_row(record) for record in records]
         render.print_table(_HEADERS, rows, _HEADERS.index("status"), _EXPENDABLE)
@@ -48,120 +51,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _row(record: ImplRecord) -> tuple[str, ...]:
+    quantized = "quantized, runs only where it is named" if record.capabilities.quantized else ""
     return (
-        f"{record.name} (quantized)" if record.capabilities.quantized else record.name,
+        record.name,
         render.family(record.backend),
         str(record.priority),
-        _origin(record),
+        describe.origin(record),
+        record.entry_point or "-",
         record.status,
-        *(_summary(record.capabilities) if _is_known(record) else _UNKNOWN),
-        record.reason,
+        *(_summary(record.capabilities) if describe.is_known(record) else _UNKNOWN),
+        "; ".join(filter(None, (quantized, record.reason))),
     )
 
 
 def _summary(capabilities: Capabilities) -> tuple[str, str, str]:
-    dtypes = "any" if capabilities.dtypes is None else " ".join(_SHORT[name] for name in _dtypes(capabilities))
-    return _joined(capabilities.devices), dtypes, f"{len(capabilities.features)} of {len(Feature)}"
-
-
-def _described(record: ImplRecord) -> str:
-    fields = [
-        ("family", render.family(record.backend)),
-        ("priority", str(record.priority)),
-        ("distribution", _origin(record)),
-        ("status", f"{record.status}: {record.reason}" if record.reason else record.status),
-    ]
-    if record.capabilities.quantized:
-        fields.append(("quantized", "yes: right within 5 %, and run only where it is named"))
-    if _is_known(record):
-        fields += [field for part in record.capabilities.alternatives for field in _fields(part)]
-    wrapped = [
-        textwrap.fill(value, _WIDTH, initial_indent=f"  {name:14}", subsequent_indent=" " * 16, break_long_words=False)
-        for name, value in fields
-    ]
-    return "\n".join([record.name, *wrapped])
-
-
-def _fields(part: Capabilities) -> list[tuple[str, str]]:
-    """Return what one alternative supports, the part that describes the device first."""
-    device = "any device" if part.devices is None else _joined(part.devices)
-    if part.compute_capability is not None:
-        device += f", compute capability {_dotted(part)} or later"
-    if part.architectures is not None:
-        device += f", AMD architectures {_joined(part.architectures)}"
-    return [
-        ("supports on", device),
-        ("  dtypes", "any" if part.dtypes is None else ", ".join(_dtypes(part))),
-        ("  head sizes", _head_sizes(part)),
-        ("  features", ", ".join(_features(part)) or "none"),
-    ]
-
-
-def _head_sizes(part: Capabilities) -> str:
-    sizes = part.head_sizes
-    if isinstance(sizes, range) and len(sizes) > 1:
-        every = f" in steps of {sizes.step}" if sizes.step != 1 else ""
-        return f"{sizes[0]} to {sizes[-1]}{every}"
-    return "any" if sizes is None else ", ".join(map(str, sorted(sizes)))
-
-
-def _as_json(record: ImplRecord) -> dict[str, Any]:
-    """Return a record as JSON; its capabilities are alternatives, in which null means no limit."""
-    parts = record.capabilities.alternatives if _is_known(record) else ()
-    return {
-        "name": record.name,
-        "family": record.backend.name if record.backend is not None else None,
-        "priority": record.priority,
-        "distribution": record.distribution,
-        "version": record.version,
-        "status": record.status,
-        "reason": record.reason,
-        "quantized": record.capabilities.quantized,
-        "capabilities": [
-            {
-                "devices": _sorted(part.devices),
-                "dtypes": None if part.dtypes is None else _dtypes(part),
-                "compute_capability": None if part.compute_capability is None else _dotted(part),
-                "architectures": _sorted(part.architectures),
-                "head_sizes": _sizes_as_json(part),
-                "features": _features(part),
-            }
-            for part in parts
-        ],
-    }
-
-
-def _sizes_as_json(part: Capabilities) -> Any:
-    sizes = part.head_sizes
-    if isinstance(sizes, range):
-        return {"start": sizes.start, "stop": sizes.stop, "step": sizes.step}
-    return _sorted(sizes)
-
-
-def _is_known(record: ImplRecord) -> bool:
-    """Whether anything is known of what it supports: it is not broken, and its plugin is loaded."""
-    return record.status != "broken" and record.capabilities.devices != frozenset()
-
-
-def _origin(record: ImplRecord) -> str:
-    return f"{record.distribution} {record.version}".rstrip()
-
-
-def _features(part: Capabilities) -> list[str]:
-    return [feature.name for feature in Feature if feature in part.features]
-
-
-def _dtypes(part: Capabilities) -> list[str]:
-    return [name for name in _SHORT if name in (part.dtypes or ())]
-
-
-def _dotted(part: Capabilities) -> str:
-    return ".".join(map(str, part.compute_capability or ()))
-
-
-def _joined(names: Iterable[str] | None) -> str:
-    return "any" if names is None else ", ".join(sorted(names))
-
-
-def _sorted(items: Iterable[Any] | None) -> list[Any] | None:
-    return None if items is None else sorted(items)
+    dtypes = "any" if capabilities.dtypes is None else " ".join(DTYPES[name] for name in describe.dtypes(capabilities))
+    return describe.joined(capabilities.devices), dtypes, f"{len(capabilities.features)} of {len(Feature)}"

@@ -1,22 +1,16 @@
-"""The tensors of a call that nobody makes: shapes, dtypes and devices without memory.
-
-PyTorch's fake tensors carry all that an explanation reads, and can be on a device that is not here. They
-are made in fake mode and read outside it, so that kernels that are imported meanwhile are imported
-as they always are.
-"""
+"""The arguments of a call that nobody makes, of tensors that are described and nowhere."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnplug import CausalVariant
+from attnplug.cli.described import empty
 
 Lengths = tuple[int, ...]
 
@@ -27,12 +21,11 @@ def fake_call(arguments: argparse.Namespace) -> dict[str, Any]:
         device = torch.device(arguments.device)
     except RuntimeError:
         arguments.fail(f"--device: {arguments.device!r} is not a device of PyTorch; examples: cpu, cuda, cuda:1")
-    with FakeTensorMode(), device:
-        return _varlen(arguments) if arguments.varlen else _dense(arguments)
+    return _varlen(arguments, device) if arguments.varlen else _dense(arguments, device)
 
 
-def _dense(arguments: argparse.Namespace) -> dict[str, Any]:
-    query, key, value = _tensors(arguments, arguments.key or arguments.query)
+def _dense(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    query, key, value = _tensors(arguments, arguments.key or arguments.query, device)
     shapes = [tensor.shape for tensor in (query, key, value)]
     batch = math.prod(max(sizes) for sizes in _leading([tuple(shape[:-3]) for shape in shapes]))
     heads = max(shape[-3] if len(shape) > 2 else 1 for shape in shapes)
@@ -42,15 +35,15 @@ def _dense(arguments: argparse.Namespace) -> dict[str, Any]:
         "key": key,
         "value": value,
         "causal_variant": variant,
-        **_common(arguments, heads),
+        **_common(arguments, heads, device),
     }
     if arguments.mask is not None:
         kind, shape = arguments.mask
         dtype = torch.bool if kind == "bool" else query.dtype
         shape = (query.shape[-2:-1] + key.shape[-2:-1]) if shape is None else shape
-        call["attn_mask"] = torch.empty(shape, dtype=dtype, requires_grad=arguments.mask_grad)
+        call["attn_mask"] = empty(shape, dtype, device, arguments.mask_grad)
     if arguments.seqused:
-        call["seqused_k"] = torch.empty(batch, dtype=torch.int32)
+        call["seqused_k"] = empty((batch,), torch.int32, device)
     return call
 
 
@@ -60,27 +53,27 @@ def _leading(shapes: list[Lengths]) -> list[Lengths]:
     return list(zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True))
 
 
-def _varlen(arguments: argparse.Namespace) -> dict[str, Any]:
+def _varlen(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     queries, keys = arguments.varlen
     _check_tokens(arguments, "--query", arguments.query, queries)
     shape = arguments.key or (sum(keys), *arguments.query[1:])
     _check_tokens(arguments, "--key", shape, keys)
-    query, key, value = _tensors(arguments, shape)
+    query, key, value = _tensors(arguments, shape, device)
     call = {
-        "cu_seq_q": _cumulative(queries),
-        "cu_seq_k": _cumulative(keys),
+        "cu_seq_q": empty((len(queries) + 1,), torch.int32, device),
+        "cu_seq_k": empty((len(keys) + 1,), torch.int32, device),
         "max_q": max(queries),
         "max_k": max(keys),
     }
     if arguments.seqused:
-        call["seqused_k"] = torch.empty(len(keys), dtype=torch.int32)
+        call["seqused_k"] = empty((len(keys),), torch.int32, device)
     if arguments.paged is not None:
         blocks = [-(-length // arguments.paged) for length in keys]
         key, value = (_paged(tensor, sum(blocks), arguments.paged) for tensor in (key, value))
-        call["block_table"] = torch.empty(len(keys), max(blocks), dtype=torch.int32)
+        call["block_table"] = empty((len(keys), max(blocks)), torch.int32, device)
         if arguments.seqused:
             call["cu_seq_k"] = None  # the two together say where the keys are
-    return {"query": query, "key": key, "value": value, **call, **_common(arguments, query.shape[1])}
+    return {"query": query, "key": key, "value": value, **call, **_common(arguments, query.shape[1], device)}
 
 
 def _check_tokens(arguments: argparse.Namespace, option: str, shape: Lengths, lengths: Lengths) -> None:
@@ -90,21 +83,17 @@ def _check_tokens(arguments: argparse.Namespace, option: str, shape: Lengths, le
         arguments.fail(f"{option}: has {shape[0]} tokens, but the lengths of --varlen add up to {sum(lengths)}")
 
 
-def _cumulative(lengths: Lengths) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-
-
 def _paged(tensor: Tensor, pages: int, page_size: int) -> Tensor:
     return tensor.new_empty(pages, page_size, *tensor.shape[1:], requires_grad=tensor.requires_grad)
 
 
-def _tensors(arguments: argparse.Namespace, key: Lengths) -> list[Tensor]:
+def _tensors(arguments: argparse.Namespace, key: Lengths, device: torch.device) -> list[Tensor]:
     dtype = getattr(torch, arguments.dtype)
     shapes = (arguments.query, key, arguments.value or key)
-    return [torch.empty(shape, dtype=dtype, requires_grad=arguments.grad) for shape in shapes]
+    return [empty(shape, dtype, device, arguments.grad) for shape in shapes]
 
 
-def _common(arguments: argparse.Namespace, heads: int) -> dict[str, Any]:
+def _common(arguments: argparse.Namespace, heads: int, device: torch.device) -> dict[str, Any]:
     sinks = arguments.sinks or arguments.sinks_grad
     return {
         "is_causal": arguments.causal,
@@ -112,8 +101,8 @@ def _common(arguments: argparse.Namespace, heads: int) -> dict[str, Any]:
         "enable_gqa": arguments.gqa,
         "window_size": arguments.window or (-1, -1),
         "softcap": arguments.softcap,
-        "sinks": torch.empty(heads, requires_grad=arguments.sinks_grad) if sinks else None,
-        "alibi_slopes": torch.empty(heads) if arguments.alibi else None,
+        "sinks": empty((heads,), torch.float32, device, arguments.sinks_grad) if sinks else None,
+        "alibi_slopes": empty((heads,), torch.float32, device) if arguments.alibi else None,
         "dropout_p": arguments.dropout,
         "return_lse": arguments.lse,
     }

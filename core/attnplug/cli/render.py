@@ -1,23 +1,29 @@
-"""How reports look, decided in one place: rich tables on a terminal, plain text in a pipe.
+"""How reports look, decided in one place: tables as wide as a terminal, a line a row in a pipe.
 
-Without `rich` (the extra `attnplug[cli]`) a terminal gets the plain text too. While a command runs, only what goes
-through here reaches stdout: a plugin that prints when it is imported prints to stderr, and `--json` can be read.
+With `rich` (the extra `attnplug[cli]`) a terminal gets colours. While a command runs, only what goes through here
+reaches stdout: a plugin that prints when it is imported prints to stderr, and `--json` can be read.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import io
 import json
+import os
+import re
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 from attnplug import SDPBackend
-from attnplug._tables import table
+from attnplug._tables import fitting, table, wrap
 
-_GAP = "  "
-_LAST = 30
+FORMAT = 1
+"""The number that all JSON of the command line has as `format`; a later one means that a field has changed."""
+
 _STYLES = {
     "available": "green",
     "runs": "bold green",
@@ -30,9 +36,49 @@ _STYLES = {
     "declined": "yellow",
     "not applicable": "dim",
 }
-
+_ROW = re.compile(r"\S.*(?:\n .*)*")
+"""A row of a table that is laid out: its first line, and those below that are indented."""
 
 _out: TextIO | None = None
+
+
+class Unwritable(Exception):
+    """Stdout is closed or full."""
+
+
+@contextmanager
+def checked_stdout() -> Iterator[None]:
+    """Raise `Unwritable` where what is printed cannot be written; a reader that has left has read enough.
+
+    What is left in the buffer is thrown away, so that the interpreter does not complain when it ends.
+    """
+    if sys.stdout is None:
+        raise Unwritable("stdout is closed")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if not _is_of_stdout(error):
+            raise
+        _discard()
+        if isinstance(error, BrokenPipeError):
+            return
+        raise Unwritable(f"stdout cannot be written: {error.strerror}") from error
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Whether an error came from writing: one that concerns a file has its name."""
+    return error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+
+
+def _discard() -> None:
+    """Let stdout lead nowhere from now on."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, io.UnsupportedOperation):  # what stands for it in a notebook or a test has no number
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 @contextmanager
@@ -53,8 +99,18 @@ def out() -> TextIO:
 
 
 def put(text: object = "") -> None:
-    """Print a part of a report."""
-    print(text, file=out())
+    """Print a part of a report. A reader that has left, as `head` does, has read enough: the rest goes nowhere."""
+    try:
+        print(text, file=out(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out().fileno())
+
+
+def put_prose(*sentences: str) -> None:
+    """Print sentences below a table, each on a line of its own that a terminal's width wraps between words."""
+    width = shutil.get_terminal_size().columns if out().isatty() else None
+    lines = [line for text in sentences for line in ([text] if width is None else wrap(text, width))]
+    put("\n".join(["", *lines]))
 
 
 def family(backend: SDPBackend | None) -> str:
@@ -62,15 +118,15 @@ def family(backend: SDPBackend | None) -> str:
     return "-" if backend is None else backend.name
 
 
-def print_json(value: Any) -> None:
-    """Print `value` as JSON; anything but JSON's own types is a mistake."""
-    put(json.dumps(value, indent=2))
+def print_json(fields: Mapping[str, Any]) -> None:
+    """Print an object as JSON, with the number of its format; anything but JSON's own types is a mistake."""
+    put(json.dumps({"format": FORMAT, **fields}, indent=2))
 
 
 def print_table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], status: int, expendable: Sequence[str] = ()
 ) -> None:
-    """Print a table; a pipe gets all of it, one line a row.
+    """Print a table, as wide as the terminal; a pipe gets all of it, one line a row.
 
     Args:
         headers: of the columns.
@@ -79,38 +135,30 @@ def print_table(
         expendable: headers of the columns that a narrow terminal does without, the first one first; the
             command has a `--verbose` that shows them.
     """
-    if out().isatty() and importlib.util.find_spec("rich") is not None:
-        _print_rich(headers, rows, status, expendable)
-    else:
+    if not out().isatty():
         put(table(headers, rows))
-
-
-def _print_rich(headers: Sequence[str], rows: Sequence[Sequence[str]], status: int, expendable: Sequence[str]) -> None:
-    """Print a table as wide as the terminal, its last column wrapped. `Text` is not read as markup."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=out())
-    shown = fitting(headers, rows, console.width, expendable)
-    grid = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0), header_style="bold")
-    for position in shown:
-        grid.add_column(headers[position], no_wrap=position != shown[-1], overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(row[at], _STYLES.get(row[at], "") if at == status else "") for at in shown))
-    console.print(grid)
+        return
+    width = shutil.get_terminal_size().columns
+    shown = fitting(headers, rows, width, expendable)
+    text = table(headers, rows, width, expendable)
+    if importlib.util.find_spec("rich") is None:
+        put(text)
+    else:
+        _print_rich(text, [row[status] for row in rows])
     missing = [header for position, header in enumerate(headers) if position not in shown]
     if missing:
-        console.print(Text(f"\nNot shown for want of width: {', '.join(missing)}; --verbose shows all."))
+        put_prose(f"Not shown for want of width: {', '.join(missing)}; --verbose shows all.")
 
 
-def fitting(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int, expendable: Sequence[str]) -> list[int]:
-    """Return the columns that fit into `width` beside a last one of which at least `_LAST` is seen."""
-    needed = [max(len(line[column]) for line in (headers, *rows)) for column in range(len(headers))]
-    needed[-1] = min(needed[-1], _LAST)
-    shown = list(range(len(headers)))
-    for header in expendable:
-        if sum(needed[column] + len(_GAP) for column in shown) <= width:
-            break
-        shown.remove(headers.index(header))
-    return shown
+def _print_rich(text: str, statuses: Sequence[str]) -> None:
+    """Print a table that is laid out already with its headers bold and each row's status in its colour."""
+    from rich.console import Console
+    from rich.text import Text
+
+    styled = Text(text)
+    styled.stylize("bold", 0, text.index("\n"))
+    for status, row in zip(statuses, _ROW.finditer(text, text.index("\n") + 1), strict=False):
+        found = re.search(rf"(?<=\s){re.escape(status)}(?=\s|$)", row[0]) if status else None
+        if found is not None:
+            styled.stylize(_STYLES.get(status, ""), row.start() + found.start(), row.start() + found.end())
+    Console(file=out()).print(styled, soft_wrap=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
-from attnplug._tables import table
+from attnplug._tables import WIDTH, html_table, table
 
 PASSED, FAILED, DECLINED, NOT_APPLICABLE = "passed", "failed", "declined", "not applicable"
+HEADERS = ("check", "dtype", "result", "why")
 _SHOWN = 160
 
 
@@ -41,7 +43,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All results for one implementation; `str()` is a table, with each failure in full below it."""
+    """All results for one implementation; `str()` is the verdict, each failure in full, and a table of 80 columns."""
 
     name: str
     device: str
@@ -55,6 +57,7 @@ class Report:
 
     @property
     def failures(self) -> tuple[Result, ...]:
+        """What failed, the simplest first: an early failure often explains those that follow."""
         return tuple(result for result in self.results if result.status == FAILED)
 
     def __getitem__(self, check: str) -> tuple[Result, ...]:
@@ -67,10 +70,15 @@ class Report:
         return sum(result.seconds for result in self.results)
 
     def summary(self) -> str:
-        """Return the counts in one line."""
+        """Return the verdict and the counts in one line."""
         counts = Counter(result.status for result in self.results)
         shown = ", ".join(f"{counts[status]} {status}" for status in (PASSED, FAILED, DECLINED, NOT_APPLICABLE))
-        return f"{self.name} on {self.device}, {self.level}: {shown}; {self.seconds:.1f} s"
+        return f"{self.name} on {self.device}, {self.level}: {self._verdict()}; {shown}; {self.seconds:.1f} s"
+
+    def _verdict(self) -> str:
+        if self.failures:
+            return f"FAILED, first {self.failures[0].label}"
+        return "PASSED" if self.passed else "NOTHING WAS CHECKED"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data, for JSON."""
@@ -89,12 +97,18 @@ class Report:
         return [(result.check, result.dtype, result.status, _remark(result)) for result in self.results]
 
     def details(self) -> str:
-        """Return each failure in full, and the counts."""
-        failures = [f"{result.label}: {result.claim}\n{_indented(result.reason)}" for result in self.failures]
-        return "\n\n".join([*failures, self.summary()])
+        """Return each failure in full, the simplest first; empty if there is none."""
+        return "\n\n".join(f"{result.label}: {result.claim}\n{_indented(result.reason)}" for result in self.failures)
 
     def __str__(self) -> str:
-        return f"{table(('check', 'dtype', 'result', 'why'), self.rows())}\n\n{self.details()}"
+        return "\n\n".join(filter(None, (self.summary(), self.details(), table(HEADERS, self.rows(), WIDTH))))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        failed = [number for number, result in enumerate(self.results) if result.status == FAILED]
+        details = f"<pre>{escape(self.details())}</pre>" if failed else ""
+        return f"<p>{escape(self.summary())}</p>{details}{html_table(HEADERS, self.rows(), strong=failed)}"
 
 
 def _remark(result: Result) -> str:

@@ -1,0 +1,43 @@
+"""The commands that mend what is wrong, in one place: `list_impls()`, `explain` and `attnplug doctor` show them.
+
+A remedy is a line for a shell. Where no command helps there is none: nothing installs a GPU.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+from attnplug._registry.config import get_config
+from attnplug._registry.machine import lacks_gpu_build
+
+
+def reinstalled(distribution: str) -> str:
+    """Return what brings a later release of a distribution, or mends a broken installation of it."""
+    return f"pip install --upgrade --force-reinstall {shlex.quote(distribution)}"
+
+
+def gpu_build() -> str:
+    """Return what brings a PyTorch that can use this machine's GPU; empty if there is no GPU, or PyTorch can."""
+    return "pip install --force-reinstall torch" if lacks_gpu_build() else ""
+
+
+def left_out(plugin: str) -> str:
+    """Return what keeps a plugin from loading, besides those that are kept from it already."""
+    return _setting("ATTNPLUG_DISABLE", {*get_config().disable, plugin})
+
+
+def allowed_again(names: frozenset[str]) -> str:
+    """Return what lets the plugin load that has these names and that the environment forbids."""
+    config = get_config()
+    commands = []
+    if config.disable & names:
+        others = config.disable - names
+        commands.append(_setting("ATTNPLUG_DISABLE", others) if others else "unset ATTNPLUG_DISABLE")
+    if config.load is not None and not config.load & names:
+        commands.append(_setting("ATTNPLUG_LOAD", {*config.load, min(names, key=len)}))
+    return " && ".join(commands)
+
+
+def _setting(variable: str, names: Iterable[str]) -> str:
+    return f"export {variable}={shlex.quote(','.join(sorted(names)))}"

@@ -1,0 +1,109 @@
+"""`attnplug doctor` names what cannot run here, why, and the command that mends it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import attnplug
+from packages import Site
+
+
+def finding(data: dict, name: str) -> dict:
+    return next(each for each in data["findings"] if each["name"] == name)
+
+
+def test_a_missing_library_comes_with_the_command_that_brings_it(cli, register):
+    register(name="rocket", requires=("absent_module",), install="pip install rocket-fuel")
+    data = cli("doctor", "--json").data
+    assert finding(data, "rocket") == {
+        "name": "rocket",
+        "status": "unavailable",
+        "reason": "needs absent_module, not installed",
+        "remedy": "pip install rocket-fuel",
+    }
+    text = cli("doctor").out
+    assert "  rocket: needs absent_module, not installed\n      pip install rocket-fuel\n" in text
+
+
+def test_every_implementation_is_either_available_or_found(cli):
+    data = cli("doctor", "--json").data
+    names = {record.name for record in attnplug.list_impls()}
+    assert names <= {*data["available"], *(each["name"] for each in data["findings"])}
+
+
+def test_what_is_absent_is_no_fault(cli, register):
+    register(name="rocket", requires=("absent_module",))
+    done = cli("doctor")
+    assert done.status == 0 and done.out.startswith("Nothing is broken. ")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_kernel_that_cannot_be_imported_is_found_before_a_call_needs_it(cli, register):
+    register(name="wreck", kernel="absent_module.kernel")
+    done = cli("doctor", "--json")
+    assert (done.status, done.err, done.data["healthy"]) == (1, "", False)
+    found = finding(done.data, "wreck")
+    assert found["status"] == "broken" and "ModuleNotFoundError" in found["reason"]
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+def diagnosed(site: Site, **environment: str) -> tuple[int, dict]:
+    script = "import sys; from attnplug.cli import main; sys.exit(main(['doctor', '--json']))"
+    done = site.python(script, **environment)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_broken_plugin_is_to_be_installed_again(site):
+    site.install("fake-broken", {"broken": "raise OSError('no such library')\n"})
+    status, data = diagnosed(site)
+    found = finding(data, "broken")
+    assert status == 1 and "no such library" in found["reason"]
+    assert found["remedy"] == "pip install --upgrade --force-reinstall fake-broken"
+
+
+def test_two_that_claim_one_name_are_told_how_to_leave_one_out(site):
+    site.install_healthy("healthy")
+    source = (site.folder / "healthy.py").read_text()
+    site.install("fake-other", {"other": source})
+    status, data = diagnosed(site)
+    remedies = [each["remedy"] for each in data["findings"] if each["name"] == "healthy"]
+    assert status == 1
+    assert [command.endswith((",healthy", ",other")) or "healthy" in command for command in remedies] == [True, True]
+    assert all(command.startswith("export ATTNPLUG_DISABLE=") for command in remedies)
+
+
+def test_what_the_environment_forbids_comes_with_the_setting_that_allows_it(site):
+    site.install_healthy("healthy")
+    _, data = diagnosed(site, ATTNPLUG_DISABLE="healthy")
+    assert finding(data, "healthy")["remedy"] == "unset ATTNPLUG_DISABLE"
+    _, data = diagnosed(site, ATTNPLUG_LOAD="", ATTNPLUG_DISABLE="")
+    assert finding(data, "healthy")["remedy"] == "export ATTNPLUG_LOAD=healthy"
+
+
+def test_what_is_not_installed_can_be_installed(site):
+    _, data = diagnosed(site, ATTNPLUG_DISABLE="math_ref")
+    absent = {each["name"]: each["remedy"] for each in data["findings"] if each["status"] == "not installed"}
+    assert set(absent.values()) <= {
+        f"pip install 'attnplug[{extra}]'" for extra in ("math", "triton", "cuda", "adapters")
+    }
+    assert "math_ref" not in absent  # it is installed, and disabled
+
+
+def test_a_torch_that_cannot_be_imported_is_the_finding(shell, tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')\n")
+    done = shell("doctor", PYTHONPATH=str(tmp_path))
+    assert done.status == 1 and "Traceback" not in done.err
+    assert "torch: cannot be imported: OSError: libcudart.so.99" in done.out
+    assert "pip install --force-reinstall torch" in done.out
+
+
+def test_a_variable_that_means_nothing_is_to_be_unset(shell):
+    done = shell("doctor", ATTNPLUG_STRIC="1")
+    assert done.status == 1
+    assert "ATTNPLUG_STRIC: no such variable" in done.out and "unset ATTNPLUG_STRIC\n" in done.out
