@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint gpu bench docs clean
+.PHONY: help demo test test-slow lint gpu bench docs dist clean
 
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -44,6 +44,14 @@ bench: $(VENV)/dev  ## what the core costs, against what a user would call inste
 
 docs: $(VENV)/dev  ## the documentation, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# PYTHONS: in an empty environment of each of these what was built is tried; TORCH: a version, or newest.
+PYTHONS ?= $(PYTHON)
+dist: $(VENV)/bin/python  ## wheels and source distributions of everything, in dist, checked and tried
+	$(INSTALL) --requirement requirements-dist.txt
+	$(BIN)/python .ci/dist.py build
+	for python in $(PYTHONS); do \
+		$(BIN)/python .ci/dist.py try $$python --torch "$(TORCH)" --cpu-index "$(CPU_INDEX)" || exit; done
 
 clean:  ## take the environment away
 	rm -rf $(VENV)

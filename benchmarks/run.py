@@ -16,6 +16,7 @@ import harness
 
 PROGRAMS = (
     "calls",
+    "choices",
     "registered",
     "decoding",
     "scopes",

@@ -6,11 +6,14 @@ A page says `<!-- generate: NAME -->` on a line of its own, and gets what the fu
 from __future__ import annotations
 
 import argparse
+import html
+import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import metadata
+from pathlib import Path
 from typing import Any
-
-from mkdocs.exceptions import PluginError
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplRecord
@@ -18,6 +21,14 @@ from attnplug._registry.config import VARIABLES
 from attnplug.builtin.faults import OF_SDPA
 from attnplug.cli import COMMANDS, build_parser
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_ROOT = Path(__file__).resolve().parent.parent
+_H100 = _ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3"
+_NAMES = {"fa3-fwd 0.0.3": "FlashAttention 3", "torch cuDNN": "cuDNN", "torch flash": "PyTorch's flash"}
 _MARK = re.compile(r"^<!-- generate: (\w+) -->$", re.MULTILINE)
 _DISTRIBUTIONS = ("attnplug", "attnplug-math-ref", "attnplug-flash-triton", "attnplug-efficient-cuda")
 
@@ -25,6 +36,13 @@ _DISTRIBUTIONS = ("attnplug", "attnplug-math-ref", "attnplug-flash-triton", "att
 def on_page_markdown(markdown: str, **context: Any) -> str:
     """Put in what the marks of a page stand for; mkdocs calls this for every page."""
     return _MARK.sub(lambda mark: _PARTS[mark[1]](), markdown)
+
+
+def on_post_template(output: str, template_name: str, **context: Any) -> str:
+    """Make the links of the page for what is not found relative, so that the site works in any folder; for mkdocs."""
+    if template_name != "404.html":
+        return output
+    return re.sub(r'((?:href|src)=")/(?!/)', r"\g<1>./", output).replace('"base": "/"', '"base": "."')
 
 
 def commands() -> str:
@@ -70,6 +88,22 @@ def implementations() -> str:
     return _table(("implementation", "family", "distribution", "priority"), rows)
 
 
+def distributions() -> str:
+    """Return the distributions of this project, what each brings, and how it is installed."""
+    extras = {name: extra for extra, names in _extras().items() for name in names if extra != "all"}
+    rows = []
+    for name in (*_DISTRIBUTIONS, "attnplug-adapters"):
+        found = [f"`{record.name}`" for record in attnplug.list_impls() if record.distribution == name]
+        install = f"attnplug[{extras[name]}]" if name in extras else name
+        rows.append((f"`{name}`", ", ".join(found), metadata(name)["Summary"], f"`pip install {install}`"))
+    return _table(("distribution", "implementations", "what it is", "to install"), rows)
+
+
+def _extras() -> dict[str, list[str]]:
+    with (_ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]["optional-dependencies"]  # type: ignore[no-any-return]
+
+
 def devices() -> str:
     """Return what each implementation runs on, a line for each of its alternatives."""
     rows = [
@@ -93,7 +127,8 @@ def feature_matrix() -> str:
     """Return which implementation declares which feature, for some device."""
     records = _records()
     rows = [(f"`{feature.name}`", *(_declares(record, feature) for record in records)) for feature in Feature]
-    return _table(("feature", *(f"`{record.name}`" for record in records)), rows)
+    table = _table(("feature", *(f"`{record.name}`" for record in records)), rows)
+    return f'<div class="matrix" markdown="1">\n\n{table}\n\n</div>'
 
 
 def faults() -> str:
@@ -103,6 +138,96 @@ def faults() -> str:
         for fault in OF_SDPA.all
     ]
     return _table(("what PyTorch does", "device", "seen in PyTorch", "such a call is"), rows)
+
+
+def pictures() -> str:
+    """Return the two pictures of the home page: who decides, and how fast that may be."""
+    decides = (_ROOT / "docs/images/who-decides.svg").read_text(encoding="utf-8")
+    caption = (
+        "Forward, length 8,192, bfloat16: "
+        '<a href="gpu.html">GPU figures</a> has all of them, and what they were measured with.'
+    )
+    figures = [f"<figure>{decides}</figure>", f"<figure>{_bars()}<figcaption>{caption}</figcaption></figure>"]
+    return f'<div class="side-by-side">{"".join(figures)}</div>'.replace("\n", " ")
+
+
+def _bars() -> str:
+    """Return a bar chart of forward on an H100: a group for each head size, a bar for each implementation."""
+    found = [row for row in _json("hopper_forward")["forward"] if row["mask"] == "causal" and row["length"] == 8192]
+    impls = ("flash_triton", *_NAMES)
+    sizes = sorted({row["head_size"] for row in found})
+    rates = {(row["head_size"], row["implementation"]): row["tflops"] for row in found}
+    bar, left, bottom, scale = 25, 14, 310, 245 / max(rates.values())
+    parts = [
+        f'<text class="title" x="{left}" y="24">Causal attention on an H100</text>',
+        '<text class="label" x="404" y="24" text-anchor="end">TFLOP/s</text>',
+    ]
+    for group, size in enumerate(sizes):
+        start = left + group * (len(impls) * bar + 32)
+        for at, impl in enumerate(impls):
+            height, x = rates[size, impl] * scale, start + at * bar
+            label = f"{_NAMES.get(impl, impl)}, head size {size}: {rates[size, impl]:.0f} TFLOP/s"
+            parts.append(
+                f'<rect class="bar-{at}" x="{x}" y="{bottom - height:.0f}" width="{bar - 3}" height="{height:.0f}">'
+                f"<title>{html.escape(label)}</title></rect>"
+                f'<text x="{x + (bar - 3) / 2}" y="{bottom - height - 4:.0f}" text-anchor="middle">'
+                f"{rates[size, impl]:.0f}</text>"
+            )
+        middle = start + len(impls) * bar / 2
+        parts.append(f'<text x="{middle}" y="{bottom + 18}" text-anchor="middle" class="label">head size {size}</text>')
+    for at, impl in enumerate(impls):
+        x, y = left + at % 2 * 200, bottom + 44 + at // 2 * 22
+        name = html.escape(_NAMES.get(impl, impl))
+        parts.append(f'<rect class="bar-{at}" x="{x}" y="{y - 11}" width="12" height="12"/>')
+        parts.append(f'<text class="label" x="{x + 18}" y="{y}">{name}</text>')
+    label = "TFLOP/s of causal attention on an H100, by head size and implementation"
+    return f'<svg class="bars" viewBox="0 0 420 392" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def gpu_forward() -> str:
+    """Return forward on an H100: a row for each head size, length and mask."""
+    found = _json("hopper_forward")["forward"]
+    return _by_implementation(found, ("head_size", "length", "mask"), "tflops", "head size", "length", "mask")
+
+
+def gpu_decoding() -> str:
+    """Return decoding on an H100, GB/s of keys and values."""
+    found = _json("hopper_forward")["decoding"]
+    return _by_implementation(found, ("batch", "keys", "timed"), "gigabytes_per_second", "batch", "keys", "timed")
+
+
+def _by_implementation(rows: list[dict[str, Any]], key: tuple[str, ...], value: str, *headers: str) -> str:
+    names = list(dict.fromkeys(["flash_triton", *(row["implementation"] for row in rows)]))
+    cells = {(*(row[name] for name in key), row["implementation"]): f"{row[value]:.0f}" for row in rows}
+    kinds = dict.fromkeys(tuple(row[name] for name in key) for row in rows)
+    lines = [(*map(str, kind), *(cells.get((*kind, name), "-") for name in names)) for kind in kinds]
+    return _table((*headers, *(_NAMES.get(name, name) for name in names)), lines)
+
+
+def gpu_backward() -> str:
+    """Return backward on an H100: flash_triton as it is and in deterministic mode, and its peers."""
+    cells: dict[str, dict[str, str]] = {}
+    for result in _json("backward")["results"]:
+        kind, _, _ = result["name"].removeprefix("backward, ").partition(":")
+        found = {name.removeprefix("TFLOP/s of "): f"{rate:.0f}" for name, rate in result["details"].items()}
+        cells.setdefault(kind, {}).update(found)
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    titles = ["flash_triton, deterministic" if name == "deterministic" else name for name in names]
+    return _table(("case", *titles), [(kind, *(row.get(name, "-") for name in names)) for kind, row in cells.items()])
+
+
+def gpu_host() -> str:
+    """Return the time that a call of one head of 16 tokens takes on the host."""
+    rows = [
+        (result["name"].partition(" / ")[0], f"{result['details']['us']:.0f} µs", f"{result['value']:.1f}")
+        for result in _json("launching")["results"]
+        if result["name"].endswith("on the host")
+    ]
+    return _table(("implementation", "a call", "over `F.scaled_dot_product_attention`"), rows)
+
+
+def _json(name: str) -> Any:
+    return json.loads((_H100 / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _declares(record: ImplRecord, feature: Feature) -> str:
@@ -119,7 +244,7 @@ def _records() -> list[ImplRecord]:
     missing = set(_DISTRIBUTIONS) - {record.distribution for record in records if record.status != "broken"}
     if missing:
         names = ", ".join(sorted(missing))
-        raise PluginError(f"the documentation lists the plugins, so install {names}; `make docs` does")
+        raise LookupError(f"the documentation lists the plugins, so install {names}; `make docs` does")
     return records
 
 
@@ -137,5 +262,20 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 _PARTS = {
-    part.__name__: part for part in (commands, variables, features, implementations, devices, feature_matrix, faults)
+    part.__name__: part
+    for part in (
+        commands,
+        variables,
+        features,
+        implementations,
+        distributions,
+        devices,
+        feature_matrix,
+        faults,
+        pictures,
+        gpu_forward,
+        gpu_decoding,
+        gpu_backward,
+        gpu_host,
+    )
 }

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from attnplug._control.registration import list_flash_attention_impls, list_impls, register_impl, unregister_impl
 from attnplug._errors import (
     AttnplugError,
+    ChoicesError,
+    ChoicesWarning,
     ConfigError,
     DuplicateImplementationError,
     FallbackWarning,
@@ -26,6 +28,7 @@ from attnplug._errors import (
 )
 from attnplug._registry.hooks import hookimpl
 from attnplug._registry.kernel import Kernel
+from attnplug._selection.choices import Choices
 from attnplug._selection.watching import RecordedCall
 from attnplug._types import (
     Capabilities,
@@ -51,10 +54,12 @@ if TYPE_CHECKING:
     )
     from attnplug._control.binding import BindingHandle, bind
     from attnplug._control.checkpoints import checkpoint_contexts
+    from attnplug._control.choices import restore_choices, use_choices
     from attnplug._control.explain import Explanation, can_use_impl, explain
     from attnplug._control.patch import PatchHandle, patch_torch
     from attnplug._control.scopes import sdpa_kernel
     from attnplug._dispatch.recording import record
+    from attnplug.tuning import capture, tune
 
 WARN_FOR_UNFUSED_KERNELS = False
 """Set to True to be warned, with each reason, whenever a call falls back to the MATH family."""
@@ -73,10 +78,14 @@ _NEEDS_TORCH = {
     "BindingHandle": "attnplug._control.binding",
     "PatchHandle": "attnplug._control.patch",
     "bind": "attnplug._control.binding",
+    "capture": "attnplug.tuning",
     "checkpoint_contexts": "attnplug._control.checkpoints",
     "patch_torch": "attnplug._control.patch",
     "record": "attnplug._dispatch.recording",
+    "restore_choices": "attnplug._control.choices",
     "sdpa_kernel": "attnplug._control.scopes",
+    "tune": "attnplug.tuning",
+    "use_choices": "attnplug._control.choices",
 }
 
 __all__ = [
@@ -85,6 +94,9 @@ __all__ = [
     "BindingHandle",
     "Capabilities",
     "CausalVariant",
+    "Choices",
+    "ChoicesError",
+    "ChoicesWarning",
     "ConfigError",
     "DuplicateImplementationError",
     "Explanation",
@@ -110,6 +122,7 @@ __all__ = [
     "activate_flash_attention_impl",
     "bind",
     "can_use_impl",
+    "capture",
     "checkpoint_contexts",
     "compute_capability",
     "current_flash_attention_impl",
@@ -121,10 +134,13 @@ __all__ = [
     "record",
     "register_flash_attention_impl",
     "register_impl",
+    "restore_choices",
     "restore_flash_attention_impl",
     "scaled_dot_product_attention",
     "sdpa_kernel",
+    "tune",
     "unregister_impl",
+    "use_choices",
     "varlen_attn",
 ]
 

@@ -86,6 +86,10 @@ class ConfigError(AttnplugError, ValueError):
     """An environment variable of attnplug has a value that means nothing."""
 
 
+class ChoicesError(AttnplugError, ValueError):
+    """A file of measured choices cannot be read or written, or says something that no such file says."""
+
+
 class SpecError(AttnplugError, ValueError):
     """A field of an `ImplSpec` or `Capabilities` is wrong; the message names the field and the fix."""
 
@@ -112,6 +116,10 @@ class PluginWarning(UserWarning):
 
 class FallbackWarning(UserWarning):
     """A preferred implementation could not take a call, and the next candidate did."""
+
+
+class ChoicesWarning(UserWarning):
+    """Measured choices are in use and do not hold here, or not for a call: it runs in the default order."""
 
 
 def did_you_mean(name: object, known: Iterable[str], remarks: Mapping[str, str] | None = None) -> str:

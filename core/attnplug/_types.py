@@ -191,14 +191,15 @@ class ImplSpec:
 
     Args:
         name: what users write in `impl=`, scopes and `ATTNPLUG_IMPL`.
-        kernel: where the kernel is: `"package.module"` or `"package.module:attribute"`, imported when
-            first chosen; or, from a program, the object itself. It is a function (the forward), or a
-            module or object with a `forward` and whatever else `Kernel` lists; an attribute that looks like
-            one of those and is not is an error.
-        backend: the family that `sdpa_kernel` scopes select by.
+        kernel: where the kernel is: `"package.module"` or `"package.module:attribute"`, imported when it is
+            first chosen, or asked whether it takes a call; or, from a program, the object itself. It is a function
+            (the forward), or a module or object with a `forward` and whatever else `Kernel` lists; an attribute that
+            looks like one of those and is not is an error.
+        backend: the family that `sdpa_kernel` scopes select by; None for none, so that it runs in a scope only where
+            it is named.
         capabilities: what it supports.
-        priority: higher is preferred. `torch` stands first and attnplug's own implementations next, whatever
-            the others claim; the priority orders those of one rank.
+        priority: higher is preferred among those of one rank: `torch` stands first, attnplug's own implementations
+            next, everybody else's last, whatever they claim.
         requires: modules that must be installed, such as `("triton",)` or `("flash_attn.cute",)`; without them
             the implementation is listed as unavailable, and its kernel is never imported.
         install: the command that brings what it requires, such as `pip install triton`; shown where that is missing.

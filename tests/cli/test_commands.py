@@ -57,6 +57,25 @@ def test_every_command_has_help_and_json(cli, name):
     assert cli(name, *COMMANDS[name], "--json").data["format"] == 1
 
 
+def keys(value) -> set[str]:
+    """Return the names of all fields, but those of objects whose names are data."""
+    if isinstance(value, list):
+        return {name for item in value for name in keys(item)}
+    if not isinstance(value, dict):
+        return set()
+    below = {key: item for key, item in value.items() if key not in ("versions", "environment", "gpus")}
+    return {*value} | {name for item in below.values() for name in keys(item)}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_of_json_is_in_the_reference(cli, name):
+    page = (Path(__file__).parents[2] / "docs/reference/command-line.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    given = keys(cli(name, *COMMANDS[name], "--json").data)
+    assert {key for key in given if f"`{key}`" not in page} == set()
+    assert all(f"`{key}`" in page.partition("## JSON")[2] for key in given) and row
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_data_goes_to_stdout_and_nothing_else_does(cli, name):
     done = cli(name, *COMMANDS[name])

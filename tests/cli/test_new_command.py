@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attnplug
 from packages import Site
 
 FLAVOURS = ("torch", "triton", "cuda")
@@ -124,12 +125,12 @@ def test_a_new_package_installs_is_listed_and_passes_the_checks_and_its_own_test
     assert installed.returncode == 0, installed.stderr
 
     listed = environment("lent_attnplug", "list", "--json", cwd=folder.parent, **interpreted)
-    (record,) = (record for record in json.loads(listed.stdout) if record["name"] == name)
+    (record,) = (record for record in json.loads(listed.stdout)["implementations"] if record["name"] == name)
     assert (record["distribution"], record["version"]) == (name.replace("_", "-"), "0.1.0")
     assert record["status"] == "available"
 
     checked = environment("lent_attnplug", "check", name, "--json", cwd=folder.parent, **interpreted, **cache)
-    report = json.loads(checked.stdout)
+    (report,) = json.loads(checked.stdout)["reports"]
     assert [result for result in report["results"] if result["status"] == "failed"] == []
     assert (checked.returncode, report["passed"]) == (0, True)
 
@@ -169,11 +170,32 @@ def test_all_that_publishing_takes_is_written(write, flavour):
     folder = write("my_kernel", f"--{flavour}")
     assert files(folder) >= {
         *("pyproject.toml", "README.md", "LICENSE", ".gitignore", ".github/workflows/test.yml"),
-        *("my_kernel/__init__.py", "my_kernel/impl.py", "tests/test_conformance.py"),
+        *("my_kernel/__init__.py", "my_kernel/impl.py", "my_kernel/py.typed", "tests/test_conformance.py"),
     }
     named = re.findall(r"^\| `(\S+)`", (folder / "README.md").read_text(), re.MULTILINE)
     assert named and files(folder).issuperset(named)
     assert re.search(r"Copyright \(c\) 20\d\d, the my_kernel authors", (folder / "LICENSE").read_text())
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_new_kernel_stands_behind_all_others_for_a_range_of_versions_with_types(write, flavour):
+    site = installed(write("my_kernel", f"--{flavour}"))
+    done = site.python(RUN + "print(run('show', 'my_kernel')[1])")
+    (shown,) = json.loads(done.stdout)["implementations"]
+    assert shown["priority"] < min(r.priority for r in attnplug.list_impls() if r.name != "my_kernel")
+    major, minor = attnplug.__version__.split(".")[:2]
+    assert set(next(r for r in shown["requires"] if r.startswith("attnplug"))[8:].split(",")) == {
+        f">={major}.{minor}",
+        f"<{major}.{int(minor) + 1}",
+    }
+    text = (site.folder / "pyproject.toml").read_text()
+    assert re.search(r'package-data = \{ my_kernel = \["py\.typed"', text)
+
+
+def test_the_workflow_installs_the_build_for_the_cpu(write):
+    lines = (write("my_kernel") / ".github/workflows/test.yml").read_text().splitlines()
+    (command,) = (line for line in lines if "pip install torch" in line)
+    assert command.endswith("--index-url https://download.pytorch.org/whl/cpu")
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -14,7 +14,8 @@ from torch.overrides import handle_torch_function
 from attnplug._call.facts import UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import who_decides
+from attnplug._dispatch.plans import Plan, who_decides
+from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
 from attnplug._dispatch.recognised import PLAIN, known, recognise
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._selection.watching import wished
@@ -158,20 +159,32 @@ def scaled_dot_product_attention(
         and (window_size is OPEN_WINDOW or _is_open(window_size))
         and causal_variant is UPPER_LEFT
     )
+    # While measured choices are in use, one look-up says whether PyTorch's function or which kernel takes such a call.
+    quick: Any = None
+    if process.choices is not None and plain and process.plain and impl is None and state.scope is None:
+        if attn_mask is None and scale is None and dropout_p == 0.0 and return_lse is False and not state.watched:
+            quick = answer(query, key, value, is_causal, enable_gqa)
+        if type(quick) is Plan and holds(quick, query, key, value):
+            return quick.plain(query, key, value, 0.0, is_causal, None, enable_gqa)[0]  # type: ignore[misc]
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
     # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
     if (
-        plain
-        and process.plain
-        and return_lse is False
-        and (state.torch_first if impl is None else impl == "torch")
-        and not state.watched
-        and (scale is None or (type(scale) is float and 0.0 < scale < inf))
-        and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
-        and (enable_gqa is False or enable_gqa is True)
-        and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
-        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-        and (query.is_cpu or _are_aligned(query, key, value))
+        quick is PASS
+        or (quick is PASS_IF_ALIGNED and _are_aligned(query, key, value))
+        or (
+            plain
+            and process.plain
+            and return_lse is False
+            and (state.torch_first if impl is None else impl == "torch")
+            and (process.choices is None or impl is not None)
+            and not state.watched
+            and (scale is None or (type(scale) is float and 0.0 < scale < inf))
+            and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
+            and (enable_gqa is False or enable_gqa is True)
+            and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
+            and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
+            and (query.is_cpu or _are_aligned(query, key, value))
+        )
     ):
         try:
             if scale is None and not enable_gqa:
@@ -188,6 +201,7 @@ def scaled_dot_product_attention(
     if (
         plain
         and not is_dynamo_compiling()
+        and (process.choices is None or impl is not None)  # measured choices look at lengths
         and (impl is None or type(impl) is str)
         and (is_causal is False or is_causal is True)
         and (enable_gqa is False or enable_gqa is True)

@@ -16,6 +16,7 @@ from attnplug._call.device import described
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
 from attnplug._dispatch import traced
+from attnplug._dispatch.measured import applies, because, choice_of
 from attnplug._dispatch.resolver import Answer, explain_all, refusals
 from attnplug._run.contract import DIFFERENTIABLE
 from attnplug._selection.selection import current_selection
@@ -36,6 +37,7 @@ class Explanation:
         nearest: where nothing would run, the implementation that comes closest, with its reasons; where one of the
             MATH family would, the fused one that does. It may be one that is not installed. None elsewhere.
         remedy: what would let `nearest` run, a command or an argument of the call; empty if neither does.
+        measured: while measured choices are in use, what was measured for the call, or why no choice holds for it.
     """
 
     chosen: str | None
@@ -43,6 +45,7 @@ class Explanation:
     empty: bool = False
     nearest: Verdict | None = None
     remedy: str = ""
+    measured: str = ""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return name, family, answer and reasons of each implementation, for a table."""
@@ -66,15 +69,14 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [table(HEADERS, self.rows(), WIDTH)]
-        if advice := self.advice():
-            lines.append("\n".join(wrap(advice, WIDTH)))
+        lines += ["\n".join(wrap(text, WIDTH)) for text in (self.advice(), self.measured) if text]
         return "\n\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         strong = [number for number, verdict in enumerate(self.candidates) if verdict.name == self.chosen]
-        return html_table(HEADERS, self.rows(), strong=strong, caption=self.advice())
+        return html_table(HEADERS, self.rows(), strong=strong, caption=self.advice() or self.measured)
 
 
 HEADERS = ("implementation", "family", "", "reasons")
@@ -130,13 +132,26 @@ def explain(
         _refuse_device(compute_capability)
         return _traced(SDPAParams(**given), impl)
     params = _prepared(SDPAParams(**given))
-    registry, selection = start(), current_selection(impl)
+    registry = start()
     with described(compute_capability, params.query.device):
         if not params.query.is_nested and is_empty(params):
             return Explanation(
                 None, tuple(Verdict(entry.name, entry.spec.backend, False, _EMPTY) for entry in registry), empty=True
             )
-        return _explanation(explain_all(registry, selection, _facts(params), params))
+        facts = _facts(params)
+        choice, measured = _measured(impl, facts, params) if compute_capability is None else (None, "")
+        answer = explain_all(registry, current_selection(impl, choice), facts, params)
+    found = replace(_explanation(answer), measured=measured)
+    if choice is not None and choice == found.chosen:  # measured, so nobody faster is missed
+        found = replace(found, nearest=None, remedy="")
+    return found
+
+
+def _measured(impl: str | None, facts: CallFacts, params: SDPAParams) -> tuple[str | None, str]:
+    """Return the measured choice for a call, and what is to be said of it; nothing where another order is named."""
+    if not applies(impl):
+        return None, ""
+    return None if params.query.is_nested else choice_of(facts, params), because(facts, params)
 
 
 def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int, int] | None = None) -> Verdict:

@@ -200,7 +200,7 @@ def _allowed(selection: Selection, generation: int, enabled: frozenset[str]) -> 
         shown = ", ".join(sorted(enabled)) or "no family"
         reason = f"is of a family that is not enabled in torch.nn.attention.sdpa_kernel, where {shown} is"
         raise NoImplementationError({entry.name: (reason,) for entry in candidates}, selection.exact)
-    scope = (True, names)
+    scope = (selection.scope is not None and selection.scope[0], names)
     return scope, is_torch_first(scope)
 
 
@@ -264,10 +264,15 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 def _fastpath_enabled() -> bool:
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return _original_fastpath() and not _selected() and process.bindings == 0
+        return _original_fastpath() and not _chosen() and process.bindings == 0
     return True
 
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread."""
+    return process.choices is not None or _chosen()
+
+
+def _chosen() -> bool:
+    """Whether somebody has chosen, or listens. Measured choices do not end the fast path, which was not measured."""
     return not process.plain or thread.state.scope is not None or bool(thread.state.watched)

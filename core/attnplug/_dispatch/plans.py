@@ -10,8 +10,10 @@ from torch import Tensor
 
 from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import CallFacts, Layout
+from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import default_scale
 from attnplug._call.requirements import needs_grad
+from attnplug._dispatch.measured import applies, tell, tree_of
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
 from attnplug._dispatch.watched import run_watched
@@ -23,6 +25,7 @@ from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
+from attnplug._selection.trees import Tree, walked
 from attnplug._selection.watching import RecordedCall
 from attnplug._types import Feature, SDPAParams, SDPBackend
 
@@ -119,10 +122,26 @@ class _ByLayout:
 BY_LAYOUT = _ByLayout()
 
 
+class ByChoice:
+    """Kept in a plan's place where measured choices decide: the plans are kept under the choice for the sizes."""
+
+    plain = None
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.plans: dict[str | None, Any] = {}
+
+    def find(self, params: SDPAParams) -> Any:
+        """Return what is kept under the choice for the sizes of a call."""
+        return self.plans.get(walked(self.tree, sizes_of(params)))
+
+
 def find(impl: str | None, facts: CallFacts, params: SDPAParams) -> Plan | None:
     """Return the plan that is kept for a call, if there is one. 0.5 us."""
     who = who_decides(impl)
     plan = plans.get((who, facts))
+    if type(plan) is ByChoice:
+        plan = plan.find(params)
     if plan is BY_LAYOUT:
         plan = plans.get((who, facts._replace(layout=Layout.of(params))))
     return plan  # type: ignore[no-any-return]
@@ -136,17 +155,43 @@ def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = Tr
         UnknownImplementationError: `impl` names no implementation.
     """
     registry = start()
-    key = who_decides(impl), facts  # as it is before kernels are asked: what changes meanwhile must not find this plan
-    decision = resolve(registry, current_selection(impl), facts, params)
+    who = who_decides(impl)  # as it is before kernels are asked: what changes meanwhile must not find this plan
+    key: Any = who, facts
+    choices, choice = _choices(impl, facts, params, key if keep else None)
+    decision = resolve(registry, current_selection(impl, choice), facts, params)
     plan = Plan(decision, facts, 0.0 if params.query.is_nested else default_scale(params.query))
     if keep:
         if len(plans) >= KEPT:
             plans.clear()
+        place: dict[Any, Any] = plans
+        if choices is not None:
+            place, key = choices.plans, choice
         if decision.shape_dependent:
-            plans[key] = BY_LAYOUT
-            key = key[0], facts._replace(layout=Layout.of(params))
-        plans[key] = plan
+            place[key] = BY_LAYOUT
+            place, key = plans, (who, facts._replace(layout=Layout.of(params)))
+        place[key] = plan
     return plan
+
+
+def _choices(
+    impl: str | None, facts: CallFacts, params: SDPAParams, key: Hashable
+) -> tuple[ByChoice | None, str | None]:
+    """Return where plans are kept by choice, and the measured choice for a call; None where nothing is measured.
+
+    `key` is None for a decision that is not kept.
+    """
+    if not applies(impl):
+        return None, None
+    tree = None if params.query.is_nested else tree_of(facts)
+    choice = None if tree is None else walked(tree, sizes_of(params))
+    if choice is None:
+        tell(facts, params)
+    if tree is None or key is None:
+        return None, choice
+    kept = plans.get(key)
+    if type(kept) is not ByChoice:
+        kept = plans[key] = ByChoice(tree)
+    return kept, choice
 
 
 def _forget(registry: Registry) -> None:

@@ -23,13 +23,18 @@ from attnplug._types import SDPAParams
 if TYPE_CHECKING:
     from attnplug._dispatch.plans import Plan
 
-_TensorGuards: Any = torch._C._dynamo.guards.TensorGuards  # it takes more than its stub says
+_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+"""Private to PyTorch: where a release has none, or another, nothing is recognised, and facts decide as ever."""
 PLAIN = (Tensor, torch.nn.Parameter)
 SEVERAL = 8
 """How many kinds of tensors are recognised for each way to call; others are decided by their facts."""
 
+WAYS = 4096
+
 Known = tuple[Callable[..., bool], bool | None, torch.dtype | None, Any]
 known: dict[Hashable, tuple[Known, ...]] = {}
+"""By who decides and how the function is called. Emptied when the registry changes; what another thread adds just then
+has the old generation in its key, and is never found."""
 
 
 def recognise(
@@ -71,7 +76,8 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None)
     tensors = [query, key, params.value, *([] if mask is None else [mask])]
     others, autocasts = known.get(way, ()), any_autocast()
     if (
-        len(others) >= SEVERAL
+        _TensorGuards is None
+        or len(others) >= SEVERAL
         or plan.decision.shape_dependent
         or is_transformed()
         or any(type(tensor) not in PLAIN for tensor in tensors)
@@ -80,8 +86,14 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None)
         or (autocasts and (plan.plain is None or torch.get_autocast_dtype(query.device.type) is not query.dtype))
     ):
         return
+    try:
+        fits = _comparison(tensors)
+    except TypeError:  # a release whose guards take other arguments
+        return
     square = query.shape[2] == key.shape[2] if params.is_causal else None
-    known[way] = (*others, (_comparison(tensors), square, query.dtype if autocasts else None, plan))
+    if len(known) >= WAYS:
+        known.clear()
+    known[way] = (*others, (fits, square, query.dtype if autocasts else None, plan))
 
 
 def _comparison(tensors: list[Tensor]) -> Callable[..., bool]:

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._call.autocast import no_autocast
 from attnplug._call.facts import CallFacts, Extensions, Layout, TensorFacts, example
+from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._dispatch.measured import applies, tell_of_problem, tree_of_trace
 from attnplug._dispatch.plans import Result
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
@@ -99,10 +101,39 @@ def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
     registry = process.registry
     assert registry is not None
     facts = _constant(CallFacts.of(params))
-    selected = (thread.state.scope, impl, process.activation, index(registry.generation))
+    generation = index(registry.generation)
+    choice = _measured(params, facts, generation) if applies(impl) else None
+    selected = (thread.state.scope, impl, process.activation, generation, choice)
     if _shape_matters(*selected, facts):
         facts = (*facts[:-1], _constant(Layout.of(params)))
     return (*selected, facts)
+
+
+def _measured(params: SDPAParams, facts: Any, generation: int) -> str | None:
+    """Return, as a constant, the measured choice for a call, with a guard for each size that it depends on.
+
+    An exported program has one choice for all lengths that its dimensions may have, so there it may not depend on them.
+    """
+    tree = _tree(facts, generation)
+    for size in sizes_of(params):
+        if not isinstance(tree, tuple):
+            break
+        if is_exporting() and isinstance(size, torch.SymInt):
+            return None
+        for bound, branch in tree:
+            if _constant(size <= bound):
+                tree = branch
+                break
+        else:
+            return None
+    return tree  # type: ignore[no-any-return]
+
+
+@constant_in_traces
+def _tree(items: Any, generation: int) -> Any:
+    facts = _facts(items)
+    tell_of_problem(facts)
+    return tree_of_trace(facts)
 
 
 def _run(params: SDPAParams, name: str, composite: bool) -> Result:
@@ -144,19 +175,23 @@ def _facts(items: tuple[Any, ...]) -> CallFacts:
     )
 
 
-def _resolved(scope: Any, impl: str | None, activation: str | None, items: tuple[Any, ...]) -> Decision:
+def _resolved(
+    scope: Any, impl: str | None, activation: str | None, choice: str | None, items: tuple[Any, ...]
+) -> Decision:
     """Decide as an eager call with these facts would, on fake tensors that have them."""
     facts = _facts(items)
     with _disable_current_modes(), FakeTensorMode():
         params = example(facts)
         with torch.enable_grad():
-            return resolve(start(), Selection(impl, scope, activation, process.preferred), facts, params)
+            return resolve(start(), Selection(impl, scope, activation, process.preferred, choice), facts, params)
 
 
 @constant_in_traces
-def _described(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[str, ...]:
+def _described(
+    scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
+) -> tuple[str, ...]:
     """Return what is said of a decision, as an operator can be told it."""
-    return as_constants(_resolved(scope, impl, activation, items), _facts(items).device)
+    return as_constants(_resolved(scope, impl, activation, choice, items), _facts(items).device)
 
 
 def explained(params: SDPAParams, impl: str | None) -> Answer:
@@ -168,8 +203,10 @@ def explained(params: SDPAParams, impl: str | None) -> Answer:
 
 
 @constant_in_traces
-def _explained(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[Any, ...]:
-    facts, selection = _facts(items), Selection(impl, scope, activation, process.preferred)
+def _explained(
+    scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
+) -> tuple[Any, ...]:
+    facts, selection = _facts(items), Selection(impl, scope, activation, process.preferred, choice)
     with _disable_current_modes(), FakeTensorMode():
         params = example(facts)
         with torch.enable_grad():
@@ -183,18 +220,22 @@ def _items(verdict: Verdict) -> tuple[Any, ...]:
 
 
 @constant_in_traces
-def _shape_matters(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> bool:
+def _shape_matters(
+    scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
+) -> bool:
     try:
-        return _resolved(scope, impl, activation, items).shape_dependent
+        return _resolved(scope, impl, activation, choice, items).shape_dependent
     except AttnplugError:
         return True  # another shape may do, and if not then `_choose` says so
 
 
 @constant_in_traces
-def _choose(scope: Any, impl: str | None, activation: str | None, generation: int, items: Any) -> tuple[str, bool, str]:
+def _choose(
+    scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
+) -> tuple[str, bool, str]:
     """Return the name under which the chosen kernel is kept, whether it is traced into, and what went wrong."""
     try:
-        decision = _resolved(scope, impl, activation, items)
+        decision = _resolved(scope, impl, activation, choice, items)
     except AttnplugError as error:
         return "", False, str(error)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():

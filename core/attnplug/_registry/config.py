@@ -15,6 +15,7 @@ from attnplug._errors import ConfigError, did_you_mean
 
 VARIABLES = {
     "ATTNPLUG_IMPL": "names of the implementations to prefer, separated by commas",
+    "ATTNPLUG_CHOICES": "a file of measured choices, or auto: those that `attnplug tune` saved for this user",
     "ATTNPLUG_LOAD": "the only entry points that may load, by name; empty: none",
     "ATTNPLUG_DISABLE": "entry points that never load, by name",
     "ATTNPLUG_STRICT": "1: a broken plugin raises instead of warning",
@@ -27,6 +28,7 @@ class Config:
     """What the environment says. `load` is `None` when everything may load."""
 
     impl: tuple[str, ...] = ()
+    choices: str = ""
     load: frozenset[str] | None = None
     disable: frozenset[str] = frozenset()
     strict: bool = False
@@ -53,6 +55,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
     load = environ.get("ATTNPLUG_LOAD")
     return Config(
         impl=_names("ATTNPLUG_IMPL", environ),
+        choices=environ.get("ATTNPLUG_CHOICES", "").strip(),
         load=None if load is None else frozenset(_names("ATTNPLUG_LOAD", environ)),
         disable=frozenset(_names("ATTNPLUG_DISABLE", environ)),
         strict=_switch("ATTNPLUG_STRICT", environ),

@@ -1,6 +1,6 @@
-"""Who decides about one call: `impl=`, the scope, the activation, the environment, and the order of the registry.
+"""Who decides about one call: `impl=`, the scope, the activation, the environment, measurement, and the registry.
 
-That order is `Entry.rank`: `torch`, attnplug's own implementations, everybody else's.
+The registry's order is `Entry.rank`: `torch`, attnplug's own implementations, everybody else's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ class Selection:
     scope: Scope | None = None
     activation: str | None = None
     preferred: tuple[str, ...] = ()
+    choice: str | None = None
+    """What was measured to be the fastest for this kind of call."""
 
     @property
     def exact(self) -> str:
@@ -37,7 +39,7 @@ class Selection:
         """The first choices that may be passed over, but not in silence."""
         if self.impl is not None:
             return ()
-        return tuple(name for name in (self.activation, *self.preferred) if name is not None)
+        return tuple(name for name in (self.activation, *self.preferred, self.choice) if name is not None)
 
     def candidates(self, registry: Registry) -> list[Entry]:
         """Return the allowed implementations, most preferred first; quantized ones only if they are named."""
@@ -68,9 +70,9 @@ class Selection:
         return f"outside {self.exact}"
 
 
-def current_selection(impl: str | None = None) -> Selection:
-    """Return what decides in this thread now."""
-    return Selection(impl, thread.state.scope, process.activation, process.preferred)
+def current_selection(impl: str | None = None, choice: str | None = None) -> Selection:
+    """Return what decides in this thread now; `choice` is what was measured for the call."""
+    return Selection(impl, thread.state.scope, process.activation, process.preferred, choice)
 
 
 def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:

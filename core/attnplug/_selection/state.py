@@ -15,13 +15,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from attnplug._errors import ScopeError
+from attnplug._errors import ChoicesError, ConfigError, ScopeError
 from attnplug._registry.config import get_config
 from attnplug._registry.discovery import get_registry
 from attnplug._registry.forks import START, lock
 from attnplug._registry.registry import Registry
+from attnplug._selection.choices import Choices
 from attnplug._tracing import constant_in_traces
 
 Scope = tuple[bool, tuple[str, ...]]
@@ -65,7 +67,8 @@ class _ProcessState:
         self.registry: Registry | None = None
         self.activation: str | None = None
         self.preferred: tuple[str, ...] = ()
-        self.plain = False  # whether `torch` runs whatever it supports, outside any scope
+        self.choices: Choices | None = None  # measured, and in use
+        self.plain = False  # whether, unless measured otherwise, `torch` runs whatever it supports, outside any scope
         self.watchers: tuple[Any, ...] = ()  # of every thread
         self.watched = ""
         self.bindings = 0  # how many modules are bound
@@ -138,6 +141,7 @@ def start() -> Registry:
     Raises:
         ConfigError, PluginError: what reading the environment and loading the plugins raise.
         UnknownImplementationError: `ATTNPLUG_IMPL` names an implementation that does not exist.
+        ConfigError: `ATTNPLUG_CHOICES` names a file that holds no measured choices.
     """
     if process.registry is None:
         with _start_lock:
@@ -155,10 +159,33 @@ def _start() -> None:
         return
     registry, config = get_registry(), get_config()
     process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
+    process.choices = choices_of_environment()
     while process.listeners:  # each once, though a signal's handler may come here in the middle of it
         process.listeners.pop(0)(registry)
     process.plain = process.activation is None and not process.preferred
     process.registry = registry
+
+
+def choices_of_environment() -> Choices | None:
+    """Return the measured choices that `ATTNPLUG_CHOICES` names; None if it names none.
+
+    `auto` may stand in the environment before there are any.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no choices.
+    """
+    named = get_config().choices
+    if not named:
+        return None
+    from attnplug._selection.choice_files import default_place
+
+    place = default_place() if named == "auto" else Path(named).expanduser()
+    if named == "auto" and not place.exists():
+        return Choices(source=str(place))
+    try:
+        return Choices.load(place)
+    except ChoicesError as error:
+        raise ConfigError(f"ATTNPLUG_CHOICES: {error}") from error
 
 
 @constant_in_traces

@@ -14,6 +14,7 @@ is imported when it is first used, and PyTorch with it: comparing two reports ne
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from attnplug.bench._captured import Cases
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._compare import Change, compare
@@ -34,6 +35,7 @@ __all__ = [
     "SETS",
     "BenchError",
     "Case",
+    "Cases",
     "Ceiling",
     "Change",
     "Noise",

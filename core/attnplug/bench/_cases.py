@@ -6,6 +6,7 @@ half that nobody needs. That is what makes TFLOP/s of different kernels comparab
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -24,6 +25,8 @@ BACKWARD = 2.5
 """Five products against two: the scores again, and one for each of dP, dV, dQ and dK."""
 
 _SIZES = ("batch", "heads", "kv_heads", "queries", "keys", "head_size", "value_head_size")
+_NUMBERS = ("softcap", "dropout")
+_MORE = ("sinks", "alibi", "lse")
 _DEFAULTS = {"kv_heads": "heads", "keys": "queries", "value_head_size": "head_size"}
 _SHRUNK = 64
 
@@ -46,6 +49,11 @@ class Case:
         causal_variant: `UPPER_LEFT` or `LOWER_RIGHT`.
         mask: `boolean` or `additive`, of shape `(batch, 1, queries, keys)`, with random entries; empty for none.
         window: `(left, right)` keys around a query's position; -1 leaves a side open.
+        softcap: of the logits; 0 is off.
+        sinks: one more logit in the denominator of each head.
+        alibi: a slope for each query head.
+        dropout: the probability with which a probability is zeroed, below 1.
+        lse: ask for the logsumexp too.
         dtype: float16, bfloat16, float32 or float64.
         device: `cpu`, `cuda`, `cuda:1`.
         backward: measure the gradients of query, key and value too.
@@ -72,6 +80,11 @@ class Case:
     causal_variant: str = "UPPER_LEFT"
     mask: str = ""
     window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    sinks: bool = False
+    alibi: bool = False
+    dropout: float = 0.0
+    lse: bool = False
     dtype: str = "float32"
     device: str = "cpu"
     backward: bool = False
@@ -127,6 +140,8 @@ class Case:
             parts.append(f"window{self.window[0]},{self.window[1]}")
         if self.mask:
             parts.append(f"{self.mask}-mask")
+        parts += [f"{name}{getattr(self, name):g}" for name in _NUMBERS if getattr(self, name)]
+        parts += [name for name in _MORE if getattr(self, name)]
         return " ".join([*parts, self.dtype, *(["fwd+bwd"] if self.backward else [])])
 
     @property
@@ -229,9 +244,13 @@ def _check(case: Case) -> None:
         if getattr(case, name) not in known:
             accepted = ", ".join(repr(item) for item in known)
             raise BenchError(f"{name}: expected one of {accepted}, got {getattr(case, name)!r}")
-    for name in ("causal", "backward"):
+    for name in ("causal", "backward", *_MORE):
         if not isinstance(getattr(case, name), bool):
             raise BenchError(f"{name}: expected true or false, got {getattr(case, name)!r}")
+    for name in _NUMBERS:
+        value, most = getattr(case, name), 1.0 if name == "dropout" else math.inf
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < most:
+            raise BenchError(f"{name}: expected a number from 0 on, below {most:g}, got {value!r}")
     window = case.window
     sides = isinstance(window, tuple) and len(window) == 2 and all(type(side) is int and side >= -1 for side in window)
     if not sides:

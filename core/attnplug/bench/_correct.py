@@ -22,6 +22,8 @@ from attnplug.testing._compare import assert_outcome, expected, is_quantized
 
 SCORES = {"cpu": 2**21, "cuda": 2**24}
 """How many scores the reference may hold at once, for each device type."""
+_SHOWN = 20  # queries of a call that shows what was dropped
+_FLAT = 0.02  # a scale with which no probability is near 0
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class Sample:
     inputs: Inputs
     expected: Expected
 
-    def outcome(self, out: Tensor, gradients: tuple[Tensor, ...]) -> Outcome:
+    def outcome(self, out: Tensor, lse: Tensor | None, gradients: tuple[Tensor, ...]) -> Outcome:
         """Return what a full result says of this part."""
+        place = (self.batch, self.heads, self.rows)
         parts = {}
         for name, gradient in zip(LEAVES, gradients, strict=False):
             heads, rows = (self.heads, self.rows) if name == "query" else (self.kv_heads, slice(None))
             parts[name] = gradient[self.batch, heads, rows]
-        return Outcome(out.detach()[self.batch, self.heads, self.rows], None, parts)
+        return Outcome(out.detach()[place], None if lse is None else lse.detach()[place], parts)
 
 
 class Reference:
@@ -58,16 +61,51 @@ class Reference:
             self._grad_out[place] = problem.grad_out[place]
 
     def mistake(self, impl: str) -> str:
-        """Run an implementation; return what is wrong with its result, an empty string if it is right."""
-        out = self._problem.forward(impl)
+        """Run an implementation; return what is wrong with its result, an empty string if it is right.
+
+        What a kernel drops nobody knows, so the result is compared without dropout, and dropout in a small call.
+        """
+        out, lse = self._problem.forward_with_lse(impl, dropout_p=0.0)
         gradients = self._problem.backward(out, self._grad_out) if self._problem.case.backward else ()
         for sample in self.samples:
             try:
-                outcome = sample.outcome(out, gradients)
+                outcome = sample.outcome(out, lse, gradients)
                 assert_outcome(sample.call, sample.inputs, sample.expected, outcome, is_quantized(impl))
             except CheckFailure as failure:
-                return str(failure.args[0]).replace("\n", "; ")
+                return _in_one_line(failure)
+        return _mistake_of_dropout(self._problem.case, impl)
+
+
+def _mistake_of_dropout(case: Case, impl: str) -> str:
+    """Return what is wrong with dropout; values that are the identity show in out what was dropped."""
+    if not case.dropout:
         return ""
+    size = case.value_head_size
+    shown = Call(
+        batch=1,
+        heads=case.heads // case.kv_heads,
+        kv_heads=1,
+        queries=min(size, _SHOWN),
+        keys=size,
+        head_size=case.head_size,
+        value_head_size=size,
+        dtype=case.dtype,
+        device=case.device,
+        is_causal=False,
+        dropout_p=case.dropout,
+        scale=_FLAT,
+        values="identity",
+        gradients=LEAVES if case.backward else (),
+    )
+    try:
+        shown.check(impl)
+    except CheckFailure as failure:
+        return f"with dropout: {_in_one_line(failure)}"
+    return ""
+
+
+def _in_one_line(failure: CheckFailure) -> str:
+    return str(failure.args[0]).replace("\n", "; ")
 
 
 def _places(case: Case) -> list[tuple[slice, slice, slice, slice]]:
@@ -101,9 +139,11 @@ def _sample(problem: Problem, batch: slice, heads: slice, kv_heads: slice, rows:
         "value": given["value"][batch, kv_heads].detach(),
         "causal_variant": CausalVariant[variant],
         "scale": None,
-        "softcap": 0.0,
         "dropout_p": 0.0,
     }
+    for name in ("sinks", "alibi_slopes"):
+        if name in given:
+            arguments[name] = given[name][heads]
     if case.mask:
         arguments["attn_mask"] = given["attn_mask"][batch, :, rows]
     grad_out = problem.grad_out[batch, heads, rows]
@@ -122,6 +162,10 @@ def _sample(problem: Problem, batch: slice, heads: slice, kv_heads: slice, rows:
         is_causal=case.causal,
         causal_variant=variant,
         window_size=case.window,
+        softcap=case.softcap,
+        sinks=case.sinks,
+        alibi="h" if case.alibi else "",
+        lse=case.lse,
         gradients=LEAVES if case.backward else (),
     )
     return Sample(batch, heads, kv_heads, rows, call, inputs, expected(call, inputs))

@@ -7,17 +7,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from attnplug.bench._captured import Cases
 from attnplug.bench._cases import Case
 from attnplug.bench._errors import BenchError, needed
 from attnplug.bench._sets import default_device, default_dtype
 
 
-def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> list[Case]:
-    """Return the cases of a `.yaml`, `.yml` or `.toml` file.
+def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> list[Case] | Cases:
+    """Return the cases of a `.yaml`, `.yml` or `.toml` file, or of a `.json` file that `attnplug.capture()` gave.
 
-    The file has `cases` (in TOML `[[cases]]`), each a mapping of fields of `Case`, and maybe `defaults` with
-    fields for all of them. A field that is a list of values stands for a case with each of them; a `window`,
-    itself a list, for a list of windows. `length` sets queries and keys at once.
+    What a capture saved comes back as `Cases`, with counts. Any other file has `cases` (in TOML `[[cases]]`), each a
+    mapping of fields of `Case`, and maybe `defaults` with fields for all of them. A field that is a list of values
+    stands for a case with each of them; a `window`, itself a list, for a list of windows. `length` sets queries and
+    keys at once.
 
     Args:
         path: of the file.
@@ -29,6 +31,8 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
         BenchError: the file cannot be read, or says something that no case is.
     """
     path = Path(path)
+    if path.suffix.lower() == ".json":
+        return _captured(path, device, dtype)
     content = _load(path)
     if not isinstance(content, dict) or not isinstance(content.get("cases"), list):
         raise BenchError(f"{path}: expected a list called 'cases', got {_kind(content)}")
@@ -52,10 +56,20 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
     return _distinct(cases)
 
 
+def _captured(path: Path, device: str | None, dtype: str | None) -> Cases:
+    """Return the cases of a capture, on another device or in another dtype if one is given."""
+    forced = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    found, cases = Cases.load(path), Cases()
+    for case, count in found.items():
+        cases[case.but(**forced)] += count
+    cases.left_out.update(found.left_out)
+    return cases
+
+
 def _load(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
-        raise BenchError(f"{path}: expected a file that ends in .yaml, .yml or .toml")
+        raise BenchError(f"{path}: expected a file that ends in .yaml, .yml, .toml or .json")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

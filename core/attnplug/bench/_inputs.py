@@ -36,10 +36,15 @@ class Problem:
         """Query, key and value."""
         return tuple(self.arguments[name] for name in LEAVES)
 
-    def forward(self, impl: str) -> Tensor:
+    def forward(self, impl: str, **changes: Any) -> Tensor:
         """Run an implementation; where the case has backward, with all that backward needs kept."""
+        return self.forward_with_lse(impl, **changes)[0]
+
+    def forward_with_lse(self, impl: str, **changes: Any) -> tuple[Tensor, Tensor | None]:
+        """Do the same; return the logsumexp too, where the case asks for it. `changes` are to the arguments."""
         with torch.set_grad_enabled(self.case.backward):
-            return attnplug.scaled_dot_product_attention(**self.arguments, impl=impl)
+            found = attnplug.scaled_dot_product_attention(**{**self.arguments, **changes}, impl=impl)
+        return found if isinstance(found, tuple) else (found, None)
 
     def backward(self, out: Tensor, grad_out: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the gradients of query, key and value; it may be called again."""
@@ -62,7 +67,8 @@ class Problem:
 
     def params(self) -> attnplug.SDPAParams:
         """Return the call as the record that selection reads."""
-        return attnplug.SDPAParams(**self.arguments)
+        given = dict(self.arguments)
+        return attnplug.SDPAParams(dropout=given.pop("dropout_p"), **given)
 
 
 def make(case: Case) -> Problem:
@@ -73,6 +79,27 @@ def make(case: Case) -> Problem:
         made = torch.randn(shape, generator=generator, dtype=case.torch_dtype, device=case.device)
         return made.requires_grad_(needs_grad)
 
+    arguments = _arguments(case, normal)
+    if case.mask:
+        arguments["attn_mask"] = _mask(case, generator)
+    return Problem(case, arguments, normal(case.batch, case.heads, case.queries, case.value_head_size))
+
+
+def empty_params(case: Case) -> attnplug.SDPAParams:
+    """Return the call of a case as the record that selection reads, with tensors that take no memory."""
+
+    def empty(*shape: int, needs_grad: bool = False) -> Tensor:
+        return torch.empty(shape, dtype=case.torch_dtype, device="meta", requires_grad=needs_grad)
+
+    arguments = _arguments(case, empty)
+    if case.mask:
+        mask = empty(case.batch, 1, case.queries, case.keys)
+        arguments["attn_mask"] = mask.bool() if case.mask == "boolean" else mask
+    return Problem(case, arguments, empty()).params()
+
+
+def _arguments(case: Case, normal: Callable[..., Tensor]) -> dict[str, Any]:
+    """Return all arguments but the mask, with tensors that `normal` makes."""
     arguments: dict[str, Any] = {
         "query": normal(case.batch, case.heads, case.queries, case.head_size, needs_grad=case.backward),
         "key": normal(case.batch, case.kv_heads, case.keys, case.head_size, needs_grad=case.backward),
@@ -81,10 +108,16 @@ def make(case: Case) -> Problem:
         "causal_variant": CausalVariant[case.causal_variant],
         "window_size": case.window,
         "enable_gqa": case.heads != case.kv_heads,
+        "softcap": case.softcap,
+        "dropout_p": case.dropout,
+        "return_lse": case.lse,
     }
-    if case.mask:
-        arguments["attn_mask"] = _mask(case, generator)
-    return Problem(case, arguments, normal(case.batch, case.heads, case.queries, case.value_head_size))
+    if case.sinks:
+        wide = torch.float64 if case.dtype == "float64" else torch.float32
+        arguments["sinks"] = normal(case.heads).to(wide)
+    if case.alibi:
+        arguments["alibi_slopes"] = normal(case.heads).abs().float()
+    return arguments
 
 
 def _mask(case: Case, generator: torch.Generator) -> Tensor:

@@ -78,6 +78,7 @@ def measure_case(
     caches: Sequence[str] = CACHES,
     seconds: float = 0.2,
     notify: Notify = lambda step: None,
+    weigh: bool = True,
 ) -> list[Record]:
     """Measure implementations on one case.
 
@@ -89,6 +90,7 @@ def measure_case(
         caches: `warm`, `cold` or both.
         seconds: how long to measure each implementation, for each direction and state of the caches.
         notify: called with what is done next.
+        weigh: whether to measure memory too.
     """
     with memory_limit(torch.device(case.device)):
         try:
@@ -99,7 +101,7 @@ def measure_case(
         records = {}
         for impl in impls:
             notify(f"{case.name}: {impl}")
-            records[impl] = replace(_tried(problem, reference, impl), ceiling=ceiling)
+            records[impl] = replace(_tried(problem, reference, impl, weigh), ceiling=ceiling)
             _release(case)
         ran = [impl for impl in impls if records[impl].status == RAN]
         series = [one for impl in ran for one in _series(problem, impl, caches)]
@@ -114,7 +116,7 @@ def measure_case(
     return list(records.values())
 
 
-def _tried(problem: Problem, reference: Reference, impl: str) -> Record:
+def _tried(problem: Problem, reference: Reference, impl: str, weigh: bool) -> Record:
     """Ask an implementation whether it takes the call, hold its result against the reference, weigh its memory."""
     case = problem.case
     try:
@@ -122,7 +124,7 @@ def _tried(problem: Problem, reference: Reference, impl: str) -> Record:
         if not verdict:
             return Record(case, impl, DECLINED, "; ".join(verdict.reasons))
         mistake = reference.mistake(impl)
-        memory = peak_bytes(lambda: problem.both(impl), torch.device(case.device))
+        memory = peak_bytes(lambda: problem.both(impl), torch.device(case.device)) if weigh else None
     except Exception as error:  # whatever a kernel raises is its own row
         return Record(case, impl, FAILED, described(error))
     return Record(case, impl, RAN, mistake[:_SHOWN], not mistake, memory=memory)

@@ -64,7 +64,7 @@ def run(
         raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
     clocks = {device: clock_for(device) for device in dict.fromkeys(case.device for case in cases)}
     kinds = list(dict.fromkeys((case.device, case.dtype) for case in cases))
-    steps = _Steps(progress, len(kinds) + len(cases) * (len(names) + 1))
+    steps = Steps(progress, len(kinds) + len(cases) * (len(names) + 1))
     ceilings: dict[tuple[str, str], Ceiling] = {}
     records: list[Record] = []
     watch = Watch(clocks)
@@ -108,7 +108,7 @@ def _ceiling(device: str, dtype: str, clock: Clock) -> Ceiling:
         raise BenchError(f"device: {device!r} cannot multiply {dtype} matrices: {error}") from error
 
 
-class _Steps:
+class Steps:
     """Counts steps for whoever shows progress."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:

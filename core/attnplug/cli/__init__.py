@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 (the answer is no) or 2 (it could not be asked)."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch's; nothing here needs it
         try:
             return _run(sys.argv[1:] if argv is None else argv)
         except AttnplugError as error:

@@ -30,7 +30,7 @@ from attnplug._tables import table
 from attnplug.cli import outputs, render, values
 
 if TYPE_CHECKING:
-    from attnplug.bench import Case, Report
+    from attnplug.bench import Cases, Report
 
 HELP = "measure every implementation on this machine, and check that it is right"
 USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFTER.json [--threshold SHARE]"
@@ -38,11 +38,8 @@ USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFT
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--set", action="append", default=[], metavar="NAME", help="named cases; --sets lists them")
-    what.add_argument("--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml or .toml file")
+    configure_cases(what)
     what.add_argument("--impl", type=values.names, metavar="NAMES", help="the only implementations; by default all")
-    what.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
-    what.add_argument("--dtype", type=values.dtype, help="by default bfloat16 on a GPU, float32 on a CPU")
     what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs; nobody is the fastest")
     what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
     how = parser.add_argument_group("how it is measured and reported")
@@ -53,7 +50,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--threads", type=values.size, metavar="N", help="threads of PyTorch on a CPU")
     how.add_argument("--output", "-o", action="append", default=[], metavar="FILE", help="write results; repeatable")
+    how.add_argument("--save-choices", metavar="FILE", help="save what follows for each kind of call, as tune does")
     _configure_compare(parser.add_subparsers(title="two runs", metavar="compare", dest="action", prog="attnplug bench"))
+
+
+def configure_cases(what: Any) -> None:
+    """Add the options that name cases."""
+    what.add_argument(
+        "--set", action="append", default=[], metavar="NAME", help="named cases; attnplug bench --sets lists them"
+    )
+    what.add_argument(
+        "--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml, .toml or .json file"
+    )
+    what.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    what.add_argument("--dtype", type=values.dtype, help="by default bfloat16 on a GPU, float32 on a CPU")
 
 
 def _configure_compare(actions: Any) -> None:
@@ -80,20 +90,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what does not exist before torch is imported and before anything is measured."""
-    from attnplug.bench import SETS
     from attnplug.bench._write import check_kind
 
     for name in [*(arguments.impl or ()), arguments.baseline]:
         check_name(name, "--impl" if name in (arguments.impl or ()) else "--baseline")
+    check_cases(arguments)
+    for path in map(Path, arguments.output):
+        check_kind(path)
+        outputs.check_folder(arguments, path)
+
+
+def check_cases(arguments: argparse.Namespace) -> None:
+    """Refuse sets and files that do not exist."""
+    from attnplug.bench import SETS
+
     for name in arguments.set:
         if name not in SETS:
             arguments.fail(f"--set: there is no {name!r}{did_you_mean(name, SETS) or ';'} the sets: {', '.join(SETS)}")
     for path in arguments.cases:
         if not Path(path).is_file():
             arguments.fail(f"--cases: {path!r} is not a file")
-    for path in map(Path, arguments.output):
-        check_kind(path)
-        outputs.check_folder(arguments, path)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -101,17 +117,20 @@ def _bench(arguments: argparse.Namespace) -> int:
     import torch
 
     from attnplug import bench
+    from attnplug._selection.choice_files import check_writable
     from attnplug.bench._clocks import clock_for
     from attnplug.bench._run import SECONDS
     from attnplug.bench._write import ready
 
-    cases = _cases(arguments)
+    cases = list(cases_of(arguments))
     for device in {case.device for case in cases}:
         clock_for(device)  # before files are named after it
     outputs = [ready(path, cases[0].device) for path in arguments.output]
+    if arguments.save_choices:
+        check_writable(Path(arguments.save_choices))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = bench.run(
             cases,
             arguments.impl,
@@ -123,6 +142,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         )
     for path in outputs:
         bench.write(report, path)
+    if arguments.save_choices:
+        _save_choices(report, Path(arguments.save_choices))
     if arguments.json:
         render.print_json(report.as_dict())
     else:
@@ -130,21 +151,37 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0 if report.impls and not report.wrong and not report.missing else 1
 
 
-def _cases(arguments: argparse.Namespace) -> list[Case]:
-    """Return the cases that the options name, or the default set of the device."""
-    from attnplug.bench import case_set, read_cases
+def _save_choices(report: Report, place: Path) -> None:
+    from attnplug.cli.command_tune import save
+    from attnplug.tuning import choices_from
+
+    choices = choices_from(report)
+    if len(choices):
+        save(choices, place)
+        print(f"attnplug: {len(choices)} choices are saved in {place}", file=sys.stderr)
+    else:
+        print(f"attnplug: nothing was right, so nothing is saved in {place}", file=sys.stderr)
+
+
+def cases_of(arguments: argparse.Namespace) -> Cases:
+    """Return the cases that the options name, with their counts, or the default set of the device."""
+    from attnplug.bench import Cases, case_set, read_cases
     from attnplug.bench._sets import default_device, default_set
 
     chosen = {"device": arguments.device, "dtype": arguments.dtype}
     sets = arguments.set
     if not sets and not arguments.cases:
         sets = [default_set(arguments.device or default_device())]
-    cases = [case for name in sets for case in case_set(name, **chosen)]
-    return cases + [case for path in arguments.cases for case in read_cases(path, **chosen)]
+    cases = Cases()
+    for name in sets:
+        cases.update(case_set(name, **chosen))
+    for path in arguments.cases:
+        cases.update(read_cases(path, **chosen))
+    return cases
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """Show a bar on stderr while it works, if that is a terminal and `rich` is there."""
     if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         yield None

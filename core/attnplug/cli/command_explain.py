@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         render.print_table(HEADERS, explanation.rows(), HEADERS.index(""))
         advice = explanation.advice()
-        render.put_prose(*filter(None, (advice, _conclusion(explanation))))
+        render.put_prose(*filter(None, (advice, explanation.measured, _conclusion(explanation))))
     return 1 if explanation.chosen is None and not explanation.empty else 0
 
 
@@ -148,6 +148,7 @@ def _as_json(explanation: attnplug.Explanation) -> dict[str, Any]:
         "empty": explanation.empty,
         "nearest": None if explanation.nearest is None else _verdict(explanation.nearest),
         "remedy": explanation.remedy,
+        "measured": explanation.measured,
         "candidates": [_verdict(verdict) for verdict in explanation.candidates],
     }
 

@@ -30,10 +30,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("available", "unavailable", "broken"),
         help="only those of this status; exit status 1 if there is none",
     )
+    parser.add_argument(
+        "--choices",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="list measured choices instead: those in use (ATTNPLUG_CHOICES), this user's, or those in FILE",
+    )
     parser.add_argument("--verbose", "-v", action="store_true", help="show all that each implementation supports")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.choices is not None:
+        return _list_choices(arguments)
     records = [record for record in attnplug.list_impls() if arguments.status in (None, record.status)]
     if arguments.json:
         render.print_json({"implementations": [describe.as_json(record) for record in records]})
@@ -48,6 +57,37 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [_row(record) for record in records]
         render.print_table(_HEADERS, rows, _HEADERS.index("status"), _EXPENDABLE)
     return 0 if records else 1
+
+
+def _list_choices(arguments: argparse.Namespace) -> int:
+    """List measured choices, and say of each table whether it holds here; exit status 1 if none does."""
+    from attnplug._selection.choice_files import as_plain
+    from attnplug._selection.state import process, start
+    from attnplug.cli.command_tune import print_choices
+
+    start()
+    used = None if arguments.choices else process.choices
+    choices = used if used is not None else attnplug.Choices.load(arguments.choices or None)
+
+    from attnplug._dispatch.measured import why_not_here
+
+    reasons = [why_not_here(one) for one in choices.tables]
+    if arguments.json:
+        tables = as_plain(choices)["tables"]
+        render.print_json(
+            {
+                "source": choices.source,
+                "in_use": used is not None,
+                "tables": [{**one, "reason": reason} for one, reason in zip(tables, reasons, strict=True)],
+            }
+        )
+    else:
+        for one, reason in zip(choices.tables, reasons, strict=True):
+            print_choices(attnplug.Choices((one,)))
+            render.put(f"does not hold here: {reason}\n" if reason else "holds here\n")
+        state = "in use" if used is not None else "not in use; ATTNPLUG_CHOICES or use_choices puts them to use"
+        render.put(f"{choices.source}: {len(choices)} choices, {state}")
+    return 0 if "" in reasons else 1
 
 
 def _row(record: ImplRecord) -> tuple[str, ...]:

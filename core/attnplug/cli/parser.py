@@ -13,7 +13,7 @@ from typing import Any
 from attnplug import __version__
 from attnplug._errors import did_you_mean
 
-COMMANDS = ("list", "show", "explain", "doctor", "info", "check", "bench", "new")
+COMMANDS = ("list", "show", "explain", "doctor", "info", "check", "bench", "tune", "new")
 
 _DESCRIPTION = "Attention kernels as plugins: what is installed, what would run, and whether it is right."
 _EPILOG = """\

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from attnplug._tables import WIDTH, html_table, table
+from attnplug._tables import WIDTH, html_table, table, wrap
 
 PASSED, FAILED, DECLINED, NOT_APPLICABLE = "passed", "failed", "declined", "not applicable"
 HEADERS = ("check", "dtype", "result", "why")
@@ -101,7 +101,8 @@ class Report:
         return "\n\n".join(f"{result.label}: {result.claim}\n{_indented(result.reason)}" for result in self.failures)
 
     def __str__(self) -> str:
-        return "\n\n".join(filter(None, (self.summary(), self.details(), table(HEADERS, self.rows(), WIDTH))))
+        head = "\n".join(wrap(self.summary(), WIDTH))
+        return "\n\n".join(filter(None, (head, self.details(), table(HEADERS, self.rows(), WIDTH))))
 
     __repr__ = __str__
 

@@ -1,0 +1,96 @@
+"""The quick answer for a call of the usual form while measured choices are in use.
+
+Without it a call would pay for its facts where, without choices, PyTorch's function runs at once. Of the usual form is
+a call without mask, dropout, scale and lse, outside any scope, whose keys and values have one shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from attnplug._call.autocast import any_autocast
+from attnplug._call.facts import facts_of
+from attnplug._dispatch.measured import choice_of, tell
+from attnplug._dispatch.plans import KEPT, Plan, find, is_deterministic
+from attnplug._registry.registry import DEFAULT
+from attnplug._selection.state import when_started
+from attnplug._types import SDPAParams
+
+PASS, PASS_IF_ALIGNED, ASK = "PyTorch's function", "the same if tensors are aligned", "the other routes"
+_answers: dict[tuple[Any, ...], Any] = {}
+_grad_enabled = torch.is_grad_enabled
+
+
+def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) -> Any:
+    """Return `PASS`, `PASS_IF_ALIGNED`, a plan with a `plain`, or `ASK`; 0.8 us.
+
+    What is in the key was found to fit when its answer was kept. The number of keys is rounded, as in kinds of calls,
+    so that a decode loop finds what is kept.
+    """
+    if is_compiling() or any_autocast():
+        return ASK
+    try:
+        shape = key.shape
+        key_batch, kv_heads, keys, key_size = shape
+        if keys < 1 or value.shape != shape:
+            return ASK
+        known = (
+            query.shape,
+            key_batch,
+            kv_heads,
+            (keys - 1).bit_length(),
+            key_size,
+            query.dtype,
+            query.get_device(),
+            enable_gqa,
+            is_causal,
+            is_causal and query.shape[2] == keys,
+            _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        )
+        found = _answers.get(known)
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):  # no tensors, or symbolic sizes
+        return ASK
+    return found or _found(known, query, key, value, is_causal, enable_gqa)
+
+
+def _found(known: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Any:
+    """Find the answer and keep it, unless there is a mistake in the call, or nothing is decided yet."""
+    facts = facts_of(query, key, value, None, 0.0, is_causal, None, enable_gqa, False)
+    if facts is None:
+        return ASK
+    params = SDPAParams(query, key, value)
+    choice = choice_of(facts, params)
+    if choice is None:
+        tell(facts, params)
+    if choice in (None, DEFAULT):
+        found: Any = PASS if query.get_device() < 0 else PASS_IF_ALIGNED
+    else:
+        found = find(None, facts, params)
+        if found is None:
+            return ASK
+        if found.plain is None or found.decision.shape_dependent or is_deterministic():
+            found = ASK
+    if len(_answers) >= KEPT:
+        _answers.clear()
+    _answers[known] = found
+    return found
+
+
+def holds(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a plan that is an answer holds now: what could not be in the key for want of time."""
+    dtype, device = query.dtype, query.device
+    alike = key.dtype is dtype and value.dtype is dtype and key.device == device and value.device == device
+    strided = query.layout is key.layout is value.layout is torch.strided
+    return (
+        alike
+        and strided
+        and not is_deterministic()
+        and (query.is_contiguous() and key.is_contiguous() and value.is_contiguous())
+    )
+
+
+when_started(lambda registry: registry.listeners.append(lambda changed: _answers.clear()))

@@ -1,0 +1,267 @@
+"""`use_choices`: what was measured decides where nothing stronger does, and says so where it does not."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attnplug
+import forked
+from attnplug import ChoicesError, ChoicesWarning, FallbackWarning, ImplSpec, SDPBackend
+from attnplug.bench import Case
+from measured import fastest, in_use
+
+CASE = Case(heads=2, queries=1, keys=16, head_size=8)
+query = torch.randn(1, 2, 1, 8)
+
+
+def keys(length: int) -> torch.Tensor:
+    return torch.randn(1, 2, length, 8)
+
+
+def ran(call=None, length: int = 16, **options) -> str:
+    """Return what ran for a call of PyTorch's function, if no other is given."""
+    with attnplug.record() as calls:
+        (call or F.scaled_dot_product_attention)(query, keys(length), keys(length), **options)
+    return calls[0].impl
+
+
+def test_a_measured_call_runs_what_was_the_fastest_in_pytorchs_function_too():
+    with in_use(fastest((CASE, "aten_math"))):
+        assert ran() == ran(attnplug.scaled_dot_product_attention) == "aten_math"
+        assert ran(length=9) == "aten_math"  # of the same kind
+    assert ran(attnplug.scaled_dot_product_attention) == "torch"
+
+
+def test_without_a_recording_the_same_runs():
+    """The quick route, which a recording leaves, must decide the same: a kernel of the test's own counts."""
+    ran_with = []
+
+    def forward(params):
+        ran_with.append(tuple(params.key.shape))
+        return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+    attnplug.register_impl(ImplSpec(name="mine", kernel=forward, backend=None))
+    with in_use(fastest((CASE, "mine"), (CASE.but(keys=32), "torch"))):
+        for length in (16, 12, 17, 33, 16):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ChoicesWarning)
+                attnplug.scaled_dot_product_attention(query, keys(length), keys(length))
+    assert ran_with == [(1, 2, length, 8) for length in (16, 12, 16)]
+
+
+def test_who_decides_is_stronger_in_the_order_of_the_documentation(monkeypatch):
+    attention = attnplug.scaled_dot_product_attention
+    with in_use(fastest((CASE, "aten_math"))):
+        assert ran(attention, impl="aten_flash") == "aten_flash"
+        with attnplug.sdpa_kernel(["aten_flash", "aten_math"], set_priority=True):
+            assert ran(attention) == "aten_flash"
+        with attnplug.sdpa_kernel(["torch", "aten_flash", "aten_math"]):
+            assert ran(attention) == "aten_math"  # among what the scope allows
+        with attnplug.sdpa_kernel(["torch", "aten_flash"]):
+            assert ran(attention) == "torch"
+        attnplug.activate_flash_attention_impl("aten_flash")
+        assert ran(attention) == "aten_flash"
+        attnplug.restore_flash_attention_impl()
+        assert ran(attention) == "aten_math"
+
+
+def test_the_families_that_pytorchs_own_scope_enables_bound_the_choice():
+    with in_use(fastest((CASE, "aten_math"))):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            assert ran() == "aten_math"
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            assert ran() == "torch"
+
+
+def test_a_call_of_another_kind_runs_in_the_default_order_with_the_reason_and_one_warning():
+    with in_use(fastest((CASE, "aten_math"))):
+        with pytest.warns(ChoicesWarning) as warned:
+            assert [ran(length=length) for length in (17, 33, 17)] == ["torch"] * 3
+        explained = attnplug.explain(query, keys(17), keys(17))
+    assert explained.chosen == "torch"
+    assert explained.measured.startswith(
+        "no measured choice: calls of this kind were not measured (float32 D8, B·H ≤2, S ≤1x32)"
+    )
+    assert explained.measured in " ".join(str(explained).split())
+    (warning,) = (each for each in warned if each.category is ChoicesWarning)
+    assert "said once" in str(warning.message) and warning.filename == __file__
+
+
+def test_kinds_differ_by_all_that_a_kernel_may_be_fast_or_slow_for():
+    more = {
+        "dtype": dict(query=query.double(), key=keys(16).double(), value=keys(16).double()),
+        "gradients": dict(query=query.clone().requires_grad_()),
+        "causal": dict(is_causal=True),
+        "mask": dict(attn_mask=torch.ones(1, 16, dtype=torch.bool)),
+        "head size": dict(query=query[..., :4], key=keys(16)[..., :4]),
+        "batch": {name: torch.randn(2, 2, length, 8) for name, length in (("query", 1), ("key", 16), ("value", 16))},
+        "dropout": dict(dropout_p=0.1),
+        "grouping": dict(query=query.repeat(1, 1, 1, 1), key=keys(16)[:, :1], value=keys(16)[:, :1], enable_gqa=True),
+    }  # fmt: skip
+    with in_use(fastest((CASE, "aten_math"))), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ChoicesWarning)
+        plain = dict(query=query, key=keys(16), value=keys(16))
+        assert attnplug.explain(**plain).chosen == "aten_math"
+        assert attnplug.explain(**plain | {"scale": 3.0}).chosen == "aten_math"  # of which no time depends
+        for what, changed in more.items():
+            assert attnplug.explain(**plain | changed).chosen != "aten_math", what
+
+
+def test_mistakes_in_arguments_have_the_same_words_while_choices_are_in_use():
+    with in_use(fastest((CASE, "aten_math"))):
+        attnplug.scaled_dot_product_attention(query, keys(16), keys(16))
+        for wrong in (keys(15), keys(16).double(), keys(16)[..., :4], torch.randn(1, 3, 16, 8)):
+            with pytest.raises((ValueError, TypeError), match="key|value"):
+                attnplug.scaled_dot_product_attention(query, wrong, keys(16))
+
+
+def test_autocast_is_decided_by_the_dtype_that_kernels_get():
+    with in_use(fastest((CASE.but(dtype="bfloat16"), "aten_math"))), torch.autocast("cpu", torch.bfloat16):
+        assert ran() == "aten_math"
+
+
+def test_a_choice_that_declines_is_passed_over_and_said():
+    class Picky:
+        shape_dependent = True
+
+        @staticmethod
+        def supports(params):
+            return "takes 16 keys alone" if params.key.shape[2] != 16 else None
+
+        @staticmethod
+        def forward(params):
+            return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+    attnplug.register_impl(ImplSpec(name="picky", kernel=Picky, backend=None))
+    with in_use(fastest((CASE, "picky"))):
+        assert ran() == "picky"
+        with pytest.warns(FallbackWarning, match="'picky' is preferred but takes 16 keys alone; 'torch' runs instead"):
+            assert ran(length=15) == "torch"
+        with attnplug.record() as calls:
+            attnplug.scaled_dot_product_attention(query, keys(15), keys(15))
+    assert calls[0].passed_over == {"picky": ("takes 16 keys alone",)}
+
+
+def test_a_choice_that_is_not_registered_any_more_is_no_choice_and_said():
+    attnplug.register_impl(ImplSpec(name="mine", kernel=lambda params: None, backend=None))
+    choices = fastest((CASE, "mine"))
+    attnplug.unregister_impl("mine")
+    with in_use(choices), pytest.warns(ChoicesWarning, match="'mine' was the fastest, and is not registered here"):
+        assert ran() == "torch"
+
+
+def test_a_change_of_the_registry_is_seen_by_calls_that_were_decided_before():
+    def forward(params):
+        return torch.zeros_like(params.query), None
+
+    choices = fastest((CASE, "aten_math"), (CASE.but(keys=32), "torch"))
+    with in_use(choices):
+        assert ran() == "aten_math"
+        attnplug.register_impl(ImplSpec(name="mine", kernel=forward, backend=SDPBackend.MATH))
+        assert ran() == "aten_math"
+        attnplug.use_choices(fastest((CASE, "mine")))
+        assert ran() == "mine"
+
+
+def test_what_was_in_use_before_is_no_longer_and_restoring_ends_all():
+    attnplug.use_choices(fastest((CASE, "aten_math")))
+    attnplug.use_choices(fastest((CASE, "aten_flash")))
+    assert ran() == "aten_flash"
+    attnplug.restore_choices()
+    assert ran(attnplug.scaled_dot_product_attention) == "torch"
+    with pytest.warns(UserWarning, match="no choices have been put to use"):
+        attnplug.restore_choices()
+
+
+def test_what_is_wrong_with_choices_changes_nothing(tmp_path):
+    with in_use(fastest((CASE, "aten_math"))):
+        with pytest.raises(ChoicesError, match="there is no such file"):
+            attnplug.use_choices(tmp_path / "none.json")
+        with pytest.raises(TypeError, match="expected Choices or the path of a file, got int"):
+            attnplug.use_choices(3)  # type: ignore[arg-type]
+        assert ran() == "aten_math"
+
+
+def changed(choices: attnplug.Choices, path, **fields) -> str:
+    """Save choices whose first table has other fields."""
+    choices.save(path)
+    given = json.loads(path.read_text())
+    for name, value in fields.items():
+        given["tables"][0][name] = {**given["tables"][0][name], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(given))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"device": "Abacus 3000"}, r"were measured on Abacus 3000 \(.*\), and this is "),
+        ({"capability": "none"}, r"were measured on .* \(none\), and this is "),
+        ({"versions": {"torch": "1.0"}}, r"were measured with torch 1.0, here is .*; measure again: attnplug tune"),
+        ({"versions": {"triton": None, "cudnn": "9"}}, r"measured with cudnn 9, here is none"),
+        ({"versions": {"attnplug": "9.9"}}, r"measured with attnplug 9.9, here is "),
+    ],
+)
+def test_choices_of_another_machine_or_version_do_not_hold_and_the_reason_is_said_once(tmp_path, fields, reason):
+    path = changed(fastest((CASE, "aten_math")), tmp_path / "choices.json", **fields)
+    if "triton" in str(fields):
+        pytest.importorskip("triton")
+    with in_use(path):
+        with pytest.warns(ChoicesWarning, match=reason) as warned:
+            assert ran() == ran() == ran(length=99) == "torch"
+        assert path in attnplug.explain(query, keys(16), keys(16)).measured
+    assert [each.category for each in warned].count(ChoicesWarning) == 1
+
+
+def test_a_distribution_that_is_no_longer_installed_does_not_void_what_others_won(tmp_path):
+    path = changed(fastest((CASE, "aten_math")), tmp_path / "choices.json", versions={"gone-kernels": "1.0"})
+    with in_use(path):
+        assert ran() == "aten_math"
+
+
+CALL = """
+import torch, attnplug
+query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 16, 8)
+with attnplug.record() as calls:
+    attnplug.scaled_dot_product_attention(query, key, key)
+print(calls[0].impl)
+"""
+
+
+def in_environment(tmp_path, program=CALL, **variables):
+    import os
+
+    return forked.run(program, os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")} | variables)
+
+
+def test_the_environment_puts_a_file_to_use_and_auto_this_users(tmp_path):
+    choices = fastest((CASE, "aten_math"))
+    file = choices.save(tmp_path / "mine.json")
+    assert in_environment(tmp_path, ATTNPLUG_CHOICES=str(file)).stdout == "aten_math\n"
+    missing = in_environment(tmp_path, ATTNPLUG_CHOICES="auto")
+    assert missing.stdout == "torch\n"
+    place = tmp_path / "cache" / "attnplug" / "choices.json"
+    assert f"there are none yet in {place}; attnplug tune measures this machine" in missing.stderr
+    choices.save(place)
+    assert in_environment(tmp_path, ATTNPLUG_CHOICES="auto").stdout == "aten_math\n"
+    assert in_environment(tmp_path, ATTNPLUG_CHOICES=str(file), ATTNPLUG_IMPL="aten_flash").stdout == "aten_flash\n"
+
+
+def test_a_file_in_the_environment_that_holds_no_choices_is_an_error_that_names_the_variable(tmp_path):
+    done = in_environment(tmp_path, ATTNPLUG_CHOICES=str(tmp_path / "none.json"))
+    assert done.returncode == 1
+    assert (
+        "ConfigError: ATTNPLUG_CHOICES: " in done.stderr and "there is no such file; `attnplug tune -o" in done.stderr
+    )
+
+
+def test_what_a_program_puts_to_use_is_undone_to_what_the_environment_says(tmp_path):
+    file = fastest((CASE, "aten_math")).save(tmp_path / "mine.json")
+    other = fastest((CASE, "aten_flash")).save(tmp_path / "other.json")
+    program = f"import attnplug; attnplug.use_choices({str(other)!r})\n{CALL}\nattnplug.restore_choices()\n{CALL}"
+    assert in_environment(tmp_path, program, ATTNPLUG_CHOICES=str(file)).stdout == "aten_flash\naten_math\n"
