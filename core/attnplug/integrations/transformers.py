@@ -27,6 +27,8 @@ import attnplug
 from attnplug._control.registration import check_name
 
 FAMILY = "attnplug"
+__all__ = ["attention_forward", "make_mask", "register"]
+
 _EAGER_MASKS = "attnplug+eager_masks"
 _TESTED = "5.23"
 _NAME_CHECKS = ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation")
