@@ -26,9 +26,9 @@ from torch import Tensor
 import attnplug
 from attnplug._control.registration import check_name
 
-FAMILY = "attnplug"
 __all__ = ["attention_forward", "make_mask", "register"]
 
+FAMILY = "attnplug"
 _EAGER_MASKS = "attnplug+eager_masks"
 _TESTED = "5.23"
 _NAME_CHECKS = ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation")
