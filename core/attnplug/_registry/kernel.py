@@ -36,6 +36,10 @@ class Kernel:
         backward: `backward(params, grad_out, grad_lse, out, lse, *saved) -> (grad_query, grad_key,
             grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
             where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
+        partial_backward: `partial_backward(params, grad_out, out, lse) -> (grad_query, grad_key, grad_value)`, for a
+            composite kernel without `backward`: the gradients of a call whose keys are only a part of all, from `out`
+            and `lse` over all of them. `attnplug.parallel` asks; a `backward` that computes with the `out` and `lse`
+            that it is given does the same already.
         supports: `supports(params) -> reason, reasons or None`: what `Capabilities` cannot say. An empty
             answer accepts. What depends on the GPU asks `attnplug.compute_capability`.
         unavailable: `unavailable() -> reason or None`: what keeps every call from running here, and shows only
@@ -51,7 +55,8 @@ class Kernel:
             is given them as the user wrote them, as every kernel is given nested tensors.
         plain: `plain(query, key, value, dropout, is_causal, scale, enable_gqa) -> (out, lse)`: what forward returns for
             a call without a mask that asks for nothing beyond PyTorch's arguments and an lse, with no record to build;
-            `scale` may be None. For composite kernels that need no backward; it saves tiny calls a microsecond.
+            `scale` may be None, and the last stride of each tensor is 1. For composite kernels that need no backward;
+            it saves tiny calls a microsecond.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -64,6 +69,7 @@ class Kernel:
 
     forward: Callable[[SDPAParams], Any]
     backward: Callable[..., Any] | None = None
+    partial_backward: Callable[..., Any] | None = None
     supports: Callable[[SDPAParams], Reasons] | None = None
     unavailable: Callable[[], Reasons] | None = None
     lacks: Callable[[], Mapping[Feature, str]] | None = None
@@ -117,6 +123,7 @@ def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDP
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "forward": ("params",),
     "backward": ("params", "grad_out", "grad_lse", "out", "lse"),
+    "partial_backward": ("params", "grad_out", "out", "lse"),
     "supports": ("params",),
     "unavailable": (),
     "lacks": (),

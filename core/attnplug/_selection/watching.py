@@ -54,6 +54,8 @@ class Watcher:
     exported tells nothing. Nobody is told of empty inputs, for which no kernel runs, nor of what runs in `unwatched()`.
     """
 
+    stands_around = True
+    """Whether `around` is called. Where it is not, `told` is, in eager code too, and that is cheaper."""
     sees_tensors = False
     """Whether graphs must hand over their tensors. They are compiled once more for it, and keep the tensors longer."""
 
@@ -71,6 +73,9 @@ class Watcher:
         if self.sees_tensors:
             self.seen(call, params, result)
         return result
+
+    def decided(self, impl: str, backend: SDPBackend | None) -> None:
+        """Take note that somebody had to decide which implementation runs; calls like one before need no decision."""
 
     def told(self, call: RecordedCall) -> None:
         """Take note of a call that is about to run."""
@@ -127,6 +132,12 @@ def wished(impl: str | None) -> str | None:
     for watcher in thread.state.watchers:
         impl = watcher.wish(impl)
     return impl
+
+
+def decided(impl: str, backend: SDPBackend | None) -> None:
+    """Tell this thread's watchers of a decision."""
+    for watcher in thread.state.watchers:
+        watcher.decided(impl, backend)
 
 
 @contextmanager

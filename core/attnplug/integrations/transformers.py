@@ -41,6 +41,7 @@ _HARMLESS = {
     "output_router_logits": "collected outside of attention",
     "return_dict": "the form of the model's output",
     "num_items_in_batch": "a divisor of the loss",
+    "shift_labels": "labels of the loss",
     "seq_idx": "for state-space layers; packing of attention is in the mask",
     "max_length_q": "cu_seq_lens_q says it",
     "max_length_k": "cu_seq_lens_k says it",
@@ -133,7 +134,7 @@ def attention_forward(
     Raises:
         ValueError: the model asks for something that attnplug cannot do.
     """
-    _refuse(others)
+    refuse_unknown(others)
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask, causal = _complete_mask(query, key, attention_mask, causal, sliding_window)
     if cu_seq_lens_q is not None:
@@ -148,7 +149,7 @@ def attention_forward(
         dropout_p=dropout if module.training else 0.0,
         is_causal=bool(causal),  # which `torch.jit.trace` makes a tensor of
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
         softcap=softcap or 0.0,
         sinks=s_aux,
         impl=impl,
@@ -188,6 +189,16 @@ class _Name(str):
 
     def removeprefix(self, _prefix: str) -> str:
         return self  # `str` would answer with a plain string; transformers takes "paged|" off, which is not there
+
+    def __reduce__(self) -> Any:
+        return _restored, (str(self),)
+
+
+def _restored(name: str) -> _Name:
+    """Return the name in a model that was saved or copied, known to transformers in this process too."""
+    register()
+    family, _, impl = name.partition(":")
+    return _publish(family, impl)
 
 
 def _with_own_names(method: Callable[..., str]) -> Callable[..., str]:
@@ -242,7 +253,7 @@ def _library(module: str) -> Any:
     return importlib.import_module(f"transformers.{module}")
 
 
-def _refuse(others: dict[str, Any]) -> None:
+def refuse_unknown(others: dict[str, Any]) -> None:
     """Raise for every argument that asks for something and is not known to change nothing here."""
     for name, value in others.items():
         if value is None or value is False or name in _HARMLESS:
