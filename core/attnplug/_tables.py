@@ -15,7 +15,7 @@ WIDTH = 80
 
 _GAP = "  "
 _INDENT = "    "
-_LAST = 28
+_LAST = 20
 """The least width of a last column that is wrapped."""
 
 Rows = Sequence[Sequence[str]]

@@ -10,7 +10,7 @@ size, up to Dynamo's limit, beyond which PyTorch runs the formula uncompiled and
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -22,9 +22,6 @@ from attnplug import SDPAParams
 from attnplug_adapters import convert, flex_mods
 
 composite = True
-_compiled = torch.compile(flex_attention)
-_compiled_on_cpu = torch.compile(flex_attention, dynamic=False)
-"""With sizes that vary, what PyTorch 2.13 generates for a mask does not compile: `cur_kvSplitSize` is not declared."""
 
 
 def supports(params: SDPAParams) -> str | None:
@@ -66,7 +63,17 @@ def _attend(query: Tensor) -> Any:
     """
     if flex_mods.is_watched() or isinstance(query, FakeTensor):
         return flex_attention
-    return _compiled_on_cpu if query.device.type == "cpu" else _compiled
+    return _compiled(on_cpu=query.device.type == "cpu")
+
+
+@cache
+def _compiled(on_cpu: bool) -> Any:
+    """Return the compiled function, made when it is first called: `torch.compile` imports Dynamo, which takes seconds.
+
+    On a CPU sizes do not vary: with sizes that do, what PyTorch 2.13 generates for a mask does not compile,
+    because `cur_kvSplitSize` is not declared.
+    """
+    return torch.compile(flex_attention, dynamic=False if on_cpu else None)
 
 
 def _with_sinks(out: Tensor, lse: Any, sinks: Tensor) -> tuple[Tensor, Tensor]:

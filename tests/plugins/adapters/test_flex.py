@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn.attention import flex_attention as torch_flex
 
 import attnplug
@@ -92,8 +93,9 @@ def test_the_decision_of_a_call_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_kernel_is_compiled_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths, offsets and windows are arguments of it: causal masks and windows share one."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    monkeypatch.setattr(flex, "_compiled", torch.compile(torch_flex.flex_attention, backend=counter))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(torch_flex.flex_attention, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda on_cpu: compiled)
 
     def call(queries: int, keys: int, **options: Any) -> None:
         query, key = torch.randn(1, 2, queries, 16), torch.randn(1, 2, keys, 16)
