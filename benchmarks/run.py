@@ -26,6 +26,8 @@ PROGRAMS = (
     "discovery",
     "memory",
     "launching",
+    "parallel",
+    "watching",
 )
 
 

@@ -14,6 +14,7 @@ from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import default_scale
 from attnplug._call.requirements import needs_grad
 from attnplug._dispatch.measured import applies, tell, tree_of
+from attnplug._dispatch.ranges import in_range, is_profiled
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
 from attnplug._dispatch.watched import run_watched
@@ -26,7 +27,7 @@ from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
 from attnplug._selection.trees import Tree, walked
-from attnplug._selection.watching import RecordedCall
+from attnplug._selection.watching import RecordedCall, decided
 from attnplug._types import Feature, SDPAParams, SDPBackend
 
 Result = tuple[Tensor, Tensor | None]
@@ -67,8 +68,11 @@ class Plan:
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
         if thread.state.watched:
-            return run_watched(self._said(params), params, self._run)  # type: ignore[no-any-return]
-        return self._run(params)
+            return run_watched(self._said(params), params, self._profiled)  # type: ignore[no-any-return]
+        return self._profiled(params)
+
+    def _profiled(self, params: SDPAParams) -> Result:
+        return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
 
     def run_as_given(self, params: SDPAParams) -> Result:
         """Run a call whose record was just built, in four dimensions and with the user's mask and scale."""
@@ -78,7 +82,7 @@ class Plan:
         if mask is not None:
             if mask.dim() < 4:
                 params.__dict__["attn_mask"] = with_four_dimensions(mask)
-        elif self.plain is not None and thread.state.watched:
+        elif self.plain is not None and thread.state.watched and not is_profiled():
             return run_watched(self._said(params), params, self._run_plain)  # type: ignore[no-any-return]
         return self.run(params)
 
@@ -159,6 +163,7 @@ def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = Tr
     key: Any = who, facts
     choices, choice = _choices(impl, facts, params, key if keep else None)
     decision = resolve(registry, current_selection(impl, choice), facts, params)
+    decided(decision.name, decision.backend)
     plan = Plan(decision, facts, 0.0 if params.query.is_nested else default_scale(params.query))
     if keep:
         if len(plans) >= KEPT:

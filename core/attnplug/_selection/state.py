@@ -31,6 +31,7 @@ Block = tuple[Scope | None, bool]
 """A scope that was entered, and whether, unless the process prefers another, `torch` is the first that it allows."""
 
 OUTSIDE: Block = (None, True)
+REFERENCE = "math_ref"  # by which ATTNPLUG_VERIFY verifies
 
 
 class State:
@@ -159,6 +160,8 @@ def _start() -> None:
         return
     registry, config = get_registry(), get_config()
     process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
+    if config.verify:
+        registry.get(REFERENCE, "ATTNPLUG_VERIFY")
     process.choices = choices_of_environment()
     while process.listeners:  # each once, though a signal's handler may come here in the middle of it
         process.listeners.pop(0)(registry)
