@@ -185,7 +185,7 @@ def scaled_dot_product_attention(
             and (enable_gqa is False or enable_gqa is True)
             and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
             and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-            and (query.is_cpu or _are_aligned(query, key, value))
+            and (query.get_device() < 0 or _are_aligned(query, key, value))
         )
     ):
         try:
@@ -271,8 +271,8 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
     """Whether PyTorch's function takes this mask as it is; it also takes some that it then misreads."""
     return (
         type(mask) in PLAIN
-        and query.is_cpu  # CUDA kernels misread what `torch` first converts
-        and mask.is_cpu
+        and query.get_device() < 0  # CUDA kernels misread what `torch` first converts
+        and mask.device == query.device
         and mask.dim() > 1
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
