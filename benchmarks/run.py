@@ -26,6 +26,7 @@ PROGRAMS = (
     "discovery",
     "memory",
     "launching",
+    "parallel",
     "watching",
 )
 

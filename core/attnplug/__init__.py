@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     from attnplug._watch.summaries import Ran, Share, summary
     from attnplug._watch.telemetry import Instrumentation, instrument
     from attnplug._watch.verification import Mismatch, verify
-    from attnplug.tuning import capture, tune
+    from attnplug.tuning._capture import capture
+    from attnplug.tuning._tune import tune
 
 WARN_FOR_UNFUSED_KERNELS = False
 """Set to True to be warned, with each reason, whenever a call falls back to the MATH family."""
@@ -89,13 +90,13 @@ _NEEDS_TORCH = {
     "BindingHandle": "attnplug._control.binding",
     "PatchHandle": "attnplug._control.patch",
     "bind": "attnplug._control.binding",
-    "capture": "attnplug.tuning",
+    "capture": "attnplug.tuning._capture",
     "checkpoint_contexts": "attnplug._control.checkpoints",
     "patch_torch": "attnplug._control.patch",
     "record": "attnplug._dispatch.recording",
     "restore_choices": "attnplug._control.choices",
     "sdpa_kernel": "attnplug._control.scopes",
-    "tune": "attnplug.tuning",
+    "tune": "attnplug.tuning._tune",
     "use_choices": "attnplug._control.choices",
 }
 
@@ -148,6 +149,7 @@ __all__ = [
     "instrument",
     "list_flash_attention_impls",
     "list_impls",
+    "parallel",
     "patch_torch",
     "record",
     "register_flash_attention_impl",
@@ -167,6 +169,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     module = _NEEDS_TORCH.get(name)
+    if name == "parallel":  # torch.distributed is imported where it is needed
+        return importlib.import_module("attnplug.parallel")
     if module is None:
         raise AttributeError(f"module 'attnplug' has no attribute {name!r}")
     importlib.import_module("attnplug._control.torch_registry")

@@ -203,6 +203,7 @@ class ImplSpec:
         requires: modules that must be installed, such as `("triton",)` or `("flash_attn.cute",)`; without them
             the implementation is listed as unavailable, and its kernel is never imported.
         install: the command that brings what it requires, such as `pip install triton`; shown where that is missing.
+        named_only: whether it runs only where it is named: by `impl=`, a scope, an activation or the environment.
 
     Raises:
         SpecError: a field has a wrong type or value.
@@ -215,6 +216,7 @@ class ImplSpec:
     priority: int = 0
     requires: tuple[str, ...] = ()
     install: str = ""
+    named_only: bool = False
 
     if TYPE_CHECKING:  # more is accepted than is kept
 
@@ -228,6 +230,7 @@ class ImplSpec:
             priority: int = 0,
             requires: Collection[str] = (),
             install: str = "",
+            named_only: bool = False,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -250,6 +253,8 @@ class ImplSpec:
             raise SpecError(f"{where}.priority: expected an int, got {self.priority!r}")
         if not isinstance(self.install, str):
             raise SpecError(f"{where}.install: expected a command, got {self.install!r}")
+        if not isinstance(self.named_only, bool):
+            raise SpecError(f"{where}.named_only: expected a bool, got {self.named_only!r}")
         object.__setattr__(self, "requires", tuple(sorted(_strings("requires", self.requires, where) or ())))
 
 

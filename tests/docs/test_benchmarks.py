@@ -22,6 +22,7 @@ PROGRAMS = (
     "discovery",
     "memory",
     "launching",
+    "parallel",
     "watching",
 )
 

@@ -9,6 +9,8 @@ from torch.nn.attention.bias import CausalVariant as TorchVariant
 from typing_extensions import assert_type
 
 import attnplug
+import attnplug.bench
+import attnplug.tuning
 from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, Kernel, SDPAParams, SDPBackend, Verdict
 
 query = torch.randn(1, 2, 4, 8)
@@ -135,6 +137,7 @@ assert_type(attnplug.__version__, str)
 # Errors -----------------------------------------------------------------------------------------------
 
 errors: list[type[attnplug.AttnplugError]] = [
+    attnplug.ChoicesError,
     attnplug.ConfigError,
     attnplug.DuplicateImplementationError,
     attnplug.GradientError,
@@ -146,4 +149,23 @@ errors: list[type[attnplug.AttnplugError]] = [
     attnplug.SpecError,
     attnplug.UnknownImplementationError,
 ]
-caught: list[type[UserWarning]] = [attnplug.FallbackWarning, attnplug.MismatchWarning, attnplug.PluginWarning]
+caught: list[type[UserWarning]] = [
+    attnplug.ChoicesWarning,
+    attnplug.FallbackWarning,
+    attnplug.MismatchWarning,
+    attnplug.PluginWarning,
+]
+
+# Measuring --------------------------------------------------------------------------------------------
+
+with attnplug.capture() as cases:
+    sdpa(query, query, query)
+assert_type(cases, attnplug.bench.Cases)
+choices = attnplug.tune(cases, ["torch"], seconds=0.1)
+assert_type(choices, attnplug.Choices)
+assert_type(attnplug.Choices.load("choices.json") | choices, attnplug.Choices)
+for choice in choices:
+    assert_type(choice, attnplug.tuning.Choice)
+    assert_type(choice.gain, float)
+attnplug.use_choices(choices)
+attnplug.restore_choices()

@@ -15,7 +15,7 @@ from attnplug._errors import ConfigError, did_you_mean
 
 VARIABLES = {
     "ATTNPLUG_IMPL": "names of the implementations to prefer, separated by commas",
-    "ATTNPLUG_CHOICES": "a file of measured choices, or auto: those that `attnplug tune` saved for this user",
+    "ATTNPLUG_CHOICES": "a file of measured choices, or auto: those that attnplug tune saved for this user",
     "ATTNPLUG_LOAD": "the only entry points that may load, by name; empty: none",
     "ATTNPLUG_DISABLE": "entry points that never load, by name",
     "ATTNPLUG_STRICT": "1: a broken plugin raises instead of warning",

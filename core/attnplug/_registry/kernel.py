@@ -36,6 +36,10 @@ class Kernel:
         backward: `backward(params, grad_out, grad_lse, out, lse, *saved) -> (grad_query, grad_key,
             grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
             where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
+        partial_backward: `partial_backward(params, grad_out, out, lse) -> (grad_query, grad_key, grad_value)`, for a
+            composite kernel without `backward`: the gradients of a call whose keys are only a part of all, from `out`
+            and `lse` over all of them. `attnplug.parallel` asks; a `backward` that computes with the `out` and `lse`
+            that it is given does the same already.
         supports: `supports(params) -> reason, reasons or None`: what `Capabilities` cannot say. An empty
             answer accepts. What depends on the GPU asks `attnplug.compute_capability`.
         unavailable: `unavailable() -> reason or None`: what keeps every call from running here, and shows only
@@ -64,6 +68,7 @@ class Kernel:
 
     forward: Callable[[SDPAParams], Any]
     backward: Callable[..., Any] | None = None
+    partial_backward: Callable[..., Any] | None = None
     supports: Callable[[SDPAParams], Reasons] | None = None
     unavailable: Callable[[], Reasons] | None = None
     lacks: Callable[[], Mapping[Feature, str]] | None = None
@@ -117,6 +122,7 @@ def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDP
 _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "forward": ("params",),
     "backward": ("params", "grad_out", "grad_lse", "out", "lse"),
+    "partial_backward": ("params", "grad_out", "out", "lse"),
     "supports": ("params",),
     "unavailable": (),
     "lacks": (),

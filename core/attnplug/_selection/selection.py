@@ -42,12 +42,12 @@ class Selection:
         return tuple(name for name in (self.activation, *self.preferred, self.choice) if name is not None)
 
     def candidates(self, registry: Registry) -> list[Entry]:
-        """Return the allowed implementations, most preferred first; quantized ones only if they are named."""
+        """Return the allowed implementations, most preferred first; those that say so only if they are named."""
         if self.impl is not None:
             return [registry.get(self.impl, "impl")]
         order = list(dict.fromkeys(self.wanted))
         named = {*order, *(self.scope[1] if self.scope is not None else ())}
-        possible = (entry for entry in registry if entry.name in named or not entry.spec.capabilities.quantized)
+        possible = (entry for entry in registry if entry.name in named or not _only_named(entry.spec))
         entries = sorted(possible, key=lambda entry: order.index(entry.name) if entry.name in order else len(order))
         if self.scope is None:
             return entries
@@ -66,7 +66,8 @@ class Selection:
     def exclusion(self, entry: Entry) -> str:
         """Return why `entry`, which is none of the candidates, is left out."""
         if self.impl is None and self.allows(entry.spec):
-            return f"is quantized, and runs only where {entry.name!r} is named"
+            quantized = "is quantized, and " if entry.spec.capabilities.quantized else ""
+            return f"{quantized}runs only where {entry.name!r} is named"
         return f"outside {self.exact}"
 
 
@@ -104,6 +105,10 @@ def describe_scope(scope: Scope) -> str:
     set_priority, entries = scope
     shown = ", ".join(item.removeprefix(FAMILY) if item.startswith(FAMILY) else repr(item) for item in entries)
     return f"sdpa_kernel([{shown}]{', set_priority=True' if set_priority else ''})"
+
+
+def _only_named(spec: ImplSpec) -> bool:
+    return spec.named_only or spec.capabilities.quantized
 
 
 def _covers(item: str, spec: ImplSpec) -> bool:

@@ -27,6 +27,17 @@ _flash_cuda = operator(
     "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, Tensor rng_state, Tensor unused, "
     "Tensor debug_attn_mask)"
 )
+_backward_cpu = operator(
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward(Tensor grad_out, Tensor query, Tensor key, "
+    "Tensor value, Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, "
+    "float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
+_backward_cuda = operator(
+    "aten::_scaled_dot_product_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
+    "Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
+    "bool is_causal, Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> (Tensor grad_query, "
+    "Tensor grad_key, Tensor grad_value)"
+)
 
 
 def supports(params: SDPAParams) -> str | None:
@@ -44,6 +55,29 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
     params = OF_FLASH.mended(params)
     return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
+
+
+def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value from `out` and `lse` over more keys than these; without dropout."""
+    mended = OF_FLASH.mended(params)
+    query, key, value = _with_dense_rows(mended)
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # the probability of a key that no row sees is 0
+    if query.device.type == "cpu":
+        mask = as_additive(mended.attn_mask, query.dtype)
+        grads = _backward_cpu(
+            *(grad_out, query, key, value, out, lse, 0.0, mended.is_causal), attn_mask=mask, scale=mended.scale
+        )
+    else:
+        none = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        grads = _backward_cuda(
+            *(grad_out, query, key, value, out, lse, None, None, query.shape[2], key.shape[2], 0.0, mended.is_causal),
+            *(none, none[1:].view(())),
+            scale=mended.scale,
+        )
+    if mended.scale != params.scale:
+        assert params.scale is not None
+        grads = (grads[0] * (-1 if params.scale < 0 else 0), *grads[1:])
+    return tuple(grads)  # type: ignore[return-value]
 
 
 def plain(

@@ -41,6 +41,7 @@ _HARMLESS = {
     "output_router_logits": "collected outside of attention",
     "return_dict": "the form of the model's output",
     "num_items_in_batch": "a divisor of the loss",
+    "shift_labels": "labels of the loss",
     "seq_idx": "for state-space layers; packing of attention is in the mask",
     "max_length_q": "cu_seq_lens_q says it",
     "max_length_k": "cu_seq_lens_k says it",
@@ -133,7 +134,7 @@ def attention_forward(
     Raises:
         ValueError: the model asks for something that attnplug cannot do.
     """
-    _refuse(others)
+    refuse_unknown(others)
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask, causal = _complete_mask(query, key, attention_mask, causal, sliding_window)
     if cu_seq_lens_q is not None:
@@ -242,7 +243,7 @@ def _library(module: str) -> Any:
     return importlib.import_module(f"transformers.{module}")
 
 
-def _refuse(others: dict[str, Any]) -> None:
+def refuse_unknown(others: dict[str, Any]) -> None:
     """Raise for every argument that asks for something and is not known to change nothing here."""
     for name, value in others.items():
         if value is None or value is False or name in _HARMLESS:

@@ -1,0 +1,19 @@
+"""Attention over a sequence that several ranks share."""
+
+from attnplug.parallel._attention import ring_attention, ring_varlen_attn, ulysses_attention, usp_attention
+from attnplug.parallel._exchange import ParallelError
+from attnplug.parallel._model import ContextParallelHandle, context_parallel
+from attnplug.parallel._sharding import sequence_positions, shard_sequence, unshard_sequence
+
+__all__ = [
+    "ContextParallelHandle",
+    "ParallelError",
+    "context_parallel",
+    "ring_attention",
+    "ring_varlen_attn",
+    "sequence_positions",
+    "shard_sequence",
+    "ulysses_attention",
+    "unshard_sequence",
+    "usp_attention",
+]

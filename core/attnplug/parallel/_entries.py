@@ -1,0 +1,66 @@
+"""Attention over several ranks as an implementation like any other: run eagerly, traced, and on DTensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from attnplug._call.prepare import empty, is_empty
+from attnplug._registry.registry import PROGRAM, Entry
+from attnplug._run.autograd import run
+from attnplug._run.operator import arguments_of, is_watched, operator_of
+from attnplug._tracing import constant_in_traces
+from attnplug._types import Capabilities, ImplSpec, SDPAParams
+from attnplug.parallel._ring import FEATURES, Ring
+
+Result = tuple[Tensor, Tensor | None]
+_entries: dict[tuple[Any, ...], Entry] = {}
+
+
+class _Operators:
+    """The operators that were traced so far, by attribute: adding one does not touch the guards on another."""
+
+
+_operators = _Operators()
+
+
+def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> Result:
+    """Run a checked call in the form that kernels know."""
+    if is_empty(params):
+        return empty(params)
+    if is_compiling():
+        out, lse, _ = getattr(_operators, _traced(group.group_name, impl))(*arguments_of(params))
+        return out, lse if params.return_lse else None
+    entry = _entry(group, impl)
+    if is_watched(params.query):
+        return operator_of(entry).run(params)
+    return run(entry, params, params.needs_grad)
+
+
+def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
+    key = (group, impl)
+    if key not in _entries:
+        _entries[key] = Entry(
+            ImplSpec(
+                name="ring_attention",
+                kernel=Ring(group, impl),
+                backend=None,
+                capabilities=Capabilities(features=FEATURES),
+            ),
+            PROGRAM,
+        )
+        _entries[key].load()
+    return _entries[key]
+
+
+@constant_in_traces
+def _traced(group_name: str, impl: str | None) -> str:
+    """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    entry = _entry(resolve(group_name), impl)
+    name = f"of_{list(_entries.values()).index(entry)}"
+    setattr(_operators, name, operator_of(entry).forward)
+    return name

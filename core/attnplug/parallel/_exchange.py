@@ -1,0 +1,207 @@
+"""Messages between the ranks of a group, in flight while something is computed; a rank that fails is named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from attnplug._errors import AttnplugError
+from attnplug._messages import printable
+
+GRACE = 2.0
+"""Seconds that a rank waits for what the others say of themselves, once something has failed."""
+
+_said: set[dist.ProcessGroup] = set()
+
+
+class ParallelError(AttnplugError, RuntimeError):
+    """Another rank did not send or take what it must: it failed, or hangs.
+
+    Attributes:
+        rank: its rank in the group.
+    """
+
+    def __init__(self, rank: int, text: str) -> None:
+        self.rank = rank
+        super().__init__(text)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.rank, str(self))
+
+
+def as_group(group: Any, argument: str = "group") -> dist.ProcessGroup:
+    """Return a process group, or that of a device mesh of one dimension.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"{argument}: expected a device mesh of one dimension, got {group}; take one by its name")
+        return group.get_group()
+    raise TypeError(
+        f"{argument}: expected a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, "
+        f"got {type(group).__name__}"
+    )
+
+
+def as_mesh(mesh: Any) -> Any:
+    """Return a device mesh of two dimensions.
+
+    Raises:
+        TypeError, ValueError: it is not one.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a DeviceMesh of two dimensions, (ring, heads), got {type(mesh).__name__}")
+    if mesh.ndim != 2:
+        raise ValueError(f"mesh: expected two dimensions, (ring, heads), got {mesh}")
+    return mesh
+
+
+@dataclass
+class Transfer:
+    """Messages in flight; `wait` returns when they have arrived."""
+
+    group: dist.ProcessGroup
+    works: list[tuple[Any, int]] = field(default_factory=list)  # each with the rank at the other end
+    buffers: tuple[Tensor, ...] = ()  # kept until then
+    started: float = 0.0
+
+    def wait(self) -> None:
+        """Wait for all; on a GPU, let the current stream wait.
+
+        Raises:
+            ParallelError: one did not arrive within the group's timeout.
+        """
+        for work, peer in self.works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise blamed(self.group, peer, time.monotonic() - self.started, error) from error
+        self.works, self.buffers = [], ()
+
+
+def exchange(
+    group: dist.ProcessGroup, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
+) -> Transfer:
+    """Start to send and to receive contiguous tensors; each comes with the rank in the group at the other end."""
+    operations: list[tuple[Any, Tensor, int]] = [(dist.isend, tensor, peer) for peer, tensor in sent if tensor.numel()]
+    operations += [(dist.irecv, tensor, peer) for peer, tensor in received if tensor.numel()]
+    transfer = Transfer(group, buffers=tuple(tensor for _, tensor, _ in operations), started=time.monotonic())
+    if not operations:
+        return transfer
+    try:
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(operation, tensor, group=group, group_peer=peer) for operation, tensor, peer in operations]
+        )
+    except RuntimeError as error:  # a connection that is gone shows here
+        raise blamed(group, operations[0][2], 0.0, error) from error
+    # NCCL gives one work for all of a batch, gloo one for each.
+    peers = [peer for _, _, peer in operations][-len(works) :]
+    transfer.works = list(zip(works, peers, strict=True))
+    return transfer
+
+
+@contextmanager
+def reporting(group: dist.ProcessGroup) -> Iterator[None]:
+    """Tell the other ranks, which wait for this one, what an exception here was."""
+    _unsay(group)
+    try:
+        yield
+    except ParallelError:
+        raise
+    except Exception as error:
+        _say(group, f"failed:{type(error).__name__}: {error}")
+        raise
+
+
+def blamed(group: dist.ProcessGroup, peer: int, waited: float, error: BaseException) -> ParallelError:
+    """Return an error that names the rank that is at fault.
+
+    The rank at the other end may itself be waiting for another one, and says so in the store of the group; whoever
+    says nothing hangs, or is gone.
+    """
+    _say(group, f"waits:{peer}")
+    culprit, reason, seen = peer, "", {group.rank()}
+    deadline = time.monotonic() + GRACE
+    while culprit not in seen:
+        told = _heard(group, culprit, deadline)
+        kind, _, text = told.partition(":")
+        if kind != "waits" or text == "all":
+            reason = text if kind == "failed" else ""
+            break
+        seen.add(culprit)
+        if int(text) in seen:
+            break
+        culprit = int(text)
+    return _error(group, culprit, reason, waited, f"rank {peer}", error)
+
+
+def blamed_by_all(group: dist.ProcessGroup, waited: float, error: BaseException) -> ParallelError:
+    """Return the same for a collective, in which everybody waits for everybody: at fault is who does not say so."""
+    _say(group, "waits:all")
+    deadline = time.monotonic() + GRACE
+    told = {rank: _heard(group, rank, deadline) for rank in range(dist.get_world_size(group)) if rank != group.rank()}
+    culprit = next((rank for rank, text in told.items() if text.startswith("failed:")), None)
+    if culprit is None:
+        culprit = next((rank for rank, text in told.items() if not text), None)
+    if culprit is None:
+        return ParallelError(-1, f"a message between all ranks of the group failed on each of them: {error}")
+    return _error(group, culprit, told[culprit].removeprefix("failed:"), waited, "all ranks", error)
+
+
+def _error(
+    group: dist.ProcessGroup, culprit: int, reason: str, waited: float, awaited: str, error: BaseException
+) -> ParallelError:
+    everywhere = dist.get_global_rank(group, culprit)
+    name = f"rank {culprit} of the group" + ("" if everywhere == culprit else f" (rank {everywhere} of all)")
+    what = f"failed with {reason}" if reason else "does not answer: it hangs, or has ended"
+    return ParallelError(
+        culprit, f"{name} {what}; rank {group.rank()} waited {waited:.0f} s for {awaited} ({printable(error)})"
+    )
+
+
+def _store(group: dist.ProcessGroup) -> Any:
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore(f"attnplug/{group.group_name}", _get_default_store())
+
+
+def _say(group: dist.ProcessGroup, text: str) -> None:
+    """Tell whoever asks why this rank does not go on."""
+    with suppress(Exception):  # the store goes with the process that holds it; then there is nobody to tell
+        _store(group).set(str(group.rank()), text)
+        _said.add(group)
+
+
+def _unsay(group: dist.ProcessGroup) -> None:
+    """Take back what was said: this rank has gone on."""
+    if group in _said:
+        _said.discard(group)
+        with suppress(Exception):
+            _store(group).delete_key(str(group.rank()))
+
+
+def _heard(group: dist.ProcessGroup, rank: int, deadline: float) -> str:
+    """Return what a rank says of itself, or nothing if it says nothing."""
+    try:
+        store = _store(group)
+        while not store.check([str(rank)]):
+            if time.monotonic() > deadline:
+                return ""
+            time.sleep(0.05)
+        return store.get(str(rank)).decode()  # type: ignore[no-any-return]
+    except Exception:
+        return ""

@@ -1,0 +1,124 @@
+"""What one rank has of a call, and the calls of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attnplug._types import CausalVariant, SDPAParams
+from attnplug.parallel._plan import Layout, kinds
+from attnplug.parallel._ranges import Block, Range, size, total
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of a call, and where it lies in the whole."""
+
+    group: dist.ProcessGroup
+    params: SDPAParams
+    layout: Layout
+    rank: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, params: SDPAParams, length: int | None) -> Share:
+        """Return the call.
+
+        Raises:
+            ValueError: a rank has another number of rows than its share.
+        """
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        dim = 0 if params.is_varlen else 2
+        have = {"query": params.query.shape[dim], "key": params.key.shape[dim]}
+        whole = {name: size * ranks for name, size in have.items()}
+        starts: tuple[int, ...] = ()
+        if params.is_varlen:
+            starts = tuple(params.cu_seq_q.tolist())
+            whole = dict.fromkeys(whole, starts[-1])
+        elif length is not None:
+            whole["key"] = length
+            if have["query"] == have["key"]:
+                whole["query"] = length
+        layout = Layout(ranks, whole["query"], whole["key"], params.is_causal, params.window_size, False, starts)
+        call = cls(group, params, layout, rank)
+        call._check(have)
+        return call
+
+    def _check(self, have: dict[str, int]) -> None:
+        layout, parts = self.layout, self.layout.ranks * (2 if self.layout.is_causal else 1)
+        for name, of_keys in (("query", False), ("key", True)):
+            share, whole = total(layout.ranges(self.rank, of_keys)), layout.keys if of_keys else layout.queries
+            if have[name] != share:
+                raise ValueError(
+                    f"{name}: rank {self.rank} of {layout.ranks} has {have[name]} positions, and its share of {whole} "
+                    f"is {share}; cut with shard_sequence"
+                    + ("" if self.params.is_varlen else ", and pass length= if it was not cut evenly")
+                )
+            if whole < parts:
+                raise ValueError(f"{name}: {whole} positions cannot be cut into {parts} parts; use fewer ranks")
+
+    @property
+    def is_varlen(self) -> bool:
+        return self.params.is_varlen
+
+    def rows(self, tensor: Tensor, part: Range) -> Tensor:
+        """Return rows of what is laid out as the call's tensors are."""
+        if size(part) == tensor.shape[0 if self.is_varlen else 2]:
+            return tensor
+        return tensor.narrow(0 if self.is_varlen else 2, part[0], size(part))
+
+    def examples(self, grad: bool) -> list[SDPAParams]:
+        """Return one call of each kind of block that any rank makes, for who decides."""
+        query, key, value = (
+            tensor.detach().requires_grad_(grad) for tensor in (self.params.query, self.params.key, self.params.value)
+        )
+        with torch.enable_grad():
+            return [self._example(query, key, value, block) for block in kinds(self.layout)]
+
+    def _example(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> SDPAParams:
+        dim = 0 if self.is_varlen else 2
+        queries = min(size(block.queries), query.shape[dim])
+        keys = min(size(block.keys), key.shape[dim])
+        if size(block.queries) == size(block.keys):
+            queries = keys = min(queries, keys)
+        same = replace(block, queries=(0, queries), keys=(0, keys), lengths=(queries,) if block.lengths else ())
+        used = None if self.params.seqused_k is None else self.params.seqused_k.clamp(max=keys)
+        rows, columns = (0, queries), (0, keys)
+        return self.block(same, self.rows(query, rows), self.rows(key, columns), self.rows(value, columns), used)
+
+    def block(self, block: Block, query: Tensor, key: Tensor, value: Tensor, used: Tensor | None = None) -> SDPAParams:
+        """Return the call of one block, whose tensors are given."""
+        more: dict[str, Any] = {"max_q": None, "max_k": None}
+        if self.is_varlen:
+            of_queries = of_keys = starts_of(block.lengths)
+            if not block.lengths:
+                of_queries, of_keys = [0, query.shape[0]], [0, key.shape[0]]
+            more["cu_seq_q"] = torch.tensor(of_queries, dtype=torch.int32, device=query.device)
+            more["cu_seq_k"] = torch.tensor(of_keys, dtype=torch.int32, device=query.device)
+            more["max_q"] = max(block.lengths) if block.lengths else query.shape[0]
+            more["max_k"] = max(block.lengths) if block.lengths else key.shape[0]
+        if used is not None:
+            more["seqused_k"] = used
+        return replace(
+            self.params,
+            query=query,
+            key=key,
+            value=value,
+            is_causal=block.is_causal,
+            window_size=block.window,
+            causal_variant=CausalVariant.LOWER_RIGHT if self.is_varlen else CausalVariant.UPPER_LEFT,
+            sinks=None,
+            return_lse=True,
+            **more,
+        )
+
+
+def starts_of(lengths: Sequence[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts

@@ -1,0 +1,106 @@
+"""What cannot be right is an error, and before any message; a rank that fails or hangs is named by the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shared_sequences as ranks_do
+from ranks import World
+
+pytest.importorskip("attnplug_math_ref")
+Worlds = Callable[[int], World]
+
+
+def error_of(world: World, function: Callable[..., Any], *arguments: Any, **named: Any) -> str:
+    """Return what both ranks raise, and see that they still understand each other."""
+    world.start(function, *arguments, **named)
+    texts = {str(result) for result in world.results()}
+    assert len(texts) == 1, texts
+    world.run(ranks_do.dense, impl="math_ref", is_causal=True)
+    return texts.pop()
+
+
+def test_a_kernel_without_lse_is_declined_before_any_message(world: Worlds) -> None:
+    text = error_of(world(2), ranks_do.dense, impl="aten_math")
+    assert text.startswith("NoImplementationError: ")
+    assert "aten_math: does not support return_lse" in text
+    assert "ulysses_attention, of the same arguments, takes any implementation" in text
+
+
+def test_a_backward_that_does_not_use_what_it_is_given_is_declined_before_any_message(world: Worlds) -> None:
+    world(2).run(ranks_do.register, "own_statistics")
+    text = error_of(world(2), ranks_do.dense, impl="own_statistics")
+    assert "its backward computes out and lse anew for the keys of one rank" in text
+
+
+def test_a_gradient_of_lse_that_the_kernel_does_not_give_is_an_error_before_any_message(world: Worlds) -> None:
+    text = error_of(world(2), ranks_do.dense, impl="aten_flash", is_causal=True, lse_gradient=True)
+    assert text == (
+        "GradientError: implementation 'aten_flash' gives no gradient through lse; detach lse, or use one that does"
+    )
+
+
+def test_a_kernel_without_the_feature_is_declined_with_its_reason(world: Worlds) -> None:
+    text = error_of(world(2), ranks_do.dense, impl="aten_flash", is_causal=True, softcap=2.0)
+    assert "aten_flash: does not support softcap" in text
+
+
+def test_dropout_that_a_kernel_cannot_repeat_is_declined(world: Worlds) -> None:
+    text = error_of(world(2), ranks_do.dense, impl="aten_flash", dropout_p=0.1)
+    assert "aten_flash: does not support dropout" in text
+
+
+def test_heads_that_do_not_divide_are_an_error_that_says_what_would(world: Worlds) -> None:
+    text = error_of(world(2), ranks_do.dense, "ulysses", heads=(9, 3))
+    assert text == (
+        "ValueError: query, key: 2 ranks cannot share 9 query heads and 3 key/value heads evenly; 3 ranks would do, "
+        "or ring_attention, which leaves heads together"
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("short", "ValueError: a sequence of 3 positions cannot be cut into 4 parts for 2 ranks"),
+        (
+            "length",
+            "ValueError: query: rank {} of 2 has 8 positions, and its share of 24 is 12; cut with shard_sequence",
+        ),
+        (
+            "group",
+            "TypeError: group: expected a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, got str",
+        ),
+        ("mesh", "TypeError: mesh: expected a DeviceMesh of two dimensions, (ring, heads), got str"),
+        ("starts", "ValueError: cu_seq: expected values that start at 0 and never fall, got [0, 9, 5]"),
+        ("method", "ValueError: method: unknown 'rings'; did you mean 'ring'? Accepted: ring, ulysses, usp"),
+    ],
+)
+def test_wrong_arguments_are_named(world: Worlds, what: str, text: str) -> None:
+    world(2).start(ranks_do.mistaken, what)
+    for rank, result in enumerate(world(2).results()):
+        assert str(result).startswith(text.format(rank))
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("raises", "rank 1 of the group failed with OSError: this rank is broken"),
+        pytest.param("hangs", "rank 1 of the group does not answer", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("method", ["ring", pytest.param("ulysses", marks=pytest.mark.slow)])
+def test_a_rank_that_fails_or_hangs_is_named_by_the_others(tmp_path: Path, how: str, text: str, method: str) -> None:
+    world = World(3, tmp_path, timeout=timedelta(seconds=3))
+    world.run(ranks_do.register, "opaque")
+    world.start(ranks_do.failing, method, 1, how)
+    results = world.results()
+    for process in world.processes:
+        process.terminate()
+        process.join()
+    for rank in (0, 2):
+        assert str(results[rank]).startswith(f"ParallelError: {text}"), results
