@@ -228,6 +228,33 @@ def test_a_reference_that_takes_no_such_call_is_a_reason() -> None:
     ]
 
 
+def test_a_reference_that_fails_stops_no_program() -> None:
+    class Failing(Formula):
+        @classmethod
+        def forward(cls, params: attnplug.SDPAParams) -> tuple[Any, ...]:
+            raise MemoryError("no room")
+
+    query, key, value = tensors()
+    with (
+        attnplug.verify(1.0, reference=register(Failing), on_mismatch="raise") as watched,
+        pytest.warns(RuntimeWarning, match="verify could not compare a call: MemoryError: no room"),
+    ):
+        attnplug.scaled_dot_product_attention(query, key, value)
+    assert list(watched.skipped) == ["the comparison raised MemoryError"]
+
+
+def test_a_part_of_a_call_of_several_ranks_is_not_compared() -> None:
+    class Part(Formula):
+        @classmethod
+        def forward(cls, params: attnplug.SDPAParams) -> tuple[Any, ...]:
+            return params.value, None
+
+    attnplug.register_impl(attnplug.ImplSpec(name="part", kernel=Part, backend=None, named_only=True))
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        attnplug.scaled_dot_product_attention(*tensors(), impl="part")
+    assert list(watched.skipped) == ["part computes a part of a call, and other ranks the rest"]
+
+
 def test_numbers_of_which_the_rule_says_nothing_are_a_reason() -> None:
     query = torch.full((1, 1, 2, 8), 300.0, dtype=torch.float16)
     with attnplug.verify(1.0, on_mismatch="raise") as watched:

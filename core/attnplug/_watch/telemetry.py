@@ -125,6 +125,7 @@ class _Telemetry(Watcher):
         self._counts: dict[str, Counter[Labels]] = {name: Counter() for name in METRICS}
         self._lock = threading.Lock()
         self._tracer = None if tracers is None else tracers.get_tracer("attnplug", __version__)
+        self.stands_around = self._tracer is not None
 
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
         self._count(call)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnplug._accuracy import Mistake
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
-from attnplug._messages import warn
+from attnplug._messages import printable, warn
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
 from attnplug._types import SDPAParams
@@ -173,7 +173,7 @@ class _Verifier(Watcher):
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
         if not self._is_sampled():
             return run(params)
-        reason = unfit(params)
+        reason = self._unfit(call, params)
         if reason:
             self._skip(reason)
             return run(params)
@@ -191,7 +191,7 @@ class _Verifier(Watcher):
     def seen(self, call: RecordedCall, params: SDPAParams, result: Result) -> None:
         if not self._is_sampled():
             return
-        reason = unfit(params)
+        reason = self._unfit(call, params)
         if reason:
             self._skip(reason)
             return
@@ -244,6 +244,10 @@ class _Verifier(Watcher):
         except NotJudged as reason:
             self._skip(f"{prefix}{reason}")
             return
+        except Exception as error:  # out of memory, for example: the program shall run on as it would have
+            self._skip(f"{prefix}the comparison raised {type(error).__name__}")
+            self._warn_of(error)
+            return
         with self._lock:
             setattr(self._found, kind, getattr(self._found, kind) + 1)
         totals.add("attnplug.verified", call.impl, kind)
@@ -282,6 +286,15 @@ class _Verifier(Watcher):
         else:
             self._warn(kept)
 
+    def _warn_of(self, error: Exception) -> None:
+        """Say once for each type of error that, and why, calls are not compared."""
+        key = (type(error).__name__, False, "")
+        with self._lock:
+            if key in self._warned:
+                return
+            self._warned.add(key)
+        warn(RuntimeWarning(f"verify could not compare a call: {type(error).__name__}: {printable(error)}"))
+
     def _warn(self, mismatches: list[Mismatch]) -> None:
         first = mismatches[0]
         key = (first.impl, first.name in ("out", "lse"), first.module)
@@ -290,6 +303,13 @@ class _Verifier(Watcher):
                 return
             self._warned.add(key)
         warn(MismatchWarning(_together(mismatches)))
+
+    @staticmethod
+    def _unfit(call: RecordedCall, params: SDPAParams) -> str:
+        """Return why a call cannot be compared; empty if it can."""
+        if start().get(call.impl).spec.named_only:
+            return f"{call.impl} computes a part of a call, and other ranks the rest"
+        return unfit(params)
 
     @staticmethod
     def _is_quantized(call: RecordedCall) -> bool:
