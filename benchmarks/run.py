@@ -27,6 +27,7 @@ PROGRAMS = (
     "memory",
     "launching",
     "parallel",
+    "watching",
 )
 
 

@@ -3,7 +3,8 @@
 A kernel that passes unit tests can still be wrong inside a model: padded batches, masks and strides come
 together only there. So this program embeds the same sentences with every implementation that is installed,
 says what really ran, how long it took and how far the embeddings are from those of PyTorch's own attention,
-and ends with status 1 if an implementation gives wrong embeddings or finds something else.
+and ends with status 1 if an implementation gives wrong embeddings or finds something else. The last line, tuned, is
+the unmodified model once more, with what `attnplug.tune` found to be the fastest for each of its calls.
 
     python examples/semantic_search.py --repeats 5 --device cpu --dtype float32
 
@@ -20,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,9 @@ QUERIES = (
 )
 HITS = 2
 BATCHES = 2  # sentences, queries
+TUNING = 0.05  # seconds for each implementation on each kind of call
+LEAST_TURNS = 3
+SLOWEST = 1.5  # times PyTorch's time, for a candidate of tuning
 # The contract allows a kernel twice PyTorch's rounding error; with PyTorch's own, the two may be three apart.
 # Six layers mix the errors of many calls, so one more is left for luck.
 ERRORS_APART = 4
@@ -173,6 +178,58 @@ def compare(search: Search, repeats: int) -> tuple[list[Row], Found, float]:
     return rows, reference, tolerance
 
 
+@dataclass
+class Tuned:
+    """The line of the table, what was chosen, and how many times as fast as PyTorch's default that was."""
+
+    row: Row
+    choices: attnplug.Choices
+    ratio: float
+
+
+def tune(search: Search, names: list[str], reference: Found, tolerance: float, repeats: int) -> Tuned:
+    """Capture the calls of the unmodified model, measure them, and time it with and without the choices, in turns."""
+    search.use("sdpa")
+    with attnplug.capture() as cases:
+        search.find()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", attnplug.ChoicesWarning)  # of a busy machine; the notes say it too
+        choices = attnplug.tune(cases, names, seconds=TUNING)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(max(repeats, LEAST_TURNS)):
+        for in_use in (turn % 2 == 0, turn % 2 == 1):
+            if in_use:
+                attnplug.use_choices(choices)
+            search.seconds()  # decides, and warms the caches
+            seconds[in_use].append(search.seconds())
+            if in_use:
+                attnplug.restore_choices()
+    attnplug.use_choices(choices)
+    with attnplug.record() as calls:
+        found = search.find()
+    attnplug.restore_choices()
+    row = Row("tuned", what_ran(calls, search.model.config.num_hidden_layers))
+    row.milliseconds = 1e3 * statistics.median(seconds[True])
+    row.difference = gap(found.embeddings, reference.embeddings)
+    row.ranking = "same" if same_ranking(found.scores, reference.scores, tolerance) else "OTHER"
+    if not (row.difference <= tolerance and row.ranking == "same"):
+        row.verdict = "WRONG"
+    ratio = statistics.median(without / tuned for without, tuned in zip(seconds[False], seconds[True], strict=True))
+    return Tuned(row, choices, ratio)
+
+
+def candidates(rows: list[Row]) -> list[str]:
+    """Return the names of those that were right, and not far slower than PyTorch: the others need no second look."""
+    slowest = SLOWEST * (rows[0].milliseconds or 0.0)
+    right = [row for row in rows if row.verdict == "right" and row.milliseconds is not None]
+    return [row.name.removeprefix("attnplug:") for row in right if (row.milliseconds or 0.0) <= slowest]
+
+
+def chosen(choices: attnplug.Choices) -> str:
+    """Say what was chosen for which calls."""
+    return "; ".join(f"{choice.impl} for {choice.kind}" for choice in choices)
+
+
 def check(search: Search, row: Row, name: str, reference: Found, tolerance: float, slack: float) -> None:
     """Search with one implementation and judge what it found."""
     search.use(row.name)
@@ -269,11 +326,14 @@ def main(arguments: list[str] | None = None) -> int:
     bridge.register()
     search = Search(options.device, getattr(torch, options.dtype))
     rows, reference, tolerance = compare(search, options.repeats)
+    tuned = tune(search, candidates(rows), reference, tolerance, options.repeats)
+    rows.append(tuned.row)
     print(answers(reference), table(rows), sep="\n\n")
     print(
         f"\nTolerance of the embeddings: {tolerance:.1e}, {ERRORS_APART} times how far PyTorch's own are from the "
         f"same model in float64."
     )
+    print(f"Tuned: {chosen(tuned.choices)}: {tuned.ratio:.2f} times as fast as PyTorch's default in the same run.")
     return int(any(row.verdict == "WRONG" for row in rows))
 
 

@@ -19,6 +19,8 @@ from attnplug._errors import (
     FallbackWarning,
     GradientError,
     KernelError,
+    MismatchError,
+    MismatchWarning,
     NoImplementationError,
     PluginError,
     PluginWarning,
@@ -58,7 +60,11 @@ if TYPE_CHECKING:
     from attnplug._control.patch import PatchHandle, patch_torch
     from attnplug._control.scopes import sdpa_kernel
     from attnplug._dispatch.recording import record
-    from attnplug.tuning import capture, tune
+    from attnplug._watch.summaries import Ran, Share, summary
+    from attnplug._watch.telemetry import Instrumentation, instrument
+    from attnplug._watch.verification import Mismatch, verify
+    from attnplug.tuning._capture import capture
+    from attnplug.tuning._tune import tune
 
 WARN_FOR_UNFUSED_KERNELS = False
 """Set to True to be warned, with each reason, whenever a call falls back to the MATH family."""
@@ -74,16 +80,23 @@ _NEEDS_TORCH = {
     "Explanation": "attnplug._control.explain",
     "can_use_impl": "attnplug._control.explain",
     "explain": "attnplug._control.explain",
+    "Instrumentation": "attnplug._watch.telemetry",
+    "Mismatch": "attnplug._watch.verification",
+    "Ran": "attnplug._watch.summaries",
+    "Share": "attnplug._watch.summaries",
+    "instrument": "attnplug._watch.telemetry",
+    "summary": "attnplug._watch.summaries",
+    "verify": "attnplug._watch.verification",
     "BindingHandle": "attnplug._control.binding",
     "PatchHandle": "attnplug._control.patch",
     "bind": "attnplug._control.binding",
-    "capture": "attnplug.tuning",
+    "capture": "attnplug.tuning._capture",
     "checkpoint_contexts": "attnplug._control.checkpoints",
     "patch_torch": "attnplug._control.patch",
     "record": "attnplug._dispatch.recording",
     "restore_choices": "attnplug._control.choices",
     "sdpa_kernel": "attnplug._control.scopes",
-    "tune": "attnplug.tuning",
+    "tune": "attnplug.tuning._tune",
     "use_choices": "attnplug._control.choices",
 }
 
@@ -104,16 +117,22 @@ __all__ = [
     "GradientError",
     "ImplRecord",
     "ImplSpec",
+    "Instrumentation",
     "Kernel",
     "KernelError",
+    "Mismatch",
+    "MismatchError",
+    "MismatchWarning",
     "NoImplementationError",
     "PatchHandle",
     "PluginError",
     "PluginWarning",
+    "Ran",
     "RecordedCall",
     "SDPAParams",
     "SDPBackend",
     "ScopeError",
+    "Share",
     "SpecError",
     "UnknownImplementationError",
     "Verdict",
@@ -127,6 +146,7 @@ __all__ = [
     "current_flash_attention_impl",
     "explain",
     "hookimpl",
+    "instrument",
     "list_flash_attention_impls",
     "list_impls",
     "parallel",
@@ -138,10 +158,12 @@ __all__ = [
     "restore_flash_attention_impl",
     "scaled_dot_product_attention",
     "sdpa_kernel",
+    "summary",
     "tune",
     "unregister_impl",
     "use_choices",
     "varlen_attn",
+    "verify",
 ]
 
 
@@ -152,6 +174,7 @@ def __getattr__(name: str) -> Any:
     if module is None:
         raise AttributeError(f"module 'attnplug' has no attribute {name!r}")
     importlib.import_module("attnplug._control.torch_registry")
+    importlib.import_module("attnplug._watch")
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value  # the next access is an ordinary one
     return value

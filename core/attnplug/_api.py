@@ -17,6 +17,7 @@ from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import Plan, is_deterministic, plans
 from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
+from attnplug._dispatch.ranges import is_profiled
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
@@ -164,7 +165,8 @@ def scaled_dot_product_attention(
     # While measured choices are in use, one look-up says whether PyTorch's function or which kernel takes such a call.
     quick: Any = None
     if process.choices is not None and plain and process.plain and impl is None and state.scope is None:
-        if attn_mask is None and scale is None and dropout_p == 0.0 and return_lse is False and not state.watched:
+        unwatched = not (state.watched or is_profiled())
+        if attn_mask is None and scale is None and dropout_p == 0.0 and return_lse is False and unwatched:
             quick = answer(query, key, value, is_causal, enable_gqa)
         if type(quick) is Plan and holds(quick, query, key, value):
             return quick.plain(query, key, value, 0.0, is_causal, None, enable_gqa)[0]  # type: ignore[misc]
@@ -179,7 +181,7 @@ def scaled_dot_product_attention(
             and return_lse is False
             and (state.torch_first if impl is None else impl == "torch")
             and (process.choices is None or impl is not None)
-            and not state.watched
+            and not (state.watched or is_profiled())
             and (scale is None or (type(scale) is float and 0.0 < scale < inf))
             and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
             and (enable_gqa is False or enable_gqa is True)
@@ -241,7 +243,7 @@ def scaled_dot_product_attention(
             except (AttributeError, TypeError):  # not tensors, not hashable, or the first call of all
                 plan = None
             attn_mask = attn_mask if plan is None else mask
-            if plan is not None and plan.plain is not None and attn_mask is None and not watched:
+            if plan is not None and plan.plain is not None and attn_mask is None and not (watched or is_profiled()):
                 out, lse = plan.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
                 return (out, lse) if return_lse else out
     fields: dict[str, Any] = {

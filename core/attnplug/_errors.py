@@ -106,12 +106,31 @@ class GradientError(AttnplugError, RuntimeError):
     """A gradient was asked for that the implementation which ran forward does not give."""
 
 
+class MismatchError(AttnplugError, RuntimeError):
+    """`verify` found a result that is further from the reference than is allowed.
+
+    Args:
+        mismatches: a `Mismatch` for each wrong result of one call.
+    """
+
+    def __init__(self, *mismatches: Any) -> None:
+        self.mismatches = mismatches
+        super().__init__("\n".join(map(str, mismatches)))
+
+    def __reduce__(self) -> Any:
+        return type(self), self.mismatches
+
+
 class ScopeError(AttnplugError, RuntimeError):
     """A scope or a recording was left that was not entered, or a scope was left that several other threads are in."""
 
 
 class PluginWarning(UserWarning):
     """A plugin, or its kernel, is broken; everything else goes on working."""
+
+
+class MismatchWarning(UserWarning):
+    """`verify` found a result that is further from the reference than is allowed."""
 
 
 class FallbackWarning(UserWarning):

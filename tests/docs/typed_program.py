@@ -9,6 +9,8 @@ from torch.nn.attention.bias import CausalVariant as TorchVariant
 from typing_extensions import assert_type
 
 import attnplug
+import attnplug.bench
+import attnplug.tuning
 from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, Kernel, SDPAParams, SDPBackend, Verdict
 
 query = torch.randn(1, 2, 4, 8)
@@ -58,6 +60,20 @@ explanation = attnplug.explain(query, query, query, is_causal=True, impl="torch"
 assert_type(explanation, attnplug.Explanation)
 assert_type(explanation.candidates, tuple[Verdict, ...])
 assert_type(attnplug.compute_capability(query.device), tuple[int, int] | None)
+
+# Watching ---------------------------------------------------------------------------------------------
+
+with attnplug.verify(0.01, reference="math_ref", on_mismatch="raise", seed=1) as watched:
+    sdpa(query, query, query)
+assert_type(watched.mismatches, list[attnplug.Mismatch])
+assert_type(watched.mismatches[0].error, float | None)
+attnplug.verify(0.01, on_mismatch=lambda mismatch: mismatch.call).start().stop()
+with attnplug.summary() as ran:
+    sdpa(query, query, query)
+assert_type(ran.rows, list[attnplug.Ran])
+assert_type(ran.shares(object()), dict[str, attnplug.Share])
+telling: attnplug.Instrumentation = attnplug.instrument()
+telling.remove()
 
 # What authors write -----------------------------------------------------------------------------------
 
@@ -121,14 +137,35 @@ assert_type(attnplug.__version__, str)
 # Errors -----------------------------------------------------------------------------------------------
 
 errors: list[type[attnplug.AttnplugError]] = [
+    attnplug.ChoicesError,
     attnplug.ConfigError,
     attnplug.DuplicateImplementationError,
     attnplug.GradientError,
     attnplug.KernelError,
+    attnplug.MismatchError,
     attnplug.NoImplementationError,
     attnplug.PluginError,
     attnplug.ScopeError,
     attnplug.SpecError,
     attnplug.UnknownImplementationError,
 ]
-caught: list[type[UserWarning]] = [attnplug.FallbackWarning, attnplug.PluginWarning]
+caught: list[type[UserWarning]] = [
+    attnplug.ChoicesWarning,
+    attnplug.FallbackWarning,
+    attnplug.MismatchWarning,
+    attnplug.PluginWarning,
+]
+
+# Measuring --------------------------------------------------------------------------------------------
+
+with attnplug.capture() as cases:
+    sdpa(query, query, query)
+assert_type(cases, attnplug.bench.Cases)
+choices = attnplug.tune(cases, ["torch"], seconds=0.1)
+assert_type(choices, attnplug.Choices)
+assert_type(attnplug.Choices.load("choices.json") | choices, attnplug.Choices)
+for choice in choices:
+    assert_type(choice, attnplug.tuning.Choice)
+    assert_type(choice.gain, float)
+attnplug.use_choices(choices)
+attnplug.restore_choices()

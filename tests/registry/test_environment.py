@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from packages import Site, of_plugins, plugin, spec
+from packages import KERNEL, Site, of_plugins, plugin, spec
 
 NAMES = """
 report['names'] = sorted(
@@ -273,6 +273,46 @@ def test_trace_logs_each_decision_on_stderr_with_who_was_passed_over(site: Site)
     assert "softcap" in lines[2] and "aten_flash" in lines[2]
 
 
+# ATTNPLUG_VERIFY ----------------------------------------------------------------------------------------
+
+WRONG = KERNEL.replace("@ params.value", "@ params.value * 1.01")
+
+
+def test_verify_names_a_rate_at_which_every_thread_is_verified(site: Site) -> None:
+    site.install("fake-wrong", {"wrong": plugin(spec("wrong")), "wrong_kernel": WRONG})
+    report = site.run(
+        """
+        import threading
+        sdpa(impl="healthy")
+        thread = threading.Thread(target=sdpa, kwargs={"impl": "wrong"})
+        thread.start()
+        thread.join()
+        """,
+        ATTNPLUG_VERIFY="1",
+        ATTNPLUG_DISABLE="",
+    )
+    (mismatch,) = [message for category, message in report.warnings if category == "MismatchWarning"]
+    assert "wrong, held against math_ref: out: largest error" in mismatch
+
+
+def test_verify_without_its_reference_is_an_error_of_every_call(site: Site) -> None:
+    report = site.run("report['failures'] = [failure(sdpa), failure(sdpa)]", ATTNPLUG_VERIFY="0.5")
+    for failure in report.failures:
+        assert failure["message"].startswith("ATTNPLUG_VERIFY: implementation 'math_ref' is disabled")
+
+
+def test_verify_0_is_as_unset(site: Site) -> None:
+    report = site.run(
+        """
+        from attnplug._selection.state import process
+        report["works"] = works()
+        report["watchers"] = len(process.watchers)
+        """,
+        ATTNPLUG_VERIFY="0",
+    )
+    assert report.works and report.watchers == 0
+
+
 # Values that mean nothing -------------------------------------------------------------------------------
 
 
@@ -284,6 +324,9 @@ def test_trace_logs_each_decision_on_stderr_with_who_was_passed_over(site: Site)
         ("ATTNPLUG_STRICT", " "),
         ("ATTNPLUG_TRACE", "on"),
         ("ATTNPLUG_TRACE", "-1"),
+        ("ATTNPLUG_VERIFY", "yes"),
+        ("ATTNPLUG_VERIFY", "1.5"),
+        ("ATTNPLUG_VERIFY", "nan"),
         ("ATTNPLUG_IMPL", "torch,,healthy"),
         ("ATTNPLUG_IMPL", ","),
         ("ATTNPLUG_LOAD", "healthy,"),

@@ -10,7 +10,7 @@ first factor is 3. `lse` has a tolerance relative to `max(1, |lse|)`. Kernels th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,8 @@ class Expected:
         grad_lse: the same of lse; None if lse is not part of the loss.
         factors: what dropout multiplied the probabilities with, `(..., Hq, Sq, n)`, n no smaller than the keys of any
             sequence; needed if the call has dropout.
+        reference: computes `ref`, out and lse (or None), from the arguments; None for the formulas. It must compute in
+            float64 whatever dtype they have, and be differentiable.
 
     Examples:
         >>> import torch
@@ -95,6 +97,7 @@ class Expected:
     grad_out: Tensor | None = None
     grad_lse: Tensor | None = None
     factors: Tensor | None = None
+    reference: Callable[[dict[str, Any]], tuple[Tensor, Tensor | None]] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,8 +105,8 @@ class Expected:
 
     @cached_property
     def ref(self) -> Outcome:
-        """What the formulas give in float64."""
-        return self._computed(torch.float64, OPPOSITE)
+        """What the formulas, or the reference, give in float64."""
+        return self._computed(torch.float64, OPPOSITE, reference=self.reference)
 
     @cached_property
     def sums(self) -> Outcome:
@@ -120,7 +123,7 @@ class Expected:
     def _lows(self) -> dict[str, Outcome]:
         return {}
 
-    def _computed(self, dtype: torch.dtype, order: str, compute: Any = plain) -> Outcome:
+    def _computed(self, dtype: torch.dtype, order: str, compute: Any = plain, reference: Any = None) -> Outcome:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         # Leaves are wider than half types, so that only what a block gives is rounded, not the sum over blocks.
         leaves = {name: self.arguments[name].detach().to(wide).requires_grad_() for name in self.gradients}
@@ -128,21 +131,26 @@ class Expected:
             name: value.detach() if isinstance(value, Tensor) else value for name, value in self.arguments.items()
         }
         with torch.set_grad_enabled(bool(leaves)), torch.autocast(self.arguments["query"].device.type, enabled=False):
-            out, lse = attention({**detached, **leaves}, dtype, order, self.factors, compute)
+            arguments = {**detached, **leaves}
+            out, lse = (
+                attention(arguments, dtype, order, self.factors, compute) if reference is None else reference(arguments)
+            )
             found = self._backward(out, lse, leaves)
         gradients = {
             name: gradient if order == OPPOSITE else gradient.to(self.arguments[name].dtype)
             for name, gradient in found.items()
         }
-        return Outcome(out.detach(), lse.detach(), gradients)
+        return Outcome(out.detach(), None if lse is None else lse.detach(), gradients)
 
-    def _backward(self, out: Tensor, lse: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _backward(self, out: Tensor, lse: Tensor | None, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         if not leaves:
             return {}
         if self.grad_out is None:
             raise ValueError("grad_out: needed where gradients are wanted")
         outputs, grads = [out], [self.grad_out.to(out.dtype)]
         if self.grad_lse is not None:
+            if lse is None:
+                raise ValueError("grad_lse: the reference gives no lse")
             outputs.append(lse)
             grads.append(self.grad_lse.to(lse.dtype))
         if not any(output.requires_grad for output in outputs):

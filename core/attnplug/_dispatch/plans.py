@@ -15,6 +15,7 @@ from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import default_scale
 from attnplug._call.requirements import needs_grad
 from attnplug._dispatch.measured import applies, tell, tree_of
+from attnplug._dispatch.ranges import in_range, is_profiled
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
 from attnplug._dispatch.watched import described, run_watched
@@ -27,7 +28,7 @@ from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
 from attnplug._selection.trees import Tree, walked
-from attnplug._selection.watching import RecordedCall
+from attnplug._selection.watching import RecordedCall, decided
 from attnplug._types import Feature, SDPAParams, SDPBackend
 
 Result = tuple[Tensor, Tensor | None]
@@ -54,8 +55,11 @@ class Plan:
         state = thread.state
         if state.watched:
             call = described(self.decision, params, state.module, self.described)
-            return run_watched(call, params, self._run)  # type: ignore[no-any-return]
-        return self._run(params)
+            return run_watched(call, params, self._profiled)  # type: ignore[no-any-return]
+        return self._profiled(params)
+
+    def _profiled(self, params: SDPAParams) -> Result:
+        return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
 
     def _run(self, params: SDPAParams) -> Result:
         if self.simple and not any_autocast():
@@ -117,6 +121,7 @@ def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = Tr
     key: Hashable = _key(impl, facts)
     choices, choice = _choices(impl, facts, params, key if keep else None)
     decision = resolve(registry, current_selection(impl, choice), facts, params)
+    decided(decision.name, decision.backend)
     unfused = decision.backend is SDPBackend.MATH and bool(decision.passed_over)
     scale = 0.0 if params.query.is_nested else default_scale(params.query)
     grad = needs_grad(facts)

@@ -31,6 +31,7 @@ from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
+from attnplug._selection.watching import decided
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend, Verdict
 
@@ -238,6 +239,7 @@ def _choose(
         decision = _resolved(scope, impl, activation, choice, items)
     except AttnplugError as error:
         return "", False, str(error)
+    decided(decision.name, decision.backend)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
     if decision.kernel.composite:

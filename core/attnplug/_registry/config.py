@@ -15,11 +15,12 @@ from attnplug._errors import ConfigError, did_you_mean
 
 VARIABLES = {
     "ATTNPLUG_IMPL": "names of the implementations to prefer, separated by commas",
-    "ATTNPLUG_CHOICES": "a file of measured choices, or auto: those that `attnplug tune` saved for this user",
+    "ATTNPLUG_CHOICES": "a file of measured choices, or auto: those that attnplug tune saved for this user",
     "ATTNPLUG_LOAD": "the only entry points that may load, by name; empty: none",
     "ATTNPLUG_DISABLE": "entry points that never load, by name",
     "ATTNPLUG_STRICT": "1: a broken plugin raises instead of warning",
     "ATTNPLUG_TRACE": "1: log each decision, on stderr",
+    "ATTNPLUG_VERIFY": "a rate from 0 to 1: the share of calls to compute again by `math_ref`, and to compare",
 }
 
 
@@ -33,6 +34,7 @@ class Config:
     disable: frozenset[str] = frozenset()
     strict: bool = False
     trace: bool = False
+    verify: float = 0.0
 
 
 @cache
@@ -60,6 +62,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         disable=frozenset(_names("ATTNPLUG_DISABLE", environ)),
         strict=_switch("ATTNPLUG_STRICT", environ),
         trace=_switch("ATTNPLUG_TRACE", environ),
+        verify=_rate("ATTNPLUG_VERIFY", environ),
     )
 
 
@@ -80,3 +83,14 @@ def _switch(variable: str, environ: Mapping[str, str]) -> bool:
     if value == "1":
         return True
     raise ConfigError(f"{variable}: expected 0 or 1, got {value!r}")
+
+
+def _rate(variable: str, environ: Mapping[str, str]) -> float:
+    value = environ.get(variable, "").strip()
+    try:
+        rate = float(value or 0)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"{variable}: expected a rate from 0 to 1, such as 0.01, got {value!r}")
+    return rate

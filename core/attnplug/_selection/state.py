@@ -30,6 +30,7 @@ Block = tuple[Scope | None, bool]
 """A scope that was entered, and whether, unless the process prefers another, `torch` is the first that it allows."""
 
 OUTSIDE: Block = (None, True)
+REFERENCE = "math_ref"  # by which ATTNPLUG_VERIFY verifies
 
 
 class State:
@@ -144,6 +145,8 @@ def start() -> Registry:
     if process.registry is None:
         registry, config = get_registry(), get_config()
         process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
+        if config.verify:
+            registry.get(REFERENCE, "ATTNPLUG_VERIFY")
         process.choices = choices_of_environment()
         process.plain = process.activation is None and not process.preferred
         process.registry = registry

@@ -72,6 +72,9 @@ class Watcher:
             self.seen(call, params, result)
         return result
 
+    def decided(self, impl: str, backend: SDPBackend | None) -> None:
+        """Take note that somebody had to decide which implementation runs; calls like one before need no decision."""
+
     def told(self, call: RecordedCall) -> None:
         """Take note of a call that is about to run."""
 
@@ -127,6 +130,12 @@ def wished(impl: str | None) -> str | None:
     for watcher in thread.state.watchers:
         impl = watcher.wish(impl)
     return impl
+
+
+def decided(impl: str, backend: SDPBackend | None) -> None:
+    """Tell this thread's watchers of a decision."""
+    for watcher in thread.state.watchers:
+        watcher.decided(impl, backend)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def plain(
 
 def family(params: SDPAParams) -> SDPBackend | None:
     """Return the family of the kernel that PyTorch chooses for this call; None where it cannot say."""
-    if params.query.layout is torch.jagged:
+    if params.query.layout is torch.jagged or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
     if params.enable_gqa:

@@ -6,10 +6,10 @@
     print(choices)
     attnplug.use_choices(choices)
 
-`attnplug tune` does the same from a shell.
+`attnplug tune` does the same from a shell. Here is what choices are made of.
 """
 
-from attnplug.tuning._capture import capture
-from attnplug.tuning._tune import choices_from, tune
+from attnplug._selection.choices import Choice, Kind, Table
+from attnplug.tuning._tune import choices_from
 
-__all__ = ["capture", "choices_from", "tune"]
+__all__ = ["Choice", "Kind", "Table", "choices_from"]

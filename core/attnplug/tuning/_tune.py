@@ -102,6 +102,15 @@ def choices_from(report: Report | Sequence[Record], counts: Mapping[Case, int] |
     Args:
         report: of `attnplug.bench.run`, or records.
         counts: how often a program calls each case.
+
+    Examples:
+        >>> from attnplug.bench import Case, Record, Timing
+        >>> from attnplug.tuning import choices_from
+        >>> case = Case(heads=2, queries=16, head_size=8)
+        >>> found = {"torch": 2e-6, "aten_math": 1e-6}
+        >>> records = [Record(case, impl, "ran", "", True, Timing(t, t, t, 9)) for impl, t in found.items()]
+        >>> [(choice.impl, choice.gain) for choice in choices_from(records)]
+        [('aten_math', 2.0)]
     """
     records = list(report) if isinstance(report, Report) else ranked(report, DEFAULT)
     order = {name: place for place, name in enumerate(_default_order())}

@@ -1,0 +1,79 @@
+"""Ranges of a profiler: `attnplug::<implementation>`, and `attnplug::<implementation>_backward`.
+
+They have the names of the operators by which compiled code calls an opaque kernel. `torch.profiler` shows them, and
+under `torch.autograd.profiler.emit_nvtx` so does Nsight Systems. Where no profiler runs, a call pays one question.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _profiler_enabled
+from torch.profiler import record_function
+
+from attnplug._run.contract import DIFFERENTIABLE
+from attnplug._tracing import constant_in_traces
+from attnplug._types import SDPAParams
+
+Result = tuple[Tensor, Tensor | None]
+
+MOST = 256
+"""How many nodes of autograd a call may have; the backward of one that has more gets no ranges."""
+
+
+@constant_in_traces
+def is_profiled() -> bool:
+    """Whether a profiler runs. A trace keeps the answer, without a guard: profiling shall compile nothing anew."""
+    return _profiler_enabled()
+
+
+def in_range(name: str, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+    """Run a call in a range of the profiler; each node of its backward will run in another."""
+    with record_function(f"attnplug::{name}"):
+        out, lse = run(params)
+    if torch.is_grad_enabled():
+        for node in _nodes(params, out, lse):
+            _Range(f"attnplug::{name}_backward").surround(node)
+    return out, lse
+
+
+def _nodes(params: SDPAParams, out: Tensor, lse: Tensor | None) -> list[Any]:
+    """Return the nodes of autograd between the inputs of a call and its results."""
+    inputs = (getattr(params, field) for field in DIFFERENTIABLE)
+    seen = {tensor.grad_fn for tensor in inputs if tensor is not None}
+    found: list[Any] = []
+    waiting = [out.grad_fn, None if lse is None else lse.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node.name() == "torch::autograd::AccumulateGrad":
+            continue
+        seen.add(node)
+        found.append(node)
+        if len(found) > MOST:
+            return []
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+class _Range:
+    """A range around one node of autograd, each time that it runs under a profiler."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._entered = threading.local()
+
+    def surround(self, node: Any) -> None:
+        node.register_prehook(self._enter)
+        node.register_hook(self._leave)
+
+    def _enter(self, gradients: object) -> None:
+        self._entered.range = record_function(self._name).__enter__() if is_profiled() else None
+
+    def _leave(self, *gradients: object) -> None:
+        entered, self._entered.range = getattr(self._entered, "range", None), None
+        if entered is not None:
+            entered.__exit__(None, None, None)

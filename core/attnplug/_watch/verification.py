@@ -1,0 +1,296 @@
+"""`verify`: a sampled share of calls is computed twice, and held against a reference."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from attnplug._accuracy import Mistake
+from attnplug._errors import MismatchError, MismatchWarning, ScopeError
+from attnplug._messages import warn
+from attnplug._selection.state import start
+from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
+from attnplug._types import SDPAParams
+from attnplug._watch import totals
+from attnplug._watch.gradients import Backward, wanted
+from attnplug._watch.judging import Judge, NotJudged, plain_form, unfit
+from attnplug._watch.lines import line_of
+
+Result = tuple[Tensor, Tensor | None]
+
+KEPT = 100
+"""How many mismatches are kept; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One result of a call that is further from the reference than [the rule](../semantics.md) allows.
+
+    Attributes:
+        impl: the implementation that computed it.
+        name: `out`, `lse`, or the argument whose gradient it is.
+        text: what is wrong: the largest error, where, and what is allowed.
+        error: the largest error; for lse relative to `max(1, |lse|)`; None where the shape or dtype is wrong.
+        allowed: the largest that is allowed.
+        place: where it is, in the form `(B, Hq, Sq, E)`, or `(Tq, Hq, E)` for variable length.
+        call: a line of Python that makes a call like this one, with random numbers, and checks it.
+        reference: the implementation that it was held against.
+        module: the class of the bound module that made the call; empty if none did.
+        arguments: the arguments of the call, for a function that `on_mismatch` names to save; what is kept has none.
+    """
+
+    impl: str
+    name: str
+    text: str
+    error: float | None
+    allowed: float | None
+    place: tuple[int, ...]
+    call: str
+    reference: str
+    module: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return _together([self])
+
+
+def _together(mismatches: Sequence[Mismatch]) -> str:
+    """Return in one line what is wrong with one call."""
+    first = mismatches[0]
+    where = f" in {first.module}" if first.module else ""
+    texts = "; ".join(mismatch.text for mismatch in mismatches)
+    return f"{first.impl}{where}, held against {first.reference}: {texts}. To see it: {first.call}"
+
+
+class verify:
+    """Compute a sampled share of attention calls again by a reference, and compare; the caller gets what was chosen.
+
+    As a `with` block it is for this thread's calls, from when the block is entered until it is left; `start()` and
+    `stop()` are for the whole process, and so is the environment variable `ATTNPLUG_VERIFY`. A call is sampled with
+    probability `rate`, whatever was sampled before, so that n calls of a wrong kernel are all missed with probability
+    `(1 - rate) ** n`. Gradients of sampled calls are compared when backward runs.
+
+    Args:
+        rate: between 0, which costs nothing, and 1, every call.
+        reference: the implementation that computes what is right, in float64.
+        on_mismatch: `"warn"` (a `MismatchWarning`, once for the results and once for the gradients of each
+            implementation in each module), `"raise"` (a `MismatchError`, from the call or from backward), or a
+            function that is called with each `Mismatch`.
+        seed: of the choice of calls. Equal seeds choose equal calls, on every rank of a distributed program too.
+
+    Attributes:
+        calls: how many calls were seen.
+        results: of how many out, and lse where there is one, was compared.
+        gradients: how often the gradients of one were.
+        wrong: how many mismatches there were.
+        mismatches: the first 100 of them.
+        skipped: why sampled calls, or their gradients, were not compared, and how many.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        UnknownImplementationError: no implementation is named `reference`.
+
+    Examples:
+        >>> import torch, attnplug
+        >>> query = torch.randn(1, 2, 4, 8)
+        >>> with attnplug.verify(rate=1.0, reference="aten_math") as watched:
+        ...     _ = attnplug.scaled_dot_product_attention(query, query, query)
+        >>> watched.results, watched.wrong
+        (1, 0)
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        reference: str = "math_ref",
+        on_mismatch: str | Callable[[Mismatch], object] = "warn",
+        *,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+            raise ValueError(f"rate: expected a number from 0 to 1, the share of calls to verify, got {rate!r}")
+        if on_mismatch not in ("warn", "raise") and not callable(on_mismatch):
+            raise ValueError(f"on_mismatch: expected 'warn', 'raise' or a function, got {on_mismatch!r}")
+        start().get(reference, "reference")
+        self.rate, self.reference, self.on_mismatch, self.seed = rate, reference, on_mismatch, seed
+        self.calls = self.results = self.gradients = self.wrong = 0
+        self.mismatches: list[Mismatch] = []
+        self.skipped: Counter[str] = Counter()
+        self._watcher: _Verifier | None = None
+
+    def start(self) -> verify:
+        """Verify the calls of every thread, until `stop()`; returns itself."""
+        return self._begin(everywhere=True)
+
+    def stop(self) -> None:
+        """Verify no longer. What was found stays; gradients of calls that were sampled are still compared."""
+        if self._watcher is None:
+            raise ScopeError("verify is stopped, or left, but it was not started")
+        watcher, self._watcher = self._watcher, None
+        remove_watcher(watcher)
+
+    def __enter__(self) -> verify:
+        return self._begin(everywhere=False)
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _begin(self, everywhere: bool) -> verify:
+        if self._watcher is not None:
+            raise ScopeError("this verify is started already; make another one")
+        self._watcher = _Verifier(self)
+        if self.rate > 0:
+            add_watcher(self._watcher, everywhere)
+        return self
+
+    def __str__(self) -> str:
+        lines = [
+            f"verified {self.results:,} of {self.calls:,} calls (rate {self.rate:g}) against {self.reference}, "
+            f"and the gradients of {self.gradients:,}: {self.wrong:,} mismatches"
+        ]
+        lines += [f"  not verified: {count:,}: {reason}" for reason, count in self.skipped.most_common()]
+        return "\n".join([*lines, *(f"  {mismatch}" for mismatch in self.mismatches)])
+
+
+class _Verifier(Watcher):
+    """What a `verify` watches with, for as long as it is in place."""
+
+    sees_tensors = True
+
+    def __init__(self, found: verify) -> None:
+        self._found = found
+        self._judge = Judge(found.reference)
+        self._random = random.Random(found.seed)
+        self._lock = threading.Lock()
+        self._warned: set[tuple[str, bool, str]] = set()
+
+    def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
+        if not self._is_sampled():
+            return run(params)
+        reason = unfit(params)
+        if reason:
+            self._skip(reason)
+            return run(params)
+        names = wanted(params)
+        if not names:
+            result = run(params)
+            self._check(call, params, *result)
+            return result
+        backward = Backward(params, names, lambda *given: self._check_gradients(call, params, *given), self._skip)
+        out, lse = run(backward.of_aliases(params))
+        self._check(call, params, out, lse)
+        backward.listen(out, lse)
+        return out, lse
+
+    def seen(self, call: RecordedCall, params: SDPAParams, result: Result) -> None:
+        if not self._is_sampled():
+            return
+        reason = unfit(params)
+        if reason:
+            self._skip(reason)
+            return
+        self._check(call, params, *result)
+        self._skip("gradients: of compiled code, if it has any: its backward tells nothing")
+
+    def _is_sampled(self) -> bool:
+        with self._lock:
+            self._found.calls += 1
+            return self._random.random() < self._found.rate
+
+    def _skip(self, reason: str) -> None:
+        with self._lock:
+            self._found.skipped[reason] += 1
+
+    def _check(self, call: RecordedCall, params: SDPAParams, out: Tensor, lse: Tensor | None) -> None:
+        def judge(plain: SDPAParams) -> list[Mistake]:
+            asked = lse if params.return_lse else None  # some kernels give one that nobody asked for, and owe it nobody
+            return self._judge.of_result(plain, out, asked, self._is_quantized(call))
+
+        self._compare("results", "", call, params, judge, ())
+
+    def _check_gradients(
+        self,
+        call: RecordedCall,
+        params: SDPAParams,
+        gradients: dict[str, Tensor],
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+    ) -> None:
+        def judge(plain: SDPAParams) -> list[Mistake]:
+            return self._judge.of_gradients(plain, gradients, grad_out, grad_lse, self._is_quantized(call))
+
+        self._compare("gradients", "gradients: ", call, params, judge, tuple(gradients), grad_lse is not None)
+
+    def _compare(
+        self,
+        kind: str,
+        prefix: str,
+        call: RecordedCall,
+        params: SDPAParams,
+        judge: Callable[[SDPAParams], list[Mistake]],
+        gradients: tuple[str, ...],
+        grad_lse: bool = False,
+    ) -> None:
+        try:
+            with unwatched():
+                plain = plain_form(params)
+                mistakes = judge(plain)
+        except NotJudged as reason:
+            self._skip(f"{prefix}{reason}")
+            return
+        with self._lock:
+            setattr(self._found, kind, getattr(self._found, kind) + 1)
+        totals.add("attnplug.verified", call.impl, kind)
+        if mistakes:
+            line = line_of(call.impl, plain, gradients, grad_lse)
+            arguments = {item.name: getattr(plain, item.name) for item in fields(plain)}
+            self._report([self._mismatch(call, mistake, line, arguments) for mistake in mistakes])
+
+    def _mismatch(self, call: RecordedCall, mistake: Mistake, line: str, arguments: dict[str, Any]) -> Mismatch:
+        return Mismatch(
+            call.impl,
+            mistake.name,
+            mistake.text,
+            mistake.error,
+            mistake.allowed,
+            mistake.place,
+            line,
+            self._found.reference,
+            call.module,
+            arguments,
+        )
+
+    def _report(self, mismatches: list[Mismatch]) -> None:
+        found = self._found
+        with self._lock:
+            found.wrong += len(mismatches)
+            kept = [replace(mismatch, arguments={}) for mismatch in mismatches]
+            found.mismatches += kept[: KEPT - len(found.mismatches)]
+        for mismatch in mismatches:
+            totals.add("attnplug.mismatches", mismatch.impl, mismatch.name)
+        if callable(found.on_mismatch):
+            for mismatch in mismatches:
+                found.on_mismatch(mismatch)
+        elif found.on_mismatch == "raise":
+            raise MismatchError(*kept)
+        else:
+            self._warn(kept)
+
+    def _warn(self, mismatches: list[Mismatch]) -> None:
+        first = mismatches[0]
+        key = (first.impl, first.name in ("out", "lse"), first.module)
+        with self._lock:
+            if key in self._warned:
+                return
+            self._warned.add(key)
+        warn(MismatchWarning(_together(mismatches)))
+
+    @staticmethod
+    def _is_quantized(call: RecordedCall) -> bool:
+        return start().get(call.impl).spec.capabilities.quantized

@@ -1,0 +1,350 @@
+"""What `verify` compares, says, and leaves alone."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attnplug
+from attnplug import Mismatch, MismatchError, MismatchWarning
+from attnplug.testing import CheckFailure
+from spoiled_kernels import Formula, WrongLse, WrongOut, register, tensors
+
+
+@pytest.mark.parametrize("impl", [None, "torch", "aten_flash", "aten_math", "math_ref"])
+def test_right_results_are_counted_and_nothing_else_happens(impl: str | None) -> None:
+    query, key, value = tensors()
+    plain = attnplug.scaled_dot_product_attention(query, key, value, is_causal=True, impl=impl)
+    with attnplug.verify(1.0) as watched:
+        out = attnplug.scaled_dot_product_attention(query, key, value, is_causal=True, impl=impl)
+    assert torch.equal(out, plain)
+    assert (watched.calls, watched.results, watched.wrong, watched.mismatches) == (1, 1, 0, [])
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "windows": {"window_size": (2, 1)},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0])},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25])},
+    "lower right": {"is_causal": True, "causal_variant": attnplug.CausalVariant.LOWER_RIGHT},
+    "used": {"seqused_k": torch.tensor([3], dtype=torch.int32)},
+    "a mask of two dimensions": {"attn_mask": torch.ones(5, 9).tril(2).bool()},
+    "an additive mask": {"attn_mask": torch.arange(45.0).reshape(5, 9) / 45},
+    "scale": {"scale": -0.5},
+    "lse": {"return_lse": True},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_whatever_a_call_asks_for_is_verified(name: str) -> None:
+    query, key, value = tensors(5, 9)
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        attnplug.scaled_dot_product_attention(query, key, value, **CALLS[name])
+    assert (watched.results, dict(watched.skipped)) == (1, {})
+
+
+def test_grouped_heads_three_dimensions_and_broadcasting_are_verified() -> None:
+    query = torch.randn(2, 4, 5, 8)
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        attnplug.scaled_dot_product_attention(query, query[:, :2], query[:, :2], enable_gqa=True)
+        attnplug.scaled_dot_product_attention(query[0], query[0], query[0])
+        attnplug.scaled_dot_product_attention(query, query[:1], query[:1])
+    assert (watched.results, dict(watched.skipped)) == (3, {})
+
+
+def test_sequences_of_different_lengths_and_pages_are_verified() -> None:
+    packed, starts = torch.randn(9, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+    pages = torch.randn(3, 8, 2, 8)
+    used, table = torch.tensor([5, 8], dtype=torch.int32), torch.tensor([[2], [0]], dtype=torch.int32)
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        attnplug.varlen_attn(packed, packed, packed, starts, starts, 5, 5, is_causal=True, return_lse=True)
+        attnplug.varlen_attn(packed, pages, pages, starts, None, 5, 8, seqused_k=used, block_table=table)
+    assert (watched.results, dict(watched.skipped)) == (2, {})
+
+
+def test_autocast_is_verified_in_the_dtype_that_the_kernel_got() -> None:
+    query, key, value = tensors()
+    with torch.autocast("cpu", torch.bfloat16), attnplug.verify(1.0, on_mismatch="raise") as watched:
+        out = attnplug.scaled_dot_product_attention(query, key, value)
+    assert (out.dtype, watched.results) == (torch.bfloat16, 1)
+
+
+def test_pytorchs_own_function_is_verified_while_it_is_routed_here() -> None:
+    query, key, value = tensors()
+    with attnplug.patch_torch(), attnplug.verify(1.0) as watched:
+        F.scaled_dot_product_attention(query, key, value)
+    assert watched.results == 1
+
+
+def test_a_wrong_result_is_a_warning_with_the_error_and_its_place() -> None:
+    impl = register(WrongOut)
+    query, key, value = tensors(9)
+    with attnplug.verify(1.0) as watched, pytest.warns(MismatchWarning, match="out: largest error") as caught:
+        out = attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
+    (mismatch,) = watched.mismatches
+    right = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    error = (out - right).abs()
+    assert (mismatch.impl, mismatch.name, mismatch.reference) == (impl, "out", "math_ref")
+    assert mismatch.error == pytest.approx(error.max().item())
+    assert error[mismatch.place] == error.max()
+    assert mismatch.allowed is not None and mismatch.allowed < mismatch.error / 10
+    assert caught[0].filename == __file__
+    assert str(mismatch) in str(watched)
+
+
+def test_the_caller_gets_what_was_chosen_also_if_it_is_wrong() -> None:
+    impl = register(WrongOut)
+    query, key, value = tensors(9)
+    plain = attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
+    with attnplug.verify(1.0, on_mismatch=lambda mismatch: None):
+        assert torch.equal(attnplug.scaled_dot_product_attention(query, key, value, impl=impl), plain)
+
+
+def test_the_line_of_a_mismatch_repeats_it() -> None:
+    impl = register(WrongOut)
+    mask = torch.ones(1, 1, 9, 13).bool()
+    query, key, value = tensors(9, 13, dtype=torch.float64)
+    found: list[Mismatch] = []
+    with attnplug.verify(1.0, on_mismatch=found.append):
+        attnplug.scaled_dot_product_attention(query, key, value, mask, impl=impl)
+    with pytest.raises(CheckFailure, match="out: largest error"):
+        exec(found[0].call)
+
+
+def test_the_line_has_all_that_the_call_asks_for() -> None:
+    register(Formula)
+    query = torch.randn(2, 4, 5, 8, dtype=torch.float64).transpose(1, 2).contiguous().transpose(1, 2)
+    key = torch.randn(2, 2, 7, 8, dtype=torch.float64)
+    found: list[Mismatch] = []
+    with attnplug.verify(1.0, on_mismatch=found.append) as watched:
+        watcher = watched._watcher
+        assert watcher is not None
+        watcher._judge.of_result = lambda *_: [_a_mistake()]  # type: ignore[method-assign]
+        attnplug.scaled_dot_product_attention(
+            query, key, key, is_causal=True, scale=0.5, softcap=2.0, window_size=(3, 0), enable_gqa=True,
+            sinks=torch.zeros(4, dtype=torch.float64), alibi_slopes=torch.ones(2, 4), return_lse=True,
+            causal_variant=attnplug.CausalVariant.LOWER_RIGHT, seqused_k=torch.tensor([4, 7], dtype=torch.int32),
+        )  # fmt: skip
+        packed, starts = torch.randn(9, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+        attnplug.varlen_attn(packed, packed, packed, starts, starts, 5, 5, is_causal=True)
+    assert [mismatch.call.partition("; ")[2] for mismatch in found] == [
+        "Call(batch=2, heads=4, kv_heads=2, queries=5, keys=7, causal_variant='LOWER_RIGHT', used=(4, 7), "
+        "head_size=8, dtype='float64', is_causal=True, scale=0.5, window_size=(3, 0), softcap=2.0, sinks=True, "
+        "alibi='bh', layout='transposed', lse=True).check('math_ref')",
+        "Call(heads=2, lengths_q=(4, 5), lengths_k=(4, 5), head_size=8, dtype='float32', is_causal=True)"
+        ".check('math_ref')",
+    ]
+    for mismatch in found:
+        exec(mismatch.call)
+
+
+def _a_mistake() -> Any:
+    from attnplug._accuracy import Mistake
+
+    return Mistake("out", "out: made up", 1.0, 0.5, (0, 0, 0, 0))
+
+
+def test_a_wrong_lse_is_found_where_it_is_asked_for() -> None:
+    impl = register(WrongLse)
+    query, key, value = tensors()
+    with attnplug.verify(1.0, on_mismatch=lambda mismatch: None) as watched:
+        attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
+        assert watched.wrong == 0
+        attnplug.scaled_dot_product_attention(query, key, value, return_lse=True, impl=impl)
+    assert [mismatch.name for mismatch in watched.mismatches] == ["lse"]
+
+
+def test_raise_raises_from_the_call_an_error_that_can_be_pickled() -> None:
+    impl = register(WrongOut)
+    query, key, value = tensors(9)
+    with attnplug.verify(1.0, on_mismatch="raise"), pytest.raises(MismatchError, match="out: largest error") as caught:
+        attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert again.mismatches == caught.value.mismatches
+    assert str(again) == str(caught.value)
+
+
+def test_a_function_gets_the_tensors_and_the_record_keeps_none() -> None:
+    impl = register(WrongOut)
+    query, key, value = tensors(9)
+    found: list[Mismatch] = []
+    with attnplug.verify(1.0, on_mismatch=found.append) as watched:
+        attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
+    assert torch.equal(found[0].arguments["query"], query)
+    assert watched.mismatches[0].arguments == {}
+
+
+def test_a_wrong_kernel_warns_once_and_is_counted_each_time() -> None:
+    impl = register(WrongOut)
+    query, key, value = tensors(9)
+
+    def call_often() -> None:
+        for _ in range(120):
+            attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
+
+    with attnplug.verify(1.0) as watched, pytest.warns(MismatchWarning) as caught:
+        call_often()
+    assert (len(caught), watched.wrong, len(watched.mismatches)) == (1, 120, 100)
+
+
+SKIPPED: dict[str, Callable[[Tensor], Any]] = {
+    "dropout": lambda x: attnplug.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    "nested": lambda x: attnplug.scaled_dot_product_attention(*[torch.nested.nested_tensor([x[0]])] * 3),
+    "transform of torch.func": lambda x: torch.func.vmap(attnplug.scaled_dot_product_attention)(*[x[None]] * 3),
+    "dispatch mode": lambda x: _counted(x),
+}
+
+
+def _counted(x: Tensor) -> Any:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        return attnplug.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("reason", SKIPPED)
+def test_what_cannot_be_verified_runs_and_says_why(reason: str) -> None:
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        SKIPPED[reason](torch.randn(1, 2, 5, 8))
+    assert watched.results == 0
+    assert [why for why in watched.skipped if reason in why], watched.skipped
+    assert reason in str(watched)
+
+
+def test_a_reference_that_takes_no_such_call_is_a_reason() -> None:
+    query, key, value = tensors()
+    with attnplug.verify(1.0, reference="aten_math") as watched:
+        attnplug.scaled_dot_product_attention(query, key, value, softcap=2.0)
+    assert list(watched.skipped) == [
+        "aten_math does not take such a call in float64: does not support softcap",
+    ]
+
+
+def test_numbers_of_which_the_rule_says_nothing_are_a_reason() -> None:
+    query = torch.full((1, 1, 2, 8), 300.0, dtype=torch.float16)
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        attnplug.scaled_dot_product_attention(query, query, query)
+    assert watched.results == 0
+    assert "overflows" in str(watched)
+
+
+def test_the_share_of_calls_that_is_verified_is_the_rate() -> None:
+    query, key, value = tensors(2)
+    with attnplug.verify(0.2, seed=3) as watched:
+        for _ in range(500):
+            attnplug.scaled_dot_product_attention(query, key, value)
+    assert watched.calls == 500
+    assert 70 <= watched.results <= 130
+
+
+def test_equal_seeds_verify_equal_calls_and_others_do_not() -> None:
+    impl = register(WrongOut)
+
+    def sampled(seed: int) -> list[str]:
+        found: list[Mismatch] = []
+        with attnplug.verify(0.3, on_mismatch=found.append, seed=seed):
+            for length in range(1, 320, 8):
+                attnplug.scaled_dot_product_attention(*tensors(length), impl=impl)
+        return [re.findall(r"queries=(\d+)", mismatch.call)[0] for mismatch in found]
+
+    assert sampled(0) == sampled(0) != sampled(1)
+
+
+def test_rate_0_puts_nothing_in_place() -> None:
+    from attnplug._selection.state import thread
+
+    with attnplug.verify(0) as watched:
+        assert thread.state.watchers == ()
+        attnplug.scaled_dot_product_attention(*tensors())
+    assert watched.calls == 0
+
+
+def in_another_thread(work: Callable[[], object]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def test_a_block_is_for_its_thread_and_start_for_the_process() -> None:
+    def call() -> None:
+        attnplug.scaled_dot_product_attention(*tensors())
+
+    with attnplug.verify(1.0) as of_thread:
+        in_another_thread(call)
+    of_process = attnplug.verify(1.0).start()
+    try:
+        in_another_thread(call)
+        call()
+    finally:
+        of_process.stop()
+    call()
+    assert (of_thread.calls, of_process.results) == (0, 2)
+
+
+def test_threads_that_verify_together_lose_nothing() -> None:
+    impl = register(WrongOut)
+    wrong, right = tensors(9), tensors(8)
+
+    def work() -> None:
+        for _ in range(20):
+            attnplug.scaled_dot_product_attention(*wrong, impl=impl)
+            attnplug.scaled_dot_product_attention(*right, impl=impl)
+
+    watched = attnplug.verify(1.0, on_mismatch=lambda mismatch: None).start()
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        watched.stop()
+    assert (watched.calls, watched.results, watched.wrong) == (160, 160, 80)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"rate": 1.5}, "rate: expected a number from 0 to 1"),
+        ({"rate": True}, "rate: expected a number from 0 to 1"),
+        ({"rate": float("nan")}, "rate: expected a number from 0 to 1"),
+        ({"rate": 0.1, "on_mismatch": "ignore"}, "on_mismatch: expected 'warn', 'raise' or a function"),
+        ({"rate": 0.1, "reference": "math_reff"}, "reference: unknown implementation 'math_reff'; did you mean"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attnplug.verify(**arguments)
+
+
+def test_it_is_started_once_and_stopped_once() -> None:
+    watched = attnplug.verify(0.5)
+    with pytest.raises(attnplug.ScopeError, match="not started"):
+        watched.stop()
+    with watched, pytest.raises(attnplug.ScopeError, match="started already"):
+        watched.start()
+
+
+def test_a_quantized_kernel_is_held_to_its_own_rule() -> None:
+    class Rounded(Formula):
+        @classmethod
+        def forward(cls, params: attnplug.SDPAParams) -> tuple[Any, ...]:
+            out, lse = super().forward(params)
+            return out * 1.02, lse
+
+    attnplug.register_impl(
+        attnplug.ImplSpec(
+            name="rounded", kernel=Rounded, backend=None, capabilities=attnplug.Capabilities(quantized=True)
+        )
+    )
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        attnplug.scaled_dot_product_attention(*tensors(), impl="rounded")
+    assert watched.results == 1
