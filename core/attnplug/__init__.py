@@ -45,7 +45,8 @@ from attnplug._types import (
 from attnplug._version import __version__
 
 if TYPE_CHECKING:
-    from attnplug._api import scaled_dot_product_attention, varlen_attn
+    from attnplug._api.dense import scaled_dot_product_attention
+    from attnplug._api.varlen import varlen_attn
     from attnplug._call.device import compute_capability
     from attnplug._control.activation import (
         activate_flash_attention_impl,
@@ -74,8 +75,8 @@ _NEEDS_TORCH = {
     "current_flash_attention_impl": "attnplug._control.activation",
     "register_flash_attention_impl": "attnplug._control.activation",
     "restore_flash_attention_impl": "attnplug._control.activation",
-    "scaled_dot_product_attention": "attnplug._api",
-    "varlen_attn": "attnplug._api",
+    "scaled_dot_product_attention": "attnplug._api.dense",
+    "varlen_attn": "attnplug._api.varlen",
     "compute_capability": "attnplug._call.device",
     "Explanation": "attnplug._control.explain",
     "can_use_impl": "attnplug._control.explain",

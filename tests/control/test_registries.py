@@ -239,3 +239,25 @@ def test_a_provider_registered_with_pytorch_later_is_listed() -> None:
 
 def test_listing_does_not_import_torch() -> None:
     assert in_fresh_python("import attnplug, sys; attnplug.list_impls(); print('torch' in sys.modules)") == "False"
+
+
+def test_threads_whose_first_use_is_at_once_all_see_the_providers_of_pytorch() -> None:
+    """Nobody may see a registry that they have not been brought into yet, nor bring them in a second time."""
+    shown = in_fresh_python("""
+        import sys, threading
+        import torch.nn.attention as theirs
+        import attnplug
+        for number in range(50):
+            theirs.register_flash_attention_impl(f"provider{number}", register_fn=lambda: None)
+        attnplug.current_flash_attention_impl  # which imports what follows PyTorch's registry
+        sys.setswitchinterval(1e-5)
+        counts, barrier = [], threading.Barrier(8)
+        def first():
+            barrier.wait()
+            counts.append(sum(name.startswith("provider") for name in attnplug.list_flash_attention_impls()))
+        threads = [threading.Thread(target=first) for _ in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(counts)
+    """)
+    assert shown.strip() == str([50] * 8)

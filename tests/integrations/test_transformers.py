@@ -301,3 +301,25 @@ def test_a_compiled_model_trains_as_with_eager_attention(config: Any) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same({"output": out.detach(), **gradients}, expected)
     torch._dynamo.reset()
+
+
+class Outputs(torch.nn.Module):
+    """A model that returns a tensor, as `torch.jit.trace` wants it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, given: Tensor) -> Any:
+        return self.model(given).last_hidden_state
+
+
+@pytest.mark.parametrize("config", [bert(), llama()], ids=["bert", "llama"])
+@pytest.mark.parametrize("name", ["attnplug", "attnplug:aten_math"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_is_traced_by_jit(config: Any, name: str) -> None:
+    config.use_cache = False
+    model = Outputs(hf.AutoModel.from_config(config, attn_implementation=name).eval())
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (tokens(2, 7),))
+        torch.testing.assert_close(traced(tokens(2, 7)), model(tokens(2, 7)))

@@ -107,6 +107,22 @@ def test_a_saved_model_loads_with_any_attention(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "attnplug:aten_math"
 
 
+@pytest.mark.parametrize("name", ["attnplug", "attnplug:aten_math"])
+def test_a_model_saved_whole_comes_back_in_a_process_that_registered_nothing(name: str, tmp_path: Path) -> None:
+    model = hf.AutoModel.from_config(bert(), attn_implementation=name).eval()
+    torch.save((model, tokens(1, 5), model(tokens(1, 5)).last_hidden_state), tmp_path / "model.pt")
+    done = fresh(f"""
+import torch
+model, given, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+import attnplug
+with attnplug.record() as calls:
+    torch.testing.assert_close(model(given).last_hidden_state, expected)
+assert model.config._attn_implementation == {name!r}
+assert {{call.impl for call in calls}} == {{"aten_math" if {name!r}.endswith("math") else "torch"}}
+""")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("way", ["from_config", "set_attn_implementation"])
 def test_an_unknown_name_is_an_error_with_the_closest_one(way: str) -> None:
     model = hf.AutoModel.from_config(bert())

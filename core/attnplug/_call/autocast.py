@@ -16,13 +16,11 @@ any_autocast = torch._C._is_any_autocast_enabled
 """Whether autocast is on for any type of device. PyTorch's own short way to ask; 0.1 us."""
 
 
-def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where `tensor` lives; asking PyTorch about meta tensors is an error."""
-    return any_autocast() and autocast_dtype(tensor) is not None
-
-
 def autocast_dtype(query: Any) -> torch.dtype | None:
-    """Return the dtype that autocast casts this call to; None if it does not."""
+    """Return the dtype that autocast casts this call to; None if it does not.
+
+    Asking PyTorch about meta tensors is an error.
+    """
     if not isinstance(query, Tensor):
         return None
     device_type = "cpu" if query.is_cpu else query.device.type
@@ -36,8 +34,9 @@ def autocasted(params: SDPAParams) -> SDPAParams:
     dtype = autocast_dtype(params.query) if any_autocast() else None
     if dtype is None:
         return params
-    names = ("query", "key", "value", "attn_mask")
-    return replace(params, **{name: cast(getattr(params, name), dtype) for name in names})
+    tensors = {name: getattr(params, name) for name in ("query", "key", "value", "attn_mask")}
+    casted = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
+    return replace(params, **casted) if any(casted[name] is not tensors[name] for name in tensors) else params
 
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
@@ -49,7 +48,7 @@ def cast(tensor: Any, dtype: torch.dtype) -> Any:
 
 def no_autocast(tensor: Tensor) -> Any:
     """Return a context without autocast: kernels get their inputs already cast, and accumulate in float32."""
-    if not any_autocast() or not autocasts(tensor):
+    if not any_autocast() or autocast_dtype(tensor) is None:
         return _NOTHING
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if is_compiling() else Off(device_type)

@@ -134,10 +134,10 @@ def facts_of(
         or not (is_causal is False or is_causal is True)
         or not (enable_gqa is False or enable_gqa is True)
         or not (scale is None or (type(scale) in _NUMBERS and -inf < scale < inf))
-        or not (dropout == 0.0 or (type(dropout) in _NUMBERS and 0.0 < dropout <= 1.0))
+        or not (type(dropout) in _NUMBERS and 0.0 <= dropout <= 1.0)
     ):
         return None
-    varlen = extended is not None and extended.cu_seq_q is not None
+    varlen = extended is not None and extended.is_varlen
     sizes = packed_sizes(query, key, value, enable_gqa) if varlen else dense_sizes(query, key, value, enable_gqa)
     if sizes is None or not (
         query.layout is key.layout is value.layout is _STRIDED

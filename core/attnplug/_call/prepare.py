@@ -72,7 +72,7 @@ def prepare_varlen(params: SDPAParams) -> SDPAParams:
 
 def is_empty(params: SDPAParams) -> bool:
     """Whether any of the numbers of sequences, heads, queries or keys is zero."""
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         keys = 0 in params.key.shape[:-1]
         return params.cu_seq_q.shape[0] == 1 or 0 in params.query.shape[:2] or keys
     return 0 in params.query.shape[:-1] or params.key.shape[-2] == 0
@@ -85,7 +85,7 @@ def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     kernel of attention.
     """
     query, key, value = params.query, params.key, params.value
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         query, heads = query.transpose(0, 1), query.shape[1]
         no_keys = key.reshape(-1, *key.shape[-2:])[:0], value.reshape(-1, *value.shape[-2:])[:0]
         key, value = (tensor.transpose(0, 1) for tensor in no_keys)
@@ -96,7 +96,7 @@ def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     if kv_heads != heads and kv_heads:
         key, value = (tensor.repeat_interleave(heads // kv_heads, -3) for tensor in (key, value))
     out = query @ key.transpose(-1, -2) @ value
-    if params.cu_seq_q is not None:
+    if params.is_varlen:
         out = out.transpose(0, 1)
     if not params.return_lse:
         return out, None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from attnplug._api import scaled_dot_product_attention, varlen_attn
+from attnplug._api.dense import scaled_dot_product_attention
+from attnplug._api.varlen import varlen_attn
 from attnplug._call.device import described
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
@@ -202,7 +203,7 @@ def _prepared(params: SDPAParams) -> SDPAParams:
 def _traced(params: SDPAParams, impl: str | None) -> Explanation:
     """Return an explanation in a trace, of constants; a change of selection or registry traces again."""
     start_outside()
-    prepared = prepare_varlen(params) if params.cu_seq_q is not None else prepare_dense(params)[0]
+    prepared = prepare_varlen(params) if params.is_varlen else prepare_dense(params)[0]
     answer = traced.explained(prepared, impl)
     if is_empty(prepared):
         empty = [Verdict(verdict.name, verdict.backend, False, _EMPTY) for verdict in answer.verdicts]

@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as _original
+from torch.compiler import is_dynamo_compiling
 from torch.jit._builtins import _register_builtin
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
-from attnplug._api import is_symbolic, scaled_dot_product_attention, varlen_attn
+from attnplug._api.dense import is_symbolic, scaled_dot_product_attention
+from attnplug._api.varlen import varlen_attn
 from attnplug._call.prepare import is_causal_bias
 from attnplug._control.replacing import AfterImport, Replacement
 from attnplug._control.scopes import is_torch_first, run_in
@@ -128,11 +130,15 @@ class _Routed:
         enable_gqa: bool = False,
     ) -> Any:
         if _handles:  # a module may keep this function beyond the patch
-            # A mode may look for PyTorch's function under the name that it has now; a graph of `torch.fx` keeps it.
-            if _is_mode_on() or is_symbolic(query):
-                arguments = query, key, value, attn_mask, dropout_p, is_causal
-                return handle_torch_function(self, arguments[:4], *arguments, scale=scale, enable_gqa=enable_gqa)
-            if _selected() and not _answers_itself(query, key, value):
+            # Modes, subclasses, nested tensors and symbols, which a trace does not tell of in one question.
+            if is_dynamo_compiling() or has_torch_function_variadic(query, key, value):
+                # A mode may look for PyTorch's function under the name that it has now; a graph of `torch.fx` keeps it.
+                if _is_mode_on() or is_symbolic(query):
+                    arguments = query, key, value, attn_mask, dropout_p, is_causal
+                    return handle_torch_function(self, arguments[:4], *arguments, scale=scale, enable_gqa=enable_gqa)
+                if _selected() and not _answers_itself(query, key, value):
+                    return _selected_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            elif _selected():
                 return _selected_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             if attn_mask is not None and is_causal_bias(attn_mask):  # its class looks for that name too
                 return attn_mask._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -146,15 +152,17 @@ class _ArgumentError(ValueError, RuntimeError):
     """A mistake in the arguments, caught by whoever expects PyTorch's RuntimeError."""
 
 
-def _selected_sdpa(query: Any, key: Any, value: Any, *others: Any) -> Any:
+def _selected_sdpa(
+    query: Any, key: Any, value: Any, mask: Any, dropout: Any, causal: Any, scale: Any, grouped: Any
+) -> Any:
     try:
         if _is_narrowed():
-            return run_in(_narrowed(), scaled_dot_product_attention, query, key, value, *others)
-        return scaled_dot_product_attention(query, key, value, *others)
+            given = query, key, value, mask, dropout, causal, scale, grouped
+            return run_in(_narrowed(), scaled_dot_product_attention, *given)
+        return scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale, grouped)
     except ValueError as error:
         if query.shape[-1] == 0 == key.shape[-1]:  # PyTorch has an answer to it
-            mask, dropout, causal, scale, gqa = others
-            return _original(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=gqa)
+            return _original(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)
         raise _ArgumentError(str(error)) from error
 
 

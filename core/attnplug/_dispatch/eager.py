@@ -7,15 +7,17 @@ brought into the one form that kernels know, and the candidates are asked.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
 
-from attnplug._call.autocast import any_autocast, autocasted, no_autocast
+from attnplug._call.autocast import any_autocast, autocasted
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._call.validate_varlen import check_lengths
-from attnplug._dispatch.plans import BY_LAYOUT, ByChoice, Plan, Result, find, make
+from attnplug._dispatch.plans import Plan, Result, find, make, with_four_dimensions
+from attnplug._dispatch.recognised import remember
 from attnplug._selection.state import start
 from attnplug._types import SDPAParams
 
@@ -30,30 +32,21 @@ def params_of(fields: dict[str, Any]) -> SDPAParams:
     return params
 
 
-def with_four_dimensions(mask: Tensor) -> Tensor:
-    """Return a mask of fewer dimensions as a view of four."""
-    return mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
-
-
-def kept(plan: Any, facts: CallFacts, params: SDPAParams, impl: str | None) -> Result | None:
-    """Run a call of whose facts `plan` is what is kept; None if that does not decide it."""
-    if type(plan) is ByChoice:
-        plan = plan.find(params)
-    if plan is BY_LAYOUT:
-        plan = find(impl, facts, params)
+def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
+    """Run one dense call; returns `out`, and `lse` or None. Later ones that are like it are recognised by `way`."""
+    given = params
+    if any_autocast():
+        params = autocasted(params)
+    query = params.query
+    if isinstance(query, Tensor) and query.dim() == 3 and not query.is_nested:
+        return _lifted(params, impl) or _decided(params, impl)
+    mask = params.attn_mask
+    plan = _kept(params, impl)
     if plan is None:
-        return None
-    if params.scale is None:
-        params.__dict__["scale"] = plan.scale
-    return plan.run(params)  # type: ignore[no-any-return]
-
-
-def dense(params: SDPAParams, impl: str | None) -> Result:
-    """Run one dense call, cast as autocast wants it and else as the user gave it; returns `out`, and `lse` or None."""
-    if any_autocast() and isinstance(params.query, Tensor):
-        with no_autocast(params.query):
-            return _route(params, impl)
-    return _route(params, impl)
+        return _decided(params, impl)
+    if way is not None and given is params:
+        remember(way, plan, params, mask)
+    return plan.run(params)
 
 
 def varlen(params: SDPAParams, impl: str | None) -> Result:
@@ -69,14 +62,6 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     if is_empty(prepared):
         return empty(prepared)
     return _plan(prepared, impl).run(prepared)
-
-
-def _route(params: SDPAParams, impl: str | None) -> Result:
-    query = params.query
-    if isinstance(query, Tensor) and query.dim() == 3 and not query.is_nested:
-        return _lifted(params, impl) or _decided(params, impl)
-    plan = _kept(params, impl)
-    return _decided(params, impl) if plan is None else plan.run(params)
 
 
 def _kept(params: SDPAParams, impl: str | None) -> Plan | None:

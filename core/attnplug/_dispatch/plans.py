@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from attnplug._dispatch.measured import applies, tell, tree_of
 from attnplug._dispatch.ranges import in_range, is_profiled
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
-from attnplug._dispatch.watched import described, run_watched
+from attnplug._dispatch.watched import run_watched
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
 from attnplug._run.contract import declares
@@ -38,32 +37,64 @@ plans: dict[Hashable, Any] = {}
 is_deterministic = torch._C._get_deterministic_algorithms
 
 
-@dataclass(slots=True)
-class Plan:
-    """A decision, and how to carry it out."""
+def with_four_dimensions(mask: Tensor) -> Tensor:
+    """Return a mask of fewer dimensions as a view of four."""
+    return mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
 
-    decision: Decision
-    scale: float  # the default, which depends on the head size alone
-    grad: bool
-    unfused: bool  # whether a MATH implementation runs because others could not
-    simple: bool  # whether nothing has to be done around the kernel: no autograd, no check, no warning
-    plain: Callable[..., Result] | None  # the kernel's `plain`, if all is simple
-    described: dict[Any, RecordedCall] = field(default_factory=dict)  # what was said of such calls
+
+class Plan:
+    """A decision, and how to carry it out.
+
+    Attributes:
+        decision: what was chosen.
+        scale: the default, which depends on the head size alone.
+        grad: whether autograd records the call.
+        unfused: whether a MATH implementation runs because others could not.
+        simple: whether nothing has to be done around the kernel: no autograd, no check, no warning.
+        plain: the kernel's `plain`, if all is simple.
+    """
+
+    def __init__(self, decision: Decision, facts: CallFacts, scale: float) -> None:
+        self.decision, self.scale = decision, scale
+        self.grad = needs_grad(facts)
+        self.unfused = decision.backend is SDPBackend.MATH and bool(decision.passed_over)
+        self.simple = not self.unfused and _is_simple(decision, self.grad, facts)
+        kernel = decision.kernel
+        self.plain: Callable[..., Result] | None = kernel.plain if self.simple else None
+        self._forward, self._family = kernel.forward, kernel.family
+        self._told: dict[Any, RecordedCall] = {}  # what was said of such calls
+        self._device = str(facts.device)
 
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
-        state = thread.state
-        if state.watched:
-            call = described(self.decision, params, state.module, self.described)
-            return run_watched(call, params, self._profiled)  # type: ignore[no-any-return]
+        if thread.state.watched:
+            return run_watched(self._said(params), params, self._profiled)  # type: ignore[no-any-return]
         return self._profiled(params)
 
     def _profiled(self, params: SDPAParams) -> Result:
         return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
 
+    def run_as_given(self, params: SDPAParams) -> Result:
+        """Run a call whose record was just built, in four dimensions and with the user's mask and scale."""
+        if params.scale is None:
+            params.__dict__["scale"] = self.scale
+        mask = params.attn_mask
+        if mask is not None:
+            if mask.dim() < 4:
+                params.__dict__["attn_mask"] = with_four_dimensions(mask)
+        elif self.plain is not None and thread.state.watched and not is_profiled():
+            return run_watched(self._said(params), params, self._run_plain)  # type: ignore[no-any-return]
+        return self.run(params)
+
+    def _run_plain(self, params: SDPAParams) -> Result:
+        assert self.plain is not None
+        scale = None if params.scale is self.scale else params.scale  # the default costs a tiny call less as None
+        given = params.query, params.key, params.value, params.dropout, params.is_causal
+        return self.plain(*given, scale, params.enable_gqa)
+
     def _run(self, params: SDPAParams) -> Result:
         if self.simple and not any_autocast():
-            return self.decision.kernel.forward(params)  # type: ignore[no-any-return]
+            return self._forward(params)  # type: ignore[no-any-return]
         if self.unfused and unfused_warnings_wanted():
             warn_unfused(self.decision)
         entry, kernel = self.decision.entry, self.decision.kernel
@@ -74,6 +105,16 @@ class Plan:
         if is_transformed():
             return run_transformed(entry, params)
         return run(entry, params, self.grad)
+
+    def _said(self, params: SDPAParams) -> RecordedCall:
+        """Return what is said of a call to those who watch."""
+        decision, module = self.decision, thread.state.module
+        backend = decision.backend if self._family is None else self._family(params)
+        call = self._told.get((backend, module))
+        if call is None:
+            call = RecordedCall(decision.name, backend, decision.passed_over, self._device, module)
+            self._told[backend, module] = call
+        return call
 
 
 class _ByLayout:
@@ -101,11 +142,12 @@ class ByChoice:
 
 def find(impl: str | None, facts: CallFacts, params: SDPAParams) -> Plan | None:
     """Return the plan that is kept for a call, if there is one. 0.5 us."""
-    plan = plans.get(_key(impl, facts))
+    who = who_decides(impl)
+    plan = plans.get((who, facts))
     if type(plan) is ByChoice:
         plan = plan.find(params)
     if plan is BY_LAYOUT:
-        plan = plans.get(_key(impl, facts._replace(layout=Layout.of(params))))
+        plan = plans.get((who, facts._replace(layout=Layout.of(params))))
     return plan  # type: ignore[no-any-return]
 
 
@@ -117,16 +159,12 @@ def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = Tr
         UnknownImplementationError: `impl` names no implementation.
     """
     registry = start()
-    # As it is before kernels are asked: what changes meanwhile must not find this plan.
-    key: Hashable = _key(impl, facts)
+    who = who_decides(impl)  # as it is before kernels are asked: what changes meanwhile must not find this plan
+    key: Any = who, facts
     choices, choice = _choices(impl, facts, params, key if keep else None)
     decision = resolve(registry, current_selection(impl, choice), facts, params)
     decided(decision.name, decision.backend)
-    unfused = decision.backend is SDPBackend.MATH and bool(decision.passed_over)
-    scale = 0.0 if params.query.is_nested else default_scale(params.query)
-    grad = needs_grad(facts)
-    simple = not unfused and _is_simple(decision, grad, facts)
-    plan = Plan(decision, scale, grad, unfused, simple, decision.kernel.plain if simple else None)
+    plan = Plan(decision, facts, 0.0 if params.query.is_nested else default_scale(params.query))
     if keep:
         if len(plans) >= KEPT:
             plans.clear()
@@ -135,7 +173,7 @@ def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = Tr
             place, key = choices.plans, choice
         if decision.shape_dependent:
             place[key] = BY_LAYOUT
-            place, key = plans, _key(impl, facts._replace(layout=Layout.of(params)))
+            place, key = plans, (who, facts._replace(layout=Layout.of(params)))
         place[key] = plan
     return plan
 
@@ -169,9 +207,10 @@ def _forget(registry: Registry) -> None:
 when_started(lambda registry: registry.listeners.append(_forget))
 
 
-def _key(impl: str | None, facts: CallFacts) -> tuple[Hashable, ...]:
-    generation = start().generation
-    return (thread.state.scope, impl, process.activation, generation, is_deterministic(), facts)
+def who_decides(impl: str | None) -> tuple[Hashable, ...]:
+    """Return all that a decision depends on besides the call itself."""
+    registry = process.registry or start()
+    return thread.state.scope, impl, process.activation, registry.generation, is_deterministic()
 
 
 def _is_simple(decision: Decision, grad: bool, facts: CallFacts) -> bool:

@@ -84,7 +84,13 @@ def holds(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a plan that is an answer holds now: what could not be in the key for want of time."""
     dtype, device = query.dtype, query.device
     alike = key.dtype is dtype and value.dtype is dtype and key.device == device and value.device == device
-    return alike and query.layout is key.layout is value.layout is torch.strided and not is_deterministic()
+    strided = query.layout is key.layout is value.layout is torch.strided
+    return (
+        alike
+        and strided
+        and not is_deterministic()
+        and (query.is_contiguous() and key.is_contiguous() and value.is_contiguous())
+    )
 
 
 when_started(lambda registry: registry.listeners.append(lambda changed: _answers.clear()))

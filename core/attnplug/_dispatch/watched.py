@@ -17,22 +17,13 @@ from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend
 
 
-def described(decision: Decision, params: SDPAParams, module: str, known: dict[Any, RecordedCall]) -> RecordedCall:
-    """Return what is said of an eager call; `known` holds what was said of the calls of this decision before."""
-    family = decision.kernel.family
-    backend = family(params) if family is not None else decision.backend
-    device = params.query.device
-    key = backend, device, module
-    call = known.get(key)
-    if call is None:
-        call = known[key] = RecordedCall(decision.name, backend, decision.passed_over, str(device), module)
-    return call
-
-
 def run_watched(call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
     """Run an eager call among those who watch this thread; the one that came first is nearest to the kernel."""
     for watcher in thread.state.watchers:
-        run = _around(watcher, call, run)
+        if watcher.stands_around:
+            run = _around(watcher, call, run)
+        else:
+            watcher.told(call)
     return run(params)
 
 

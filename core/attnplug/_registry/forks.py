@@ -11,7 +11,7 @@ import threading
 from operator import itemgetter
 from weakref import WeakKeyDictionary
 
-ACTIVATION, DISCOVERY, KERNEL, PATCH, BINDING, REGISTRY = range(6)
+ACTIVATION, START, DISCOVERY, KERNEL, PATCH, BINDING, REGISTRY = range(7)
 """The order in which a thread that needs several takes them."""
 
 _locks: WeakKeyDictionary[threading.RLock, int] = WeakKeyDictionary()  # type: ignore[valid-type]

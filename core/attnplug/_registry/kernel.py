@@ -55,7 +55,8 @@ class Kernel:
             is given them as the user wrote them, as every kernel is given nested tensors.
         plain: `plain(query, key, value, dropout, is_causal, scale, enable_gqa) -> (out, lse)`: what forward returns for
             a call without a mask that asks for nothing beyond PyTorch's arguments and an lse, with no record to build;
-            `scale` may be None. For composite kernels that need no backward; it saves tiny calls a microsecond.
+            `scale` may be None, and the last stride of each tensor is 1. For composite kernels that need no backward;
+            it saves tiny calls a microsecond.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward

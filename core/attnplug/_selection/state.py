@@ -21,6 +21,7 @@ from typing import Any
 from attnplug._errors import ChoicesError, ConfigError, ScopeError
 from attnplug._registry.config import get_config
 from attnplug._registry.discovery import get_registry
+from attnplug._registry.forks import START, lock
 from attnplug._registry.registry import Registry
 from attnplug._selection.choices import Choices
 from attnplug._tracing import constant_in_traces
@@ -72,7 +73,7 @@ class _ProcessState:
         self.watchers: tuple[Any, ...] = ()  # of every thread
         self.watched = ""
         self.bindings = 0  # how many modules are bound
-        self.listeners: list[Callable[[Registry], None]] = []  # told about the registry when it is there
+        self.listeners: list[Callable[[Registry], None]] = []  # told about the registry before anybody sees it
 
     def activate(self, name: str | None) -> None:
         """Make `name`, or nothing, the first choice of the process."""
@@ -129,8 +130,9 @@ def without(blocks: tuple[Any, ...], block: object) -> tuple[Any, ...]:
 
 def when_started(listener: Callable[[Registry], None]) -> None:
     """Call `listener` with the registry: at once, or when it is there."""
-    process.listeners.append(listener)
-    if process.registry is not None:
+    if process.registry is None:
+        process.listeners.append(listener)
+    else:
         listener(process.registry)
 
 
@@ -143,16 +145,28 @@ def start() -> Registry:
         ConfigError: `ATTNPLUG_CHOICES` names a file that holds no measured choices.
     """
     if process.registry is None:
-        registry, config = get_registry(), get_config()
-        process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
-        if config.verify:
-            registry.get(REFERENCE, "ATTNPLUG_VERIFY")
-        process.choices = choices_of_environment()
-        process.plain = process.activation is None and not process.preferred
-        process.registry = registry
-        for listener in process.listeners:
-            listener(registry)
+        with _start_lock:
+            _start()
+    assert process.registry is not None
     return process.registry
+
+
+_start_lock = lock(START)
+
+
+def _start() -> None:
+    """Fill the registry, let whoever waits for it complete it, and then let everybody see it."""
+    if process.registry is not None:  # another thread was first
+        return
+    registry, config = get_registry(), get_config()
+    process.preferred = tuple(registry.get(name, "ATTNPLUG_IMPL").name for name in config.impl)
+    if config.verify:
+        registry.get(REFERENCE, "ATTNPLUG_VERIFY")
+    process.choices = choices_of_environment()
+    while process.listeners:  # each once, though a signal's handler may come here in the middle of it
+        process.listeners.pop(0)(registry)
+    process.plain = process.activation is None and not process.preferred
+    process.registry = registry
 
 
 def choices_of_environment() -> Choices | None:

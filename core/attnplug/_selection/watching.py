@@ -54,6 +54,8 @@ class Watcher:
     exported tells nothing. Nobody is told of empty inputs, for which no kernel runs, nor of what runs in `unwatched()`.
     """
 
+    stands_around = True
+    """Whether `around` is called. Where it is not, `told` is, in eager code too, and that is cheaper."""
     sees_tensors = False
     """Whether graphs must hand over their tensors. They are compiled once more for it, and keep the tensors longer."""
 

@@ -98,7 +98,7 @@ def plain(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor]:
     """Do what `forward` does, at once where the operator takes the tensors as they are."""
-    if query.is_cpu and query.is_contiguous() and key.is_contiguous() and value.is_contiguous():
+    if query.is_cpu:
         if scale is None:
             return _flash_cpu(query, key, value, 0.0, True) if is_causal else _flash_cpu(query, key, value)
         if scale > 0.0:

@@ -149,7 +149,7 @@ def attention_forward(
         dropout_p=dropout if module.training else 0.0,
         is_causal=bool(causal),  # which `torch.jit.trace` makes a tensor of
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
         softcap=softcap or 0.0,
         sinks=s_aux,
         impl=impl,
@@ -189,6 +189,16 @@ class _Name(str):
 
     def removeprefix(self, _prefix: str) -> str:
         return self  # `str` would answer with a plain string; transformers takes "paged|" off, which is not there
+
+    def __reduce__(self) -> Any:
+        return _restored, (str(self),)
+
+
+def _restored(name: str) -> _Name:
+    """Return the name in a model that was saved or copied, known to transformers in this process too."""
+    register()
+    family, _, impl = name.partition(":")
+    return _publish(family, impl)
 
 
 def _with_own_names(method: Callable[..., str]) -> Callable[..., str]:

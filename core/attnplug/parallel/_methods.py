@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from attnplug._api import scaled_dot_product_attention
+from attnplug._api.dense import scaled_dot_product_attention
 from attnplug._call.prepare import empty, is_empty
 from attnplug._types import SDPAParams
 from attnplug.parallel._entries import Result, run_ring

@@ -18,12 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnplug._dispatch.resolver import Decision
-from attnplug._dispatch.watched import described
 from attnplug._errors import GradientError
 from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
-from attnplug._selection.watching import wished
+from attnplug._selection.watching import RecordedCall, wished
 from attnplug._types import Feature, SDPAParams
 from attnplug.parallel._exchange import Transfer, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
@@ -119,7 +118,9 @@ def _watched(decision: Decision, params: SDPAParams, run: Callable[[SDPAParams],
     Who compares tensors is left out: what a rank has of a call is no call that one rank could make.
     """
     if thread.state.watched:
-        call = described(decision, params, thread.state.module, {})
+        family, device = decision.kernel.family, str(params.query.device)
+        backend = decision.backend if family is None else family(params)
+        call = RecordedCall(decision.name, backend, decision.passed_over, device, thread.state.module)
         for watcher in thread.state.watchers:
             if not watcher.sees_tensors:
                 run = partial(watcher.around, call, run=run)

@@ -1,0 +1,177 @@
+"""The call of packed sequences."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from attnplug._dispatch import eager, traced
+from attnplug._selection.state import thread
+from attnplug._selection.watching import wished
+from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
+
+
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softcap: float = ...,
+    sinks: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_lse: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window_size: tuple[int, int] = OPEN_WINDOW,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Any:
+    """Compute attention over sequences of different lengths, packed one after the other.
+
+    Causal masks, windows and ALiBi distances are aligned to the lower right of each sequence: for a sequence of
+    `Sq` queries and `Sk` keys, `off`, below, is `Sk - Sq`.
+
+    Args:
+        query: `(Tq, Hq, E)`, all queries of all sequences.
+        key: `(Tk, Hkv, E)`, or pages `(pages, page_size, Hkv, E)` with `block_table`.
+        value: `(Tk, Hkv, Ev)`, or pages likewise.
+        cu_seq_q: int32 `(B + 1,)`: sequence `b` has the queries from `cu_seq_q[b]` to `cu_seq_q[b + 1]`.
+        cu_seq_k: the same for keys; None if `block_table` and `seqused_k` say where and how many.
+        max_q: the longest sequence of queries.
+        max_k: the longest sequence of keys.
+        is_causal: query `i` of a sequence sees its keys `j <= i + off`.
+        scale: factor of the logits; `1 / sqrt(E)` if None.
+        enable_gqa: allows `Hq` to be a multiple of `Hkv`; query head `h` reads head `h // (Hq / Hkv)`.
+        window_size: `(left, right)`: query `i` sees `i + off - left <= j <= i + off + right`; -1 leaves
+            a side open.
+        softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
+        sinks: `(Hq,)`, one more logit in each row's denominator, with no value.
+        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits.
+        seqused_k: int32 `(B,)`; only so many keys of each sequence exist.
+        block_table: int32 `(B, blocks)`; the pages that hold each sequence's keys, in order.
+        dropout_p: probability with which a probability is zeroed; the others are scaled by
+            `1 / (1 - dropout_p)`.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        impl: the implementation that must run; stronger than any scope or activation.
+
+    Returns:
+        `out (Tq, Hq, Ev)` in the query's dtype; with `return_lse`, `(out, lse)` with `lse (Hq, Tq)` in
+        float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it. Values of `cu_seq_*`,
+            `seqused_k` and `block_table` are checked where that needs no synchronisation with a GPU.
+        NoImplementationError: nothing that is allowed supports the call.
+        UnknownImplementationError: `impl` names no implementation.
+
+    Examples:
+        >>> import torch, attnplug
+        >>> packed = torch.randn(16, 8, 64)  # sequences of 5, 3 and 8 tokens
+        >>> starts = torch.tensor([0, 5, 8, 16], dtype=torch.int32)
+        >>> attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8, is_causal=True).shape
+        torch.Size([16, 8, 64])
+    """
+    fields: dict[str, Any] = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "dropout": dropout_p,
+        "is_causal": is_causal,
+        "enable_gqa": enable_gqa,
+        "scale": scale,
+        "causal_variant": CausalVariant.LOWER_RIGHT,
+        "window_size": window_size,
+        "softcap": softcap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "seqused_k": seqused_k,
+        "return_lse": return_lse,
+        "cu_seq_q": cu_seq_q,
+        "cu_seq_k": cu_seq_k,
+        "max_q": max_q,
+        "max_k": max_k,
+        "block_table": block_table,
+    }
+    compiling = is_compiling()
+    if not compiling and thread.state.watched:
+        impl = wished(impl)
+    out, lse = traced.varlen(SDPAParams(**fields), impl) if compiling else eager.varlen(eager.params_of(fields), impl)
+    return (out, lse) if return_lse else out

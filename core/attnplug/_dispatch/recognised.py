@@ -1,0 +1,121 @@
+"""The short way of the kept route: a call is recognised, by one comparison in C, as one whose plan is known.
+
+The facts of a call are read off its tensors one by one, which takes longer than anything else about a call of a kept
+plan. `TensorGuards`, with which Dynamo compares the inputs of a compiled function, compares all of them at once, and
+more: the type of each tensor, its dispatch keys together with those of the thread (so that autocast, transforms and
+layouts count), dtype, device, whether autograd records it, and the sizes and strides that are given. Those that are
+not given, batch and lengths, are compared in Python, so that a decode loop is recognised at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnplug._call.autocast import any_autocast
+from attnplug._run.transforms import is_transformed
+from attnplug._selection.state import when_started
+from attnplug._types import SDPAParams
+
+if TYPE_CHECKING:
+    from attnplug._dispatch.plans import Plan
+
+_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+"""Private to PyTorch: where a release has none, or another, nothing is recognised, and facts decide as ever."""
+PLAIN = (Tensor, torch.nn.Parameter)
+SEVERAL = 8
+"""How many kinds of tensors are recognised for each way to call; others are decided by their facts."""
+
+WAYS = 4096
+
+Known = tuple[Callable[..., bool], bool | None, torch.dtype | None, Any]
+known: dict[Hashable, tuple[Known, ...]] = {}
+"""By who decides and how the function is called. Emptied when the registry changes; what another thread adds just then
+has the old generation in its key, and is never found."""
+
+
+def recognise(
+    candidates: tuple[Known, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Plan | None:
+    """Return the plan of a call, if one of `candidates` fits its tensors. About 0.8 us."""
+    for fits, square, cast, plan in candidates:
+        if fits(query, key, value) if mask is None else fits(query, key, value, mask):
+            batch, _, queries, _ = query.shape
+            key_shape, value_shape = key.shape, value.shape
+            keys = key_shape[2]
+            if (
+                (key_shape == value_shape or key_shape[:3] == value_shape[:3])
+                and key_shape[0] == batch > 0
+                and queries > 0 < keys
+                and (square is None or square is (queries == keys))
+                and (mask is None or _broadcasts(mask.shape, batch, queries, keys))
+                and (cast is None or torch.get_autocast_dtype(query.device.type) is cast)
+            ):
+                return plan  # type: ignore[no-any-return]
+    return None
+
+
+def _broadcasts(shape: torch.Size, batch: int, queries: int, keys: int) -> bool:
+    """Whether a mask's sizes are 1 or full; that of heads is compared with the other fixed sizes."""
+    return (
+        (shape[-1] == keys or shape[-1] == 1)
+        and (shape[-2] == queries or shape[-2] == 1)
+        and (len(shape) < 4 or shape[0] == batch or shape[0] == 1)
+    )
+
+
+def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None) -> None:
+    """Recognise from now on calls like this one, in four dimensions, whose plan its facts gave.
+
+    `way` is who decides, and how the function was called; `mask` is the user's, of two to four dimensions.
+    """
+    query, key = params.query, params.key
+    tensors = [query, key, params.value, *([] if mask is None else [mask])]
+    others, autocasts = known.get(way, ()), any_autocast()
+    if (
+        _TensorGuards is None
+        or len(others) >= SEVERAL
+        or plan.decision.shape_dependent
+        or is_transformed()
+        or any(type(tensor) not in PLAIN for tensor in tensors)
+        or any(tensor.stride(-1) != 1 for tensor in tensors[:3])
+        or (mask is not None and mask.dim() < 2)
+        or (autocasts and (plan.plain is None or torch.get_autocast_dtype(query.device.type) is not query.dtype))
+    ):
+        return
+    try:
+        fits = _comparison(tensors)
+    except TypeError:  # a release whose guards take other arguments
+        return
+    square = query.shape[2] == key.shape[2] if params.is_causal else None
+    if len(known) >= WAYS:
+        known.clear()
+    known[way] = (*others, (fits, square, query.dtype if autocasts else None, plan))
+
+
+def _comparison(tensors: list[Tensor]) -> Callable[..., bool]:
+    """Return what compares a call's tensors with these: all but batch, lengths, and the strides that depend on them."""
+    sizes, strides = [], []
+    for number, tensor in enumerate(tensors):
+        *_, heads, _, last = (1, 1, *tensor.shape)
+        is_mask = number == 3
+        sizes.append([None, heads, None, None if is_mask else last][-tensor.dim() :])
+        strides.append([*[None] * (tensor.dim() - 1), None if is_mask else 1])
+    if len({*map(id, tensors)}) == len(tensors):
+        return _guards(tensors, sizes, strides)
+    each = [_guards([tensor], [size], [stride]) for tensor, size, stride in zip(tensors, sizes, strides, strict=True)]
+    if len({*map(id, tensors)}) == 1:
+        fits = each[0]
+        return lambda query, key, value: query is key is value and fits(query)
+    return lambda *given: all(fits(tensor) for fits, tensor in zip(each, given, strict=True))
+
+
+def _guards(tensors: list[Tensor], sizes: Any, strides: Any) -> Callable[..., bool]:
+    """Return what compares tensors with these, none of which may be there twice."""
+    return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
+
+
+when_started(lambda registry: registry.listeners.append(lambda _: known.clear()))

@@ -1,0 +1,249 @@
+"""A call that is like one before it runs at once: what is not quite like it must be seen all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import Parameter
+
+import attnplug
+import forked
+from attnplug import ImplSpec, SDPAParams
+
+torch.manual_seed(0)
+Q, K, V = torch.randn(3, 2, 4, 6, 8)
+MASK = torch.randn(2, 4, 6, 6)
+
+
+RECORDED = Q.clone().requires_grad_()
+
+
+class Subclass(Tensor):
+    pass
+
+
+class OwnParameter(Parameter):
+    pass
+
+
+class Opaque:
+    """A kernel for which more has to be done than to call it."""
+
+    @staticmethod
+    def forward(params: SDPAParams) -> tuple[Tensor, None]:
+        logits = params.scale * params.query @ params.key.mT
+        if params.is_causal:
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+        if params.attn_mask is not None:
+            logits = logits + params.attn_mask
+        return torch.softmax(logits, -1) @ params.value, None
+
+    @staticmethod
+    def backward(params: SDPAParams, grad_out: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return grad_out, grad_out, grad_out
+
+
+def fake() -> tuple[Tensor, ...]:
+    mode = FakeTensorMode()
+    return tuple(map(mode.from_tensor, (Q, K, V)))
+
+
+Change = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+CHANGES: dict[str, Change] = {
+    "nothing": lambda: ((Q, K, V), {}),
+    "another batch": lambda: ((Q[:1], K[:1], V[:1]), {}),
+    "other lengths": lambda: ((Q[:, :, :2], K[:, :, :5], V[:, :, :5]), {}),
+    "a batch of keys alone": lambda: ((Q, K[:1], V[:1]), {}),
+    "fewer values than keys": lambda: ((Q, K, V[:, :, :5]), {}),
+    "more values than keys": lambda: ((Q, K[:, :, :5], V), {}),
+    "fewer heads": lambda: ((Q[:, :2], K[:, :2], V[:, :2]), {}),
+    "fewer key heads": lambda: ((Q, K[:, :2], V[:, :2]), {}),
+    "another head size": lambda: ((Q[..., :4], K[..., :4], V[..., :4]), {}),
+    "another value head size": lambda: ((Q, K, V[..., :4].contiguous()), {}),
+    "no queries": lambda: ((Q[:, :, :0], K, V), {}),
+    "no keys": lambda: ((Q, K[:, :, :0], V[:, :, :0]), {}),
+    "no batch": lambda: ((Q[:0], K[:0], V[:0]), {}),
+    "three dimensions": lambda: ((Q[0], K[0], V[0]), {}),
+    "columns": lambda: ((Q.mT.contiguous().mT, K, V), {}),
+    "columns of values": lambda: ((Q, K, V.mT.contiguous().mT), {}),
+    "every second number": lambda: (tuple(t.repeat_interleave(2, -1)[..., ::2] for t in (Q, K, V)), {}),
+    "one tensor": lambda: ((Q, Q, Q), {}),
+    "one tensor as keys and values": lambda: ((Q, K, K), {}),
+    "a key of another dtype": lambda: ((Q, K.double(), V), {}),
+    "a value of another dtype": lambda: ((Q, K, V.half()), {}),
+    "another dtype": lambda: ((Q.double(), K.double(), V.double()), {}),
+    "a key on another device": lambda: ((Q, K.to("meta"), V), {}),
+    "a value on another device": lambda: ((Q, K, V.to("meta")), {}),
+    "another device": lambda: ((Q.to("meta"), K.to("meta"), V.to("meta")), {}),
+    "a sparse key": lambda: ((Q, K.to_sparse(), V), {}),
+    "a key that is none": lambda: ((Q, None, V), {}),
+    "numbers": lambda: ((Q, 1.0, V), {}),
+    "a parameter": lambda: ((Parameter(Q), K, V), {}),
+    "a gradient of values": lambda: ((Q, K, V.clone().requires_grad_()), {}),
+    "a parameter of a class of its own": lambda: ((OwnParameter(Q), K, V), {}),
+    "fake tensors": lambda: (fake(), {}),
+    "a subclass": lambda: ((Q.as_subclass(Subclass), K, V), {}),
+    "a number for a bool": lambda: ((Q, K, V), {"is_causal": 1}),
+    "another number for a bool": lambda: ((Q, K, V), {"enable_gqa": 0}),
+    "a bool for a number": lambda: ((Q, K, V), {"scale": True}),
+    "a bool for a probability": lambda: ((Q, K, V), {"dropout_p": False}),
+    "not a number": lambda: ((Q, K, V), {"scale": float("nan")}),
+    "another scale": lambda: ((Q, K, V), {"scale": 1.0}),
+    "a scale below zero": lambda: ((Q, K, V), {"scale": -1.0}),
+    "a causal mask": lambda: ((Q, K, V), {"is_causal": True}),
+    "a causal mask of other lengths": lambda: ((Q[:, :, :4], K, V), {"is_causal": True}),
+    "a causal mask, a scale below zero": lambda: ((Q, K, V), {"is_causal": True, "scale": -1.0}),
+    "an lse": lambda: ((Q, K, V), {"return_lse": True}),
+    "something for a bool": lambda: ((Q, K, V), {"return_lse": None}),
+    "a mask": lambda: ((Q, K, V, MASK), {}),
+    "a mask for all heads": lambda: ((Q, K, V, MASK[:, :1]), {}),
+    "a mask for all sequences": lambda: ((Q, K, V, MASK[0]), {}),
+    "a mask of one row": lambda: ((Q, K, V, MASK[0, 0, :1]), {}),
+    "a mask of one column": lambda: ((Q, K, V, MASK[..., :1]), {}),
+    "a mask of one dimension": lambda: ((Q, K, V, MASK[0, 0, 0]), {}),
+    "a mask of too few keys": lambda: ((Q, K, V, MASK[..., :5]), {}),
+    "a mask of too few rows": lambda: ((Q, K, V, MASK[..., :5, :]), {}),
+    "a mask of too many sequences": lambda: ((Q[:1], K[:1], V[:1], MASK), {}),
+    "a mask of too few heads": lambda: ((Q, K, V, MASK[:, :2]), {}),
+    "a mask of numbers": lambda: ((Q, K, V, MASK.long()), {}),
+    "a boolean mask": lambda: ((Q, K, V, MASK > 0), {}),
+    "a mask on another device": lambda: ((Q, K, V, MASK.to("meta")), {}),
+    "a mask for one query": lambda: ((Q[:, :, :1], K, V, MASK[:, :, :1]), {}),
+    "a window": lambda: ((Q, K, V), {"window_size": (2, 2)}),
+}
+
+
+@pytest.fixture(params=["torch", "aten_flash", "aten_math", "opaque"])
+def impl(request: pytest.FixtureRequest) -> Any:
+    attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque, backend=None))
+    yield request.param
+    attnplug.unregister_impl("opaque")
+
+
+def outcome(change: Change, impl: str) -> Any:
+    given, options = change()
+    try:
+        result = attnplug.scaled_dot_product_attention(*given, **options, impl=impl)
+    except Exception as error:
+        return type(error), str(error)
+    out = result[0] if isinstance(result, tuple) else result
+    return type(out), out.requires_grad, out.dtype, out.device, tuple(out.shape), out.detach()
+
+
+def forget() -> None:
+    """Make every decision void, as any change of the registry does."""
+    attnplug.register_impl(ImplSpec(name="another", kernel="not.imported", backend=None))
+    attnplug.unregister_impl("another")
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert found[:-1] == expected[:-1]
+    if isinstance(found[-1], Tensor) and found[-1].device.type != "meta" and not isinstance(found[-1], FakeTensor):
+        torch.testing.assert_close(found[-1], expected[-1], equal_nan=True)
+    elif isinstance(found[-1], str):
+        assert found[-1] == expected[-1]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_after_others_is_decided_as_it_is_alone(change: str, impl: str) -> None:
+    expected = {}
+    for name in (change, "nothing"):
+        forget()
+        expected[name] = outcome(CHANGES[name], impl)
+    forget()
+    for name in ("nothing", "a mask", "an lse", "a causal mask", "nothing", "a mask", "one tensor") * 3:
+        outcome(CHANGES[name], impl)
+    for name in (change, "nothing") * 3:
+        assert_same(outcome(CHANGES[name], impl), expected[name])
+
+
+AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to another dtype": lambda: torch.autocast("cpu", torch.float16),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "a device": lambda: torch.device("cpu"),
+    "a scope": lambda: attnplug.sdpa_kernel("aten_math"),
+    "a recording": attnplug.record,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_what_is_around_a_call_counts(around: str, impl: str) -> None:
+    half = Q.bfloat16(), K.bfloat16(), V.bfloat16()
+    calls: dict[str, Change] = {
+        "plain": lambda: ((Q, K, V), {}),
+        "half": lambda: (half, {}),
+        "recorded": lambda: ((RECORDED, K, V), {}),
+    }
+    expected = {}
+    for inside in (True, False):
+        for name, call in calls.items():
+            forget()
+            with AROUND[around]() if inside else nullcontext():
+                expected[inside, name] = outcome(call, impl)
+    for _ in range(4):
+        for inside in (True, False):
+            for name, call in calls.items():
+                with AROUND[around]() if inside else nullcontext():
+                    assert_same(outcome(call, impl), expected[inside, name])
+
+
+@pytest.mark.parametrize("impl", ["torch", "aten_math"])
+def test_transforms_see_through_calls_that_were_made_before(impl: str) -> None:
+    attend = attnplug.scaled_dot_product_attention
+    for _ in range(3):
+        attend(Q, K, V, impl=impl)
+    found = torch.vmap(lambda q, k, v: attend(q, k, v, impl=impl))(Q[None], K[None], V[None])
+    torch.testing.assert_close(found[0], attend(Q, K, V, impl=impl))
+    gradient = torch.func.grad(lambda query: attend(query, K, V, impl=impl).sum())(Q)
+    query = Q.clone().requires_grad_()
+    attend(query, K, V, impl=impl).sum().backward()
+    torch.testing.assert_close(gradient, query.grad)
+
+
+def test_a_shape_dependent_kernel_is_asked_again_for_every_shape() -> None:
+    class Even(Opaque):
+        shape_dependent = True
+
+        @staticmethod
+        def supports(params: SDPAParams) -> str | None:
+            return "an odd number of keys" if params.key.shape[-2] % 2 else None
+
+    attnplug.register_impl(ImplSpec(name="even", kernel=Even, backend=None))
+    with attnplug.sdpa_kernel(["even", "aten_math"], set_priority=True), attnplug.record() as calls:
+        for length in (6, 6, 6, 5, 6, 5, 4):
+            attnplug.scaled_dot_product_attention(Q, K[:, :, :length], V[:, :, :length])
+    attnplug.unregister_impl("even")
+    assert [call.impl for call in calls] == ["even", "even", "even", "aten_math", "even", "aten_math", "even"]
+
+
+def test_more_kinds_of_tensors_than_are_recognised_are_decided_as_well() -> None:
+    for _ in range(3):
+        for heads in range(1, 20):
+            query = torch.randn(1, heads, 3, 8)
+            out = attnplug.scaled_dot_product_attention(query, query, query, impl="aten_flash")
+            expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+            torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("change", ["del guards.TensorGuards", "guards.TensorGuards = lambda *tensors: None"])
+def test_a_release_with_other_guards_decides_as_well(change: str) -> None:
+    done = forked.run(f"""
+import torch
+from torch._C._dynamo import guards
+{change}
+import attnplug
+query = torch.randn(1, 2, 4, 8)
+expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+for _ in range(4):
+    out = attnplug.scaled_dot_product_attention(query, query, query, impl="aten_flash")
+    torch.testing.assert_close(out, expected)
+""")
+    assert done.returncode == 0, done.stderr
