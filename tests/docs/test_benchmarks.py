@@ -23,6 +23,7 @@ PROGRAMS = (
     "memory",
     "launching",
     "parallel",
+    "choices",
     "watching",
 )
 

@@ -452,6 +452,8 @@ def mistaken(what: str) -> None:
         parallel.shard_sequence(query[:, :, :3], group=group)
     elif what == "length":
         parallel.ring_attention(query, query, query, group=group, length=24)
+    elif what == "unequal":
+        parallel.ring_attention(query[:, :, :6], query, query, group=group, is_causal=True)
     elif what == "group":
         parallel.ring_attention(query, query, query, group="all")
     elif what == "mesh":

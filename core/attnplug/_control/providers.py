@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.attention as torch_attention
+from torch import Tensor
 
 from attnplug._call.device import compute_capability
 from attnplug._registry.kernel import Kernel
@@ -24,7 +25,13 @@ def provider_kernel(
     register_fn: Callable[[], Any], supports: Callable[[SDPAParams], str | None] | None = None
 ) -> Kernel:
     """Return the kernel behind a `register_fn` as `torch.nn.attention.register_flash_attention_impl` takes it."""
-    return Kernel(forward=_flash, composite=True, register_fn=register_fn, supports=supports)
+    return Kernel(
+        forward=_flash,
+        partial_backward=_flash_backward,
+        composite=True,
+        register_fn=register_fn,
+        supports=supports,
+    )
 
 
 def provider_spec(name: str, register_fn: Callable[[], Any]) -> ImplSpec:
@@ -74,6 +81,13 @@ def _flash(params: SDPAParams) -> Any:
     kernel = start().get(FLASH).load()
     assert kernel is not None
     return kernel.forward(params)
+
+
+def _flash_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> Any:
+    kernel = start().get(FLASH).load()
+    assert kernel is not None
+    assert kernel.partial_backward is not None
+    return kernel.partial_backward(params, grad_out, out, lse)
 
 
 FA3 = provider_kernel(ActivatedByTorch("FA3"), _supports_fa3)

@@ -7,6 +7,8 @@ operators are differentiable in PyTorch, so autograd goes through them.
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +29,23 @@ _flash_cuda = operator(
     "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, Tensor rng_state, Tensor unused, "
     "Tensor debug_attn_mask)"
 )
-_backward_cpu = operator(
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward(Tensor grad_out, Tensor query, Tensor key, "
-    "Tensor value, Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, "
-    "float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
-)
-_backward_cuda = operator(
-    "aten::_scaled_dot_product_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
-    "Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
-    "bool is_causal, Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> (Tensor grad_query, "
-    "Tensor grad_key, Tensor grad_value)"
-)
+
+
+@cache
+def _backward(device_type: str) -> Any:
+    """Return the operator of backward, which only several ranks call: PyTorch differentiates forward by itself."""
+    if device_type == "cpu":
+        return operator(
+            "aten::_scaled_dot_product_flash_attention_for_cpu_backward(Tensor grad_out, Tensor query, Tensor key, "
+            "Tensor value, Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, "
+            "float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+        )
+    return operator(
+        "aten::_scaled_dot_product_flash_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
+        "Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
+        "float dropout_p, bool is_causal, Tensor philox_seed, Tensor philox_offset, *, float? scale=None) -> "
+        "(Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    )
 
 
 def supports(params: SDPAParams) -> str | None:
@@ -64,12 +72,12 @@ def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Ten
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # the probability of a key that no row sees is 0
     if query.device.type == "cpu":
         mask = as_additive(mended.attn_mask, query.dtype)
-        grads = _backward_cpu(
+        grads = _backward("cpu")(
             *(grad_out, query, key, value, out, lse, 0.0, mended.is_causal), attn_mask=mask, scale=mended.scale
         )
     else:
         none = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        grads = _backward_cuda(
+        grads = _backward("cuda")(
             *(grad_out, query, key, value, out, lse, None, None, query.shape[2], key.shape[2], 0.0, mended.is_causal),
             *(none, none[1:].view(())),
             scale=mended.scale,

@@ -1,4 +1,8 @@
-"""Attention over a sequence that several ranks share."""
+"""Attention over a sequence that several ranks share, each of which holds a part.
+
+Results and gradients are those of the call on one rank. Imported when it is first asked for, because
+`torch.distributed` is nobody's business who has one GPU.
+"""
 
 from attnplug.parallel._attention import ring_attention, ring_varlen_attn, ulysses_attention, usp_attention
 from attnplug.parallel._exchange import ParallelError

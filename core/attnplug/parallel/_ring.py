@@ -62,8 +62,6 @@ class Ring:
         self.group, self.impl = group, impl
         self.scoped = scoped
         """Whether the scope around a call chooses the kernel; one that a module was bound to has led here already."""
-        self.length: int | None = None
-        """Of the whole sequence, where calls do not say."""
 
     def supports(self, params: SDPAParams) -> str | None:
         """Decline what has no meaning for a rank's part of a sequence; asked before any message."""
@@ -78,21 +76,20 @@ class Ring:
         query = params.query
         out = query.new_empty(*query.shape[:-1], params.value.shape[-1])
         lse = query.new_empty(params.lse_shape, dtype=params.lse_dtype)
-        return out, lse, torch.empty(4, dtype=torch.int64)
+        return out, lse, torch.empty(3, dtype=torch.int64)
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `out`, `lse` and what backward must know: the kernel, whether it saves tensors, seed and length."""
-        length = params.max_k if params.is_varlen or params.max_k is not None else self.length
+        """Return `out`, `lse` and what backward must know: the kernel, whether it saves tensors, and the seed."""
         grad = any(tensor is not None and tensor.requires_grad for tensor in tensors_of(params)[: len(DIFFERENTIABLE)])
         with reporting(self.group), torch.no_grad():
-            call = Share.of(self.group, params, length)
+            call = Share.of(self.group, params)
             impl = wished(self.impl) if thread.state.watched else self.impl
             selection = current_selection(impl)
             if not self.scoped:
                 selection = replace(selection, scope=None)
             decision = choose(call.examples(grad), selection, grad)
             seed = drawn_seed(params.query.device) if params.dropout else 0
-            run = _Run(call, _State(number_of(decision.entry), False, seed, length))
+            run = _Run(call, _State(number_of(decision.entry), False, seed))
             out, lse = _watched(decision, params, lambda _: run.forward())
         return out, lse, run.state.as_tensor()
 
@@ -112,7 +109,7 @@ class Ring:
                 if bool(grad_lse.any()):  # a graph has zeros where nobody asked
                     raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
                 grad_lse = None
-            return _Run(Share.of(self.group, params, state.length), state).backward(grad_out, grad_lse, out, lse)
+            return _Run(Share.of(self.group, params), state).backward(grad_out, grad_lse, out, lse)
 
 
 def _watched(decision: Decision, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
@@ -137,15 +134,14 @@ class _State:
     number: int
     saves: bool  # whether the kernel saved tensors for backward; then its forward is run once more
     seed: int
-    length: int | None
 
     def as_tensor(self) -> Tensor:
-        return torch.tensor([self.number, self.saves, self.seed, -1 if self.length is None else self.length])
+        return torch.tensor([self.number, self.saves, self.seed])
 
     @classmethod
     def of(cls, tensor: Tensor) -> _State:
-        number, saves, seed, length = tensor.tolist()
-        return cls(number, bool(saves), seed, None if length < 0 else length)
+        number, saves, seed = tensor.tolist()
+        return cls(number, bool(saves), seed)
 
 
 class _Run:

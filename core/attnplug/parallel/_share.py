@@ -25,11 +25,11 @@ class Share:
     rank: int
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, params: SDPAParams, length: int | None) -> Share:
-        """Return the call.
+    def of(cls, group: dist.ProcessGroup, params: SDPAParams) -> Share:
+        """Return the share of this rank; `max_k` of a dense call is the length of the whole, None if cut evenly.
 
         Raises:
-            ValueError: a rank has another number of rows than its share.
+            ValueError: a rank has another number of rows than its share, or the mask has no meaning.
         """
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         dim = 0 if params.is_varlen else 2
@@ -39,10 +39,15 @@ class Share:
         if params.is_varlen:
             starts = tuple(params.cu_seq_q.tolist())
             whole = dict.fromkeys(whole, starts[-1])
-        elif length is not None:
-            whole["key"] = length
+        elif params.max_k is not None:
+            whole["key"] = params.max_k
             if have["query"] == have["key"]:
-                whole["query"] = length
+                whole["query"] = params.max_k
+        if (params.is_causal or max(params.window_size) >= 0) and have["query"] != have["key"]:
+            raise ValueError(
+                f"query: a causal call, or one with a window, needs as many queries as keys on each rank; got "
+                f"{have['query']} and {have['key']}"
+            )
         layout = Layout(ranks, whole["query"], whole["key"], params.is_causal, params.window_size, False, starts)
         call = cls(group, params, layout, rank)
         call._check(have)
