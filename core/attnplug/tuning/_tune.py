@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 
 import torch
 
-import attnplug
 from attnplug._call.facts import CallFacts
 from attnplug._call.kinds import kind_of
 from attnplug._call.machine import device_identity, plugin_versions, runtime_versions
@@ -236,5 +235,4 @@ def _candidates(impls: str | Iterable[str] | None) -> list[str]:
 
 
 def _default_order() -> list[str]:
-    known = attnplug.list_flash_attention_impls()
-    return [record.name for record in attnplug.list_impls() if record.name in known]
+    return [entry.name for entry in start()]
