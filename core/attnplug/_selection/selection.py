@@ -47,7 +47,7 @@ class Selection:
             return [registry.get(self.impl, "impl")]
         order = list(dict.fromkeys(self.wanted))
         named = {*order, *(self.scope[1] if self.scope is not None else ())}
-        possible = (entry for entry in registry if entry.name in named or not _only_named(entry.spec))
+        possible = (entry for entry in registry if entry.name in named or not runs_only_where_named(entry.spec))
         entries = sorted(possible, key=lambda entry: order.index(entry.name) if entry.name in order else len(order))
         if self.scope is None:
             return entries
@@ -107,7 +107,8 @@ def describe_scope(scope: Scope) -> str:
     return f"sdpa_kernel([{shown}]{', set_priority=True' if set_priority else ''})"
 
 
-def _only_named(spec: ImplSpec) -> bool:
+def runs_only_where_named(spec: ImplSpec) -> bool:
+    """Whether neither the order of the registry nor a family chooses an implementation."""
     return spec.named_only or spec.capabilities.quantized
 
 

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 
 import torch
 
-import attnplug
 from attnplug._call.facts import CallFacts
 from attnplug._call.kinds import kind_of
 from attnplug._call.machine import device_identity, plugin_versions, runtime_versions
@@ -17,6 +16,7 @@ from attnplug._errors import ChoicesWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import DEFAULT
 from attnplug._selection.choices import Choice, Choices, Kind, Table
+from attnplug._selection.selection import runs_only_where_named
 from attnplug._selection.state import start
 from attnplug.bench import BenchError, Case, Cases, Record, Report, case_set
 from attnplug.bench._clocks import clock_for
@@ -46,8 +46,8 @@ def tune(
 
     Args:
         cases: what `capture()` collected, cases, or the name of a set of `attnplug.bench`.
-        impls: names of the candidates, beside `torch`; by default all that there are, but for quantized ones, whose
-            results are right only within 5 %.
+        impls: names of the candidates, beside `torch`; by default all but those that run only where they are named,
+            such as quantized ones, whose results are right only within 5 %.
         seconds: how long to measure each implementation on each kind, for each direction.
         progress: called with what is done next, how many steps are done, and how many there are.
 
@@ -227,8 +227,7 @@ def _candidates(impls: str | Iterable[str] | None) -> list[str]:
     """Return the names of the candidates in the default order, `torch` among them: what is now must be measured."""
     order = _default_order()
     if impls is None:
-        quantized = {record.name for record in attnplug.list_impls() if record.capabilities.quantized}
-        return [name for name in order if name not in quantized]
+        return [entry.name for entry in start() if not runs_only_where_named(entry.spec)]
     names = {impls} if isinstance(impls, str) else set(impls)
     for name in names:
         check_name(name, "impls")
@@ -236,5 +235,4 @@ def _candidates(impls: str | Iterable[str] | None) -> list[str]:
 
 
 def _default_order() -> list[str]:
-    known = attnplug.list_flash_attention_impls()
-    return [record.name for record in attnplug.list_impls() if record.name in known]
+    return [entry.name for entry in start()]
