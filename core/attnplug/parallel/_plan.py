@@ -81,15 +81,18 @@ class Step:
 
 @lru_cache(maxsize=256)
 def steps(layout: Layout, rank: int) -> tuple[Step, ...]:
-    """Return what a rank does. The first step needs its own keys alone, and sends nothing."""
+    """Return what a rank does. The first step needs its own keys alone, and sends nothing.
+
+    Steps with nothing to send are there too: messages of two ranks are matched by their order, which must be the same
+    at both ends, and backward's keys of one step come before its gradients of the step before.
+    """
     own = (0, total(layout.ranges(rank, of_keys=True)))
     found = [Step(rank, rank, (own,), (), layout.blocks(rank, rank))]
     for distance in range(1, layout.ranks):
         source, target = (rank - distance) % layout.ranks, (rank + distance) % layout.ranks
         taken, given = layout.needed(rank, source), layout.needed(target, rank)
-        if taken or given:
-            blocks = tuple(moved_into(block, taken) for block in layout.blocks(rank, source))
-            found.append(Step(source, target, taken, given, blocks))
+        blocks = tuple(moved_into(block, taken) for block in layout.blocks(rank, source))
+        found.append(Step(source, target, taken, given, blocks))
     return tuple(found)
 
 
