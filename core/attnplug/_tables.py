@@ -1,7 +1,7 @@
 """Tables as text and as HTML: what `str()` of a report gives, what a notebook shows, what the command line prints.
 
 No word is ever cut: a table that is too wide loses the columns that it can do without, then wraps its last column
-between words, and where even that does not fit it becomes a list.
+between words, beside the others or below them, and where even they do not fit it becomes a list.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ def table(headers: Sequence[str], rows: Rows, width: int | None = None, expendab
     widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]
     if width is None:
         return "\n".join(_aligned(line, widths) for line in lines)
-    room = width - sum(widths[:-1]) - len(_GAP) * (len(widths) - 1)
-    if room < min(_LAST, widths[-1]):
+    if sum(widths[:-1]) + len(_GAP) * (len(widths) - 2) > width:
         return "\n".join(_listed(lines[0], line, width) for line in lines[1:])
     return "\n".join(part for line in lines for part in _row(line, widths, width))
 
@@ -75,12 +74,13 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], width: int) -> list[str]:
-    """Return the lines of a row, the last cell's words spread over them; below the others if a word is too long."""
+    """Return the lines of a row, the last cell's words spread over them; below the others where there is no room."""
     start = sum(widths[:-1]) + len(_GAP) * (len(widths) - 1)
     first = _GAP.join(cell.ljust(space) for cell, space in zip(cells[:-1], widths[:-1], strict=True))
-    if max(map(len, cells[-1].split()), default=0) > width - start:
-        return [first.rstrip(), *wrap(cells[-1], width, _INDENT, _INDENT)]
-    parts = wrap(cells[-1], width - start) or [""]
+    last = cells[-1]
+    if width - start < min(_LAST, len(last)) or max(map(len, last.split()), default=0) > width - start:
+        return [first.rstrip(), *wrap(last, width, _INDENT, _INDENT)]
+    parts = wrap(last, width - start) or [""]
     return [f"{first}{_GAP if len(cells) > 1 else ''}{parts[0]}".rstrip(), *(" " * start + part for part in parts[1:])]
 
 

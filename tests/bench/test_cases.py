@@ -201,7 +201,8 @@ def test_device_and_dtype_from_outside_win(tmp_path):
         ("a.yaml", "cases: []\ndefault: {}", "expected 'cases' and 'defaults', got 'default'"),
         ("a.yaml", "cases: [", "is no YAML"),
         ("a.toml", "cases = [", "is no TOML"),
-        ("a.json", "{}", "expected a file that ends in .yaml, .yml or .toml"),
+        ("a.json", "{}", "holds no captured cases; attnplug.capture() and save() make such files"),
+        ("a.txt", "{}", "expected a file that ends in .yaml, .yml"),
     ],
 )
 def test_a_wrong_file_is_an_error_that_names_file_case_and_field(tmp_path, name, text, message):

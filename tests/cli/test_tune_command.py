@@ -167,7 +167,8 @@ def test_explain_says_what_was_measured(capsys):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import attnplug
 from attnplug.cli import main
 from attnplug.tuning import _machine

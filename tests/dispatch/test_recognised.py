@@ -54,6 +54,10 @@ def fake() -> tuple[Tensor, ...]:
     return tuple(map(mode.from_tensor, (Q, K, V)))
 
 
+def nested(layout: torch.layout = torch.strided) -> Tensor:
+    return torch.nested.nested_tensor([Q[0, :2, :3], K[0, :2, :3]], layout=layout)
+
+
 Change = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
 CHANGES: dict[str, Change] = {
     "nothing": lambda: ((Q, K, V), {}),
@@ -82,6 +86,12 @@ CHANGES: dict[str, Change] = {
     "a value on another device": lambda: ((Q, K, V.to("meta")), {}),
     "another device": lambda: ((Q.to("meta"), K.to("meta"), V.to("meta")), {}),
     "a sparse key": lambda: ((Q, K.to_sparse(), V), {}),
+    "a key of another library": lambda: ((Q, K.to_mkldnn(), V), {}),
+    "nested tensors": lambda: ((nested(), nested(), nested()), {}),
+    "a nested key": lambda: ((Q, nested(), V), {}),
+    "a nested value": lambda: ((Q, K, nested()), {}),
+    "a nested mask": lambda: ((Q, K, V, nested()), {}),
+    "jagged tensors": lambda: ((nested(torch.jagged),) * 3, {}),
     "a key that is none": lambda: ((Q, None, V), {}),
     "numbers": lambda: ((Q, 1.0, V), {}),
     "a parameter": lambda: ((Parameter(Q), K, V), {}),
@@ -133,6 +143,8 @@ def outcome(change: Change, impl: str) -> Any:
     except Exception as error:
         return type(error), str(error)
     out = result[0] if isinstance(result, tuple) else result
+    if out.is_nested:
+        out = torch.cat([part.flatten() for part in out.unbind()])
     return type(out), out.requires_grad, out.dtype, out.device, tuple(out.shape), out.detach()
 
 

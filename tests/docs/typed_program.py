@@ -169,3 +169,9 @@ for choice in choices:
     assert_type(choice.gain, float)
 attnplug.use_choices(choices)
 attnplug.restore_choices()
+
+# Several ranks ----------------------------------------------------------------------------------------
+
+part = attnplug.parallel.shard_sequence(query, group=None)
+assert_type(part, Tensor)
+out = attnplug.parallel.ring_attention(part, part, part, group=None, is_causal=True)

@@ -40,21 +40,32 @@ has the old generation in its key, and is never found."""
 def recognise(
     candidates: tuple[Known, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Plan | None:
-    """Return the plan of a call, if one of `candidates` fits its tensors. About 0.8 us."""
+    """Return the plan of a call, if one of `candidates` fits its tensors. About 0.9 us."""
+    if not candidates or type(query) not in PLAIN:
+        return None
+    try:  # the comparison in C ends the process at a tensor that has no sizes or strides: nested and sparse ones
+        batch, _, queries, _ = query.shape
+        key_shape, value_shape = key.shape, value.shape
+        keys = key_shape[2]
+        if not query.layout is key.layout is value.layout is torch.strided:
+            return None
+        if mask is not None and (mask.layout is not torch.strided or not _broadcasts(mask.shape, batch, queries, keys)):
+            return None
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
+        return None
+    if (
+        (key_shape != value_shape and key_shape[:3] != value_shape[:3])
+        or not key_shape[0] == batch > 0
+        or not queries > 0 < keys
+    ):
+        return None
     for fits, square, cast, plan in candidates:
-        if fits(query, key, value) if mask is None else fits(query, key, value, mask):
-            batch, _, queries, _ = query.shape
-            key_shape, value_shape = key.shape, value.shape
-            keys = key_shape[2]
-            if (
-                (key_shape == value_shape or key_shape[:3] == value_shape[:3])
-                and key_shape[0] == batch > 0
-                and queries > 0 < keys
-                and (square is None or square is (queries == keys))
-                and (mask is None or _broadcasts(mask.shape, batch, queries, keys))
-                and (cast is None or torch.get_autocast_dtype(query.device.type) is cast)
-            ):
-                return plan  # type: ignore[no-any-return]
+        if (
+            (fits(query, key, value) if mask is None else fits(query, key, value, mask))
+            and (square is None or square is (queries == keys))
+            and (cast is None or torch.get_autocast_dtype(query.device.type) is cast)
+        ):
+            return plan  # type: ignore[no-any-return]
     return None
 
 
