@@ -136,7 +136,7 @@ def test_a_terminal_gets_cases_as_headings_and_a_bar_while_it_works(small, termi
     assert "small: 2 in turns" in printed.err and "3/4" in printed.err
 
 
-@pytest.mark.parametrize("width", [50, 80])
+@pytest.mark.parametrize("width", [50, 70])
 def test_a_narrow_terminal_gets_every_column_that_fits_and_is_told_which_do_not(small, terminal, capsys, width):
     terminal(width)
     assert main(["bench", *small, "--impl", "torch"]) == 0
