@@ -136,7 +136,7 @@ def test_a_terminal_gets_cases_as_headings_and_a_bar_while_it_works(small, termi
     assert "small: 2 in turns" in printed.err and "3/4" in printed.err
 
 
-@pytest.mark.parametrize("width", [50, 70])
+@pytest.mark.parametrize("width", [50, 65])
 def test_a_narrow_terminal_gets_every_column_that_fits_and_is_told_which_do_not(small, terminal, capsys, width):
     terminal(width)
     assert main(["bench", *small, "--impl", "torch"]) == 0
@@ -144,7 +144,7 @@ def test_a_narrow_terminal_gets_every_column_that_fits_and_is_told_which_do_not(
     heading, *lines = printed.splitlines()
     assert all(len(line) <= width for line in (heading, *lines)), printed
     (said,) = re.findall(r"Not shown for want of width: (.*); --json", printed.replace("\n", " "))
-    assert "bwd cold" not in said and "fwd cold" in said  # of what is not measured nothing is missed
+    assert "bwd cold" not in said  # of what is not measured nothing is missed
     gap = width - max(map(len, (heading, *lines[:2])))
     assert all(len(name) + 2 > gap for name in said.split(", ")), "one more would have fitted"
 
