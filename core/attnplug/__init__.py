@@ -45,7 +45,6 @@ from attnplug._types import (
 from attnplug._version import __version__
 
 if TYPE_CHECKING:
-    from attnplug import parallel
     from attnplug._api.dense import scaled_dot_product_attention
     from attnplug._api.varlen import varlen_attn
     from attnplug._call.device import compute_capability

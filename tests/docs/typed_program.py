@@ -10,6 +10,7 @@ from typing_extensions import assert_type
 
 import attnplug
 import attnplug.bench
+import attnplug.parallel
 import attnplug.tuning
 from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, Kernel, SDPAParams, SDPBackend, Verdict
 
