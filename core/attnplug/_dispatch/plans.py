@@ -117,13 +117,8 @@ class Plan:
         return call
 
 
-class _ByLayout:
-    """Kept in a plan's place under facts that do not decide alone: the plans are kept under facts with a layout."""
-
-    plain = None
-
-
-BY_LAYOUT = _ByLayout()
+BY_LAYOUT = object()
+"""Kept in a plan's place under facts that do not decide alone: the plans are kept under facts with a layout."""
 
 
 class ByChoice:
