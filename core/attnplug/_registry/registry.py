@@ -203,7 +203,7 @@ class Registry:
             ValueError: it is built in or comes from an installed package.
         """
         with self._lock:
-            entry = self.get(name)
+            entry = self.get(name, "name")
             if entry.distribution != PROGRAM:
                 raise ValueError(
                     f"name: {name!r} belongs to the distribution {entry.distribution}; only implementations added "

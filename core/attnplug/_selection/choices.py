@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attnplug._arguments import as_path
 from attnplug._tables import table
 
 
@@ -158,7 +159,7 @@ class Choices:
         """
         from attnplug._selection.choice_files import default_place, read
 
-        return read(default_place() if path is None else Path(path))
+        return read(default_place() if path is None else as_path("path", path))
 
     def save(self, path: str | Path | None = None) -> Path:
         """Add these choices to a file, and return its path.
@@ -174,7 +175,7 @@ class Choices:
         """
         from attnplug._selection.choice_files import add, default_place
 
-        return add(self, default_place() if path is None else Path(path))
+        return add(self, default_place() if path is None else as_path("path", path))
 
     def __or__(self, other: Choices) -> Choices:
         if not isinstance(other, Choices):

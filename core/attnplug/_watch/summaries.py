@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch._C._autograd import DeviceType
 
+from attnplug._arguments import shown
 from attnplug._errors import ScopeError
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
@@ -170,6 +171,8 @@ class summary:
         Args:
             profile: a `torch.profiler.profile` that has ended.
         """
+        if not callable(getattr(profile, "key_averages", None)):
+            raise TypeError(f"profile: expected a torch.profiler.profile that has ended, got {shown(profile)}")
         averages = profile.key_averages()
         on_device = sum(each.self_device_time_total for each in averages if _is_of_device(each))
         of_cpu = [each for each in averages if each.device_type == DeviceType.CPU]

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from attnplug._arguments import as_path
 from attnplug._tables import table
 from attnplug.bench._cases import Case
 from attnplug.bench._errors import BenchError
@@ -48,7 +49,7 @@ class Cases(Counter[Case]):
         Raises:
             BenchError: the name does not end in `.json`, or the file cannot be written.
         """
-        path = Path(path)
+        path = as_path("path", path)
         if path.suffix.lower() != ".json":
             raise BenchError(f"{path}: expected a name that ends in .json")
         listed = [{**case.as_dict(), "count": count} for case, count in self.items()]
@@ -66,7 +67,7 @@ class Cases(Counter[Case]):
         Raises:
             BenchError: the file cannot be read, or holds no cases in a format that this version reads.
         """
-        path = Path(path)
+        path = as_path("path", path)
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attnplug._arguments import as_path
 from attnplug._tables import table
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
@@ -166,8 +167,9 @@ class Report:
         Raises:
             BenchError: the file cannot be read, or is not a report.
         """
+        path = as_path("path", path)
         try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
+            given = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BenchError(f"{path}: cannot be read: {error}") from error
         return cls.from_dict(given, str(path))
