@@ -189,6 +189,9 @@ class summary:
             for impl, (forward, backward) in sorted(times.items(), key=lambda item: -sum(item[1]))
         }
 
+    def __repr__(self) -> str:
+        return self.table()
+
     def __str__(self) -> str:
         return self.table()
 

@@ -68,6 +68,9 @@ class Instrumentation:
             remove_watcher(watcher)
             _told.remove(watcher)
 
+    def __repr__(self) -> str:
+        return f"<Instrumentation: {'removed' if self._watcher is None else 'in place'}>"
+
     def __enter__(self) -> Instrumentation:
         return self
 

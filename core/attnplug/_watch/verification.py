@@ -151,6 +151,9 @@ class verify:
             add_watcher(self._watcher, everywhere)
         return self
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         lines = [
             f"verified {self.results:,} of {self.calls:,} calls (rate {self.rate:g}) against {self.reference}, "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnplug._arguments import as_path
-from attnplug._tables import table
+from attnplug._tables import html_table, table
 from attnplug.bench._cases import Case
 from attnplug.bench._errors import BenchError
 
@@ -88,6 +88,14 @@ class Cases(Counter[Case]):
             cases[Case.from_dict(fields, where)] += count
         cases.left_out.update(dict(given.get("left_out", {})))
         return cases
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        rows = [(str(count), case.name) for case, count in self.items()]
+        left_out = "; ".join(f"left out, {count} calls: {reason}" for reason, count in self.left_out.items())
+        return html_table(("calls", "case"), rows, caption=left_out)
 
     def __str__(self) -> str:
         shown = [table(("calls", "case"), [(str(count), case.name) for case, count in self.items()])] if self else []

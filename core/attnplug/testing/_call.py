@@ -64,8 +64,6 @@ class Call(Fields):
     def with_leaves(self, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the arguments, those whose gradients are wanted as leaves of a graph; and these leaves."""
         arguments = expect("inputs", inputs, Inputs, "what make() returns").arguments
-        if missing := [name for name in self.gradients if name not in arguments]:
-            raise ValueError(f"gradients: the call has no {missing[0]}")
         leaves = {name: arguments[name].detach().requires_grad_() for name in self.gradients}
         return {**arguments, **leaves}, leaves
 

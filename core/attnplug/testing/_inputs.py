@@ -70,6 +70,8 @@ def make(call: Fields) -> Inputs:
     if call.alibi:
         shape = (sequences.batch, call.heads) if call.alibi == "bh" else (call.heads,)
         arguments["alibi_slopes"] = (torch.rand(shape, generator=generator) * 0.5).to(call.device)
+    if missing := [name for name in call.gradients if name not in arguments]:
+        raise ValueError(f"gradients: the call has no {missing[0]}")
     grad_out, grad_lse = _cast(call, tensors["grad_out"]), tensors["grad_lse"].to(call.device)
     return Inputs(arguments, grad_out, grad_lse)
 
