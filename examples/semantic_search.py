@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tuned import chosen, with_and_without
 
 import attnplug
 from attnplug.integrations import transformers as bridge
-from tuned import chosen, with_and_without
 
 SENTENCES = (
     "Sourdough needs a starter of flour and water that has been fed for at least a week.",

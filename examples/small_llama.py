@@ -1,8 +1,8 @@
 """Tune a small Llama, unmodified: its attention is measured as it generates and as it trains, and the fastest is used.
 
-The model is made by transformers from a configuration, with random weights; nothing is downloaded. One run of `generate`
-with its cache of keys and values, and one step of training, are captured; `attnplug.tune` measures every kind of call
-among them with each implementation; then both are timed with and without what was chosen, in turns.
+The model is made by transformers from a configuration, with random weights; nothing is downloaded. One run of
+`generate` with its cache of keys and values, and one step of training, are captured; `attnplug.tune` measures every
+kind of call among them with each implementation; then both are timed with and without what was chosen, in turns.
 
     python examples/small_llama.py --device cpu --dtype float32
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 import time
 import warnings
@@ -24,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tuned import chosen, with_and_without
 
 import attnplug
-from tuned import chosen, with_and_without
 
 LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 4, 8, 4, 256, 512
 SEQUENCES, PROMPT, NEW, TRAINED = 2, 40, 20, 128  # generated lengths from 41 to 59: one kind of call
@@ -138,7 +137,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     options = parser.parse_args(arguments)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     llama = Llama(options.device, getattr(torch, options.dtype))
     choices = tune(llama)
     reference, exact = llama.train(), llama.exact()
