@@ -142,7 +142,7 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
     remedies: dict[tuple[str, ...], list[str]] = {}
     for (status, reason, remedy), found in names.items():
         remedies.setdefault((", ".join(found), status, reason), []).append(remedy)
-    return [Finding(*rest, "\n".join(commands)) for rest, commands in remedies.items()]
+    return [Finding(name, status, reason, "\n".join(commands)) for (name, status, reason), commands in remedies.items()]
 
 
 def _lines(finding: Finding) -> list[str]:
