@@ -15,6 +15,9 @@ import pytest
 import attnplug
 import forked
 from attnplug.cli import main
+from bench_kernels import interrupted
+
+__all__ = ["interrupted"]  # a fixture
 
 CLI = Callable[..., SimpleNamespace]
 
