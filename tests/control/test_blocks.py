@@ -404,6 +404,19 @@ def test_a_replica_of_a_bound_module_attends_with_its_own_weights() -> None:
     assert torch.equal(replica(Q), 2 * Q) and seen == [MATH]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_bound_module_can_be_scripted_and_is_then_pytorch_s_own() -> None:
+    class Unmodified(nn.Module):
+        def forward(self, query: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(query, query, query)
+
+    module = Unmodified()
+    handle = attnplug.bind(module, MATH)
+    scripted = torch.jit.script(module)
+    handle.remove()
+    torch.testing.assert_close(scripted(Q), module(Q))
+
+
 def test_what_cannot_be_bound_is_refused() -> None:
     with pytest.raises(TypeError, match="is TorchScript"):
         attnplug.bind(torch.jit.script(nn.Linear(2, 2)), MATH)
