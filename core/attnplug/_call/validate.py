@@ -151,7 +151,7 @@ def broadcasts(source: Any, target: tuple[int, ...]) -> bool:
 
 
 def _fits(have: Any, want: Any) -> bool:
-    """Whether a size is 1 or `want`; one that depends on data is taken for `want`, as PyTorch does, and checked later."""
+    """Whether a size is 1 or `want`; one that depends on data is taken for `want`, and checked later, as in PyTorch."""
     if _tracing() and (isinstance(have, torch.SymInt) or isinstance(want, torch.SymInt)):
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
