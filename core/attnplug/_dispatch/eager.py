@@ -132,8 +132,10 @@ def _plan(prepared: SDPAParams, impl: str | None) -> Plan:
 def _is_symbolic(params: SDPAParams) -> bool:
     """Whether a size is a symbol, as `make_fx(..., tracing_mode="symbolic")` has it: no decision is kept under one."""
     given = (params.query, params.key, params.value)
-    tensors = [tensor for tensor in given if isinstance(tensor, Tensor) and not tensor.is_nested]  # jagged ones have some
-    return any(type(size) is torch.SymInt for tensor in tensors for size in tensor.shape)
+    tensors = (
+        tensor for tensor in given if isinstance(tensor, Tensor) and not tensor.is_nested
+    )  # jagged ones have some
+    return any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape)
 
 
 def _check_impl(impl: Any) -> None:
