@@ -72,14 +72,22 @@ class RecordedCalls(list[RecordedCall]):
                 call.impl,
                 "-" if call.backend is None else call.backend.name,
                 call.device,
-                call.module,
-                "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in call.passed_over.items()),
+                call.module or "-",
+                _briefly(call.passed_over),
             )
             for call in self[:_SHOWN]
         ]
 
     def _more(self) -> list[str]:
         return [f"... and {len(self) - _SHOWN:,} calls more"] if len(self) > _SHOWN else []
+
+
+def _briefly(passed_over: Mapping[str, tuple[str, ...]]) -> str:
+    """Return who was passed over, each with its first reason; the record of a call has all of them."""
+    names: dict[str, list[str]] = {}
+    for name, reasons in passed_over.items():
+        names.setdefault(reasons[0] if reasons else "", []).append(name)
+    return ", ".join(f"{', '.join(found)} ({reason})" for reason, found in names.items())
 
 
 _HEADERS = ("implementation", "family", "device", "module", "passed over")
