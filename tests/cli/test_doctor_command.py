@@ -98,7 +98,7 @@ def test_what_is_not_installed_can_be_installed(site):
 
 def test_a_torch_that_cannot_be_imported_is_the_finding(shell, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')\n")
-    done = shell("doctor", PYTHONPATH=str(tmp_path))
+    done = shell("doctor", options=(), PYTHONPATH=str(tmp_path))
     assert done.status == 1 and "Traceback" not in done.err
     assert "torch: cannot be imported: OSError: libcudart.so.99" in done.out
     assert "pip install --force-reinstall torch" in done.out
