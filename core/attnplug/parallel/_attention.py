@@ -175,7 +175,12 @@ def ring_varlen_attn(
         max_q=0,
         max_k=0,
     )
-    out, lse = run_ring(_packed(params), as_group(group), impl)
+    ranks, prepared = as_group(group), _packed(params)
+
+    def run(share: SDPAParams) -> Result:
+        return run_ring(share, ranks, impl)
+
+    out, lse = run_sharded(prepared, run) if is_sharded(query) else run(prepared)
     return (out, lse) if return_lse else out
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from attnplug._dispatch.resolver import Decision
 from attnplug._errors import GradientError
 from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
+from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
 from attnplug._selection.watching import RecordedCall, wished
@@ -28,7 +29,6 @@ from attnplug.parallel._exchange import Transfer, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
 from attnplug.parallel._merge import Merged, weights
 from attnplug.parallel._plan import Step, steps
-from attnplug.parallel._random import drawn_seed, seeded
 from attnplug.parallel._ranges import Block, Range, size, total
 from attnplug.parallel._share import Share
 
