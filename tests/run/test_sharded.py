@@ -147,10 +147,12 @@ def test_shards_that_attention_cannot_be_cut_along_are_an_error(one_rank: None, 
     mesh = init_device_mesh("cpu", (1,))
     query = distribute_tensor(torch.randn(2, 4, 8, 8), mesh, [Shard(dim)])
     for ask in (attnplug.scaled_dot_product_attention, attnplug.explain):
-        with pytest.raises(ValueError, match=f"query: got a DTensor that is sharded along the {along}; .* Redistribute"):
+        with pytest.raises(
+            ValueError, match=f"query: got a DTensor that is sharded along the {along}; .* Redistribute"
+        ):
             ask(query, query, query)
     packed, starts = distribute_tensor(torch.randn(8, 4, 8), mesh, [Shard(0)]), torch.tensor([0, 8], dtype=torch.int32)
-    with pytest.raises(ValueError, match="sharded along the tokens; .* ring_varlen_attn"):
+    with pytest.raises(ValueError, match=r"sharded along the tokens; .*ring_varlen_attn"):
         attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8)
 
 
@@ -161,33 +163,6 @@ def test_a_dtensor_is_not_taken_for_the_plain_tensor_of_a_call_before_it(one_ran
         for query in (plain, shared, plain, shared):
             out = attnplug.scaled_dot_product_attention(query, query, query, impl=impl)
             assert type(out) is type(query)
-
-
-def test_dropout_draws_differently_on_each_share(tmp_path: Any) -> None:
-    pytest.importorskip("attnplug_math_ref")
-    world = World(2, tmp_path)
-    try:
-        for repeated in world.run(drops_alike):
-            assert repeated == (False, True)
-    finally:
-        world.close()
-
-
-def drops_alike() -> tuple[bool, bool]:
-    """Return whether the shares of one sequence, twice, and whether replicas of it, lose the same."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    torch.manual_seed(0)
-    query = torch.ones(2, 1, 16, 16)
-    found = []
-    for placement in (Shard(0), Replicate()):
-        shared = distribute_tensor(query, mesh, [placement])
-        out = attnplug.scaled_dot_product_attention(
-            shared, shared, distribute_tensor(torch.eye(16).expand(2, 1, 16, 16), mesh, [placement]), dropout_p=0.5
-        )
-        parts = [torch.empty_like(out.to_local()) for _ in range(2)]
-        dist.all_gather(parts, out.to_local())
-        found.append(torch.equal(*parts))
-    return found[0], found[1]
 
 
 def on_two_ranks() -> None:

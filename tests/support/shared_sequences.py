@@ -89,7 +89,13 @@ def dense(
     )
 
 
-def packed(lengths: list[int], impl: str, heads: tuple[int, int] = (4, 2), **arguments: Any) -> None:
+def packed(
+    lengths: list[int],
+    impl: str,
+    heads: tuple[int, int] = (4, 2),
+    run: Callable[..., Any] = parallel.ring_varlen_attn,
+    **arguments: Any,
+) -> None:
     """The same for packed sequences."""
     group = dist.group.WORLD
     torch.manual_seed(1)
@@ -99,9 +105,7 @@ def packed(lengths: list[int], impl: str, heads: tuple[int, int] = (4, 2), **arg
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     folded = arguments.get("is_causal", False)
     local = {name: _cut(tensor, group, folded, dim=0).requires_grad_() for name, tensor in given.items()}
-    out, lse = parallel.ring_varlen_attn(
-        *local.values(), starts, group=group, enable_gqa=True, return_lse=True, impl=impl, **arguments
-    )
+    out, lse = run(*local.values(), starts, group=group, enable_gqa=True, return_lse=True, impl=impl, **arguments)
     out.backward(_cut(grad_out, group, folded, dim=0))
     found = {name: _joined(tensor.grad, group, folded, tokens, dim=0) for name, tensor in local.items()}
     whole = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": max(lengths), "max_k": max(lengths), "enable_gqa": True}
@@ -150,6 +154,21 @@ def dropped(method: str, impl: str, is_causal: bool, length: int = 24) -> list[f
         float(torch.equal(*halves)) + float(torch.equal(*(part[:, :, -(length // 4) :] for part in rows))),
         float(torch.equal(again != 0, whole != 0)),
     ]
+
+
+def dropped_from_dtensors() -> tuple[bool, bool]:
+    """Drop from a call of DTensors; return whether two shares of equal numbers lost the same, and two replicas."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)  # the same on each rank, as PyTorch asks for replicas
+    same, found = [], torch.eye(16).expand(2, 1, 16, 16)
+    for placement in (Shard(0), Replicate()):
+        query = distribute_tensor(found, mesh_of(2), [placement])
+        out = attnplug.scaled_dot_product_attention(query, query, query, dropout_p=0.5, impl="math_ref").to_local()
+        parts = [torch.empty_like(out) for _ in range(2)]
+        dist.all_gather(parts, out.contiguous())
+        same.append(torch.equal(*parts))
+    return same[0], same[1]
 
 
 class Opaque:
@@ -341,6 +360,9 @@ def compiled(method: str) -> None:
     mesh = (2, 2) if method == "usp" else None
     for impl in ("math_ref", "aten_flash", "opaque"):
         dense(method, run=call, impl=impl, is_causal=True, mesh=mesh, heads=(4, 4))
+    if method == "ring":
+        packed_call = torch.compile(parallel.ring_varlen_attn, fullgraph=True, backend="aot_eager")
+        packed([13, 20, 2, 30], "math_ref", run=packed_call, is_causal=True)
 
 
 def recorded() -> list[str]:

@@ -1,8 +1,8 @@
 """Calls of DTensors: each rank runs the call on its share of the batch or of the heads, and nothing is communicated.
 
-Batch entries and heads have nothing to do with each other, so what each rank has is a call like any other: it is decided
-on, watched, traced and differentiated as one, and any implementation runs it. PyTorch, which goes by operators, would
-need a sharding strategy for each of theirs.
+Batch entries and heads have nothing to do with each other, so what each rank has is a call like any other: it is
+decided on, watched, traced and differentiated as one, and any implementation runs it. PyTorch, which goes by operators,
+would need a sharding strategy for each of theirs.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def described_share(params: SDPAParams) -> SDPAParams:
             return None
         if not isinstance(tensor, DTensor):
             return mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
-        local = mode.from_tensor(tensor.detach().to_local())
-        layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-        found = DTensor.from_local(local, tensor.device_mesh, tensor.placements, **layout)
-        return found.requires_grad_(tensor.requires_grad)
+        layout, sizes = (tensor.device_mesh, tensor.placements), (tensor.shape, tensor.stride())
+        local = mode.from_tensor(tensor.to_local().detach())
+        whole = DTensor.from_local(local, *layout, run_check=False, shape=sizes[0], stride=sizes[1])
+        return whole.requires_grad_(tensor.requires_grad)
 
     described = replace(params, **{name: fake(getattr(params, name)) for name in TENSORS})
     with mode, torch.enable_grad():
@@ -91,7 +91,7 @@ def described_share(params: SDPAParams) -> SDPAParams:
 
 
 def _placements(params: SDPAParams) -> list[Any]:
-    """Return how the call is shared along each dimension of the query's mesh; heads are the query's second dimension."""
+    """Return how the call is shared along each dimension of the mesh; heads are the query's second dimension."""
     from torch.distributed.tensor import Replicate
 
     for name in ("query", "key", "value"):
@@ -115,8 +115,9 @@ def _check(name: str, tensor: Any, is_varlen: bool) -> None:
         if along not in ("batch", "heads"):
             ways, ring = ("heads", "ring_varlen_attn") if is_varlen else ("batch or of the heads", "ring_attention")
             raise ValueError(
-                f"{name}: got a DTensor that is sharded along the {along}; attention is computed on shards of the {ways}."
-                f" Redistribute it; or, for parts of a sequence, give each rank's to_local() to attnplug.parallel.{ring}"
+                f"{name}: got a DTensor that is sharded along the {along}; attention is computed on shards of the "
+                f"{ways}. Redistribute it; or, for parts of a sequence, give each rank's to_local() to "
+                f"attnplug.parallel.{ring}"
             )
 
 
@@ -129,14 +130,16 @@ def _local(name: str, tensor: Any, params: SDPAParams, placements: list[Any]) ->
     query: Any = params.query
     mesh = query.device_mesh
     batch, heads = _axes(name, tensor, params.is_varlen)
-    wanted, gradients = [], []
+    wanted: list[Any] = []
+    gradients: list[Any] = []
+    cut: Any
     for placement in placements:
         at = None
         if placement.is_shard():
             at = heads if placement.is_shard(1) else batch
-        cut = at is not None and tensor.shape[at] > 1
-        wanted.append(Shard(at) if cut else Replicate())
-        gradients.append(wanted[-1] if cut or not placement.is_shard() else Partial())
+        cut = Replicate() if at is None or tensor.shape[at] == 1 else Shard(at)
+        wanted.append(cut)
+        gradients.append(Partial() if placement.is_shard() and not cut.is_shard() else cut)
     if not isinstance(tensor, DTensor):
         if not any(placement.is_shard() for placement in wanted) and not tensor.requires_grad:
             return tensor

@@ -157,7 +157,7 @@ class _Run:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         call, params = self.call, self.params
-        merged = Merged.nothing(_by_heads(call, params.query), params.value.shape[-1], self.wide)
+        merged = Merged(params.lse_shape, params.value.shape[-1], self.wide)
         for step, key, value in self._arriving():
             for number, block in enumerate(step.blocks):
                 tensors, of_block = self._block(step, block, key, value)
@@ -165,10 +165,8 @@ class _Run:
                     out, lse, *saved = of_block.forward(tensors)
                 self.state.saves |= any(tensor is not None for tensor in saved)
                 merged.add(*block.queries, _by_heads(call, out), lse)
-        if params.sinks is not None:
-            merged.add_sinks(params.sinks)
-        out = merged.out.to(params.query.dtype)
-        return (out.transpose(0, 1) if call.is_varlen else out).contiguous(), merged.lse
+        out, lse = merged.result(params.query, params.sinks)
+        return _by_heads(call, out).to(params.query.dtype).contiguous(), lse
 
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
@@ -355,5 +353,5 @@ def _pack(tensors: Sequence[Sequence[Tensor]], dim: int) -> Tensor:
 
 
 def _by_heads(call: Share, rows: Tensor) -> Tensor:
-    """Return rows `(..., Hq, rows, n)`, of packed tokens too."""
+    """Return rows `(..., Hq, rows, n)`, of packed tokens too; and the other way round."""
     return rows.transpose(0, 1) if call.is_varlen else rows
