@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -174,10 +176,15 @@ def dropped_from_dtensors() -> tuple[bool, bool]:
 class Opaque:
     """A kernel that nobody can look into, whose backward computes from the out and lse that it is given."""
 
+    faults: dict[str, Callable[[], None]] = {}
+    """What goes wrong, in `forward` or `backward`."""
+
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
+        self.faults.get("forward", bool)()
         return _formula(params)[:2]
 
     def backward(self, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor) -> Any:
+        self.faults.get("backward", bool)()
         _, _, logits, group = _formula(params)
         query, key, value = params.query, params.key, params.value
         grad_out, key, value = grad_out.float(), key.float(), value.float()
@@ -487,18 +494,21 @@ def mistaken(what: str) -> None:
         parallel.context_parallel(torch.nn.Linear(2, 2), group, "rings")
 
 
-def failing(method: str, rank: int, how: str) -> None:
-    """Let one rank raise, or hang, in the middle of a call."""
-    import time
-
-    if dist.get_rank() == rank and how == "hangs":
-        time.sleep(12)
-        return
+def failing(method: str, rank: int, how: str, when: str) -> None:
+    """Let one rank raise, be killed, or stop, in the kernel of the second call, forward or backward."""
+    dense(method, impl="opaque", is_causal=True, heads=(6, 3))
     if dist.get_rank() == rank:
-        Opaque.forward = _broken  # type: ignore[method-assign]
-    dense(method, impl="opaque", is_causal=True, heads=(6, 3))
+        Opaque.faults[when] = {"raises": _raise, "is killed": _kill, "stops": _stop}[how]
     dense(method, impl="opaque", is_causal=True, heads=(6, 3))
 
 
-def _broken(self: Any, params: SDPAParams) -> Any:
+def _raise() -> None:
     raise OSError("this rank is broken")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)

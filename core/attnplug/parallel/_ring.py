@@ -25,7 +25,7 @@ from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
 from attnplug._selection.watching import RecordedCall, wished
 from attnplug._types import Feature, SDPAParams
-from attnplug.parallel._exchange import Transfer, exchange, reporting
+from attnplug.parallel._exchange import Transfer, connect, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
 from attnplug.parallel._merge import Merged, weights
 from attnplug.parallel._plan import Step, steps
@@ -88,6 +88,7 @@ class Ring:
             if not self.scoped:
                 selection = replace(selection, scope=None)
             decision = choose(call.examples(grad), selection, grad)
+            connect(self.group, params.query.device)
             seed = drawn_seed(params.query.device) if params.dropout else 0
             run = _Run(call, _State(number_of(decision.entry), False, seed))
             out, lse = _watched(decision, params, lambda _: run.forward())
