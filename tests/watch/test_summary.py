@@ -171,6 +171,20 @@ def test_what_ran_before_the_summary_has_a_share_by_implementation_alone() -> No
     assert [impl for *_, impl in ran.shares_of_calls(profiled)] == ["aten_math"]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_shares_are_of_the_time_of_its_kernels() -> None:
+    given = tensors(64, requires_grad=True, device="cuda")
+    attend(*given).sum().backward()  # CUDA is loaded
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with attnplug.summary() as ran, profile(activities=activities) as profiled:
+        attend(*given, impl="aten_math").sum().backward()
+        torch.cuda.synchronize()
+    (share,) = ran.shares_of_calls(profiled).values()
+    assert share.forward > 0 < share.backward
+    assert 0 < share.share <= 1
+    assert ran.shares(profiled)["aten_math"].share == pytest.approx(share.share)
+
+
 def test_it_is_started_once_and_stopped_once() -> None:
     ran = attnplug.summary()
     with pytest.raises(attnplug.ScopeError, match="not started"):

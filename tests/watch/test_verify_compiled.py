@@ -83,3 +83,16 @@ def test_gradients_of_code_that_is_compiled_of_operators_are_said_not_to_be_veri
         attend(*tensors(17, requires_grad=True)).sum().backward()
     assert watched.gradients == 0
     assert "gradients: of compiled code that is made of PyTorch's operators" in str(watched)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_process_sees_compiled_gradients_and_a_block_says_that_it_does_not() -> None:
+    attend, _ = compiled(register(Formula))
+    given = tensors(17, requires_grad=True, device="cuda")
+    with attnplug.verify(1.0, on_mismatch="raise") as of_thread:
+        attend(*given).sum().backward()
+    of_process = attnplug.verify(1.0, on_mismatch="raise").start()
+    attend(*given).sum().backward()
+    of_process.stop()
+    assert of_thread.gradients == 0 and "start() sees it" in str(of_thread)
+    assert of_process.gradients == 1
