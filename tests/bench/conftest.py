@@ -6,9 +6,9 @@ import pytest
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, bench
-from bench_kernels import kernel, register, ticking, zeros
+from bench_kernels import interrupted, kernel, register, ticking, zeros
 
-__all__ = ["register", "ticking"]  # fixtures
+__all__ = ["interrupted", "register", "ticking"]  # fixtures
 
 FEATURES = {Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.ADDITIVE_MASK, Feature.GQA, Feature.LOWER_RIGHT}
 
@@ -16,7 +16,7 @@ FEATURES = {Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.ADDITIVE_MASK, Feature
 @pytest.fixture(autouse=True)
 def _known_ceiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's ceilings take a second to measure; the report that tests share, and GPUs, have real ones."""
-    if "gpu" not in request.keywords:
+    if request.node.get_closest_marker("gpu") is None:
         known = lambda device, dtype, clock: bench.Ceiling(device, dtype, 1e11, 1e10)  # noqa: E731
         monkeypatch.setattr("attnplug.bench._run.measure_ceiling", known)
 

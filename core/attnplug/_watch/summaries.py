@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch._C._autograd import DeviceType
 
+from attnplug._arguments import shown
 from attnplug._dispatch.ranges import is_profiled, labelled
 from attnplug._errors import ScopeError
 from attnplug._selection.state import start
@@ -185,6 +186,9 @@ class summary:
         """
         return _shares(profile, lambda impl, event: _called(impl, event.cpu_parent))
 
+    def __repr__(self) -> str:
+        return self.table()
+
     def __str__(self) -> str:
         return self.table()
 
@@ -267,6 +271,8 @@ Key = TypeVar("Key")
 
 def _shares(profile: Any, key_of: Callable[[str, Any], Key | None]) -> dict[Key, Share]:
     """Add up the ranges of a profile by what `key_of` returns of implementation and event, the longest first."""
+    if not callable(getattr(profile, "key_averages", None)):
+        raise TypeError(f"profile: expected a torch.profiler.profile that has ended, got {shown(profile)}")
     averages = profile.key_averages()
     on_device = sum(each.self_device_time_total for each in averages if _is_of_device(each))
     total = on_device or sum(each.self_cpu_time_total for each in averages if each.device_type == DeviceType.CPU)
