@@ -71,7 +71,7 @@ class Cases(Counter[Case]):
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise BenchError(f"{path}: cannot be read: {error}") from error
+            raise BenchError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
         if not isinstance(given, dict) or not isinstance(given.get("cases"), list) or "format" not in given:
             raise BenchError(f"{path}: holds no captured cases; attnplug.capture() and save() make such files")
         if given["format"] != FORMAT:

@@ -74,7 +74,7 @@ def _load(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path}: cannot be read: {error}") from error
+        raise BenchError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     parser = _toml() if suffix == ".toml" else needed("yaml", f"reading {path}").safe_load
     try:
         return parser(text)

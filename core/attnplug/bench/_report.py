@@ -172,7 +172,7 @@ class Report:
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise BenchError(f"{path}: cannot be read: {error}") from error
+            raise BenchError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
         return cls.from_dict(given, str(path))
 
     def lines(self) -> list[tuple[str, ...]]:
