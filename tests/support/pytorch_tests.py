@@ -40,7 +40,8 @@ DIFFERENCES = (
     Difference("test_scaled_dot_product_attention_.*_causal_attn_mask_", "is_causal with attn_mask is computed"),
     Difference("test_(disable|mask_check)_fastpath", "the fast path stands aside"),
     Difference("test_transformerencoder_fastpath_.*_use_autocast_True", "passes, because the fast path stands aside"),
-    Difference("test_transformerencoderlayer_subclass", "dropout draws other numbers", ("math_ref", "flash_triton")),
+    Difference("test_scaled_dot_product_attention_.*_dropout_p_0_[25]", "dropout draws other numbers", ("math_ref",)),
+    Difference("test_transformerencoderlayer_subclass", "dropout draws other numbers", ("math_ref",)),
     Difference("test_cpu_flash_attn_nan_propagation", "flex_attention hides NaN on the CPU", ("flex",)),
 )
 

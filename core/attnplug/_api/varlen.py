@@ -6,7 +6,9 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function
 
+from attnplug._api.dense import is_symbolic
 from attnplug._call.prepare import prepare_varlen
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.recognised import PLAIN
@@ -152,6 +154,30 @@ def varlen_attn(
         >>> attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8, is_causal=True).shape
         torch.Size([16, 8, 64])
     """
+    if type(query) not in PLAIN and is_symbolic(query):
+        return handle_torch_function(
+            varlen_attn,
+            (query, key, value),
+            query,
+            key,
+            value,
+            cu_seq_q,
+            cu_seq_k,
+            max_q,
+            max_k,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            seqused_k=seqused_k,
+            block_table=block_table,
+            dropout_p=dropout_p,
+            return_lse=return_lse,
+            impl=impl,
+        )
     fields: dict[str, Any] = {
         "query": query,
         "key": key,

@@ -47,6 +47,7 @@ def register_impl(spec: ImplSpec, *, replace: bool = False) -> None:
         raise TypeError(f"replace: expected a bool, got {replace!r}")
     if replace and spec.name == process.activation:
         raise ValueError(f"spec: {spec.name!r} is active; restore_flash_attention_impl() first")
+    _in_step()  # where PyTorch is there, exported programs find the operator from here on
     start().add(spec, PROGRAM, replace=replace)
 
 
