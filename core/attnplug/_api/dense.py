@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
@@ -212,10 +213,13 @@ def scaled_dot_product_attention(
         and type(dropout_p) is float
     ):
         way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None
-        found = recognise(known.get(way, ()), query, key, value, attn_mask)
-        if found is not None and found.plain is not None and attn_mask is None and not (state.watched or is_profiled()):
-            out, lse = found.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
-            return (out, lse) if return_lse else out
+        candidates = known.get(way)
+        if candidates is not None:
+            found = recognise(candidates, query, key, value, attn_mask)
+            if found is not None and found.plain is not None and attn_mask is None:
+                if not (state.watched or _profiler_enabled()):
+                    out, lse = found.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+                    return (out, lse) if return_lse else out
     compiling = is_compiling()
     if not compiling and type(query) not in PLAIN and is_symbolic(query):
         return handle_torch_function(

@@ -38,8 +38,11 @@ is_deterministic = torch._C._get_deterministic_algorithms
 
 
 def with_four_dimensions(mask: Tensor) -> Tensor:
-    """Return a mask of fewer dimensions as a view of four."""
-    return mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
+    """Return a mask of fewer dimensions as a view of four, and any other as it is."""
+    missing = 4 - mask.dim()
+    if missing <= 0 or mask.is_nested or mask.layout is not torch.strided:
+        return mask
+    return mask.view(*(1,) * missing, *mask.shape)
 
 
 class Plan:
@@ -80,8 +83,7 @@ class Plan:
             params.__dict__["scale"] = self.scale
         mask = params.attn_mask
         if mask is not None:
-            if mask.dim() < 4:
-                params.__dict__["attn_mask"] = with_four_dimensions(mask)
+            params.__dict__["attn_mask"] = with_four_dimensions(mask)
         elif self.plain is not None and thread.state.watched and not is_profiled():
             return run_watched(self._said(params), params, self._run_plain)  # type: ignore[no-any-return]
         return self.run(params)

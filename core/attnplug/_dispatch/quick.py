@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from attnplug._call.autocast import any_autocast
-from attnplug._call.facts import facts_of
+from attnplug._call.facts import CallFacts
 from attnplug._dispatch.measured import choice_of, tell
 from attnplug._dispatch.plans import KEPT, Plan, find, is_deterministic
 from attnplug._registry.registry import DEFAULT
@@ -59,10 +59,10 @@ def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) 
 
 def _found(known: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Any:
     """Find the answer and keep it, unless there is a mistake in the call, or nothing is decided yet."""
-    facts = facts_of(query, key, value, None, 0.0, is_causal, None, enable_gqa, False)
+    params = SDPAParams(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa)
+    facts = CallFacts.of(params)
     if facts is None:
         return ASK
-    params = SDPAParams(query, key, value)
     choice = choice_of(facts, params)
     if choice is None:
         tell(facts, params)
