@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function
 from attnplug._call.facts import UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import Plan, who_decides
+from attnplug._dispatch.plans import Plan, params_of, who_decides
 from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
@@ -216,10 +216,14 @@ def scaled_dot_product_attention(
         candidates = known.get(way)
         if candidates is not None:
             found = recognise(candidates, query, key, value, attn_mask)
-            if found is not None and found.plain is not None and attn_mask is None:
-                if not (state.watched or _profiler_enabled()):
+            if found is not None and found.plain is not None and attn_mask is None and not _profiler_enabled():
+                if state.watched:
+                    out, lse = found.watched_plain(
+                        query, key, value, dropout_p, is_causal, scale, enable_gqa, return_lse
+                    )
+                else:
                     out, lse = found.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
-                    return (out, lse) if return_lse else out
+                return (out, lse) if return_lse else out
     compiling = is_compiling()
     if not compiling and type(query) not in PLAIN and is_symbolic(query):
         return handle_torch_function(
@@ -265,9 +269,9 @@ def scaled_dot_product_attention(
     if compiling:
         out, lse = traced.dense(SDPAParams(**fields), impl)
     elif found is not None:
-        out, lse = found.run_as_given(eager.params_of(fields))
+        out, lse = found.run_as_given(params_of(fields))
     else:
-        out, lse = eager.dense(eager.params_of(fields), impl, way)
+        out, lse = eager.dense(params_of(fields), impl, way)
     return (out, lse) if return_lse else out
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from attnplug._dispatch import eager, traced
+from attnplug._dispatch.plans import params_of
 from attnplug._selection.state import thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
@@ -173,5 +174,5 @@ def varlen_attn(
     compiling = is_compiling()
     if not compiling and thread.state.watched:
         impl = wished(impl)
-    out, lse = traced.varlen(SDPAParams(**fields), impl) if compiling else eager.varlen(eager.params_of(fields), impl)
+    out, lse = traced.varlen(SDPAParams(**fields), impl) if compiling else eager.varlen(params_of(fields), impl)
     return (out, lse) if return_lse else out

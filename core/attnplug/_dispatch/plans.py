@@ -17,7 +17,7 @@ from attnplug._dispatch.measured import applies, tell, tree_of
 from attnplug._dispatch.ranges import in_range, is_profiled
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
-from attnplug._dispatch.watched import run_watched
+from attnplug._dispatch.watched import among_watchers
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
 from attnplug._run.contract import declares
@@ -27,7 +27,7 @@ from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
 from attnplug._selection.trees import Tree, walked
-from attnplug._selection.watching import RecordedCall, decided
+from attnplug._selection.watching import decided
 from attnplug._types import Feature, SDPAParams, SDPBackend
 
 Result = tuple[Tensor, Tensor | None]
@@ -35,6 +35,16 @@ Result = tuple[Tensor, Tensor | None]
 KEPT = 4096
 plans: dict[Hashable, Any] = {}
 is_deterministic = torch._C._get_deterministic_algorithms
+
+
+def params_of(fields: dict[str, Any]) -> SDPAParams:
+    """Build the record of a call without the frozen dataclass's `__init__`, which costs more than the rest.
+
+    Fields that are not given read as the class's defaults.
+    """
+    params = object.__new__(SDPAParams)
+    object.__setattr__(params, "__dict__", fields)
+    return params
 
 
 def with_four_dimensions(mask: Tensor) -> Tensor:
@@ -64,14 +74,12 @@ class Plan:
         self.simple = not self.unfused and _is_simple(decision, self.grad, facts)
         kernel = decision.kernel
         self.plain: Callable[..., Result] | None = kernel.plain if self.simple else None
-        self._forward, self._family = kernel.forward, kernel.family
-        self._told: dict[Any, RecordedCall] = {}  # what was said of such calls
-        self._device = str(facts.device)
+        self._forward = kernel.forward
 
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
         if thread.state.watched:
-            return run_watched(self._said(params), params, self._profiled)  # type: ignore[no-any-return]
+            return among_watchers(self.decision, params, self._profiled)(params)  # type: ignore[no-any-return]
         return self._profiled(params)
 
     def _profiled(self, params: SDPAParams) -> Result:
@@ -81,18 +89,41 @@ class Plan:
         """Run a call whose record was just built, in four dimensions and with the user's mask and scale."""
         if params.scale is None:
             params.__dict__["scale"] = self.scale
-        mask = params.attn_mask
-        if mask is not None:
-            params.__dict__["attn_mask"] = with_four_dimensions(mask)
-        elif self.plain is not None and thread.state.watched and not is_profiled():
-            return run_watched(self._said(params), params, self._run_plain)  # type: ignore[no-any-return]
+        if params.attn_mask is not None:
+            params.__dict__["attn_mask"] = with_four_dimensions(params.attn_mask)
         return self.run(params)
 
+    def watched_plain(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dropout: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool,
+    ) -> Result:
+        """Run the kernel's `plain` among those who watch; most of them want to be told, and no more."""
+        fields = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "dropout": dropout,
+            "is_causal": is_causal,
+            "enable_gqa": enable_gqa,
+            "scale": self.scale if scale is None else scale,
+            "return_lse": return_lse,
+        }
+        params, as_it_is = params_of(fields), self._run_plain
+        run = among_watchers(self.decision, params, as_it_is)
+        if run is as_it_is:
+            return self.plain(query, key, value, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]
+        return run(params)  # type: ignore[no-any-return]
+
     def _run_plain(self, params: SDPAParams) -> Result:
-        assert self.plain is not None
-        scale = None if params.scale is self.scale else params.scale  # the default costs a tiny call less as None
         given = params.query, params.key, params.value, params.dropout, params.is_causal
-        return self.plain(*given, scale, params.enable_gqa)
+        return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]
 
     def _run(self, params: SDPAParams) -> Result:
         if self.simple and not any_autocast():
@@ -107,16 +138,6 @@ class Plan:
         if is_transformed():
             return run_transformed(entry, params)
         return run(entry, params, self.grad)
-
-    def _said(self, params: SDPAParams) -> RecordedCall:
-        """Return what is said of a call to those who watch."""
-        decision, module = self.decision, thread.state.module
-        backend = decision.backend if self._family is None else self._family(params)
-        call = self._told.get((backend, module))
-        if call is None:
-            call = RecordedCall(decision.name, backend, decision.passed_over, self._device, module)
-            self._told[backend, module] = call
-        return call
 
 
 BY_LAYOUT = object()

@@ -10,6 +10,9 @@ from attnplug import SDPAParams, SDPBackend
 from attnplug.builtin.faults import OF_SDPA
 
 _FAMILIES = {int(member): member for member in SDPBackend}
+_JAGGED = torch.jagged
+_choice = torch._fused_sdp_choice
+_transforms = torch._C._functorch.peek_interpreter_stack
 composite = True
 any_form = True
 
@@ -50,9 +53,8 @@ def plain(
 
 def family(params: SDPAParams) -> SDPBackend | None:
     """Return the family of the kernel that PyTorch chooses for this call; None where it cannot say."""
-    if params.query.layout is torch.jagged or torch._C._functorch.peek_interpreter_stack() is not None:
+    query = params.query
+    if query.layout is _JAGGED or _transforms() is not None:
         return None
-    arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
-    if params.enable_gqa:
-        return _FAMILIES[torch._fused_sdp_choice(*arguments, enable_gqa=True)]
-    return _FAMILIES[torch._fused_sdp_choice(*arguments)]
+    given = query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
+    return _FAMILIES[_choice(*given, enable_gqa=True) if params.enable_gqa else _choice(*given)]
