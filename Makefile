@@ -15,8 +15,9 @@ EDITABLE := --editable . $(PLUGINS:%=--editable %)
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
-demo: $(VENV)/demo  ## a real model, semantic search, once with each implementation
+demo: $(VENV)/demo  ## real models: a semantic search once with each implementation, and a small Llama tuned
 	$(BIN)/python examples/semantic_search.py
+	$(BIN)/python examples/small_llama.py
 
 # In random order. A run prints its seed, and `--randomly-seed=SEED` repeats it.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15 --durations-min=2

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tuned import chosen, with_and_without
 
 import attnplug
 from attnplug.integrations import transformers as bridge
@@ -73,7 +74,6 @@ QUERIES = (
 HITS = 2
 BATCHES = 2  # sentences, queries
 TUNING = 0.05  # seconds for each implementation on each kind of call
-LEAST_TURNS = 3
 SLOWEST = 1.5  # times PyTorch's time, for a candidate of tuning
 # The contract allows a kernel twice PyTorch's rounding error; with PyTorch's own, the two may be three apart.
 # Six layers mix the errors of many calls, so one more is left for luck.
@@ -187,7 +187,7 @@ class Tuned:
     ratio: float
 
 
-def tune(search: Search, names: list[str], reference: Found, tolerance: float, repeats: int) -> Tuned:
+def tune(search: Search, names: list[str], reference: Found, tolerance: float) -> Tuned:
     """Capture the calls of the unmodified model, measure them, and time it with and without the choices, in turns."""
     search.use("sdpa")
     with attnplug.capture() as cases:
@@ -195,26 +195,17 @@ def tune(search: Search, names: list[str], reference: Found, tolerance: float, r
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", attnplug.ChoicesWarning)  # of a busy machine; the notes say it too
         choices = attnplug.tune(cases, names, seconds=TUNING)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(max(repeats, LEAST_TURNS)):
-        for in_use in (turn % 2 == 0, turn % 2 == 1):
-            if in_use:
-                attnplug.use_choices(choices)
-            search.seconds()  # decides, and warms the caches
-            seconds[in_use].append(search.seconds())
-            if in_use:
-                attnplug.restore_choices()
+    seconds, ratio = with_and_without(choices, search.seconds)
     attnplug.use_choices(choices)
     with attnplug.record() as calls:
         found = search.find()
     attnplug.restore_choices()
     row = Row("tuned", what_ran(calls, search.model.config.num_hidden_layers))
-    row.milliseconds = 1e3 * statistics.median(seconds[True])
+    row.milliseconds = 1e3 * seconds
     row.difference = gap(found.embeddings, reference.embeddings)
     row.ranking = "same" if same_ranking(found.scores, reference.scores, tolerance) else "OTHER"
     if not (row.difference <= tolerance and row.ranking == "same"):
         row.verdict = "WRONG"
-    ratio = statistics.median(without / tuned for without, tuned in zip(seconds[False], seconds[True], strict=True))
     return Tuned(row, choices, ratio)
 
 
@@ -223,11 +214,6 @@ def candidates(rows: list[Row]) -> list[str]:
     slowest = SLOWEST * (rows[0].milliseconds or 0.0)
     right = [row for row in rows if row.verdict == "right" and row.milliseconds is not None]
     return [row.name.removeprefix("attnplug:") for row in right if (row.milliseconds or 0.0) <= slowest]
-
-
-def chosen(choices: attnplug.Choices) -> str:
-    """Say what was chosen for which calls."""
-    return "; ".join(f"{choice.impl} for {choice.kind}" for choice in choices)
 
 
 def check(search: Search, row: Row, name: str, reference: Found, tolerance: float, slack: float) -> None:
@@ -326,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     bridge.register()
     search = Search(options.device, getattr(torch, options.dtype))
     rows, reference, tolerance = compare(search, options.repeats)
-    tuned = tune(search, candidates(rows), reference, tolerance, options.repeats)
+    tuned = tune(search, candidates(rows), reference, tolerance)
     rows.append(tuned.row)
     print(answers(reference), table(rows), sep="\n\n")
     print(

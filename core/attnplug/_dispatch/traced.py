@@ -217,7 +217,7 @@ def _explained(
 
 
 def _items(verdict: Verdict) -> tuple[Any, ...]:
-    return verdict.name, verdict.backend, verdict.accepted, verdict.reasons
+    return verdict.name, verdict.backend, verdict.accepted, verdict.reasons, verdict.notes
 
 
 @constant_in_traces

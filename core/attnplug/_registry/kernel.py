@@ -47,6 +47,8 @@ class Kernel:
             Asked when it is activated, and with each decision.
         lacks: `lacks() -> {Feature: reason}`: the declared features that this machine's libraries do not have. A call
             that asks for one is declined with the reason, and so are the checks of the conformance kit about it.
+        notes: `notes(params) -> text, texts or None`: what is worth knowing of a call that it takes, such as which of
+            several kernels runs it, and why. `explain` shows it; nothing else asks.
         composite: forward is made of differentiable PyTorch operators, so `torch.compile` traces through
             it and, where there is no `backward`, autograd differentiates it.
         shape_dependent: `supports` looks at lengths, batch or strides; its answer is then kept for each
@@ -73,6 +75,7 @@ class Kernel:
     supports: Callable[[SDPAParams], Reasons] | None = None
     unavailable: Callable[[], Reasons] | None = None
     lacks: Callable[[], Mapping[Feature, str]] | None = None
+    notes: Callable[[SDPAParams], Reasons] | None = None
     composite: bool = False
     shape_dependent: bool = False
     any_form: bool = False
@@ -104,9 +107,13 @@ class Kernel:
         """Return the reasons of `unavailable` and `supports` for declining `params`; none means accepted."""
         return self.faults() or _reasons("supports", self.supports, params)
 
+    def remarks(self, params: SDPAParams) -> tuple[str, ...]:
+        """Return what `notes` says of a call that is accepted."""
+        return _reasons("notes", self.notes, params)
+
 
 def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDPAParams) -> tuple[str, ...]:
-    """Ask a function of the author's for reasons, and take it for one if it fails."""
+    """Ask a function of the author's for reasons, or notes, and take it for one if it fails."""
     if function is None:
         return ()
     try:
@@ -127,6 +134,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "supports": ("params",),
     "unavailable": (),
     "lacks": (),
+    "notes": ("params",),
     "plain": ("query", "key", "value", "dropout", "is_causal", "scale", "enable_gqa"),
     "fake": ("params",),
     "family": ("params",),

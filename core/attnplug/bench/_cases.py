@@ -26,37 +26,46 @@ BACKWARD = 2.5
 
 _SIZES = ("batch", "heads", "kv_heads", "queries", "keys", "head_size", "value_head_size")
 _NUMBERS = ("softcap", "dropout")
-_MORE = ("sinks", "alibi", "lse")
+_MORE = ("sinks", "alibi", "lse", "mask_gradient", "sinks_gradient")
 _DEFAULTS = {"kv_heads": "heads", "keys": "queries", "value_head_size": "head_size"}
+LENGTHS = ("lengths_q", "lengths_k", "used")
+_GRADIENTS = {"attn_mask": "mask_gradient", "sinks": "sinks_gradient"}
 _SHRUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One attention problem: `query (batch, heads, queries, head_size)`, `key (batch, kv_heads, keys, head_size)`,
-    `value (batch, kv_heads, keys, value_head_size)`.
+    `value (batch, kv_heads, keys, value_head_size)`. With `lengths_q` a call of `varlen_attn`, its sequences packed.
 
     Args:
         name: what reports call it; by default a short description.
-        batch: at least 1, as every size.
+        batch: at least 1, as every size; of packed sequences, how many there are, which need not be said.
         heads: query heads.
-        queries: their number.
+        queries: their number, 1024 by default; of packed sequences `max_q`, by default the longest.
         head_size: of query and key.
         kv_heads: key and value heads, a divisor of `heads`, its default.
-        keys: their number; by default that of the queries.
+        keys: their number; by default that of the queries; of packed sequences `max_k`, likewise.
         value_head_size: by default the head size.
         causal: query `i` sees keys up to `i`, or, with `causal_variant="LOWER_RIGHT"`, up to `i + keys - queries`.
         causal_variant: `UPPER_LEFT` or `LOWER_RIGHT`.
-        mask: `boolean` or `additive`, of shape `(batch, 1, queries, keys)`, with random entries; empty for none.
+        mask: `boolean` or `additive`, with random entries; empty for none.
+        mask_dims: its dimensions: each a letter of `bhqk` or, where it broadcasts, 1.
         window: `(left, right)` keys around a query's position; -1 leaves a side open.
         softcap: of the logits; 0 is off.
         sinks: one more logit in the denominator of each head.
         alibi: a slope for each query head.
         dropout: the probability with which a probability is zeroed, below 1.
         lse: ask for the logsumexp too.
+        lengths_q: of packed sequences, how many queries each has; aligned to the lower right.
+        lengths_k: how many keys each has; by default as many.
+        used: `seqused_k`: how many keys of each sequence exist.
+        page_size: keys and values lie in shuffled pages of so many; for packed sequences alone.
         dtype: float16, bfloat16, float32 or float64.
         device: `cpu`, `cuda`, `cuda:1`.
         backward: measure the gradients of query, key and value too.
+        mask_gradient: and that of an additive mask.
+        sinks_gradient: and that of the sinks.
 
     Raises:
         BenchError: a field has a wrong type or value.
@@ -69,34 +78,51 @@ class Case:
     """
 
     name: str = ""
-    batch: int = 1
+    batch: int = None  # type: ignore[assignment]  # filled below
     heads: int = 8
-    kv_heads: int = None  # type: ignore[assignment]  # filled below
-    queries: int = 1024
+    kv_heads: int = None  # type: ignore[assignment]
+    queries: int = None  # type: ignore[assignment]
     keys: int = None  # type: ignore[assignment]
     head_size: int = 64
     value_head_size: int = None  # type: ignore[assignment]
     causal: bool = False
     causal_variant: str = "UPPER_LEFT"
     mask: str = ""
+    mask_dims: str = "b1qk"
     window: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
     sinks: bool = False
     alibi: bool = False
     dropout: float = 0.0
     lse: bool = False
+    lengths_q: tuple[int, ...] | None = None
+    lengths_k: tuple[int, ...] | None = None
+    used: tuple[int, ...] | None = None
+    page_size: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
     backward: bool = False
+    mask_gradient: bool = False
+    sinks_gradient: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__
+        for name in LENGTHS:
+            put(self, name, _as_tuple(getattr(self, name)))
+        if self.is_varlen:
+            _check_lengths(self)
+            put(self, "lengths_k", self.lengths_q if self.lengths_k is None else self.lengths_k)
+            put(self, "causal_variant", "LOWER_RIGHT")
+        longest = {"batch": 1, "queries": 1024} if self.lengths_q is None else _sizes_of(self.lengths_q, self.lengths_k)
+        for name, size in longest.items():
+            if getattr(self, name) is None:
+                put(self, name, size)
         for name, source in _DEFAULTS.items():
             if getattr(self, name) is None:
                 put(self, name, getattr(self, source))
         put(self, "dtype", str(self.dtype).removeprefix("torch."))
         put(self, "device", str(self.device))
-        put(self, "window", tuple(self.window) if isinstance(self.window, (list, tuple)) else self.window)
+        put(self, "window", _as_tuple(self.window))
         _check(self)
         if not self.name:
             put(self, "name", self.label())
@@ -105,8 +131,11 @@ class Case:
         """Return this case with some fields changed.
 
         A field that equals the one that it has its default from follows it: keys the queries, `kv_heads` the
-        heads, the value head size the head size. A name that only describes the case is made anew.
+        heads, the value head size the head size. A name that only describes the case is made anew. With other lengths
+        of packed sequences, what follows from them does.
         """
+        if "lengths_q" in changes:
+            changes = {"batch": None, "queries": None, "keys": None, "lengths_k": None, "used": None, **changes}
         for name, source in _DEFAULTS.items():
             if source in changes and getattr(self, name) == getattr(self, source):
                 changes.setdefault(name, None)
@@ -120,7 +149,12 @@ class Case:
         At most two sequences, two key and value heads, and lengths divided by 64.
         """
         kv_heads = min(self.kv_heads, 2)
+        lengths = {
+            name: None if (given := getattr(self, name)) is None else tuple(-(-size // _SHRUNK) for size in given[:2])
+            for name in LENGTHS
+        }
         return self.but(
+            **lengths,
             batch=min(self.batch, 2),
             heads=self.heads // self.kv_heads * kv_heads,
             kv_heads=kv_heads,
@@ -134,14 +168,20 @@ class Case:
         heads = f"H{self.heads}" + (f"/{self.kv_heads}" if self.kv_heads != self.heads else "")
         sizes = f"D{self.head_size}" + (f"/{self.value_head_size}" if self.value_head_size != self.head_size else "")
         parts = [f"B{self.batch}", heads, f"S{self.length}", sizes]
+        if self.is_varlen:
+            rows, keys = self.rows, self.key_rows
+            parts.append(f"packed{rows}" + (f"x{keys}" if keys != rows else ""))
         if self.causal:
-            parts.append("causal" if self.causal_variant == "UPPER_LEFT" else "causal-lower-right")
+            aligned = self.causal_variant == "UPPER_LEFT" or self.is_varlen
+            parts.append("causal" if aligned else "causal-lower-right")
         if self.window != (-1, -1):
             parts.append(f"window{self.window[0]},{self.window[1]}")
         if self.mask:
-            parts.append(f"{self.mask}-mask")
+            parts.append(f"{self.mask}-mask" + (f"-{self.mask_dims}" if self.mask_dims != "b1qk" else ""))
         parts += [f"{name}{getattr(self, name):g}" for name in _NUMBERS if getattr(self, name)]
-        parts += [name for name in _MORE if getattr(self, name)]
+        parts += [name.replace("_", "-") for name in _MORE if getattr(self, name)]
+        parts += [f"used{sum(self.used)}"] if self.used is not None else []
+        parts += [f"pages-of-{self.page_size}"] if self.page_size is not None else []
         return " ".join([*parts, self.dtype, *(["fwd+bwd"] if self.backward else [])])
 
     @property
@@ -156,26 +196,63 @@ class Case:
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
-    def offset(self) -> int:
-        """The key position of query 0."""
-        return self.keys - self.queries if self.causal_variant == "LOWER_RIGHT" else 0
+    def is_varlen(self) -> bool:
+        """Whether this is a call of `varlen_attn`."""
+        return self.lengths_q is not None
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The arguments whose gradients are measured."""
+        wanted = tuple(name for name, asked in _GRADIENTS.items() if getattr(self, asked))
+        return ("query", "key", "value", *wanted) if self.backward else ()
+
+    @property
+    def rows(self) -> int:
+        """How many queries there are in all sequences."""
+        return self.batch * self.queries if self.lengths_q is None else sum(self.lengths_q)
+
+    @property
+    def key_rows(self) -> int:
+        """How many keys there are in all sequences."""
+        return self.batch * self.keys if self.lengths_k is None else sum(self.lengths_k)
 
     @cached_property
     def pairs(self) -> int:
-        """How many pairs of query and key take part in one head: what causality and window leave."""
+        """How many pairs of query and key take part in one head of one sequence: what causality and window leave.
+
+        Of sequences that differ in length, in all of them.
+        """
+        if self._are_alike:
+            return self._pairs(self.queries, self.keys)
+        return sum(map(self._pairs, self.lengths_q or (self.queries,) * self.batch, self._lengths_k))
+
+    def _pairs(self, queries: int, keys: int) -> int:
+        """Return how many take part where a sequence has so many queries and keys."""
         left, right = self.window
+        offset = keys - queries if self.causal_variant == "LOWER_RIGHT" else 0
         count = 0
-        for position in range(self.offset, self.offset + self.queries):
+        for position in range(offset, offset + queries):
             first = max(0, position - left) if left >= 0 else 0
-            last = min(self.keys - 1, position + right) if right >= 0 else self.keys - 1
+            last = min(keys - 1, position + right) if right >= 0 else keys - 1
             last = min(last, position) if self.causal else last
             count += max(0, last - first + 1)
         return count
 
     @property
+    def _are_alike(self) -> bool:
+        """Whether all sequences have the same lengths."""
+        return self.lengths_q is None and self.used is None
+
+    @property
+    def _lengths_k(self) -> tuple[int, ...]:
+        """How many keys of each sequence exist."""
+        return self.used or self.lengths_k or (self.keys,) * self.batch
+
+    @property
     def forward_flops(self) -> int:
         """Operations of forward: each pair costs `2 E` for its score, 2 for the softmax, `2 Ev` for the values."""
-        return self.batch * self.heads * self.pairs * (2 * self.head_size + 2 + 2 * self.value_head_size)
+        pairs = self.pairs * (self.batch if self._are_alike else 1)
+        return self.heads * pairs * (2 * self.head_size + 2 + 2 * self.value_head_size)
 
     @property
     def backward_flops(self) -> float:
@@ -190,28 +267,34 @@ class Case:
     @property
     def backward_bytes(self) -> int:
         """The same of backward: inputs, out, its gradient and lse (4 bytes a row) read, three gradients written."""
-        lse = 4 * self.batch * self.heads * self.queries
+        lse = 4 * self.heads * self.rows
         return self._inputs + self._tensors + 2 * self._outputs + lse
 
     @property
     def _tensors(self) -> int:
         """Bytes of query, key and value."""
-        keys = self.kv_heads * self.keys * (self.head_size + self.value_head_size)
-        return self.batch * (self.heads * self.queries * self.head_size + keys) * self.torch_dtype.itemsize
+        keys = self.kv_heads * sum(self._lengths_k) * (self.head_size + self.value_head_size)
+        return (self.heads * self.rows * self.head_size + keys) * self.torch_dtype.itemsize
 
     @property
     def _inputs(self) -> int:
-        entries = self.batch * self.queries * self.keys
+        entries = math.prod(self.mask_shape)
         sizes = {"": 0, "boolean": 1, "additive": self.torch_dtype.itemsize}
         return self._tensors + entries * sizes[self.mask]
 
     @property
     def _outputs(self) -> int:
-        return self.batch * self.heads * self.queries * self.value_head_size * self.torch_dtype.itemsize
+        return self.heads * self.rows * self.value_head_size * self.torch_dtype.itemsize
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """The shape of a mask."""
+        full = {"b": self.batch, "h": self.heads, "q": self.queries, "k": self.keys}
+        return tuple(full.get(letter, 1) for letter in self.mask_dims)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
-        return {**asdict(self), "window": list(self.window)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, given: Any, where: str = "case") -> Case:
@@ -257,7 +340,69 @@ def _check(case: Case) -> None:
         raise BenchError(f"window: expected two numbers from -1 on, such as [256, 0], got {window!r}")
     if not isinstance(case.name, str):
         raise BenchError(f"name: expected text, got {case.name!r}")
+    _check_mask(case)
+    _check_sequences(case)
     device_type(case.device)
+
+
+def _check_mask(case: Case) -> None:
+    dims = case.mask_dims
+    if not (isinstance(dims, str) and re.fullmatch("[b1][h1][q1][k1]", dims)):
+        raise BenchError(f"mask_dims: expected each letter of 'bhqk', or 1 where the mask broadcasts, got {dims!r}")
+    for name, asked, is_given in (
+        ("mask_gradient", case.mask_gradient, case.mask == "additive"),
+        ("sinks_gradient", case.sinks_gradient, case.sinks),
+    ):
+        if asked and not (is_given and case.backward):
+            needed = "mask='additive'" if name == "mask_gradient" else "sinks"
+            raise BenchError(f"{name}: needs {needed} and backward")
+
+
+def _check_lengths(case: Case) -> None:
+    """Check what sizes are derived from, before they are."""
+    for name in ("lengths_q", "lengths_k"):
+        lengths = getattr(case, name)
+        if lengths is None:
+            continue
+        if not (isinstance(lengths, tuple) and lengths and all(type(each) is int and each >= 0 for each in lengths)):
+            raise BenchError(
+                f"{name}: expected a number from 0 on for each sequence, such as [5, 3, 8], got {lengths!r}"
+            )
+        if max(lengths) == 0:
+            raise BenchError(f"{name}: all sequences are empty")
+
+
+def _check_sequences(case: Case) -> None:
+    if not case.is_varlen:
+        for name in ("lengths_k", "page_size"):
+            if getattr(case, name) is not None:
+                raise BenchError(f"{name}: is for packed sequences, which lengths_q makes")
+    for name in LENGTHS:
+        lengths = getattr(case, name)
+        if lengths is not None and not (isinstance(lengths, tuple) and len(lengths) == case.batch):
+            raise BenchError(f"{name}: expected a number for each of {case.batch} sequences, got {lengths!r}")
+    for name, lengths in (("queries", case.lengths_q), ("keys", case.lengths_k)):
+        if lengths is not None and max(lengths) > getattr(case, name):
+            raise BenchError(
+                f"{name}: expected at least the longest sequence's, {max(lengths)}, got {getattr(case, name)}"
+            )
+    most = case.lengths_k or (case.keys,) * case.batch
+    for number, limit in zip(case.used or (), most, strict=False):
+        if type(number) is not int or not 0 <= number <= limit:
+            raise BenchError(f"used: expected numbers from 0 to {limit}, the keys that a sequence has, got {number!r}")
+    if case.page_size is not None and (type(case.page_size) is not int or case.page_size < 1):
+        raise BenchError(f"page_size: expected a number from 1 on, got {case.page_size!r}")
+    if case.is_varlen and case.mask:
+        raise BenchError("mask: packed sequences have none")
+
+
+def _as_tuple(given: Any) -> Any:
+    """Return what JSON and YAML have as a list."""
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _sizes_of(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...] | None) -> dict[str, int]:
+    return {"batch": len(lengths_q), "queries": max(lengths_q), "keys": max(lengths_k or lengths_q)}
 
 
 def device_type(device: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnplug.bench._captured import Cases
-from attnplug.bench._cases import Case
+from attnplug.bench._cases import LENGTHS, Case
 from attnplug.bench._errors import BenchError, needed
 from attnplug.bench._sets import default_device, default_dtype
 
@@ -18,8 +18,8 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
 
     What a capture saved comes back as `Cases`, with counts. Any other file has `cases` (in TOML `[[cases]]`), each a
     mapping of fields of `Case`, and maybe `defaults` with fields for all of them. A field that is a list of values
-    stands for a case with each of them; a `window`, itself a list, for a list of windows. `length` sets queries and
-    keys at once.
+    stands for a case with each of them; `window` and the lengths of packed sequences, lists themselves, for a list of
+    lists. `length` sets queries and keys at once.
 
     Args:
         path: of the file.
@@ -95,7 +95,7 @@ def _expanded(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _values(name: str, value: Any) -> list[Any]:
-    if name == "window":
+    if name in ("window", *LENGTHS):  # a list itself
         return value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     return value if isinstance(value, list) else [value]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ import attnplug
 from attnplug import CausalVariant
 from attnplug.bench._cases import Case
 
-LEAVES = ("query", "key", "value")
 _SEED = 20
 _HIDDEN = 0.3
 
@@ -23,7 +23,7 @@ class Problem:
     """A case with its tensors, the same for every implementation.
 
     Attributes:
-        arguments: of `attnplug.scaled_dot_product_attention`.
+        arguments: of `attnplug.scaled_dot_product_attention`, or of `varlen_attn` where the case is one of it.
         grad_out: what backward starts from.
     """
 
@@ -33,8 +33,8 @@ class Problem:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """Query, key and value."""
-        return tuple(self.arguments[name] for name in LEAVES)
+        """The tensors whose gradients are measured."""
+        return tuple(self.arguments[name] for name in self.case.leaves)
 
     def forward(self, impl: str, **changes: Any) -> Tensor:
         """Run an implementation; where the case has backward, with all that backward needs kept."""
@@ -42,12 +42,13 @@ class Problem:
 
     def forward_with_lse(self, impl: str, **changes: Any) -> tuple[Tensor, Tensor | None]:
         """Do the same; return the logsumexp too, where the case asks for it. `changes` are to the arguments."""
+        function = attnplug.varlen_attn if self.case.is_varlen else attnplug.scaled_dot_product_attention
         with torch.set_grad_enabled(self.case.backward):
-            found = attnplug.scaled_dot_product_attention(**{**self.arguments, **changes}, impl=impl)
+            found = function(**{**self.arguments, **changes}, impl=impl)
         return found if isinstance(found, tuple) else (found, None)
 
     def backward(self, out: Tensor, grad_out: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the gradients of query, key and value; it may be called again."""
+        """Return the gradients of the leaves; it may be called again."""
         grad_out = self.grad_out if grad_out is None else grad_out
         return torch.autograd.grad(out, self.leaves, grad_out, retain_graph=True, materialize_grads=True)
 
@@ -68,6 +69,8 @@ class Problem:
     def params(self) -> attnplug.SDPAParams:
         """Return the call as the record that selection reads."""
         given = dict(self.arguments)
+        if self.case.is_varlen:
+            given["causal_variant"] = CausalVariant.LOWER_RIGHT
         return attnplug.SDPAParams(dropout=given.pop("dropout_p"), **given)
 
 
@@ -79,10 +82,13 @@ def make(case: Case) -> Problem:
         made = torch.randn(shape, generator=generator, dtype=case.torch_dtype, device=case.device)
         return made.requires_grad_(needs_grad)
 
-    arguments = _arguments(case, normal)
-    if case.mask:
-        arguments["attn_mask"] = _mask(case, generator)
-    return Problem(case, arguments, normal(case.batch, case.heads, case.queries, case.value_head_size))
+    def seen(*shape: int) -> Tensor:  # three tenths of the keys are hidden, never the first
+        kept = torch.rand(shape, generator=generator, device=case.device) >= _HIDDEN
+        kept[..., 0] = True
+        return kept
+
+    arguments = _arguments(case, normal, seen)
+    return Problem(case, arguments, normal(*_rows(case), case.value_head_size))
 
 
 def empty_params(case: Case) -> attnplug.SDPAParams:
@@ -91,21 +97,26 @@ def empty_params(case: Case) -> attnplug.SDPAParams:
     def empty(*shape: int, needs_grad: bool = False) -> Tensor:
         return torch.empty(shape, dtype=case.torch_dtype, device="meta", requires_grad=needs_grad)
 
-    arguments = _arguments(case, empty)
-    if case.mask:
-        mask = empty(case.batch, 1, case.queries, case.keys)
-        arguments["attn_mask"] = mask.bool() if case.mask == "boolean" else mask
+    arguments = _arguments(case.but(device="meta"), empty, lambda *shape: empty(*shape).bool())
     return Problem(case, arguments, empty()).params()
 
 
-def _arguments(case: Case, normal: Callable[..., Tensor]) -> dict[str, Any]:
-    """Return all arguments but the mask, with tensors that `normal` makes."""
+def _rows(case: Case) -> tuple[int, ...]:
+    return (case.rows, case.heads) if case.is_varlen else (case.batch, case.heads, case.queries)
+
+
+def _arguments(case: Case, normal: Callable[..., Tensor], seen: Callable[..., Tensor]) -> dict[str, Any]:
+    """Return all arguments, with numbers that `normal` makes, and a mask of booleans that `seen` does."""
+    if case.is_varlen:
+        places: tuple[int, ...] = (case.key_rows,) if case.page_size is None else (_pages(case), case.page_size)
+        places = (*places, case.kv_heads)
+    else:
+        places = (case.batch, case.kv_heads, case.keys)
     arguments: dict[str, Any] = {
-        "query": normal(case.batch, case.heads, case.queries, case.head_size, needs_grad=case.backward),
-        "key": normal(case.batch, case.kv_heads, case.keys, case.head_size, needs_grad=case.backward),
-        "value": normal(case.batch, case.kv_heads, case.keys, case.value_head_size, needs_grad=case.backward),
+        "query": normal(*_rows(case), case.head_size, needs_grad=case.backward),
+        "key": normal(*places, case.head_size, needs_grad=case.backward),
+        "value": normal(*places, case.value_head_size, needs_grad=case.backward),
         "is_causal": case.causal,
-        "causal_variant": CausalVariant[case.causal_variant],
         "window_size": case.window,
         "enable_gqa": case.heads != case.kv_heads,
         "softcap": case.softcap,
@@ -114,17 +125,39 @@ def _arguments(case: Case, normal: Callable[..., Tensor]) -> dict[str, Any]:
     }
     if case.sinks:
         wide = torch.float64 if case.dtype == "float64" else torch.float32
-        arguments["sinks"] = normal(case.heads).to(wide)
+        arguments["sinks"] = normal(case.heads).to(wide).requires_grad_(case.sinks_gradient)
     if case.alibi:
         arguments["alibi_slopes"] = normal(case.heads).abs().float()
-    return arguments
+    if case.mask:
+        shape = case.mask_shape
+        is_boolean = case.mask == "boolean"
+        arguments["attn_mask"] = seen(*shape) if is_boolean else normal(*shape, needs_grad=case.mask_gradient)
+    if case.used is not None:
+        arguments["seqused_k"] = _integers(case, case.used)
+    return arguments | (_sequences(case) if case.is_varlen else {"causal_variant": CausalVariant[case.causal_variant]})
 
 
-def _mask(case: Case, generator: torch.Generator) -> Tensor:
-    """Three tenths of the keys hidden, never the first; or normal numbers to be added."""
-    shape = (case.batch, 1, case.queries, case.keys)
-    if case.mask == "additive":
-        return torch.randn(shape, generator=generator, dtype=case.torch_dtype, device=case.device)
-    seen = torch.rand(shape, generator=generator, device=case.device) >= _HIDDEN
-    seen[..., 0] = True
-    return seen
+def _sequences(case: Case) -> dict[str, Any]:
+    """Return where the sequences are, and the pages of their keys, in an order that no two neighbours keep."""
+    assert case.lengths_q is not None
+    assert case.lengths_k is not None
+    given: dict[str, Any] = {
+        "cu_seq_q": _integers(case, accumulate(case.lengths_q, initial=0)),
+        "cu_seq_k": _integers(case, accumulate(case.lengths_k, initial=0)),
+        "max_q": case.queries,
+        "max_k": case.keys,
+    }
+    if case.page_size is not None:
+        order = torch.randperm(_pages(case), generator=torch.Generator().manual_seed(_SEED))
+        given["block_table"] = order.reshape(case.batch, -1).to(case.device, torch.int32)
+    return given
+
+
+def _pages(case: Case) -> int:
+    """Return how many pages there are, as many for each sequence."""
+    assert case.page_size is not None
+    return case.batch * -(-case.keys // case.page_size)
+
+
+def _integers(case: Case, numbers: Iterable[int]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int32, device=case.device)

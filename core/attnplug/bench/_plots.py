@@ -132,6 +132,8 @@ def length(case: Case) -> int:
 
 def _kind(case: Case, batch: int) -> Case:
     """Return the case without its length: of attention among tokens both lengths, else that of the keys."""
+    if case.is_varlen or case.used is not None:
+        return case  # of many lengths itself
     queries = 1 if case.queries == case.keys else case.queries
     return replace(case, name="-", batch=batch, queries=queries, keys=1 if case.queries == case.keys else 2)
 

@@ -159,4 +159,5 @@ def _verdict(verdict: attnplug.Verdict) -> dict[str, Any]:
         "family": verdict.backend.name if verdict.backend is not None else None,
         "accepted": verdict.accepted,
         "reasons": list(verdict.reasons),
+        "notes": list(verdict.notes),
     }

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attnplug._call.prepare import prepare_dense
 from attnplug._control.patch import patch_torch
@@ -88,45 +87,73 @@ class _Watcher(Watcher):
 
 def _indescribable(params: SDPAParams) -> str:
     """Return what no case says; empty if one says all of a call."""
-    query, mask, sinks = params.query, params.attn_mask, params.sinks
-    recording = torch.is_grad_enabled()
+    query = params.query
+    has_lengths = params.is_varlen or params.seqused_k is not None
     reasons = {
-        "of variable length (varlen_attn)": params.is_varlen,
-        "with nested tensors": query.is_nested,
-        "with seqused_k": params.seqused_k is not None,
+        "with nested tensors, whose sizes nobody can ask for": query.is_nested,
         "that drop everything": params.dropout == 1.0,
-        "that want the gradient of attn_mask": recording and isinstance(mask, Tensor) and mask.requires_grad,
-        "that want the gradient of sinks": recording and sinks is not None and sinks.requires_grad,
         f"in {query.dtype}": str(query.dtype).removeprefix("torch.") not in DTYPES,
+        "whose lengths are on a GPU that captures a graph": has_lengths and query.is_cuda and _is_capturing(),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
 def case_of(params: SDPAParams) -> Case:
-    """Return the case that a dense call is."""
-    prepared: Any = prepare_dense(params)[0]
-    batch, heads, queries, head_size = prepared.query.shape
-    _, kv_heads, keys, value_head_size = prepared.value.shape
-    mask = prepared.attn_mask
-    offset = prepared.causal_variant if queries != keys else CausalVariant.UPPER_LEFT  # where it makes a difference
+    """Return the case that a call is. Lengths of sequences are read from their device."""
+    needs_grad = params.needs_grad
+    params = params if params.is_varlen else prepare_dense(params)[0]
+    more = _of_packed(params) if params.is_varlen else _of_dense(params)
+    recording = torch.is_grad_enabled()
+    mask, sinks, used = params.attn_mask, params.sinks, params.seqused_k
     return Case(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        queries=queries,
-        keys=keys,
-        head_size=head_size,
-        value_head_size=value_head_size,
-        causal=prepared.is_causal,
-        causal_variant=CausalVariant(offset).name,
-        mask="" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
-        window=prepared.window_size,
-        softcap=prepared.softcap,
-        sinks=prepared.sinks is not None,
-        alibi=prepared.alibi_slopes is not None,
-        dropout=prepared.dropout,
-        lse=prepared.return_lse,
-        dtype=str(prepared.query.dtype).removeprefix("torch."),
-        device=prepared.query.device.type,
-        backward=params.needs_grad,
+        **more,
+        head_size=params.query.shape[-1],
+        value_head_size=params.value.shape[-1],
+        causal=params.is_causal,
+        window=params.window_size,
+        softcap=params.softcap,
+        sinks=sinks is not None,
+        alibi=params.alibi_slopes is not None,
+        dropout=params.dropout,
+        lse=params.return_lse,
+        used=None if used is None else tuple(used.tolist()),
+        dtype=str(params.query.dtype).removeprefix("torch."),
+        device=params.query.device.type,
+        backward=needs_grad,
+        mask_gradient=recording and mask is not None and mask.requires_grad,
+        sinks_gradient=recording and sinks is not None and sinks.requires_grad,
     )
+
+
+def _of_dense(params: SDPAParams) -> dict[str, Any]:
+    batch, heads, queries, _ = params.query.shape
+    _, kv_heads, keys, _ = params.value.shape
+    fields: dict[str, Any] = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "queries": queries, "keys": keys}
+    if queries != keys or params.seqused_k is not None:  # else it makes no difference
+        fields["causal_variant"] = CausalVariant(params.causal_variant).name
+    mask = params.attn_mask
+    if mask is not None:
+        sizes = zip("bhqk", (batch, heads, queries, keys), mask.shape, strict=True)
+        fields["mask"] = "boolean" if mask.dtype == torch.bool else "additive"
+        fields["mask_dims"] = "".join(
+            letter if given == full and (letter != "h" or full > 1) else "1" for letter, full, given in sizes
+        )
+    return fields
+
+
+def _of_packed(params: SDPAParams) -> dict[str, Any]:
+    lengths_q, used = params.cu_seq_q.diff().tolist(), params.seqused_k
+    lengths_k = params.cu_seq_k.diff().tolist() if params.cu_seq_k is not None else used.tolist()
+    return {
+        "heads": params.query.shape[1],
+        "kv_heads": params.key.shape[-2],
+        "queries": params.max_q,
+        "keys": params.max_k,
+        "lengths_q": lengths_q,
+        "lengths_k": lengths_k,
+        "page_size": None if params.block_table is None else params.key.shape[1],
+    }

@@ -133,7 +133,7 @@ def _backward_directly(
         *(params.query.shape[2], params.key.shape[2]),
         kernel_lse(lse, False),
         params.dropout,
-        *(seeds or _no_seeds()),
+        *_readable(seeds),
         told.mask_type,
         False,
         scale=params.scale,
@@ -141,6 +141,28 @@ def _backward_directly(
         window_size=told.window,
     )
     return *(grad.transpose(1, 2) for grad in grads[:3]), None
+
+
+def _readable(seeds: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the seeds of dropout where backward reads them: on the GPU while a CUDA graph is captured, else not.
+
+    Forward wrote them in the same way, but need not have run in the same: `reduce-overhead` may replay a forward
+    whose backward it has not captured yet.
+
+    Raises:
+        RuntimeError: a graph is being captured, and forward ran outside of one, so that its seeds are no addresses.
+    """
+    if not seeds:
+        return _no_seeds()
+    on_gpu = seeds[0].device.type == "cuda"
+    if on_gpu == (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return seeds
+    if on_gpu:
+        return tuple(seed.cpu() for seed in seeds)
+    raise RuntimeError(
+        "efficient_cuda: this CUDA graph captures the backward of a call with dropout whose forward ran before the "
+        "capture; capture both, or neither"
+    )
 
 
 @cache
@@ -249,14 +271,18 @@ def _forward(params: SDPAParams) -> tuple[Tensor, ...]:
 
 
 def empty_result(params: SDPAParams) -> tuple[Tensor, ...]:
-    """Return tensors of the shapes and strides of forward's; the seeds lie on the CPU outside of graph captures."""
+    """Return tensors of the shapes and strides of forward's.
+
+    The operator's seeds lie on the GPU while a CUDA graph is captured, else on the CPU. A trace has to say one of the
+    two; as PyTorch's own does it says the first, because the outputs of a graph must be on the GPU.
+    """
     query, value = params.query, params.value
     batch, heads, queries, _ = query.shape
     out = query.new_empty((batch, queries, heads, value.shape[-1])).transpose(1, 2)
     seeds = 2 * sum(1 for _ in regions(params)) if 0 < params.dropout < 1 else 0
     rows = -(-queries // LSE_ROWS) * LSE_ROWS if params.seqused_k is None and _has_kernels_lse(params) else queries
     lse = layout.first(query.new_empty((batch, heads, rows), dtype=torch.float32), queries)
-    return out, lse, *(torch.empty((), dtype=torch.long, device="cpu") for _ in range(seeds))
+    return out, lse, *(query.new_empty((), dtype=torch.long) for _ in range(seeds))
 
 
 def _nothing(params: SDPAParams) -> tuple[Tensor, ...]:
@@ -281,7 +307,6 @@ def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *s
         return *(torch.zeros_like(tensor) for tensor in (query, key, value)), full
     call = _Call.of(params, part)
     grad_out, out, lse = (call.heads.rows(layout.part(tensor, 2, part.queries)) for tensor in (grad_out, out, lse))
-    seed, offset = seeds or _no_seeds()
     grads = operators.efficient_backward(
         layout.packed(grad_out.transpose(1, 2)),
         *(call.query, call.key, call.value, call.bias),
@@ -290,7 +315,7 @@ def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *s
         *(call.query.shape[1], call.key.shape[1]),
         kernel_lse(lse, mask is not None),
         params.dropout,
-        *(seed, offset),
+        *_readable(seeds),
         part.mask_type,
         wants_mask,
         scale=params.scale,

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from attnplug import Feature, SDPAParams
+from attnplug import Feature, SDPAParams, compute_capability
 from attnplug_flash_triton import config, launches, toolchain
 from attnplug_flash_triton.plans import Plan
 from attnplug_flash_triton.problem import Machine, keeps_statistics, machine_of, tf32_allowed
@@ -47,6 +47,23 @@ def lacks() -> dict[Feature, str]:
         return {}
     order = "on compute capability 9.0 the query's gradient is added up in no fixed order"
     return {Feature.DETERMINISTIC: f"{order}, unless torch.use_deterministic_algorithms(True) is in force"}
+
+
+def notes(params: SDPAParams) -> list[str]:
+    """Return which family of kernels runs a call on Hopper, and, where it is the plain one, why."""
+    found = compute_capability(params.query.device)
+    if found is None or found[0] != 9:
+        return []
+    from attnplug_flash_triton.hopper import choose
+
+    kinds = {"forward": choose.reasons_forward(params)}
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (params.query, params.key, params.value)):
+        kinds["backward"] = choose.reasons_backward(params)
+    return [
+        f"{kind} runs on "
+        + (f"the plain kernels, not on Hopper's own: {', '.join(reasons)}" if reasons else "Hopper's own kernels")
+        for kind, reasons in kinds.items()
+    ]
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:

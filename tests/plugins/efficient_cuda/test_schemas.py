@@ -177,6 +177,7 @@ def test_every_pair_of_features_meets_the_schema_or_is_declined_with_a_reason(
         assert lse.dtype == torch.float32 and lse.shape == lse_shape(params)
         for made, fake in zip((out, lse, *saved), kernel.fake(params), strict=True):
             assert (made.shape, made.stride(), made.dtype) == (fake.shape, fake.stride(), fake.dtype)
+            assert made.device == fake.device  # of seeds too, as PyTorch's own trace has them
         wanting = [*inputs, params.attn_mask] if Feature.MASK_GRADIENT in features else inputs
         for tensor, grad in zip(wanting, grads, strict=False):
             if tensor is params.attn_mask:
@@ -184,6 +185,36 @@ def test_every_pair_of_features_meets_the_schema_or_is_declined_with_a_reason(
             assert (grad.shape, grad.dtype, grad.device) == (tensor.shape, tensor.dtype, tensor.device)
     prefix = "_efficient" if name == "efficient_cuda" else "_cudnn"
     assert mode.seen == [f"{prefix}_attention_forward", f"{prefix}_attention_backward"]
+
+
+@pytest.mark.parametrize(
+    ("where", "is_capturing", "read"),
+    [("cpu", False, "cpu"), ("cuda", True, "cuda"), ("cuda", False, "cpu"), ("cpu", True, None)],
+    ids=["both eager", "both captured", "forward replayed", "backward captured alone"],
+)
+def test_seeds_of_dropout_are_where_backward_reads_them(
+    monkeypatch: pytest.MonkeyPatch, where: str, is_capturing: bool, read: str | None
+) -> None:
+    """PyTorch's backward takes an address while a CUDA graph is captured, and numbers on the host otherwise."""
+    found: list[str] = []
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        found.extend(tensor.device.type for tensor in args[12:14])
+        return (*(torch.empty_like(tensor) for tensor in args[1:4]), None)
+
+    monkeypatch.setattr(operators, "efficient_backward", backward)
+    with FakeTensorMode(), torch.no_grad():
+        params = prepared(*fake_call({Feature.DROPOUT}, torch.float16))
+        out, lse, *seeds = efficient.fake(params)
+        seeds = [torch.empty((), dtype=seed.dtype, device=where) for seed in seeds]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+        if read is None:
+            with pytest.raises(RuntimeError, match="forward ran before the capture"):
+                efficient.backward(params, out, None, out, lse, *seeds)
+        else:
+            efficient.backward(params, out, None, out, lse, *seeds)
+    assert found == [read] * (0 if read is None else 2)
 
 
 def test_causal_sequences_without_gradients_meet_the_schema(

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,37 @@ def test_a_gpu_that_is_too_old_is_declined_with_what_it_lacks() -> None:
     params = attnplug.SDPAParams(query, query, query)
     reasons = attnplug.can_use_impl("flash_triton", params, compute_capability=(7, 5)).reasons
     assert reasons == ("needs compute capability 8.0 or later, found 7.5",)
+
+
+OWN, PLAIN = "forward runs on Hopper's own kernels", "forward runs on the plain kernels, not on Hopper's own: "
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wish", "options", "said"),
+    [
+        ((9, 0), "", {}, [OWN, OWN.replace("forward", "backward")]),
+        ((9, 0), "", {"dropout_p": 0.1}, [f"{PLAIN}has no dropout"]),
+        ((9, 0), "0", {}, [f"{PLAIN}FLASH_TRITON_HOPPER=0 keeps Hopper's own kernels from running"]),
+        ((9, 0), "unproven", {}, [f"{PLAIN}forward is not yet proven on sm_90; FLASH_TRITON_HOPPER=1 uses it"]),
+        ((8, 0), "", {}, []),
+    ],
+)
+def test_explain_says_which_kernels_run_and_why(
+    monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int], wish: str, options: dict[str, Any], said: list[str]
+) -> None:
+    from attnplug_flash_triton import toolchain
+    from attnplug_flash_triton.hopper import choose
+
+    monkeypatch.setattr(toolchain, "reasons", lambda device: [])
+    monkeypatch.setenv("FLASH_TRITON_HOPPER", wish if wish == "0" else "")
+    if wish == "unproven":
+        monkeypatch.setattr(choose, "PROVEN", ())
+    with FakeTensorMode():
+        query = torch.empty(1, 4, 512, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        found = attnplug.explain(query, query, query, impl="flash_triton", compute_capability=gpu, **options)
+    assert found.chosen == "flash_triton"
+    assert list(found.candidates[0].notes[: len(said)]) == said
+    assert len(found.candidates[0].notes) == (2 if said else 0)
 
 
 @pytest.mark.parametrize(

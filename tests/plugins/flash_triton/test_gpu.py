@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 import attnplug
-from attnplug import CausalVariant
+from attnplug import CausalVariant, Feature
 from attnplug.testing import assert_right
 
 pytest.importorskip("triton")
+from attnplug_flash_triton import impl
+
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(1, 1), (64, 128), (239, 1), (799, 3), (113, 203), (384, 256), (1023, 1024), (1024, 1023), (2048, 2048)]
@@ -81,6 +84,28 @@ def test_small_integers_are_exact(zero: str, size: int, dtype: torch.dtype, caus
         assert torch.equal(grad, ref.to(dtype))
 
 
+def assert_same(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+    """Assert that out and the gradients of query, key and value of two runs have equal bits.
+
+    Where the kernels add the query's gradient up in no fixed order, it may differ by one unit in the last place of its
+    largest element; what lost or read something else would differ by more.
+    """
+    for number, (first, second) in enumerate(zip(one, other, strict=True)):
+        if number == 1 and Feature.DETERMINISTIC in impl.lacks() and first.dtype != torch.float32:
+            assert (first - second).abs().max() <= torch.finfo(first.dtype).eps * first.abs().max()
+        else:
+            assert torch.equal(first, second)
+
+
+@pytest.fixture(params=[False, True], ids=["any order", "deterministic"])
+def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_runs_give_equal_bits(dtype: torch.dtype) -> None:
     tensors = [random(2, 8, 1000, 64, dtype=dtype, seed=seed).requires_grad_() for seed in range(3)]
@@ -89,7 +114,9 @@ def test_repeated_runs_give_equal_bits(dtype: torch.dtype) -> None:
         out = attend(*tensors, is_causal=True)
         runs.append((out, *torch.autograd.grad(out, tensors, torch.ones_like(out))))
     for run in runs[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+        if torch.are_deterministic_algorithms_enabled():
+            assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+        assert_same(run, runs[0])
 
 
 def test_a_captured_graph_of_forward_and_backward_replays() -> None:
@@ -112,7 +139,7 @@ def test_a_captured_graph_of_forward_and_backward_replays() -> None:
         for seed, tensor in enumerate(tensors):
             tensor.copy_(random(1, 4, 256, 64, seed=seed + 5))
     graph.replay()
-    assert all(torch.equal(one, other) for one, other in zip(results, run(), strict=True))
+    assert_same(results, run())
 
 
 def test_a_replayed_graph_draws_new_dropout() -> None:
@@ -149,7 +176,7 @@ def test_keys_beyond_32_bits_are_right() -> None:
         leaves = [tensor[:, heads].detach().requires_grad_() for tensor in (query, key, key)]
         out = attend(*leaves)
         results.append([out[:, -1:], *(grad[:, -1:] for grad in torch.autograd.grad(out, leaves, weights[:, heads]))])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert_same(*results)
 
 
 def test_queries_beyond_32_bits_are_right() -> None:
@@ -160,7 +187,7 @@ def test_queries_beyond_32_bits_are_right() -> None:
         leaves = [tensor[:, heads].detach().requires_grad_() for tensor in (query, key, key)]
         out = attend(*leaves)
         results.append([out[:, -1:], *(grad[:, -1:] for grad in torch.autograd.grad(out, leaves, out))])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert_same(*results)
 
 
 def test_tokens_and_masks_beyond_32_bits_are_right() -> None:
@@ -183,11 +210,8 @@ def test_forward_and_backward_compile_without_a_graph_break() -> None:
     tensors = [random(1, 4, 256, 64, seed=seed).requires_grad_() for seed in range(3)]
     out = torch.compile(attend, fullgraph=True)(*tensors, is_causal=True)
     ref = attend(*tensors, is_causal=True)
-    assert torch.equal(out, ref)
-    for grad, ref_grad in zip(
-        torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(ref.sum(), tensors), strict=True
-    ):
-        assert torch.equal(grad, ref_grad)
+    runs = [(each.detach(), *torch.autograd.grad(each.sum(), tensors)) for each in (out, ref)]
+    assert_same(*runs)
 
 
 def test_calls_that_were_made_before_are_right_whatever_changes_between_them() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from attnplug_flash_triton.plans import Descriptor, contiguous_strides
 
@@ -34,7 +35,8 @@ def why_not(name: str, tensor: Tensor) -> str:
     steps = [step * size for step, length in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if length > 1]
     if any(step <= 0 or step % ALIGNED or step >= FURTHEST for step in steps):
         return f"{name}: strides {tuple(tensor.stride())} are not all positive multiples of {ALIGNED // size}"
-    if tensor.data_ptr() % ALIGNED:
+    has_memory = not isinstance(tensor, FakeTensor)  # without, the offset decides: allocators align storages
+    if (tensor.data_ptr() if has_memory else tensor.storage_offset() * size) % ALIGNED:
         return f"{name}: its data does not start at a multiple of {ALIGNED} bytes"
     return ""
 
