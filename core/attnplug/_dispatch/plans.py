@@ -86,7 +86,7 @@ class Plan:
         return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
 
     def run_as_given(self, params: SDPAParams) -> Result:
-        """Run a call whose record was just built, in four dimensions and with the user's mask and scale."""
+        """Run a call whose record was just built, with the user's mask and scale."""
         if params.scale is None:
             params.__dict__["scale"] = self.scale
         if params.attn_mask is not None:
@@ -98,6 +98,7 @@ class Plan:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        mask: Tensor | None,
         dropout: float,
         is_causal: bool,
         scale: float | None,
@@ -109,6 +110,7 @@ class Plan:
             "query": query,
             "key": key,
             "value": value,
+            "attn_mask": None if mask is None else with_four_dimensions(mask),
             "dropout": dropout,
             "is_causal": is_causal,
             "enable_gqa": enable_gqa,
@@ -118,11 +120,11 @@ class Plan:
         params, as_it_is = params_of(fields), self._run_plain
         run = among_watchers(self.decision, params, as_it_is)
         if run is as_it_is:
-            return self.plain(query, key, value, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]
+            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]
         return run(params)  # type: ignore[no-any-return]
 
     def _run_plain(self, params: SDPAParams) -> Result:
-        given = params.query, params.key, params.value, params.dropout, params.is_causal
+        given = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
         return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]
 
     def _run(self, params: SDPAParams) -> Result:

@@ -38,17 +38,22 @@ def plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     dropout: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, None]:
     """Do what `forward` does, at once where PyTorch has no known fault: see `attnplug.builtin.faults`."""
-    if query.is_cpu and (scale is None or scale > 0.0 or not is_causal):
+    if (
+        query.is_cpu
+        and (scale is None or scale > 0.0 or not is_causal)
+        and (attn_mask is None or attn_mask.dtype is query.dtype or attn_mask.dtype is torch.bool)
+    ):
         if scale is None and not enable_gqa:  # keyword arguments cost 0.8 us
-            return sdpa(query, key, value, None, dropout, is_causal), None
-        return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
-    return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
+            return sdpa(query, key, value, attn_mask, dropout, is_causal), None
+        return sdpa(query, key, value, attn_mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    return forward(SDPAParams(query, key, value, attn_mask, dropout, is_causal, enable_gqa, scale=scale))
 
 
 def family(params: SDPAParams) -> SDPBackend | None:
