@@ -22,8 +22,10 @@ what is there.
 """
 
 OPEN_WINDOW = (-1, -1)
-WIDEST = 2**30  # of a window's sides: kernels add them to positions in 32 bits
 """The one tuple that an unrestricted window is in a checked call."""
+
+WIDEST = 2**30
+"""Of a window's sides: kernels add them to positions in 32 bits."""
 
 
 class CausalVariant(IntEnum):
@@ -43,10 +45,11 @@ def _is_plain(value: object) -> bool:
 
 
 def _shown(value: Any) -> str:
-    if hasattr(value, "device") and hasattr(value, "dtype"):
+    if hasattr(value, "requires_grad") and hasattr(value, "dtype"):  # a tensor
         where = "" if value.device.type == "cpu" else f" {value.device}"
         grad = " requires_grad" if value.requires_grad else ""
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{where}{grad}"
+        shape = "[nested]" if value.is_nested else list(value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}{shape}{where}{grad}"
     return value.name if isinstance(value, CausalVariant) else repr(value)
 
 

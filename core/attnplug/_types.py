@@ -6,11 +6,12 @@ Nothing here imports torch: a plugin's light module and `attnplug list` need onl
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, EnumMeta, IntEnum
 from typing import TYPE_CHECKING, Any
 
+from attnplug._arguments import as_list, shown
 from attnplug._errors import SpecError, did_you_mean
 from attnplug._params import OPEN_WINDOW as OPEN_WINDOW
 from attnplug._params import WIDEST as WIDEST
@@ -245,6 +246,11 @@ class ImplSpec:
                 f"{where}.kernel: {self.kernel!r} is not a dotted path; "
                 f"write 'package.module' or 'package.module:attribute'"
             )
+        if not (isinstance(self.kernel, str) or callable(self.kernel) or hasattr(self.kernel, "forward")):
+            raise SpecError(
+                f"{where}.kernel: expected a dotted path, a function, or a module or object with a forward, "
+                f"got {shown(self.kernel)}"
+            )
         if self.backend is not None:
             object.__setattr__(self, "backend", as_backend(self.backend, f"{where}.backend"))
         if not isinstance(self.capabilities, Capabilities):
@@ -340,16 +346,22 @@ def is_dotted_path(path: str) -> bool:
 
 
 def _items(name: str, value: Any) -> list[Any]:
-    if isinstance(value, (str, Enum)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, Enum)):
         raise SpecError(f"Capabilities.{name}: expected a collection, got {value!r}; write ({value!r},)")
-    return list(value)
+    try:
+        return as_list(f"Capabilities.{name}", value, "a collection")
+    except TypeError as error:
+        raise SpecError(str(error)) from None
 
 
 def _strings(name: str, value: Any, where: str = "Capabilities") -> frozenset[str] | None:
     if value is None:
         return None
-    items = None if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
-    if items is None or not all(isinstance(item, str) for item in items):
+    try:
+        items = as_list(f"{where}.{name}", value, "a collection of strings")
+    except TypeError as error:
+        raise SpecError(str(error)) from None
+    if not all(isinstance(item, str) for item in items):
         raise SpecError(f"{where}.{name}: expected a collection of strings, got {value!r}")
     for item in items:
         if not item.isprintable():  # reasons quote it, and go to terminals

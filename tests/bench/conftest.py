@@ -6,9 +6,9 @@ import pytest
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, bench
-from bench_kernels import kernel, register, ticking, zeros
+from bench_kernels import interrupted, kernel, register, ticking, zeros
 
-__all__ = ["register", "ticking"]  # fixtures
+__all__ = ["interrupted", "register", "ticking"]  # fixtures
 
 FEATURES = {Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.ADDITIVE_MASK, Feature.GQA, Feature.LOWER_RIGHT}
 

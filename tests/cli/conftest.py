@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 import attnplug
+import forked
 from attnplug.cli import main
+from bench_kernels import interrupted
+
+__all__ = ["interrupted"]  # a fixture
 
 CLI = Callable[..., SimpleNamespace]
 
@@ -34,18 +38,16 @@ def cli(capsys: pytest.CaptureFixture[str]) -> CLI:
 
 @pytest.fixture
 def shell() -> CLI:
-    """Run `python ... -m attnplug ...` in a fresh interpreter."""
+    """Run a command in a process of its own; given `options`, none even, as `python OPTIONS -m attnplug`."""
 
-    def run(*arguments: str, options: tuple[str, ...] = (), **environment: str) -> SimpleNamespace:
+    def run(*arguments: str, options: tuple[str, ...] | None = None, **given: str) -> SimpleNamespace:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("ATTNPLUG_")}
-        done = subprocess.run(
-            [sys.executable, *options, "-m", "attnplug", *arguments],
-            check=False,
-            env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        environment = inherited | {"OMP_NUM_THREADS": "1"} | given
+        if options is not None:
+            command = [sys.executable, *options, "-m", "attnplug", *arguments]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        else:
+            done = forked.run(f"import sys; from attnplug.cli import main; sys.exit(main({arguments}))", environment)
         return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
     return run

@@ -125,6 +125,8 @@ def test_a_typing_error_is_told_what_was_meant(cli, arguments, meant):
         ("check", "torch", "--only", "check_nothing"),
         ("explain", "--query", "1,8,128,64", "--scope", "nosuch"),
         ("show", "nosuch"),
+        ("doctor", "nosuch"),
+        ("list", "--json", "nosuch"),
     ],
 )
 def test_a_usage_error_does_not_wait_for_torch(shell, arguments):

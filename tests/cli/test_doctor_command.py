@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_what_is_not_installed_can_be_installed(site):
 
 def test_a_torch_that_cannot_be_imported_is_the_finding(shell, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')\n")
-    done = shell("doctor", PYTHONPATH=str(tmp_path))
+    done = shell("doctor", options=(), PYTHONPATH=str(tmp_path))
     assert done.status == 1 and "Traceback" not in done.err
     assert "torch: cannot be imported: OSError: libcudart.so.99" in done.out
     assert "pip install --force-reinstall torch" in done.out
@@ -107,3 +108,25 @@ def test_a_variable_that_means_nothing_is_to_be_unset(shell):
     done = shell("doctor", ATTNPLUG_STRIC="1")
     assert done.status == 1
     assert "ATTNPLUG_STRIC: no such variable" in done.out and "unset ATTNPLUG_STRIC\n" in done.out
+
+
+@pytest.fixture
+def on_devices(monkeypatch):
+    return lambda *found: monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: frozenset(found))
+
+
+def test_what_no_installation_mends_has_no_command(on_devices):
+    on_devices("cpu")
+    on_gpu_alone = [each for each in attnplug.list_impls() if each.capabilities.devices == {"cuda"}]
+    assert len(on_gpu_alone) > 5
+    for each in on_gpu_alone:
+        assert (each.reason, each.remedy) == ("needs a cuda device, and this machine has none", "")
+
+
+def test_what_is_missing_beside_a_gpu_has_a_command_that_a_shell_can_run(on_devices):
+    on_devices("cpu", "cuda")
+    lacking = [each for each in attnplug.list_impls() if each.reason.startswith("needs")]
+    assert {"FA3", "FA4", "flash_attn3"} <= {each.name for each in lacking}
+    for each in lacking:
+        pip, install, *what = shlex.split(each.remedy)
+        assert (pip, install) == ("pip", "install") and what and not any(";" in word or "," in word for word in what)

@@ -136,7 +136,7 @@ def test_the_driver_is_what_nvidia_smi_says(cli, monkeypatch, tmp_path):
 
 def test_a_torch_that_cannot_be_imported_is_reported_and_the_rest_still_comes(shell, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')\n")
-    done = shell("info", PYTHONPATH=str(tmp_path))
+    done = shell("info", options=(), PYTHONPATH=str(tmp_path))
     assert done.status == 0 and "Traceback" not in done.err
     assert "torch          failed: OSError: libcudart.so.99" in done.out and "aten_flash" in done.out
 

@@ -53,8 +53,9 @@ def test_the_package_of_flash_attention_2_does_not_make_fa4_look_installed(
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise RuntimeError('imported in vain')")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: frozenset({"cpu", "cuda"}))
     reason = {record.name: record.reason for record in attnplug.list_impls()}["FA4"]
-    assert reason == "needs flash_attn.cute, not installed"
+    assert reason.startswith("needs flash_attn.cute, not installed")
     (tmp_path / "flash_attn" / "cute").mkdir()
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
     importlib.invalidate_caches()

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import attnplug
-from attnplug import Capabilities, ImplSpec, SDPAParams, SDPBackend
+from attnplug import Capabilities, ImplSpec, SDPAParams, SDPBackend, bench
 from attnplug._tables import table
 from attnplug.testing import check_impl
+from attnplug.tuning import choices_from
 
 
 @pytest.fixture
@@ -39,6 +40,29 @@ def test_explanations_records_and_reports_fit_into_80_columns(query):
         assert widest(repr(shown)) <= 80, shown
     assert repr(explanation) == str(explanation) and repr(report) == str(report)
     assert repr(report).startswith("torch on cpu, quick: PASSED; 2 passed")
+
+
+def test_what_was_recorded_is_a_table_and_still_a_list(query):
+    with attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(query, query, query)
+        attnplug.scaled_dot_product_attention(query, query, query, softcap=30.0, impl="math_ref")
+    assert calls == list(calls) and isinstance(calls, list)
+    assert [line.split()[0] for line in repr(calls).splitlines()[1:]] == ["torch", "math_ref"]
+    assert repr(calls[1]) == "RecordedCall(impl='math_ref', backend=MATH, device='cpu')"
+    many = type(calls)(calls * 30)
+    assert repr(many).endswith("... and 10 calls more") and "10 calls more" in many._repr_html_()
+
+
+def test_measured_choices_captures_and_reports_are_tables(query):
+    with attnplug.capture() as cases:
+        attnplug.scaled_dot_product_attention(query, query, query)
+    report = bench.run(cases, ["torch"], seconds=0.001, tiny=True)
+    choices = choices_from(bench.run(cases, ["torch", "aten_math"], seconds=0.001))
+    for shown, word in ((cases, "case"), (report, "torch"), (choices, "is now")):
+        assert repr(shown) == str(shown) and word in repr(shown)
+        assert word in shown._repr_html_() and "<table>" in shown._repr_html_()
+    for shown in (attnplug.verify(0.0, "torch"), attnplug.summary()):
+        assert repr(shown) == str(shown)
 
 
 def test_a_list_of_records_is_a_table_and_still_a_list():

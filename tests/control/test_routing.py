@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch.nn.attention import SDPBackend as Family
 from torch.nn.attention import sdpa_kernel as their_sdpa_kernel
 
 import attnplug
+import forked
 
 Q = torch.randn(1, 2, 4, 8)
 ORIGINAL = F.scaled_dot_product_attention
@@ -146,7 +145,7 @@ def test_what_was_saved_needs_no_attnplug_to_come_back(tmp_path: Path) -> None:
         function = pickle.load(open({str(tmp_path / "function.pkl")!r}, "rb"))
         print(function.__module__, "attnplug" in sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    done = forked.run(textwrap.dedent(program))
     assert done.stdout.split() == ["torch._C._nn", "False"], done.stderr
 
 
@@ -219,5 +218,5 @@ def test_pytorch_s_varlen_attn_follows_if_it_is_imported_while_the_patch_is_in_p
         from torch.nn.attention import varlen
         print(type(varlen.varlen_attn).__name__)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=200)
+    done = forked.run(textwrap.dedent(program))
     assert done.stdout.split() == ["_RoutedVarlen", "function"], done.stderr

@@ -526,7 +526,7 @@ attnplug.restore_flash_attention_impl()
 
 def imported(site: Site, script: str) -> set[str]:
     """Return the names of the modules that `script` leaves imported in a new interpreter."""
-    done = site.python(f"import sys, json\n{script}\nprint(json.dumps(sorted(sys.modules)))")
+    done = site.interpreter(f"import sys, json\n{script}\nprint(json.dumps(sorted(sys.modules)))")
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -568,7 +568,7 @@ def test_forbidden_import_would_be_seen(site: Site) -> None:
 
 
 def test_importing_attnplug_registers_nothing_with_torch(site: Site) -> None:
-    done = site.python(
+    done = site.interpreter(
         """
         import torch, torch.nn.attention as attention
 

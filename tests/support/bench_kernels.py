@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,3 +73,19 @@ def register() -> Iterator[Callable[..., str]]:
     yield add
     for name in names:
         attnplug.unregister_impl(name)
+
+
+@pytest.fixture
+def interrupted() -> Iterator[str]:
+    """The name of a kernel in which the user presses Ctrl-C as soon as there are nine queries."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
+    def forward(params: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if params.query.shape[2] == 9:
+            signal.raise_signal(signal.SIGINT)
+        return plain(params)
+
+    attnplug.register_impl(ImplSpec(name="interrupted", kernel=kernel(forward), backend=None))
+    yield "interrupted"
+    attnplug.unregister_impl("interrupted")
+    signal.signal(signal.SIGINT, before)

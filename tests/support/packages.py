@@ -118,7 +118,11 @@ class Site:
         self.install(f"fake-{name}", {name: plugin(spec(name)), f"{name}_kernel": KERNEL})
 
     def python(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run `script` in a new interpreter."""
+        """Run `script` in a new process that has torch, but not attnplug, imported."""
+        return forked.run(dedent(script), self._environment(environment), self.folder)
+
+    def interpreter(self, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run `script` in a new interpreter, for those who ask what is imported."""
         return subprocess.run(
             [sys.executable, "-c", dedent(script)],
             env=self._environment(environment),
@@ -140,11 +144,8 @@ class Site:
         return inherited | defaults | dict(given)
 
     def run(self, script: str, **environment: str) -> SimpleNamespace:
-        """Run `script`, which fills `report`; return that, with the `warnings` that came and `stderr`.
-
-        In a new process that has torch, but not attnplug, imported.
-        """
-        done = forked.run(PRELUDE + dedent(script) + EPILOGUE, self._environment(environment), self.folder)
+        """Run `script`, which fills `report`; return that, with the `warnings` that came and `stderr`."""
+        done = self.python(PRELUDE + dedent(script) + EPILOGUE, **environment)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)  # whatever else were on stdout would be an error
         return SimpleNamespace(**report, stderr=done.stderr)

@@ -16,8 +16,6 @@ import attnplug
 import mutants
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 from attnplug.testing import Call, CheckFailure, all_checks, check_impl, parametrize_with_checks
-from attnplug.testing._running import find, run_check
-from attnplug.testing._subject import Subject
 from mutants.kernel import CAPABILITIES, Kernel
 from mutants.logits import SoftcapIgnored
 from mutants.masks import AlwaysUpperLeft, MaskOfTheFirstHead
@@ -37,8 +35,8 @@ def register():
 
 
 def result_of(name, check, dtype="float32"):
-    (found,) = [each for each in all_checks() if each.name == check]
-    return run_check(found, Subject(find(name), "cpu", dtype, False))
+    (result,) = check_impl(name, device="cpu", dtype=dtype, checks=[check]).results
+    return result
 
 
 def forward_only(params):

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from attnplug._arguments import shown
+
 Capability = tuple[int, int]
 
 
@@ -45,7 +47,7 @@ def compute_capability(device: torch.device | str) -> Capability | None:
         >>> attnplug.compute_capability("cpu") is None
         True
     """
-    device = torch.device(device)
+    device = as_device("device", device)
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     if _described.capability is not None:
@@ -54,6 +56,20 @@ def compute_capability(device: torch.device | str) -> Capability | None:
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.get_device_capability(index) if index < torch.cuda.device_count() else None
+
+
+def as_device(argument: str, value: Any) -> torch.device:
+    """Return the device that is named.
+
+    Raises:
+        TypeError, ValueError: PyTorch knows no such device.
+    """
+    try:
+        return torch.device(value)
+    except TypeError:
+        raise TypeError(f"{argument}: expected a device such as 'cpu' or 'cuda:1', got {shown(value)}") from None
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{argument}: {shown(value)} is not a device here: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager

@@ -54,8 +54,7 @@ def check_tensors(params: SDPAParams) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
             raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; accepted: {_dtypes(FLOATING)}")
-        if tensor.layout is not torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}; call to_dense()")
+        _assert_dense(name, tensor)
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name}: dtype {tensor.dtype} differs from the query's, {query.dtype}")
         if tensor.device != query.device:
@@ -132,6 +131,7 @@ def check_mask(mask: Any, query: Tensor, full: tuple[int, ...]) -> None:
     """Check a mask against the shape of the logits, `full`."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
+    _assert_dense("attn_mask", mask)
     accepted = dict.fromkeys((torch.bool, query.dtype, torch.float32))
     if mask.dtype not in accepted:
         raise ValueError(f"attn_mask: dtype {mask.dtype} is not supported here; accepted: {_dtypes(accepted)}")
@@ -173,6 +173,7 @@ def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: 
     """Check an int32 tensor of shape `wanted`, where None is any size."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    _assert_dense(name, tensor)
     if tensor.dtype is not torch.int32:
         raise ValueError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
     if tensor.device != device:
@@ -212,10 +213,18 @@ def _heads(tensor: Tensor) -> int:
 def _floating(name: str, tensor: Any, device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    _assert_dense(name, tensor)
     if tensor.dtype not in FLOATING:
         raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; accepted: {_dtypes(FLOATING)}")
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
+
+
+def _assert_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise ValueError(f"{name}: expected a dense tensor, got a nested one")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}; call to_dense()")
 
 
 def _number(name: str, value: Any) -> None:
@@ -224,6 +233,8 @@ def _number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not -math.inf < value < math.inf:  # a symbolic float of a trace can be compared, and no more
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, or a float, got {value!r}")
 
 
 def _is_integer(value: Any) -> bool:

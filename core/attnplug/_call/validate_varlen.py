@@ -28,6 +28,8 @@ def check_varlen(params: SDPAParams) -> None:
     check_scalars(params)
     query, key, value = params.query, params.key, params.value
     _rank("query", query, 3, "(tokens, heads, head size)")
+    if params.block_table is not None:
+        check_int32("block_table", params.block_table, (None, None), query.device)
     paged = params.block_table is not None
     rank, meaning = (4, "(pages, page size, heads, head size)") if paged else (3, "(tokens, heads, head size)")
     _rank("key", key, rank, meaning)
@@ -45,12 +47,14 @@ def check_lengths(params: SDPAParams) -> None:
     query, device = params.query, params.query.device
     for name in ("max_q", "max_k"):
         size = getattr(params, name)
-        if type(size) is int and size >= 0:
+        if type(size) is int and 0 <= size < 2**31:
             continue
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"{name}: expected an int, the longest sequence, got {size!r}")
         if size < 0:
             raise ValueError(f"{name}: expected 0 or more, got {size}")
+        if size >= 2**31:
+            raise ValueError(f"{name}: expected less than 2**31, as lengths are int32, got {size}")
     check_int32("cu_seq_q", params.cu_seq_q, (None,), device)
     batch = params.cu_seq_q.shape[0] - 1
     if batch < 0:

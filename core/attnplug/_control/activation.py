@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from attnplug._arguments import expect
 from attnplug._control.patch import PatchHandle, patch_torch
 from attnplug._control.providers import provider_spec
 from attnplug._errors import DuplicateImplementationError, NoImplementationError, PluginError
@@ -45,12 +46,14 @@ def register_flash_attention_impl(impl: str, *, register_fn: Callable[[], Any]) 
             handle whose `remove()` is called on restore.
 
     Raises:
-        TypeError: `register_fn` cannot be called.
+        TypeError: `register_fn` cannot be called, or `impl` is not a string.
+        SpecError: `impl` is not a name.
         DuplicateImplementationError: an implementation of another kind has this name.
         ValueError: the name is active.
     """
     if not callable(register_fn):
         raise TypeError(f"register_fn: expected a callable, got {register_fn!r}")
+    expect("impl", impl, str, "a name for the provider")
     with _lock:
         registry = start()
         if impl in registry:

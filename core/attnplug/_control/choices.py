@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from attnplug._arguments import as_path
 from attnplug._control.patch import PatchHandle, patch_torch
 from attnplug._dispatch.measured import forget_warnings
 from attnplug._messages import warn
@@ -42,7 +42,7 @@ def use_choices(choices: Choices | str | os.PathLike[str]) -> None:
     """
     global _patch
     if isinstance(choices, (str, os.PathLike)):
-        choices = Choices.load(Path(choices))
+        choices = Choices.load(as_path("choices", choices))
     if not isinstance(choices, Choices):
         raise TypeError(f"choices: expected Choices or the path of a file, got {type(choices).__name__}")
     with _lock:

@@ -60,7 +60,7 @@ def unregister_impl(name: str) -> None:
         UnknownImplementationError: there is none of this name.
         ValueError: it is built in, comes from an installed package, or is active.
     """
-    if name == process.activation:
+    if isinstance(name, str) and name == process.activation:
         raise ValueError(f"name: {name!r} is active; restore_flash_attention_impl() first")
     start().remove(name)
 

@@ -12,7 +12,7 @@ from attnplug._errors import ScopeError
 from attnplug._messages import warn
 from attnplug._registry.config import get_config
 from attnplug._selection.state import when_started
-from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
+from attnplug._selection.watching import RecordedCall, RecordedCalls, Watcher, add_watcher, remove_watcher
 from attnplug._types import SDPAParams
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class _List(Watcher):
     stands_around = False
 
     def __init__(self) -> None:
-        self.calls: list[RecordedCall] = []
+        self.calls = RecordedCalls()
 
     def told(self, call: RecordedCall) -> None:
         self.calls.append(call)

@@ -81,7 +81,9 @@ class Entry:
         """Return why no call on this machine can use this; empty if one may. Asks the author's code."""
         devices = self.spec.capabilities.devices
         if devices is not None and {"cpu", "cuda"}.issuperset(devices) and device_types().isdisjoint(devices):
-            return self.missing() or f"needs a {' or '.join(sorted(devices))} device, and this machine has none"
+            return (
+                f"needs a {' or '.join(sorted(devices))} device, and this machine has none"  # first: nothing brings it
+            )
         return self.missing() or ("; ".join(self.loaded.faults()) if self.loaded is not None else "")
 
     def load(self) -> Kernel | None:
@@ -123,11 +125,10 @@ class Entry:
 
     def _brings(self) -> str:
         """Return the command that brings what this needs; empty if none does."""
-        if missing_modules(self.spec.requires):
-            return self.spec.install
         devices = self.spec.capabilities.devices
-        on_gpu = devices is not None and "cuda" in devices and device_types().isdisjoint(devices)
-        return remedies.gpu_build() if on_gpu else ""
+        if devices is not None and "cuda" in devices and device_types().isdisjoint(devices):
+            return remedies.gpu_build()
+        return self.spec.install if missing_modules(self.spec.requires) else ""
 
 
 class Registry:
@@ -203,7 +204,7 @@ class Registry:
             ValueError: it is built in or comes from an installed package.
         """
         with self._lock:
-            entry = self.get(name)
+            entry = self.get(name, "name")
             if entry.distribution != PROGRAM:
                 raise ValueError(
                     f"name: {name!r} belongs to the distribution {entry.distribution}; only implementations added "

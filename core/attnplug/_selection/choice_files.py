@@ -45,7 +45,7 @@ def read(path: Path) -> Choices:
             f"{path}: there is no such file; `attnplug tune -o {path}` measures this machine and writes it"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ChoicesError(f"{path}: cannot be read: {error}") from error
+        raise ChoicesError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     try:
         given = json.loads(text)
     except ValueError as error:

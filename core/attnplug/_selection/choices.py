@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnplug._tables import table
+from attnplug._arguments import as_path
+from attnplug._tables import html_table, table
 
 
 class Kind(NamedTuple):
@@ -158,7 +160,7 @@ class Choices:
         """
         from attnplug._selection.choice_files import default_place, read
 
-        return read(default_place() if path is None else Path(path))
+        return read(default_place() if path is None else as_path("path", path))
 
     def save(self, path: str | Path | None = None) -> Path:
         """Add these choices to a file, and return its path.
@@ -174,7 +176,7 @@ class Choices:
         """
         from attnplug._selection.choice_files import add, default_place
 
-        return add(self, default_place() if path is None else Path(path))
+        return add(self, default_place() if path is None else as_path("path", path))
 
     def __or__(self, other: Choices) -> Choices:
         if not isinstance(other, Choices):
@@ -190,6 +192,13 @@ class Choices:
 
     def __len__(self) -> int:
         return sum(len(one.choices) for one in self.tables)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        parts = [html_table(HEADERS, rows(one.choices), caption=described(one)) for one in self.tables]
+        return "\n".join([*parts, *(f"<p>{escape(note)}</p>" for note in self.notes)] or ["no measured choices"])
 
     def __str__(self) -> str:
         parts = [f"{described(one)}:\n{table(HEADERS, rows(one.choices))}" for one in self.tables]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnplug._selection.state import process, states, thread, without
+from attnplug._tables import WIDTH, html_table, table
 from attnplug._types import SDPBackend
 
 if TYPE_CHECKING:
@@ -44,6 +45,45 @@ class RecordedCall:
     passed_over: Mapping[str, tuple[str, ...]]
     device: str = ""
     module: str = ""
+
+    def __repr__(self) -> str:
+        said = {
+            "impl": repr(self.impl),
+            "backend": "None" if self.backend is None else self.backend.name,
+            "device": repr(self.device) if self.device else "",
+            "module": repr(self.module) if self.module else "",
+            "passed_over": repr(dict(self.passed_over)) if self.passed_over else "",
+        }
+        return f"RecordedCall({', '.join(f'{name}={text}' for name, text in said.items() if text)})"
+
+
+class RecordedCalls(list[RecordedCall]):
+    """A list of calls that is shown as a table: 80 columns in a terminal, HTML in a notebook."""
+
+    def __repr__(self) -> str:
+        return "\n".join([table(_HEADERS, self._rows(), WIDTH, ("module", "device")), *self._more()])
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADERS, self._rows(), caption=" ".join(self._more()))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                call.impl,
+                "-" if call.backend is None else call.backend.name,
+                call.device,
+                call.module,
+                "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in call.passed_over.items()),
+            )
+            for call in self[:_SHOWN]
+        ]
+
+    def _more(self) -> list[str]:
+        return [f"... and {len(self) - _SHOWN:,} calls more"] if len(self) > _SHOWN else []
+
+
+_HEADERS = ("implementation", "family", "device", "module", "passed over")
+_SHOWN = 50
 
 
 class Watcher:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch._C._autograd import DeviceType
 
+from attnplug._arguments import shown
 from attnplug._errors import ScopeError
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
@@ -170,6 +171,8 @@ class summary:
         Args:
             profile: a `torch.profiler.profile` that has ended.
         """
+        if not callable(getattr(profile, "key_averages", None)):
+            raise TypeError(f"profile: expected a torch.profiler.profile that has ended, got {shown(profile)}")
         averages = profile.key_averages()
         on_device = sum(each.self_device_time_total for each in averages if _is_of_device(each))
         of_cpu = [each for each in averages if each.device_type == DeviceType.CPU]
@@ -185,6 +188,9 @@ class summary:
             impl: Share(forward, backward, (forward + backward) * 1e6 / total if total else 0.0)
             for impl, (forward, backward) in sorted(times.items(), key=lambda item: -sum(item[1]))
         }
+
+    def __repr__(self) -> str:
+        return self.table()
 
     def __str__(self) -> str:
         return self.table()

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attnplug._arguments import shown
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
 from attnplug._types import SDPAParams, SDPBackend
@@ -67,6 +68,9 @@ class Instrumentation:
             remove_watcher(watcher)
             _told.remove(watcher)
 
+    def __repr__(self) -> str:
+        return f"<Instrumentation: {'removed' if self._watcher is None else 'in place'}>"
+
     def __enter__(self) -> Instrumentation:
         return self
 
@@ -89,6 +93,7 @@ def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instr
 
     Raises:
         ImportError: OpenTelemetry's API is not installed.
+        TypeError: what is given is no provider.
         ValueError: no provider is given and the process has none; or one is told already.
     """
     try:
@@ -98,12 +103,18 @@ def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instr
         raise ImportError('instrument() needs OpenTelemetry: pip install "attnplug[otel]"') from error
     start()
     given = meter_provider, tracer_provider
-    meters, tracers = providers() if given == (None, None) else given
+    meters, tracers = providers() if meter_provider is None and tracer_provider is None else given
     if meters is None and tracers is None:
         raise ValueError(
             "meter_provider: none is given and the process has none; call "
             "opentelemetry.metrics.set_meter_provider(...) first"
         )
+    for argument, provider, method in (
+        ("meter_provider", meters, "get_meter"),
+        ("tracer_provider", tracers, "get_tracer"),
+    ):
+        if provider is not None and not callable(getattr(provider, method, None)):
+            raise TypeError(f"{argument}: expected a provider of OpenTelemetry, got {shown(provider)}")
     told = [each for watcher in _told for each in watcher.providers if each is not None]
     if any(each is meters or each is tracers for each in told):
         raise ValueError("meter_provider, tracer_provider: attnplug tells this provider already")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from attnplug._accuracy import Mistake
+from attnplug._arguments import as_int
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
 from attnplug._messages import printable, warn
 from attnplug._selection.state import start
@@ -115,10 +116,11 @@ class verify:
     ) -> None:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
             raise ValueError(f"rate: expected a number from 0 to 1, the share of calls to verify, got {rate!r}")
-        if on_mismatch not in ("warn", "raise") and not callable(on_mismatch):
+        if not callable(on_mismatch) and not (isinstance(on_mismatch, str) and on_mismatch in ("warn", "raise")):
             raise ValueError(f"on_mismatch: expected 'warn', 'raise' or a function, got {on_mismatch!r}")
+        self.seed = as_int("seed", seed, "an integer")
         start().get(reference, "reference")
-        self.rate, self.reference, self.on_mismatch, self.seed = rate, reference, on_mismatch, seed
+        self.rate, self.reference, self.on_mismatch = rate, reference, on_mismatch
         self.calls = self.results = self.gradients = self.wrong = 0
         self.mismatches: list[Mismatch] = []
         self.skipped: Counter[str] = Counter()
@@ -148,6 +150,9 @@ class verify:
         if self.rate > 0:
             add_watcher(self._watcher, everywhere)
         return self
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         lines = [

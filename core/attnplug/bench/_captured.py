@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from attnplug._tables import table
+from attnplug._arguments import as_path
+from attnplug._tables import html_table, table
 from attnplug.bench._cases import Case
 from attnplug.bench._errors import BenchError
 
@@ -48,7 +49,7 @@ class Cases(Counter[Case]):
         Raises:
             BenchError: the name does not end in `.json`, or the file cannot be written.
         """
-        path = Path(path)
+        path = as_path("path", path)
         if path.suffix.lower() != ".json":
             raise BenchError(f"{path}: expected a name that ends in .json")
         listed = [{**case.as_dict(), "count": count} for case, count in self.items()]
@@ -66,11 +67,11 @@ class Cases(Counter[Case]):
         Raises:
             BenchError: the file cannot be read, or holds no cases in a format that this version reads.
         """
-        path = Path(path)
+        path = as_path("path", path)
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise BenchError(f"{path}: cannot be read: {error}") from error
+            raise BenchError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
         if not isinstance(given, dict) or not isinstance(given.get("cases"), list) or "format" not in given:
             raise BenchError(f"{path}: holds no captured cases; attnplug.capture() and save() make such files")
         if given["format"] != FORMAT:
@@ -87,6 +88,14 @@ class Cases(Counter[Case]):
             cases[Case.from_dict(fields, where)] += count
         cases.left_out.update(dict(given.get("left_out", {})))
         return cases
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        rows = [(str(count), case.name) for case, count in self.items()]
+        left_out = "; ".join(f"left out, {count} calls: {reason}" for reason, count in self.left_out.items())
+        return html_table(("calls", "case"), rows, caption=left_out)
 
     def __str__(self) -> str:
         shown = [table(("calls", "case"), [(str(count), case.name) for case, count in self.items()])] if self else []

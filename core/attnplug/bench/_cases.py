@@ -324,7 +324,7 @@ def _check(case: Case) -> None:
     if case.heads % case.kv_heads:
         raise BenchError(f"kv_heads: expected a divisor of heads ({case.heads}), got {case.kv_heads}")
     for name, known in (("mask", MASKS), ("causal_variant", VARIANTS), ("dtype", DTYPES)):
-        if getattr(case, name) not in known:
+        if not isinstance(getattr(case, name), str) or getattr(case, name) not in known:
             accepted = ", ".join(repr(item) for item in known)
             raise BenchError(f"{name}: expected one of {accepted}, got {getattr(case, name)!r}")
     for name in ("causal", "backward", *_MORE):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from attnplug._arguments import as_float, expect
 from attnplug.bench._errors import BenchError
 from attnplug.bench._records import RAN, TIMINGS, Record
 from attnplug.bench._report import Report
@@ -53,7 +54,9 @@ def compare(before: Report, after: Report, threshold: float = THRESHOLD) -> list
         >>> compare(report, report)
         []
     """
-    if not threshold >= 0:
+    for argument, report in (("before", before), ("after", after)):
+        expect(argument, report, Report, "a Report, as run() returns and Report.read() reads")
+    if not as_float("threshold", threshold, "a number such as 0.1") >= 0:
         raise BenchError(f"threshold: expected a number from 0 on, such as 0.1, got {threshold!r}")
     pairs = common(before, after)
     if not pairs:

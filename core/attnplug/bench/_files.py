@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from attnplug._arguments import as_path
 from attnplug.bench._captured import Cases
 from attnplug.bench._cases import LENGTHS, Case
 from attnplug.bench._errors import BenchError, needed
@@ -30,7 +31,7 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
     Raises:
         BenchError: the file cannot be read, or says something that no case is.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.suffix.lower() == ".json":
         return _captured(path, device, dtype)
     content = _load(path)
@@ -73,7 +74,7 @@ def _load(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path}: cannot be read: {error}") from error
+        raise BenchError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     parser = _toml() if suffix == ".toml" else needed("yaml", f"reading {path}").safe_load
     try:
         return parser(text)

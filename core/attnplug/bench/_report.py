@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from attnplug._tables import table
+from attnplug._arguments import as_path
+from attnplug._tables import html_table, table
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._errors import BenchError
@@ -166,10 +168,11 @@ class Report:
         Raises:
             BenchError: the file cannot be read, or is not a report.
         """
+        path = as_path("path", path)
         try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
+            given = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise BenchError(f"{path}: cannot be read: {error}") from error
+            raise BenchError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
         return cls.from_dict(given, str(path))
 
     def lines(self) -> list[tuple[str, ...]]:
@@ -207,7 +210,16 @@ class Report:
         return f"a time measured again differs by {shares[len(shares) // 2]:.0%}, at most by {shares[-1]:.0%}; "
 
     def __str__(self) -> str:
+        return f"{table(*self._filled())}\n\n{self.summary()}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(*self._filled())}\n<pre>{escape(self.summary())}</pre>"
+
+    def _filled(self) -> tuple[list[str], list[list[str]]]:
+        """Return headers and cells of the columns in which something is said."""
         lines = self.lines()
         shown = filled(lines)
-        printed = table([HEADERS[at] for at in shown], [[line[at] for at in shown] for line in lines])
-        return f"{printed}\n\n{self.summary()}"
+        return [HEADERS[at] for at in shown], [[line[at] for at in shown] for line in lines]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 
 import attnplug
+from attnplug._arguments import as_float, as_list, expect
 from attnplug._control.registration import check_name
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling, measure_ceiling
@@ -56,12 +57,14 @@ def run(
         >>> [(record.impl, record.correct) for record in report]
         [('torch', True), ('aten_math', True)]
     """
-    cases = _cases(cases, tiny)
     names = _impls(impls, baseline)
-    if not caches or isinstance(caches, str) or not set(caches) <= set(CACHES):
+    states = as_list("caches", caches, f"some of {CACHES}")
+    if not states or not all(state in CACHES for state in states):
         raise BenchError(f"caches: expected some of {CACHES}, got {caches!r}")
-    if not seconds > 0:
+    expect("tiny", tiny, bool, "a bool")
+    if not as_float("seconds", seconds, "a time") > 0:
         raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
+    cases = _cases(cases, tiny)
     clocks = {device: clock_for(device) for device in dict.fromkeys(case.device for case in cases)}
     kinds = list(dict.fromkeys((case.device, case.dtype) for case in cases))
     steps = Steps(progress, len(kinds) + len(cases) * (len(names) + 1))
@@ -126,7 +129,7 @@ class Steps:
 def _cases(cases: str | Case | Iterable[Case], tiny: bool) -> list[Case]:
     if isinstance(cases, str):
         cases = case_set(cases)
-    cases = [cases] if isinstance(cases, Case) else list(cases)
+    cases = [cases] if isinstance(cases, Case) else as_list("cases", cases, "cases or the name of a set")
     for case in cases:
         if not isinstance(case, Case):
             raise BenchError(f"cases: expected cases or the name of a set, got {case!r}")
@@ -138,8 +141,9 @@ def _cases(cases: str | Case | Iterable[Case], tiny: bool) -> list[Case]:
 def _impls(impls: Iterable[str] | None, baseline: str) -> list[str]:
     known = attnplug.list_flash_attention_impls()
     ordered = [record.name for record in attnplug.list_impls() if record.name in known]
-    names = ordered if impls is None else list(dict.fromkeys([impls] if isinstance(impls, str) else impls))
+    names = ordered if impls is None else [impls] if isinstance(impls, str) else as_list("impls", impls, "names")
     for name in names:
         check_name(name, "impls")
+    names = list(dict.fromkeys(names))
     check_name(baseline, "baseline")
     return names if baseline in names else [baseline, *names]

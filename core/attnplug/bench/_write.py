@@ -9,6 +9,7 @@ import re
 from datetime import datetime, timezone
 from pathlib import Path
 
+from attnplug._arguments import as_path, expect
 from attnplug.bench._errors import BenchError, needed
 from attnplug.bench._report import Report
 
@@ -26,7 +27,8 @@ def write(report: Report, path: str | Path) -> None:
     Raises:
         BenchError: the name ends otherwise, a library is missing, or the file cannot be written.
     """
-    path = Path(path)
+    expect("report", report, Report, "a Report, as run() returns")
+    path = as_path("path", path)
     check_kind(path)
     try:
         path.write_bytes(_content(report, path.suffix.lower()))

@@ -78,7 +78,8 @@ _SPECS = [
         backend=SDPBackend.FLASH_ATTENTION,
         capabilities=_HOPPER,
         priority=-10,
-        requires=("flash_attn_interface",),
+        requires=("flash_attn_interface",),  # built from source: the wheels on PyPI are forward only
+        install="pip install --no-build-isolation 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
     ),
     ImplSpec(
         name="FA4",
@@ -87,6 +88,7 @@ _SPECS = [
         capabilities=_HOPPER,
         priority=-10,
         requires=("flash_attn.cute",),
+        install="pip install --pre flash-attn-4",
     ),
     ImplSpec(
         name="aten_math",

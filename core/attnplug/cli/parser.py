@@ -32,7 +32,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Look for unknown options first: argparse would rather complain of what is required and was misspelt."""
         self._refuse_unknown(args)
-        return super().parse_known_args(args, namespace)
+        found, more = super().parse_known_args(args, namespace)
+        if more:
+            self.error(f"unexpected {', '.join(more)}; --help says what is taken")
+        return found, more
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
         known = self._option_string_actions

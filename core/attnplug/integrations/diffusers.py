@@ -24,6 +24,9 @@ class Handle:
     def __init__(self, handles: list[Any]) -> None:
         self._handles = handles
 
+    def __repr__(self) -> str:
+        return f"<Handle: {', '.join(map(repr, self._handles)) or 'removed'}>"
+
     def remove(self) -> None:
         """Take the models' attention back to what it was."""
         while self._handles:

@@ -35,6 +35,9 @@ class ContextParallelHandle:
     def __init__(self, undo: list[Any]) -> None:
         self._undo = undo
 
+    def __repr__(self) -> str:
+        return f"<ContextParallelHandle: {'in place' if self._undo else 'removed'}>"
+
     def remove(self) -> None:
         """Run the module's attention on one rank again; a second call does nothing."""
         while self._undo:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 import attnplug
 from attnplug._accuracy import Outcome
+from attnplug._arguments import expect
+from attnplug._control.registration import check_name
 from attnplug._types import CausalVariant
 from attnplug.testing import _inputs
 from attnplug.testing._compare import assert_outcome, expected, is_quantized, revealed
 from attnplug.testing._failure import failure
 from attnplug.testing._fields import Fields
 from attnplug.testing._inputs import Inputs
-
-DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -32,9 +32,10 @@ class Call(Fields):
         used: `seqused_k`.
         page_size: keys and values in shuffled pages of so many.
         gradients: the arguments whose gradients are wanted; `lse_gradient` puts lse in the loss.
-        values: what the numbers are like, a name of `attnplug.testing._inputs.VALUES`.
-        layout, mask_layout: how query, key and value, and the mask, lie in memory, names of
-            `attnplug.testing._inputs.LAYOUTS`.
+        values: what the numbers are like: `normal`, `large`, `growing`, `rising`, `shrinking`, `negative`, `raised`,
+            `selecting` or `identity`.
+        layout, mask_layout: how query, key and value, and the mask, lie in memory: `contiguous`, `transposed`,
+            `strided`, `column-major`, `expanded`, `offset`, `misaligned`, `guarded` or `framed`.
         poison: NaN in all memory that the call must not read.
 
     Examples:
@@ -62,8 +63,9 @@ class Call(Fields):
 
     def with_leaves(self, inputs: Inputs) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the arguments, those whose gradients are wanted as leaves of a graph; and these leaves."""
-        leaves = {name: inputs.arguments[name].detach().requires_grad_() for name in self.gradients}
-        return {**inputs.arguments, **leaves}, leaves
+        arguments = expect("inputs", inputs, Inputs, "what make() returns").arguments
+        leaves = {name: arguments[name].detach().requires_grad_() for name in self.gradients}
+        return {**arguments, **leaves}, leaves
 
     def backward(self, inputs: Inputs, out: Tensor, lse: Tensor | None, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the gradients of `leaves`, given the call's results."""
@@ -93,7 +95,9 @@ class Call(Fields):
 
         Raises:
             CheckFailure: something is further from the formula than the contract allows.
+            TypeError, ValueError: a field of the call, or the name of the implementation, is wrong.
         """
+        check_name(impl, "impl")
         compare(impl, self)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,18 @@ from torch import Tensor
 
 import attnplug
 from attnplug._accuracy import Expected, Outcome
+from attnplug._arguments import as_dict, expect
+from attnplug._errors import did_you_mean
 from attnplug.testing._failure import CheckFailure, failure
 from attnplug.testing._fields import Fields
 from attnplug.testing._hints import hint
 from attnplug.testing._inputs import Inputs
+
+_ARGUMENTS = frozenset(
+    name
+    for function in (attnplug.scaled_dot_product_attention, attnplug.varlen_attn)
+    for name in inspect.signature(function).parameters
+)
 
 
 def expected(call: Fields, inputs: Inputs, factors: Tensor | None = None) -> Expected:
@@ -45,6 +54,7 @@ def assert_right(
 
     Raises:
         CheckFailure: something is further from the formula than the rule allows.
+        TypeError, ValueError: an argument is wrong; the message names it.
 
     Examples:
         >>> import torch, attnplug
@@ -52,8 +62,25 @@ def assert_right(
         >>> query = torch.randn(1, 2, 4, 8)
         >>> assert_right(dict(query=query, key=query, value=query), attnplug.scaled_dot_product_attention(*[query] * 3))
     """
-    outcome = Outcome(out, lse, dict(gradients or {}))
-    right = Expected(dict(arguments), tuple(outcome.gradients), grad_out, grad_lse)
+    given = as_dict("arguments", arguments, "arguments of a call, by name")
+    for name in given:
+        if name not in _ARGUMENTS:
+            raise ValueError(f"arguments: no argument {name!r}{did_you_mean(str(name), _ARGUMENTS)}")
+    for name in ("query", "key", "value"):
+        expect(f"arguments: {name}", given.get(name), Tensor, "a torch.Tensor")
+    expect("out", out, Tensor, "a torch.Tensor")
+    for name, tensor in (("lse", lse), ("grad_out", grad_out), ("grad_lse", grad_lse)):
+        if tensor is not None:
+            expect(name, tensor, Tensor, "a torch.Tensor or None")
+    found = {} if gradients is None else as_dict("gradients", gradients, "gradients, by the name of the argument")
+    for name, tensor in found.items():
+        expect(f"gradients: {name}", tensor, Tensor, "a torch.Tensor")
+        expect(f"gradients: {name} of arguments", given.get(name), Tensor, "a torch.Tensor")
+    if found and grad_out is None:
+        raise ValueError("grad_out: expected the gradient of out that gradients were computed from, got None")
+    expect("quantized", quantized, bool, "a bool")
+    outcome = Outcome(out, lse, found)
+    right = Expected(given, tuple(outcome.gradients), grad_out, grad_lse)
     if mistakes := right.mistakes(outcome, quantized):
         raise CheckFailure("\n".join(map(str, mistakes)))
 

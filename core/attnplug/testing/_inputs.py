@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnplug._types import CausalVariant
 from attnplug.testing._fields import Fields
+from attnplug.testing._validate import check
 
 NAN = float("nan")
 GUARD = 4096
@@ -33,8 +34,13 @@ class Inputs:
 
 
 def make(call: Fields) -> Inputs:
-    """Make the tensors of a call."""
-    generator = torch.Generator().manual_seed(call.seed)
+    """Make the tensors of a call.
+
+    Raises:
+        TypeError, ValueError: a field is wrong; the message names it.
+    """
+    check(call, tuple(VALUES), tuple(LAYOUTS))
+    generator = torch.Generator().manual_seed(int(call.seed))
     shapes = _shapes(call)
     tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     query, key, value = VALUES[call.values](call, tensors["query"], tensors["key"], tensors["value"])
@@ -64,6 +70,8 @@ def make(call: Fields) -> Inputs:
     if call.alibi:
         shape = (sequences.batch, call.heads) if call.alibi == "bh" else (call.heads,)
         arguments["alibi_slopes"] = (torch.rand(shape, generator=generator) * 0.5).to(call.device)
+    if missing := [name for name in call.gradients if name not in arguments]:
+        raise ValueError(f"gradients: the call has no {missing[0]}")
     grad_out, grad_lse = _cast(call, tensors["grad_out"]), tensors["grad_lse"].to(call.device)
     return Inputs(arguments, grad_out, grad_lse)
 

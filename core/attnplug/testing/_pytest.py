@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from attnplug._arguments import as_dict
 from attnplug._errors import did_you_mean
 from attnplug._registry.registry import PROGRAM
 from attnplug.testing._checks import Check, all_checks
 from attnplug.testing._pool import Worker
 from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, Result
-from attnplug.testing._runner import TIMEOUT, plan
+from attnplug.testing._runner import TIMEOUT, check_workers, plan
 from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import Subject
 from attnplug.testing._tasks import Task
@@ -92,7 +93,9 @@ def parametrize_with_checks(
     """
     import pytest
 
-    expected = dict(expected_failures or {})
+    none: Mapping[str, str] = {}
+    expected = as_dict("expected_failures", none if expected_failures is None else expected_failures, "a mapping")
+    check_workers(timeout=timeout)
     record = find(name)
     planned = list(plan(record, device, dtype, level))
     if isolated is None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 
 import attnplug
+from attnplug._arguments import as_float, as_int, as_list
+from attnplug._call.device import as_device
 from attnplug._errors import did_you_mean
 from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
@@ -109,11 +111,11 @@ def check_impls(
     Raises:
         UnknownImplementationError, ValueError, RuntimeError: as `check_impl` does.
     """
-    _assert_known(checks or ())
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers: expected a number from 0 on, got {workers!r}")
-    if not timeout > 0:
-        raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
+    if checks is not None:
+        checks = as_list("checks", checks, "the names of checks")
+        _assert_known(checks)
+    check_workers(workers, timeout)
+    names = as_list("names", names, "the names of implementations")
     plans: dict[str, Planned] = {}
     for name in names:
         planned = list(plan(find(name), device, dtype, level))
@@ -154,15 +156,25 @@ def _run(planned: Planned, workers: int | None, timeout: float, found: Callable[
 def _assert_known(checks: Collection[str]) -> None:
     known = {check.name for check in all_checks()}
     for name in checks:
-        if name not in known:
-            raise ValueError(f"checks: {name!r} is not a check{did_you_mean(name, known)}")
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"checks: {name!r} is not a check{did_you_mean(str(name), known)}")
+
+
+def check_workers(workers: int | None = None, timeout: float = TIMEOUT) -> None:
+    """Raise TypeError or ValueError unless these are a number of workers and the seconds that they are given."""
+    if workers is not None and as_int("workers", workers, "an integer or None") < 0:
+        raise ValueError(f"workers: expected a number from 0 on, got {workers!r}")
+    if workers is not None and workers > (most := max(MOST_WORKERS, os.cpu_count() or 1)):
+        raise ValueError(f"workers: expected at most {most}, got {workers!r}; each is a process with its own PyTorch")
+    if not as_float("timeout", timeout, "seconds") > 0:
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout!r}")
 
 
 def plan(
     record: ImplRecord, device: str | None, dtype: str | torch.dtype | None, level: str
 ) -> Iterator[tuple[Check, Subject]]:
     """Yield each check with the subject that it shall run for; of a kernel that cannot be loaded only that one."""
-    if level not in LEVELS:
+    if not isinstance(level, str) or level not in LEVELS:
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     device = _device(record, device)
     dtypes = _dtypes(record, device, dtype)
@@ -182,17 +194,14 @@ def _device(record: ImplRecord, device: str | None) -> str:
             if (declared is None or kind in declared) and (kind != "cuda" or torch.cuda.is_available()):
                 return kind
         return "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is not a device: {error}") from error
+    kind = as_device("device", device).type
     if declared is not None and kind not in declared:
         raise ValueError(f"device: {record.name!r} runs on {', '.join(sorted(declared))}, got {device!r}")
     try:
         torch.zeros(1, device=device).item()  # which the meta device has not
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device: {device!r} cannot be used here: {error}") from error
-    return device
+    return str(device)
 
 
 def _dtypes(record: ImplRecord, device: str, dtype: str | torch.dtype | None) -> list[str]:

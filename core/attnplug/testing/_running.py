@@ -25,8 +25,8 @@ def find(name: str) -> ImplRecord:
         ValueError: it cannot run on this machine, or is broken; says why.
     """
     records = {record.name: record for record in attnplug.list_impls()}
-    if name not in records:
-        check_name(name)
+    if not isinstance(name, str) or name not in records:
+        check_name(name, "name")
     loads = records[name].status == "broken" and name in get_registry()  # a kernel, not a plugin: a check says so
     if records[name].status != "available" and not loads:
         raise ValueError(f"implementation {name!r} is {records[name].status}: {records[name].reason}")

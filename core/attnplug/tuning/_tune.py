@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 
+from attnplug._arguments import as_dict, as_float, as_list, expect
 from attnplug._call.facts import CallFacts
 from attnplug._call.kinds import kind_of
 from attnplug._call.machine import device_identity, plugin_versions, runtime_versions
@@ -69,7 +71,7 @@ def tune(
         ['float32 D8, B·H ≤2, S ≤16']
     """
     counts, names = _counted(cases), _candidates(impls)
-    if not seconds > 0:
+    if not as_float("seconds", seconds, "a time") > 0:
         raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
     clocks = {device: clock_for(device) for device in dict.fromkeys(case.device for case in counts)}
     if reason := busy(clocks):
@@ -112,7 +114,14 @@ def choices_from(report: Report | Sequence[Record], counts: Mapping[Case, int] |
         >>> [(choice.impl, choice.gain) for choice in choices_from(records)]
         [('aten_math', 2.0)]
     """
-    records = list(report) if isinstance(report, Report) else ranked(report, DEFAULT)
+    records = as_list("report", report, "a Report or records")
+    for record in records:
+        expect("report", record, Record, "a Report or records")
+    if not isinstance(report, Report):
+        records = ranked(records, DEFAULT)
+    counted: dict[Any, int] = {} if counts is None else as_dict("counts", counts, "how often each case is called")
+    for case in counted:
+        expect("counts", case, Case, "cases as keys")
     order = {name: place for place, name in enumerate(_default_order())}
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     chosen: dict[tuple[str, Kind], Choice] = {}
@@ -121,7 +130,7 @@ def choices_from(report: Report | Sequence[Record], counts: Mapping[Case, int] |
         choice = _choice(kind_of_case(case), measured, created)
         if choice is not None:
             chosen.setdefault((case.device, choice.kind), choice)
-    notes = [*_notes(records), *_shares(chosen, counts or {})]
+    notes = [*_notes(records), *_shares(chosen, counted)]
     return Choices(_tables(chosen, {record.impl for record in records}), tuple(notes))
 
 
@@ -213,7 +222,7 @@ def _counted(cases: str | Case | Iterable[Case]) -> dict[Case, int]:
     if isinstance(cases, Cases):
         counts = dict(cases)
     else:
-        listed = [cases] if isinstance(cases, Case) else list(cases)
+        listed = [cases] if isinstance(cases, Case) else as_list("cases", cases, "cases or the name of a set")
         for case in listed:
             if not isinstance(case, Case):
                 raise BenchError(f"cases: expected cases or the name of a set, got {case!r}")
@@ -228,7 +237,7 @@ def _candidates(impls: str | Iterable[str] | None) -> list[str]:
     order = _default_order()
     if impls is None:
         return [entry.name for entry in start() if not runs_only_where_named(entry.spec)]
-    names = {impls} if isinstance(impls, str) else set(impls)
+    names = [impls] if isinstance(impls, str) else as_list("impls", impls, "names")
     for name in names:
         check_name(name, "impls")
     return [name for name in order if name in names or name == DEFAULT]

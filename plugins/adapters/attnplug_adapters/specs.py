@@ -158,5 +158,5 @@ def _flash_attn3() -> ImplSpec:
         capabilities=FLASH_ATTN3_WHEEL if wheel else FLASH_ATTN3,
         priority=-32,
         requires=("fa3_fwd_interface",) if wheel else ("flash_attn_interface",),
-        install="pip install fa3-fwd, forward only; or build flash-attention/hopper",
+        install="pip install fa3-fwd",  # forward only; docs/adapters/flash_attn3.md says how to build the other
     )

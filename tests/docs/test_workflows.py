@@ -1,0 +1,48 @@
+"""The workflows for GitHub do what `.ci/run` and the Makefile do, on the versions that the project names."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def jobs(workflow: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / ".github/workflows" / workflow).read_text())["jobs"]
+    return found
+
+
+def made(text: str) -> set[str]:
+    return set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE))
+
+
+def made_by(workflow: str) -> set[str]:
+    return made("\n".join(step.get("run", "") for job in jobs(workflow).values() for step in job["steps"]))
+
+
+def test_they_run_what_ci_runs_and_the_makefile_has() -> None:
+    targets = set(re.findall(r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    ci = made((ROOT / ".ci/run").read_text())
+    assert ci and made_by("test.yml") == ci | {"docs", "dist"} <= targets
+    assert made_by("release.yml") == {"dist"}
+
+
+def test_they_cover_each_python_and_the_oldest_and_newest_pytorch() -> None:
+    about = metadata.metadata("attnplug")
+    named = {name.rpartition(" ")[2] for name in about.get_all("Classifier") or () if "Python :: 3." in name}
+    (floor,) = (each.partition(">=")[2] for each in about.get_all("Requires-Dist") or () if each.startswith("torch"))
+    test, dist = (jobs("test.yml")[job]["strategy"]["matrix"] for job in ("test", "dist"))
+    assert set(test["python"]) == named
+    for each in (test["include"], dist["include"]):
+        assert {"newest", f"{floor}.0"} <= {one["torch"] for one in each}
+
+
+def test_a_bug_report_is_asked_for_info_and_explain() -> None:
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
+    labels = " ".join(part["attributes"]["label"] for part in form["body"])
+    assert "`attnplug info`" in labels and "attnplug.explain" in labels
