@@ -1,8 +1,8 @@
 """The path of one eager call.
 
 Two routes, after the one that `_api` takes when PyTorch's own function can simply run: *kept*, where the facts of
-the call are those of a decision that was made before, and *decided*, where every argument is checked, the call is
-brought into the one form that kernels know, and the candidates are asked.
+the call are those of a decision that was made before, and *decided*, where the candidates are asked. A call in the form
+that kernels know is decided from its facts; of any other every argument is checked, and it is brought into that form.
 """
 
 from __future__ import annotations

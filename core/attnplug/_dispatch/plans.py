@@ -74,12 +74,12 @@ class Plan:
         self.simple = not self.unfused and _is_simple(decision, self.grad, facts)
         kernel = decision.kernel
         self.plain: Callable[..., Result] | None = kernel.plain if self.simple else None
-        self._forward = kernel.forward
+        self._forward: Callable[[SDPAParams], Result] = kernel.forward  # of one that is simple: it saves nothing
 
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
         if thread.state.watched:
-            return among_watchers(self.decision, params, self._profiled)(params)  # type: ignore[no-any-return]
+            return among_watchers(self.decision, params, self._profiled)(params)
         return self._profiled(params)
 
     def _profiled(self, params: SDPAParams) -> Result:
@@ -121,7 +121,7 @@ class Plan:
         run = among_watchers(self.decision, params, as_it_is)
         if run is as_it_is:
             return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]
-        return run(params)  # type: ignore[no-any-return]
+        return run(params)
 
     def _run_plain(self, params: SDPAParams) -> Result:
         given = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
@@ -129,7 +129,7 @@ class Plan:
 
     def _run(self, params: SDPAParams) -> Result:
         if self.simple and not any_autocast():
-            return self._forward(params)  # type: ignore[no-any-return]
+            return self._forward(params)
         if self.unfused and unfused_warnings_wanted():
             warn_unfused(self.decision)
         entry, kernel = self.decision.entry, self.decision.kernel
@@ -163,7 +163,7 @@ class ByChoice:
 def find(impl: str | None, facts: CallFacts, params: SDPAParams) -> Plan | None:
     """Return the plan that is kept for a call, if there is one. 0.5 us."""
     who = who_decides(impl)
-    plan = plans.get((who, facts))
+    plan: Any = plans.get((who, facts))
     if type(plan) is ByChoice:
         plan = plan.find(params)
     if plan is BY_LAYOUT:

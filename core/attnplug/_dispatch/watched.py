@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attnplug._dispatch.resolver import Decision
 from attnplug._run.operator import ARGUMENTS, arguments_of, params_from
@@ -16,10 +17,10 @@ from attnplug._selection.watching import TENSORS, RecordedCall, Watcher
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend
 
+Run = Callable[[SDPAParams], tuple[Tensor, Tensor | None]]
 
-def among_watchers(
-    decision: Decision, params: SDPAParams, run: Callable[[SDPAParams], Any], whole: bool = True
-) -> Callable[[SDPAParams], Any]:
+
+def among_watchers(decision: Decision, params: SDPAParams, run: Run, whole: bool = True) -> Run:
     """Tell those who watch this thread of an eager call, and return what runs it: `run`, or those who stand around it.
 
     The one that came first is nearest to the kernel. Who compares tensors is left out where they are not the `whole`
@@ -34,7 +35,7 @@ def among_watchers(
     return run
 
 
-def _around(watcher: Watcher, call: RecordedCall, run: Callable[[SDPAParams], Any]) -> Callable[[SDPAParams], Any]:
+def _around(watcher: Watcher, call: RecordedCall, run: Run) -> Run:
     return lambda params: watcher.around(call, params, run)
 
 

@@ -77,7 +77,7 @@ class Ring:
         lse = query.new_empty(params.lse_shape, dtype=params.lse_dtype)
         return out, lse, torch.empty(3, dtype=torch.int64)
 
-    def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return `out`, `lse` and what backward must know: the kernel, whether it saves tensors, and the seed."""
         grad = any(tensor is not None and tensor.requires_grad for tensor in tensors_of(params)[: len(DIFFERENTIABLE)])
         with reporting(self.group), torch.no_grad():
