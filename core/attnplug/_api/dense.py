@@ -15,10 +15,11 @@ from torch.overrides import handle_torch_function
 from attnplug._call.facts import UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import Plan, params_of, who_decides
+from attnplug._dispatch.plans import Plan, who_decides
 from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
+from attnplug._params import params_of
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
@@ -197,6 +198,7 @@ def scaled_dot_product_attention(
         and type(dropout_p) in _NUMBERS
         and dropout_p < 1.0
         and (enable_gqa is False or enable_gqa is True)
+        and (type(query) is Tensor or isinstance(query, Tensor))
         and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (query.get_device() < 0 or _are_aligned(query, key, value))

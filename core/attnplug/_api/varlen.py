@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import params_of
+from attnplug._params import params_of
 from attnplug._selection.state import thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams

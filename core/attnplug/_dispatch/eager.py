@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnplug._call.autocast import any_autocast, autocasted
@@ -24,8 +25,10 @@ from attnplug._call.prepare import (
     prepare_varlen,
 )
 from attnplug._call.validate_varlen import check_lengths
-from attnplug._dispatch.plans import Plan, Result, find, make, params_of, with_four_dimensions
+from attnplug._dispatch import traced
+from attnplug._dispatch.plans import Plan, Result, find, make, with_four_dimensions
 from attnplug._dispatch.recognised import remember
+from attnplug._params import params_of
 from attnplug._selection.state import start
 from attnplug._types import SDPAParams
 
@@ -56,6 +59,8 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
         if params.scale is None:
             params.__dict__["scale"] = plan.scale
         return plan.run(params)
+    if _is_symbolic(params):
+        return traced.varlen(params, impl)
     _check_impl(impl)
     prepared = prepare_varlen(params)
     if is_empty(prepared):
@@ -72,7 +77,7 @@ def _planned(params: SDPAParams, impl: str | None) -> Plan | None:
     if isinstance(mask, Tensor) and not is_causal_bias(mask):
         fields["attn_mask"] = with_four_dimensions(mask)
     facts, plan = _kept(params, impl)
-    if facts is None or (plan is None and not facts.are_of_known_dtypes):
+    if facts is None or (plan is None and (not facts.are_of_known_dtypes or _is_symbolic(params))):
         fields["attn_mask"] = mask
         return None
     fields["enable_gqa"] = facts.heads != facts.kv_heads
@@ -114,6 +119,8 @@ def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
 
 def _decided(params: SDPAParams, impl: str | None) -> Result:
     """Check every argument, bring the call into the one form that kernels know, and decide."""
+    if _is_symbolic(params):
+        return traced.dense(params, impl)
     _check_impl(impl)
     prepared, rows = prepare_dense(params)
     if prepared.query.is_nested:
@@ -133,6 +140,15 @@ def _plan(prepared: SDPAParams, impl: str | None) -> Plan:
     facts = CallFacts.of(prepared)
     assert facts is not None, prepared
     return find(impl, facts, prepared) or make(impl, facts, prepared)
+
+
+def _is_symbolic(params: SDPAParams) -> bool:
+    """Whether a size is a symbol, as `make_fx(..., tracing_mode="symbolic")` has it: no decision is kept under one."""
+    given = (params.query, params.key, params.value)
+    tensors = (
+        tensor for tensor in given if isinstance(tensor, Tensor) and not tensor.is_nested
+    )  # jagged ones have some
+    return any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape)
 
 
 def _check_impl(impl: Any) -> None:

@@ -18,6 +18,7 @@ from attnplug._dispatch.ranges import in_range, is_profiled
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
 from attnplug._dispatch.watched import among_watchers
+from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
 from attnplug._run.contract import declares
@@ -35,16 +36,6 @@ Result = tuple[Tensor, Tensor | None]
 KEPT = 4096
 plans: dict[Hashable, Any] = {}
 is_deterministic = torch._C._get_deterministic_algorithms
-
-
-def params_of(fields: dict[str, Any]) -> SDPAParams:
-    """Build the record of a call without the frozen dataclass's `__init__`, which costs more than the rest.
-
-    Fields that are not given read as the class's defaults.
-    """
-    params = object.__new__(SDPAParams)
-    object.__setattr__(params, "__dict__", fields)
-    return params
 
 
 def with_four_dimensions(mask: Tensor) -> Tensor:
@@ -133,12 +124,12 @@ class Plan:
         if self.unfused and unfused_warnings_wanted():
             warn_unfused(self.decision)
         entry, kernel = self.decision.entry, self.decision.kernel
+        if is_transformed():
+            return run_transformed(entry, params)
         if not kernel.composite and is_watched(params.query) and not params.query.is_nested:
             if is_sharded(params.query) and not params.is_varlen:
                 return run_sharded(params, lambda local: run(entry, local, self.grad))
             return operator_of(entry).run(params)
-        if is_transformed():
-            return run_transformed(entry, params)
         return run(entry, params, self.grad)
 
 
