@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 """Private to PyTorch: where a release has none, or another, nothing is recognised, and facts decide as ever."""
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
+PLAIN = (Tensor, torch.nn.Parameter)
 SEVERAL = 8
 """How many kinds of tensors are recognised for each way to call; others are decided by their facts."""
 
@@ -90,7 +90,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None)
         or len(others) >= SEVERAL
         or plan.decision.shape_dependent
         or is_transformed()
-        or not PLAIN.issuperset(map(type, tensors))
+        or not {*map(type, tensors)}.issubset(PLAIN)
         or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         or (mask is not None and mask.dim() < 2)
         or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))
