@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-import timeit
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def measure(quick: bool) -> Iterator[Result]:
     steps, rounds = (8, 2) if quick else (512, 100)
     torch.set_num_threads(1)
     ours, theirs = attnplug.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    operator = torch._scaled_dot_product_flash_attention_for_cpu
     loops: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "default": (ours, theirs),
         "impl='torch'": (lambda *tensors: ours(*tensors, impl="torch"), lambda *tensors: theirs(*tensors)),
@@ -35,25 +35,29 @@ def measure(quick: bool) -> Iterator[Result]:
     constant = [(query, key[:, :, : steps // 2], value[:, :, : steps // 2])] * steps
     with torch.no_grad():
         for name, (call, baseline) in loops.items():
-            added: dict[str, list[float]] = {"growing": [], "constant": []}
+            turns: dict[tuple[str, str], list[list[float]]] = {}
             for _ in range(rounds):
                 for kind, calls in (("growing", growing), ("constant", constant)):
                     if kind == "growing":
                         forget()
-                    added[kind].append((seconds(call, calls) - seconds(baseline, calls)) / steps)
-            mean, cached = (statistics.median(added[kind]) for kind in ("growing", "constant"))
+                    turns.setdefault((kind, "ours"), []).append(each(call, calls))
+                    turns.setdefault((kind, "theirs"), []).append(each(baseline, calls))
+            taken = {key: sum(map(statistics.median, zip(*taken, strict=True))) / steps for key, taken in turns.items()}
+            mean, cached = (taken[kind, "ours"] - taken[kind, "theirs"] for kind in ("growing", "constant"))
             details = {"us": mean * 1e6, "cached us": cached * 1e6, "steps": steps}
             yield Result(
                 f"decode loop, {name}: mean overhead / cached overhead", mean / cached, "ratio", 1.2, 1.0, details
             )
 
 
-def seconds(call: Callable[..., Any], calls: list[Any]) -> float:
-    def loop() -> None:
-        for tensors in calls:
-            call(*tensors)
-
-    return timeit.timeit(loop, number=1)
+def each(call: Callable[..., Any], calls: list[Any]) -> list[float]:
+    """Return the seconds of each step: the medians over the rounds are added up, step by step."""
+    seconds = []
+    for tensors in calls:
+        start = perf_counter()
+        call(*tensors)
+        seconds.append(perf_counter() - start)
+    return seconds
 
 
 def forget() -> None:

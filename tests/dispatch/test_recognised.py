@@ -125,6 +125,15 @@ CHANGES: dict[str, Change] = {
     "a boolean mask": lambda: ((Q, K, V, MASK > 0), {}),
     "a mask on another device": lambda: ((Q, K, V, MASK.to("meta")), {}),
     "a mask for one query": lambda: ((Q[:, :, :1], K, V, MASK[:, :, :1]), {}),
+    "a mask that wants a gradient": lambda: ((Q, K, V, MASK.clone().requires_grad_()), {}),
+    "a mask of another dtype than the queries": lambda: ((Q.double(), K.double(), V.double(), MASK), {}),
+    "a mask and a scale below zero": lambda: ((Q, K, V, MASK), {"scale": -1.0}),
+    "a causal mask and another": lambda: ((Q, K, V, MASK), {"is_causal": True}),
+    "groups of one head": lambda: ((Q, K, V), {"enable_gqa": True}),
+    "groups of one head, three dimensions": lambda: ((Q[0], K[0], V[0]), {"enable_gqa": True}),
+    "an integer for a probability": lambda: ((Q, K, V), {"dropout_p": 0}),
+    "an array for a number": lambda: ((Q, K, V), {"softcap": torch.ones(3)}),
+    "an array for a probability": lambda: ((Q, K, V), {"dropout_p": torch.ones(3)}),
     "a window": lambda: ((Q, K, V), {"window_size": (2, 2)}),
 }
 
@@ -192,6 +201,8 @@ def test_what_is_around_a_call_counts(around: str, impl: str) -> None:
     calls: dict[str, Change] = {
         "plain": lambda: ((Q, K, V), {}),
         "half": lambda: (half, {}),
+        "masked": lambda: ((Q, K, V, MASK), {}),
+        "half, masked": lambda: ((*half, MASK.bfloat16()), {}),
         "recorded": lambda: ((RECORDED, K, V), {}),
     }
     expected = {}
@@ -218,6 +229,22 @@ def test_transforms_see_through_calls_that_were_made_before(impl: str) -> None:
     query = Q.clone().requires_grad_()
     attend(query, K, V, impl=impl).sum().backward()
     torch.testing.assert_close(gradient, query.grad)
+
+
+def test_a_decode_loop_decides_once_wherever_its_lengths_are_equal() -> None:
+    asked = []
+
+    class Asked(Opaque):
+        @staticmethod
+        def supports(params: SDPAParams) -> None:
+            asked.append(params)
+
+    attnplug.register_impl(ImplSpec(name="asked", kernel=Asked, backend=None))
+    for length in (1, 2, 3, 1, 6):
+        attnplug.scaled_dot_product_attention(Q[:, :, :1], K[:, :, :length], V[:, :, :length], impl="asked")
+        attnplug.scaled_dot_product_attention(Q, K, V, impl="asked", enable_gqa=True)
+    attnplug.unregister_impl("asked")
+    assert len(asked) == 1
 
 
 def test_a_shape_dependent_kernel_is_asked_again_for_every_shape() -> None:

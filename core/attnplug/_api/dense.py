@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
@@ -18,6 +19,7 @@ from attnplug._dispatch.plans import Plan, who_decides
 from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
+from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._selection.watching import wished
@@ -25,6 +27,8 @@ from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalVariant as TorchVariant
+
+_NUMBERS = (float, int)  # exactly: True is not 1 here
 
 
 @overload
@@ -157,38 +161,48 @@ def scaled_dot_product_attention(
         sinks is None
         and alibi_slopes is None
         and seqused_k is None
+        and type(softcap) is float
         and softcap == 0.0
         and (window_size is OPEN_WINDOW or _is_open(window_size))
         and causal_variant is UPPER_LEFT
     )
     # While measured choices are in use, one look-up says whether PyTorch's function or which kernel takes such a call.
-    quick: Any = None
-    if process.choices is not None and plain and process.plain and impl is None and state.scope is None:
-        unwatched = not (state.watched or is_profiled())
-        if attn_mask is None and scale is None and dropout_p == 0.0 and return_lse is False and unwatched:
-            quick = answer(query, key, value, is_causal, enable_gqa)
+    passes = False
+    if (
+        process.choices is not None
+        and plain
+        and process.plain
+        and impl is None
+        and state.scope is None
+        and attn_mask is None
+        and (scale is None or (type(scale) is float and 0.0 < scale < inf))
+        and type(dropout_p) in _NUMBERS
+        and dropout_p == 0.0
+        and return_lse is False
+        and not is_dynamo_compiling()
+        and not (state.watched or _profiler_enabled())
+    ):
+        quick: Any = answer(query, key, value, is_causal, enable_gqa)
+        passes = quick is PASS or (quick is PASS_IF_ALIGNED and _are_aligned(query, key, value))
         if type(quick) is Plan and holds(quick, query, key, value):
-            return quick.plain(query, key, value, 0.0, is_causal, None, enable_gqa)[0]  # type: ignore[misc]
+            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
     # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
-    if (
-        quick is PASS
-        or (quick is PASS_IF_ALIGNED and _are_aligned(query, key, value))
-        or (
-            plain
-            and process.plain
-            and return_lse is False
-            and (state.torch_first if impl is None else impl == "torch")
-            and (process.choices is None or impl is not None)
-            and not (state.watched or is_profiled())
-            and (scale is None or (type(scale) is float and 0.0 < scale < inf))
-            and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
-            and (enable_gqa is False or enable_gqa is True)
-            and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
-            and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
-            and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-            and (query.get_device() < 0 or _are_aligned(query, key, value))
-        )
+    if passes or (
+        plain
+        and process.plain
+        and return_lse is False
+        and (state.torch_first if impl is None else type(impl) is str and impl == "torch")
+        and (process.choices is None or impl is not None)
+        and not (state.watched or is_profiled())
+        and (scale is None or (type(scale) is float and 0.0 < scale < inf))
+        and type(dropout_p) in _NUMBERS
+        and dropout_p < 1.0
+        and (enable_gqa is False or enable_gqa is True)
+        and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
+        and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
+        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
+        and (query.get_device() < 0 or _are_aligned(query, key, value))
     ):
         try:
             if scale is None and not enable_gqa:
@@ -211,13 +225,20 @@ def scaled_dot_product_attention(
         and (enable_gqa is False or enable_gqa is True)
         and (return_lse is False or return_lse is True)
         and (scale is None or type(scale) is float)
-        and type(dropout_p) is float
+        and type(dropout_p) in _NUMBERS
     ):
         way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None
-        found = recognise(known.get(way, ()), query, key, value, attn_mask)
-        if found is not None and found.plain is not None and attn_mask is None and not (state.watched or is_profiled()):
-            out, lse = found.plain(query, key, value, dropout_p, is_causal, scale, enable_gqa)
-            return (out, lse) if return_lse else out
+        candidates = known.get(way)
+        if candidates is not None:
+            found = recognise(candidates, query, key, value, attn_mask)
+            if found is not None and found.plain is not None and not _profiler_enabled():
+                if state.watched:
+                    out, lse = found.watched_plain(
+                        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse
+                    )
+                else:
+                    out, lse = found.plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+                return (out, lse) if return_lse else out
     compiling = is_compiling()
     if not compiling and type(query) not in PLAIN and is_symbolic(query):
         return handle_torch_function(
@@ -268,9 +289,9 @@ def scaled_dot_product_attention(
     elif compiling:
         out, lse = traced.dense(SDPAParams(**fields), impl)
     elif found is not None:
-        out, lse = found.run_as_given(eager.params_of(fields))
+        out, lse = found.run_as_given(params_of(fields))
     else:
-        out, lse = eager.dense(eager.params_of(fields), impl, way)
+        out, lse = eager.dense(params_of(fields), impl, way)
     return (out, lse) if return_lse else out
 
 

@@ -12,6 +12,7 @@ from attnplug._api.dense import is_symbolic
 from attnplug._call.prepare import prepare_varlen
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.recognised import PLAIN
+from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import thread
 from attnplug._selection.watching import wished
@@ -208,5 +209,5 @@ def varlen_attn(
     elif compiling:
         out, lse = traced.varlen(SDPAParams(**fields), impl)
     else:
-        out, lse = eager.varlen(eager.params_of(fields), impl)
+        out, lse = eager.varlen(params_of(fields), impl)
     return (out, lse) if return_lse else out

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnplug._call.validate import check_extras
+from attnplug._call.validate import FLOATING, check_extras
 from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
 UPPER_LEFT = CausalVariant.UPPER_LEFT
@@ -76,10 +76,9 @@ class CallFacts(NamedTuple):
     value_head_size: int
     heads: int
     kv_heads: int
-    square: bool  # surely as many queries as keys
+    square: bool  # surely as many queries as keys, or positions do not count: no causal mask, window or ALiBi
     recorded: bool  # by autograd, for query, key or value
     is_causal: bool
-    enable_gqa: bool
     dropout: bool
     mask: TensorFacts | None
     extensions: Extensions | None
@@ -95,74 +94,53 @@ class CallFacts(NamedTuple):
         Raises:
             TypeError, ValueError: sinks, alibi_slopes or seqused_k are wrong.
         """
-        return facts_of(
-            params.query,
-            params.key,
-            params.value,
-            params.attn_mask,
-            params.dropout,
-            params.is_causal,
-            params.scale,
-            params.enable_gqa,
-            params.return_lse,
-            None if _is_plain(params) else params,
+        query, key, value, mask = params.query, params.key, params.value, params.attn_mask
+        is_causal, enable_gqa, scale, dropout = params.is_causal, params.enable_gqa, params.scale, params.dropout
+        dtype, device = query.dtype, query.device
+        if (
+            key.dtype is not dtype
+            or value.dtype is not dtype
+            or key.device != device
+            or value.device != device
+            or not (is_causal is False or is_causal is True)
+            or not (enable_gqa is False or enable_gqa is True)
+            or not (scale is None or (type(scale) in _NUMBERS and -(2.0**63) < scale < 2.0**63))
+            or not (type(dropout) in _NUMBERS and 0.0 <= dropout <= 1.0)
+        ):
+            return None
+        packed = params.is_varlen
+        sizes = packed_sizes(query, key, value, enable_gqa) if packed else dense_sizes(query, key, value, enable_gqa)
+        if sizes is None or not (
+            query.layout is key.layout is value.layout is _STRIDED
+        ):  # sparse and jagged ones have sizes
+            return None
+        grad = _is_recording()
+        facts_of_mask = None
+        if mask is not None:
+            if not _is_regular_mask(mask, query, key):
+                return None
+            facts_of_mask = TensorFacts(mask.dtype, grad and mask.requires_grad)
+        if _is_plain(params):
+            extensions = LSE_ALONE if params.return_lse else None
+            square = not is_causal or sizes[4]
+        else:
+            if not _are_regular_extensions(params):
+                return None
+            extensions = _extensions(params, sizes[2], grad)
+            positions = is_causal or params.alibi_slopes is not None or params.window_size != OPEN_WINDOW
+            square = not positions or (params.seqused_k is None and sizes[4])
+        recorded = grad and (query.requires_grad or key.requires_grad or value.requires_grad)
+        drops = True if dropout > 0.0 else False  # noqa: SIM210  (a trace makes a constant of a branch)
+        return _new(
+            CallFacts,
+            (device, dtype, *sizes[:4], square, recorded, is_causal, drops, facts_of_mask, extensions, None),
         )
 
-
-def facts_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    return_lse: bool,
-    extended: SDPAParams | None = None,
-) -> CallFacts | None:
-    """Do what `CallFacts.of` does, for a call that was not put into a record yet; about 1.5 us.
-
-    `extended` is the record of a call that asks for something beyond PyTorch's own arguments and an lse.
-    """
-    dtype, device = query.dtype, query.device
-    if (
-        key.dtype is not dtype
-        or value.dtype is not dtype
-        or key.device != device
-        or value.device != device
-        or not (is_causal is False or is_causal is True)
-        or not (enable_gqa is False or enable_gqa is True)
-        or not (scale is None or (type(scale) in _NUMBERS and -(2.0**63) < scale < 2.0**63))
-        or not (type(dropout) in _NUMBERS and 0.0 <= dropout <= 1.0)
-    ):
-        return None
-    varlen = extended is not None and extended.is_varlen
-    sizes = packed_sizes(query, key, value, enable_gqa) if varlen else dense_sizes(query, key, value, enable_gqa)
-    if sizes is None or not (
-        query.layout is key.layout is value.layout is _STRIDED
-    ):  # sparse and jagged ones have sizes
-        return None
-    grad = _is_recording()
-    facts_of_mask = None
-    if mask is not None:
-        if not _is_regular_mask(mask, query, key):
-            return None
-        facts_of_mask = TensorFacts(mask.dtype, grad and mask.requires_grad)
-    if extended is not None:
-        if not _are_regular_extensions(extended):
-            return None
-        extensions = _extensions(extended, sizes[2], grad)
-        if extended.seqused_k is not None:
-            sizes = (*sizes[:4], False)
-    else:
-        extensions = LSE_ALONE if return_lse else None
-    recorded = grad and (query.requires_grad or key.requires_grad or value.requires_grad)
-    drops = True if dropout > 0.0 else False  # noqa: SIM210  (a trace makes a constant of a branch)
-    return _new(
-        CallFacts,
-        (device, dtype, *sizes, recorded, is_causal, enable_gqa, drops, facts_of_mask, extensions, None),
-    )
+    @property
+    def are_of_known_dtypes(self) -> bool:
+        """Whether there are kernels for such dtypes: all else that can be wrong was compared by `of`."""
+        mask = self.mask
+        return self.dtype in FLOATING and (mask is None or mask.dtype in (torch.bool, self.dtype, torch.float32))
 
 
 def _is_plain(params: SDPAParams) -> bool:
@@ -295,7 +273,6 @@ def nested_facts(params: SDPAParams) -> CallFacts:
         square=False,
         recorded=params.needs_grad,
         is_causal=params.is_causal,
-        enable_gqa=params.enable_gqa,
         dropout=params.dropout > 0,
         mask=None,
         extensions=NO_EXTENSIONS._replace(nested=True),
@@ -333,7 +310,7 @@ def example(call: CallFacts) -> SDPAParams:
             None if call.mask is None else make(3, *call.mask),
             0.5 if call.dropout else 0.0,
             call.is_causal,
-            call.enable_gqa,
+            call.heads != call.kv_heads,
             scale=1.0 / sqrt(call.head_size),
             causal_variant=CausalVariant(more.causal_variant),
             window_size=more.window_size,

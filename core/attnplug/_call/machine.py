@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from importlib_metadata import PackageNotFoundError, version
 
 from attnplug._call.device import architecture_name
 from attnplug._registry.registry import Registry
@@ -53,6 +52,8 @@ def plugin_versions(registry: Registry) -> dict[str, str]:
 
 
 def _installed(name: str) -> str | None:
+    from importlib_metadata import PackageNotFoundError, version  # 20 ms that attention need not pay
+
     try:
         return str(version(name))
     except PackageNotFoundError:

@@ -16,28 +16,27 @@ def features(call: CallFacts) -> frozenset[Feature]:
     mask, more = call.mask, call.extensions or NO_EXTENSIONS
     if more.nested:
         return frozenset({Feature.NESTED})
-    asked = {
-        Feature.BOOLEAN_MASK: mask is not None and mask.dtype == torch.bool,
-        Feature.ADDITIVE_MASK: mask is not None and mask.dtype != torch.bool,
-        Feature.MASK_GRADIENT: mask is not None and mask.wants_grad,
-        Feature.CAUSAL: call.is_causal,
-        Feature.WINDOW: more.window_size != OPEN_WINDOW,
-        Feature.SOFTCAP: more.softcap,
-        Feature.SINKS: more.sinks is not None,
-        Feature.SINKS_GRADIENT: more.sinks is not None and more.sinks.wants_grad,
-        Feature.ALIBI: more.slopes > 0,
-        Feature.DROPOUT: call.dropout,
-        Feature.GQA: call.heads != call.kv_heads,
-        Feature.VALUE_HEAD_SIZE: call.value_head_size != call.head_size,
-        Feature.LSE: more.return_lse,
-        Feature.SEQUSED_K: more.seqused,
-        Feature.VARLEN: more.varlen,
-        Feature.PAGED: more.paged,
-    }
-    if not call.square and (call.is_causal or more.slopes or more.window_size != OPEN_WINDOW):
-        asked[Feature.LOWER_RIGHT] = more.causal_variant == CausalVariant.LOWER_RIGHT
-        asked[Feature.UPPER_LEFT] = more.causal_variant == CausalVariant.UPPER_LEFT
-    return frozenset(feature for feature, wanted in asked.items() if wanted)
+    asked = [
+        (Feature.BOOLEAN_MASK, mask is not None and mask.dtype == torch.bool),
+        (Feature.ADDITIVE_MASK, mask is not None and mask.dtype != torch.bool),
+        (Feature.MASK_GRADIENT, mask is not None and mask.wants_grad),
+        (Feature.CAUSAL, call.is_causal),
+        (Feature.LOWER_RIGHT, not call.square and more.causal_variant == CausalVariant.LOWER_RIGHT),
+        (Feature.UPPER_LEFT, not call.square and more.causal_variant == CausalVariant.UPPER_LEFT),
+        (Feature.WINDOW, more.window_size != OPEN_WINDOW),
+        (Feature.SOFTCAP, more.softcap),
+        (Feature.SINKS, more.sinks is not None),
+        (Feature.SINKS_GRADIENT, more.sinks is not None and more.sinks.wants_grad),
+        (Feature.ALIBI, more.slopes > 0),
+        (Feature.DROPOUT, call.dropout),
+        (Feature.GQA, call.heads != call.kv_heads),
+        (Feature.VALUE_HEAD_SIZE, call.value_head_size != call.head_size),
+        (Feature.LSE, more.return_lse),
+        (Feature.SEQUSED_K, more.seqused),
+        (Feature.VARLEN, more.varlen),
+        (Feature.PAGED, more.paged),
+    ]
+    return frozenset([feature for feature, wanted in asked if wanted])
 
 
 def needs_grad(call: CallFacts) -> bool:
@@ -70,8 +69,8 @@ def _lacking_one(part: Capabilities, call: CallFacts, dtype: str, asked: frozens
         reasons += _head_size(call.head_size, part.head_sizes)
     if not part.dense and Feature.VARLEN not in asked:
         reasons.append("takes variable-length calls alone (varlen_attn)")
-    missing = asked - frozenset(part.features)
-    reasons += [f"does not support {feature.value}" for feature in Feature if feature in missing]
+    if missing := asked.difference(part.features):
+        reasons += [f"does not support {feature.value}" for feature in Feature if feature in missing]
     if call.device.type == "cuda":
         reasons += _architecture(part, call.device)
     return tuple(reasons)

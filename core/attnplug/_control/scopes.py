@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Generator, Hashable
 from typing import Any, TypeVar
 
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from attnplug._errors import ScopeError
 from attnplug._selection.selection import describe_scope, parse_scope
@@ -54,7 +54,9 @@ class sdpa_kernel:
 
     def __enter__(self) -> sdpa_kernel:
         state, block = thread.state, self.block
-        if is_compiling():  # a graph puts back what it found, and rebuilds tuples: blocks would lose their identity
+        if (
+            is_dynamo_compiling()
+        ):  # a graph puts back what it found, and rebuilds tuples: blocks would lose their identity
             self._outer = state.scope, state.torch_first
         else:  # no call from here on: an interrupt cannot come between, and what is entered is always left
             state.scopes = (*state.scopes, block)
@@ -108,7 +110,7 @@ def _parsed(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
 
     The key holds types because 0 equals False and MATH. About 0.6 us.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         plain = tuple(item if isinstance(item, str) else int(item) for item in _listed(backends))
         return _parsed_outside(plain, set_priority)
     registry = process.registry or start()
@@ -158,7 +160,7 @@ def run_in(block: Block, function: Callable[..., Any], /, *args: Any, **kwargs: 
     and here nothing is called to leave.
     """
     state = thread.state
-    if is_compiling():
+    if is_dynamo_compiling():
         outer = state.scope, state.torch_first
         state.scope, state.torch_first = block
         try:

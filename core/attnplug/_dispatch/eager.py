@@ -1,8 +1,8 @@
 """The path of one eager call.
 
 Two routes, after the one that `_api` takes when PyTorch's own function can simply run: *kept*, where the facts of
-the call are those of a decision that was made before, and *decided*, where every argument is checked, the call is
-brought into the one form that kernels know, and the candidates are asked.
+the call are those of a decision that was made before, and *decided*, where the candidates are asked. A call in the form
+that kernels know is decided from its facts; of any other every argument is checked, and it is brought into that form.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from torch import Tensor
 
 from attnplug._call.autocast import any_autocast, autocasted
 from attnplug._call.facts import CallFacts, nested_facts
-from attnplug._call.prepare import empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
+from attnplug._call.prepare import (
+    default_scale,
+    empty,
+    is_causal_bias,
+    is_empty,
+    own_terms,
+    prepare_dense,
+    prepare_varlen,
+)
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import traced
 from attnplug._dispatch.plans import Plan, Result, find, make, with_four_dimensions
 from attnplug._dispatch.recognised import remember
-from attnplug._params import params_of as params_of
+from attnplug._params import params_of
 from attnplug._selection.state import start
 from attnplug._types import SDPAParams
 
@@ -30,11 +38,10 @@ def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
     given = params
     if any_autocast():
         params = autocasted(params)
-    query = params.query
+    query, mask = params.query, params.attn_mask
     if isinstance(query, Tensor) and query.dim() == 3 and not query.is_nested:
         return _lifted(params, impl) or _decided(params, impl)
-    mask = params.attn_mask
-    plan = _kept(params, impl)
+    plan = _planned(params, impl)
     if plan is None:
         return _decided(params, impl)
     if way is not None and given is params:
@@ -46,9 +53,11 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     """Run one variable-length call. What its lengths may have wrong is checked each time."""
     if any_autocast():
         params = autocasted(params)
-    plan = _kept(params, impl)
+    _, plan = _kept(params, impl)
     if plan is not None:
         check_lengths(params)
+        if params.scale is None:
+            params.__dict__["scale"] = plan.scale
         return plan.run(params)
     if _is_symbolic(params):
         return traced.varlen(params, impl)
@@ -59,37 +68,50 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     return _plan(prepared, impl).run(prepared)
 
 
-def _kept(params: SDPAParams, impl: str | None) -> Plan | None:
-    """Return the plan kept for a call, whose mask gets four dimensions, and whose scale its default."""
-    mask = params.attn_mask
-    try:
-        if mask is not None:
-            if is_causal_bias(mask):
-                return None
-            if mask.dim() < 4 == params.query.dim():
-                params.__dict__["attn_mask"] = with_four_dimensions(mask)
-        facts = CallFacts.of(params)
-        plan = None if facts is None else find(impl, facts, params)
-    except (AttributeError, TypeError):  # no tensor, or something unhashable: the decided route has words for it
+def _planned(params: SDPAParams, impl: str | None) -> Plan | None:
+    """Return the plan of a dense call, kept or made now; None if the call is not in the form that kernels know.
+
+    Its mask gets four dimensions and its scale the default, and it says `enable_gqa` only if heads are grouped.
+    """
+    mask, fields = params.attn_mask, params.__dict__
+    if isinstance(mask, Tensor) and not is_causal_bias(mask):
+        fields["attn_mask"] = with_four_dimensions(mask)
+    facts, plan = _kept(params, impl)
+    if facts is None or (plan is None and (not facts.are_of_known_dtypes or _is_symbolic(params))):
+        fields["attn_mask"] = mask
         return None
+    fields["enable_gqa"] = facts.heads != facts.kv_heads
     if plan is None:
-        params.__dict__["attn_mask"] = mask
-    elif params.scale is None:
-        params.__dict__["scale"] = plan.scale
+        _check_impl(impl)
+        if params.scale is None:
+            fields["scale"] = default_scale(params.query)
+        return make(impl, facts, params)
+    if params.scale is None:
+        fields["scale"] = plan.scale
     return plan
 
 
+def _kept(params: SDPAParams, impl: str | None) -> tuple[CallFacts | None, Plan | None]:
+    """Return the facts of a call, if it is in the form that kernels know, and the plan kept for it, if there is one."""
+    try:
+        facts = CallFacts.of(params)
+        return facts, None if facts is None else find(impl, facts, params)
+    except (AttributeError, TypeError):  # no tensor, or something unhashable: the decided route has words for it
+        return None, None
+
+
 def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
-    """Run a call of three dimensions as one of four, if that one is kept."""
+    """Run a call of three dimensions as one of four, if it is in the form that kernels know then."""
     query, key, value = params.query, params.key, params.value
     if not (isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == value.dim() == 3):
         return None
     four = {"query": query.unsqueeze(0), "key": key.unsqueeze(0), "value": value.unsqueeze(0)}
     lifted = params_of(params.__dict__ | four)
-    plan = _kept(lifted, impl)
+    plan = _planned(lifted, impl)
     if plan is None:
         return None
     if plan.decision.kernel.any_form:
+        params.__dict__["enable_gqa"] = lifted.enable_gqa
         return plan.run(params)
     out, lse = plan.run(lifted)
     return out.squeeze(0), lse if lse is None else lse.squeeze(0)

@@ -17,7 +17,8 @@ from attnplug._dispatch.measured import applies, tell, tree_of
 from attnplug._dispatch.ranges import in_range, is_profiled
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
-from attnplug._dispatch.watched import run_watched
+from attnplug._dispatch.watched import among_watchers
+from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
 from attnplug._run.contract import declares
@@ -26,7 +27,7 @@ from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
 from attnplug._selection.trees import Tree, walked
-from attnplug._selection.watching import RecordedCall, decided
+from attnplug._selection.watching import decided
 from attnplug._types import Feature, SDPAParams, SDPBackend
 
 Result = tuple[Tensor, Tensor | None]
@@ -37,8 +38,11 @@ is_deterministic = torch._C._get_deterministic_algorithms
 
 
 def with_four_dimensions(mask: Tensor) -> Tensor:
-    """Return a mask of fewer dimensions as a view of four."""
-    return mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
+    """Return a mask of fewer dimensions as a view of four, and any other as it is."""
+    missing = 4 - mask.dim()
+    if missing <= 0 or mask.is_nested or mask.layout is not torch.strided:
+        return mask
+    return mask.view(*(1,) * missing, *mask.shape)
 
 
 class Plan:
@@ -60,40 +64,62 @@ class Plan:
         self.simple = not self.unfused and _is_simple(decision, self.grad, facts)
         kernel = decision.kernel
         self.plain: Callable[..., Result] | None = kernel.plain if self.simple else None
-        self._forward, self._family = kernel.forward, kernel.family
-        self._told: dict[Any, RecordedCall] = {}  # what was said of such calls
-        self._device = str(facts.device)
+        self._forward: Callable[[SDPAParams], Result] = kernel.forward  # of one that is simple: it saves nothing
 
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
         if thread.state.watched:
-            return run_watched(self._said(params), params, self._profiled)  # type: ignore[no-any-return]
+            return among_watchers(self.decision, params, self._profiled)(params)
         return self._profiled(params)
 
     def _profiled(self, params: SDPAParams) -> Result:
         return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
 
     def run_as_given(self, params: SDPAParams) -> Result:
-        """Run a call whose record was just built, in four dimensions and with the user's mask and scale."""
+        """Run a call whose record was just built, with the user's mask and scale."""
         if params.scale is None:
             params.__dict__["scale"] = self.scale
-        mask = params.attn_mask
-        if mask is not None:
-            if mask.dim() < 4:
-                params.__dict__["attn_mask"] = with_four_dimensions(mask)
-        elif self.plain is not None and thread.state.watched and not is_profiled():
-            return run_watched(self._said(params), params, self._run_plain)  # type: ignore[no-any-return]
+        if params.attn_mask is not None:
+            params.__dict__["attn_mask"] = with_four_dimensions(params.attn_mask)
         return self.run(params)
 
+    def watched_plain(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool,
+    ) -> Result:
+        """Run the kernel's `plain` among those who watch; most of them want to be told, and no more."""
+        fields = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_mask": None if mask is None else with_four_dimensions(mask),
+            "dropout": dropout,
+            "is_causal": is_causal,
+            "enable_gqa": enable_gqa,
+            "scale": self.scale if scale is None else scale,
+            "return_lse": return_lse,
+        }
+        params, as_it_is = params_of(fields), self._run_plain
+        run = among_watchers(self.decision, params, as_it_is)
+        if run is as_it_is:
+            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]
+        return run(params)
+
     def _run_plain(self, params: SDPAParams) -> Result:
-        assert self.plain is not None
-        scale = None if params.scale is self.scale else params.scale  # the default costs a tiny call less as None
-        given = params.query, params.key, params.value, params.dropout, params.is_causal
-        return self.plain(*given, scale, params.enable_gqa)
+        given = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
+        return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]
 
     def _run(self, params: SDPAParams) -> Result:
         if self.simple and not any_autocast():
-            return self._forward(params)  # type: ignore[no-any-return]
+            return self._forward(params)
         if self.unfused and unfused_warnings_wanted():
             warn_unfused(self.decision)
         entry, kernel = self.decision.entry, self.decision.kernel
@@ -102,16 +128,6 @@ class Plan:
         if not kernel.composite and is_watched(params.query) and not params.query.is_nested:
             return operator_of(entry).run(params)
         return run(entry, params, self.grad)
-
-    def _said(self, params: SDPAParams) -> RecordedCall:
-        """Return what is said of a call to those who watch."""
-        decision, module = self.decision, thread.state.module
-        backend = decision.backend if self._family is None else self._family(params)
-        call = self._told.get((backend, module))
-        if call is None:
-            call = RecordedCall(decision.name, backend, decision.passed_over, self._device, module)
-            self._told[backend, module] = call
-        return call
 
 
 BY_LAYOUT = object()
@@ -135,7 +151,7 @@ class ByChoice:
 def find(impl: str | None, facts: CallFacts, params: SDPAParams) -> Plan | None:
     """Return the plan that is kept for a call, if there is one. 0.5 us."""
     who = who_decides(impl)
-    plan = plans.get((who, facts))
+    plan: Any = plans.get((who, facts))
     if type(plan) is ByChoice:
         plan = plan.find(params)
     if plan is BY_LAYOUT:

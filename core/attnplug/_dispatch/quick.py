@@ -1,7 +1,7 @@
 """The quick answer for a call of the usual form while measured choices are in use.
 
 Without it a call would pay for its facts where, without choices, PyTorch's function runs at once. Of the usual form is
-a call without mask, dropout, scale and lse, outside any scope, whose keys and values have one shape.
+a call without mask, dropout and lse, outside any scope, whose keys and values have one shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from attnplug._call.autocast import any_autocast
-from attnplug._call.facts import facts_of
+from attnplug._call.facts import CallFacts
 from attnplug._dispatch.measured import choice_of, tell
 from attnplug._dispatch.plans import KEPT, Plan, find, is_deterministic
 from attnplug._registry.registry import DEFAULT
@@ -31,19 +31,19 @@ def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) 
     What is in the key was found to fit when its answer was kept. The number of keys is rounded, as in kinds of calls,
     so that a decode loop finds what is kept.
     """
-    if is_compiling() or any_autocast():
+    if any_autocast():
         return ASK
     try:
         shape = key.shape
-        key_batch, kv_heads, keys, key_size = shape
+        batch, heads, keys, size = shape
         if keys < 1 or value.shape != shape:
             return ASK
         known = (
             query.shape,
-            key_batch,
-            kv_heads,
+            batch,
+            heads,
             (keys - 1).bit_length(),
-            key_size,
+            size,
             query.dtype,
             query.get_device(),
             enable_gqa,
@@ -59,10 +59,10 @@ def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) 
 
 def _found(known: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Any:
     """Find the answer and keep it, unless there is a mistake in the call, or nothing is decided yet."""
-    facts = facts_of(query, key, value, None, 0.0, is_causal, None, enable_gqa, False)
+    params = SDPAParams(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa)
+    facts = CallFacts.of(params)
     if facts is None:
         return ASK
-    params = SDPAParams(query, key, value)
     choice = choice_of(facts, params)
     if choice is None:
         tell(facts, params)
@@ -89,6 +89,7 @@ def holds(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> bool:
         alike
         and strided
         and not is_deterministic()
+        and not is_compiling()
         and (query.is_contiguous() and key.is_contiguous() and value.is_contiguous())
     )
 

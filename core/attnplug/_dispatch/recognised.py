@@ -31,41 +31,40 @@ SEVERAL = 8
 
 WAYS = 4096
 
-Known = tuple[Callable[..., bool], bool | None, torch.dtype | None, Any]
+Known = tuple[Callable[..., bool], bool | None, tuple[str, torch.dtype] | None, Any]
+"""What compares tensors, whether there must be as many queries as keys, what autocast must cast to, and the plan."""
 known: dict[Hashable, tuple[Known, ...]] = {}
 """By who decides and how the function is called. Emptied when the registry changes; what another thread adds just then
 has the old generation in its key, and is never found."""
+
+_strided = torch.strided
+_autocast_dtype = torch.get_autocast_dtype
 
 
 def recognise(
     candidates: tuple[Known, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Plan | None:
     """Return the plan of a call, if one of `candidates` fits its tensors. About 0.9 us."""
-    if not candidates or type(query) not in PLAIN:
+    if type(query) not in PLAIN:  # what is fake or symbolic would note that its shape was looked at
         return None
     try:  # the comparison in C ends the process at a tensor that has no sizes or strides: nested and sparse ones
         batch, _, queries, _ = query.shape
-        key_shape, value_shape = key.shape, value.shape
-        keys = key_shape[2]
-        if not query.layout is key.layout is value.layout is torch.strided:
+        key_batch, _, keys, _ = key.shape
+        value_batch, _, values, _ = value.shape
+        if not query.layout is key.layout is value.layout is _strided:
             return None
-        if mask is not None and (mask.layout is not torch.strided or not _broadcasts(mask.shape, batch, queries, keys)):
+        if mask is not None and (mask.layout is not _strided or not _broadcasts(mask.shape, batch, queries, keys)):
             return None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
         return None
-    if (
-        (key_shape != value_shape and key_shape[:3] != value_shape[:3])
-        or not key_shape[0] == batch > 0
-        or not queries > 0 < keys
-    ):
-        return None
-    for fits, square, cast, plan in candidates:
-        if (
-            (fits(query, key, value) if mask is None else fits(query, key, value, mask))
-            and (square is None or square is (queries == keys))
-            and (cast is None or torch.get_autocast_dtype(query.device.type) is cast)
-        ):
-            return plan  # type: ignore[no-any-return]
+    if batch == key_batch == value_batch > 0 and keys == values > 0 < queries:
+        for fits, square, cast, plan in candidates:
+            if (
+                (fits(query, key, value) if mask is None else fits(query, key, value, mask))
+                and (square is None or square is (queries == keys))
+                and (cast is None or _autocast_dtype(cast[0]) is cast[1])
+            ):
+                return plan  # type: ignore[no-any-return]
     return None
 
 
@@ -83,18 +82,18 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None)
 
     `way` is who decides, and how the function was called; `mask` is the user's, of two to four dimensions.
     """
-    query, key = params.query, params.key
-    tensors = [query, key, params.value, *([] if mask is None else [mask])]
+    query, key, value = params.query, params.key, params.value
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
     others, autocasts = known.get(way, ()), any_autocast()
     if (
         _TensorGuards is None
         or len(others) >= SEVERAL
         or plan.decision.shape_dependent
         or is_transformed()
-        or any(type(tensor) not in PLAIN for tensor in tensors)
-        or any(tensor.stride(-1) != 1 for tensor in tensors[:3])
+        or not {*map(type, tensors)}.issubset(PLAIN)
+        or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         or (mask is not None and mask.dim() < 2)
-        or (autocasts and (plan.plain is None or torch.get_autocast_dtype(query.device.type) is not query.dtype))
+        or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))
     ):
         return
     try:
@@ -102,29 +101,30 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None)
     except TypeError:  # a release whose guards take other arguments
         return
     square = query.shape[2] == key.shape[2] if params.is_causal else None
+    cast = (query.device.type, query.dtype) if autocasts else None
     if len(known) >= WAYS:
         known.clear()
-    known[way] = (*others, (fits, square, query.dtype if autocasts else None, plan))
+    known[way] = (*others, (fits, square, cast, plan))
 
 
-def _comparison(tensors: list[Tensor]) -> Callable[..., bool]:
+def _comparison(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
     """Return what compares a call's tensors with these: all but batch, lengths, and the strides that depend on them."""
-    sizes, strides = [], []
-    for number, tensor in enumerate(tensors):
-        *_, heads, _, last = (1, 1, *tensor.shape)
-        is_mask = number == 3
-        sizes.append([None, heads, None, None if is_mask else last][-tensor.dim() :])
-        strides.append([*[None] * (tensor.dim() - 1), None if is_mask else 1])
-    if len({*map(id, tensors)}) == len(tensors):
+    sizes: list[list[int | None]] = [[None, tensor.shape[1], None, tensor.shape[3]] for tensor in tensors[:3]]
+    strides: list[list[int | None]] = [[None, None, None, 1]] * 3
+    for mask in tensors[3:]:
+        sizes.append([None, *mask.shape[-3:-2], None, None][-mask.dim() :])
+        strides.append([None] * mask.dim())
+    distinct = len({*map(id, tensors)})
+    if distinct == len(tensors):
         return _guards(tensors, sizes, strides)
-    each = [_guards([tensor], [size], [stride]) for tensor, size, stride in zip(tensors, sizes, strides, strict=True)]
-    if len({*map(id, tensors)}) == 1:
+    each = [_guards((tensor,), [size], [stride]) for tensor, size, stride in zip(tensors, sizes, strides, strict=True)]
+    if distinct == 1:
         fits = each[0]
         return lambda query, key, value: query is key is value and fits(query)
     return lambda *given: all(fits(tensor) for fits, tensor in zip(each, given, strict=True))
 
 
-def _guards(tensors: list[Tensor], sizes: Any, strides: Any) -> Callable[..., bool]:
+def _guards(tensors: tuple[Tensor, ...], sizes: Any, strides: Any) -> Callable[..., bool]:
     """Return what compares tensors with these, none of which may be there twice."""
     return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
 

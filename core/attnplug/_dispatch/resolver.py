@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import Entry, Registry
 from attnplug._selection.selection import Selection
-from attnplug._selection.state import process
+from attnplug._selection.state import process, thread
+from attnplug._selection.watching import RecordedCall
 from attnplug._types import SDPAParams, SDPBackend, Verdict
 
 
@@ -24,21 +26,34 @@ class Decision:
     """The implementation chosen for a call, and what was asked before it."""
 
     entry: Entry
+    device: str  # of the call, such as `cuda:0`
     passed_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shape_dependent: bool = False
     """Whether any kernel asked looked at lengths, so that the decision holds for this shape alone."""
 
-    @property
+    told: dict[Hashable, RecordedCall] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
     def name(self) -> str:
         return self.entry.name
 
-    @property
+    @cached_property
     def kernel(self) -> Kernel:
         return self.entry.kernel
 
-    @property
+    @cached_property
     def backend(self) -> SDPBackend | None:
         return self.entry.spec.backend
+
+    def call(self, params: SDPAParams) -> RecordedCall:
+        """Return what those who watch are told of a call that the chosen kernel runs; built once for all like it."""
+        family, module = self.kernel.family, thread.state.module
+        backend = self.backend if family is None else family(params)
+        call = self.told.get((backend, module))
+        if call is None:
+            call = RecordedCall(self.name, backend, self.passed_over, self.device, module)
+            self.told[backend, module] = call
+        return call
 
 
 def resolve(registry: Registry, selection: Selection, call: CallFacts, params: SDPAParams) -> Decision:
@@ -55,7 +70,7 @@ def resolve(registry: Registry, selection: Selection, call: CallFacts, params: S
         shape_dependent |= _looks_at_shape(entry)
         if not reasons:
             _report_fallback(selection, refused, entry.name)
-            return Decision(entry, MappingProxyType(refused), shape_dependent)
+            return Decision(entry, str(call.device), MappingProxyType(refused), shape_dependent)
         refused[entry.name] = reasons
     raise NoImplementationError(refused, selection.exact, _way_out(registry, selection, call))
 

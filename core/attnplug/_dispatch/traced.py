@@ -211,7 +211,7 @@ def _described(
     scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
 ) -> tuple[str, ...]:
     """Return what is said of a decision, as an operator can be told it."""
-    return as_constants(_resolved(scope, impl, activation, choice, items), _facts(items).device)
+    return as_constants(_resolved(scope, impl, activation, choice, items))
 
 
 def explained(params: SDPAParams, impl: str | None) -> Answer:

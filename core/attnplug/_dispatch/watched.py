@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attnplug._dispatch.resolver import Decision
 from attnplug._run.operator import ARGUMENTS, arguments_of, params_from
@@ -16,18 +17,25 @@ from attnplug._selection.watching import TENSORS, RecordedCall, Watcher
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend
 
+Run = Callable[[SDPAParams], tuple[Tensor, Tensor | None]]
 
-def run_watched(call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
-    """Run an eager call among those who watch this thread; the one that came first is nearest to the kernel."""
+
+def among_watchers(decision: Decision, params: SDPAParams, run: Run, whole: bool = True) -> Run:
+    """Tell those who watch this thread of an eager call, and return what runs it: `run`, or those who stand around it.
+
+    The one that came first is nearest to the kernel. Who compares tensors is left out where they are not the `whole`
+    call: what one of several ranks has of a call is no call that one rank could make.
+    """
+    call = decision.call(params)
     for watcher in thread.state.watchers:
-        if watcher.stands_around:
-            run = _around(watcher, call, run)
-        else:
+        if not watcher.stands_around:
             watcher.told(call)
-    return run(params)
+        elif whole or not watcher.sees_tensors:
+            run = _around(watcher, call, run)
+    return run
 
 
-def _around(watcher: Watcher, call: RecordedCall, run: Callable[[SDPAParams], Any]) -> Callable[[SDPAParams], Any]:
+def _around(watcher: Watcher, call: RecordedCall, run: Run) -> Run:
     return lambda params: watcher.around(call, params, run)
 
 
@@ -43,11 +51,11 @@ def show(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
         torch.ops.attnplug.seen.default(*call, *arguments_of(params), out, lse)
 
 
-def as_constants(decision: Decision, device: torch.device) -> tuple[str, ...]:
+def as_constants(decision: Decision) -> tuple[str, ...]:
     """Return what `tell` takes. Which kernel PyTorch's own function comes to in a graph is not known yet."""
     backend = decision.backend
     family = "" if backend is None else backend.name
-    return decision.name, family, json.dumps(dict(decision.passed_over)), str(device)
+    return decision.name, family, json.dumps(dict(decision.passed_over)), decision.device
 
 
 _GIVEN = ARGUMENTS.replace("float scale", "float? scale")  # kernels of any form get None where the user gave none

@@ -55,10 +55,11 @@ class Kernel:
             shape, rather than for each combination of dtype, device, head sizes and features.
         any_form: forward takes dense calls as PyTorch's function does, of any rank and with broadcasting, and
             is given them as the user wrote them, as every kernel is given nested tensors.
-        plain: `plain(query, key, value, dropout, is_causal, scale, enable_gqa) -> (out, lse)`: what forward returns for
-            a call without a mask that asks for nothing beyond PyTorch's arguments and an lse, with no record to build;
-            `scale` may be None, and the last stride of each tensor is 1. For composite kernels that need no backward;
-            it saves tiny calls a microsecond.
+        plain: `plain(query, key, value, attn_mask, dropout, is_causal, scale, enable_gqa) -> (out, lse)`: what forward
+            returns for a call that asks for nothing beyond PyTorch's arguments and an lse, with no record to build.
+            `attn_mask` is None, or has two to four dimensions that broadcast; `scale` may be None; the last stride of
+            each tensor but the mask is 1; and autocast, for which they are cast already, may be on. For composite
+            kernels that need no backward; it saves tiny calls some microseconds.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -135,7 +136,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "unavailable": (),
     "lacks": (),
     "notes": ("params",),
-    "plain": ("query", "key", "value", "dropout", "is_causal", "scale", "enable_gqa"),
+    "plain": ("query", "key", "value", "attn_mask", "dropout", "is_causal", "scale", "enable_gqa"),
     "fake": ("params",),
     "family": ("params",),
     "register_fn": (),

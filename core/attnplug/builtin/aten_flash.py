@@ -92,20 +92,23 @@ def plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     dropout: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor]:
     """Do what `forward` does, at once where the operator takes the tensors as they are."""
-    if query.is_cpu:
+    if attn_mask is None and query.is_cpu:
         if scale is None:
             return _flash_cpu(query, key, value, 0.0, True) if is_causal else _flash_cpu(query, key, value)
         if scale > 0.0:
             return _flash_cpu(query, key, value, 0.0, is_causal, scale=scale)  # type: ignore[no-any-return]
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask.view(*(1,) * (4 - attn_mask.dim()), *attn_mask.shape)
+    return forward(SDPAParams(query, key, value, attn_mask, dropout, is_causal, enable_gqa, scale=scale))
 
 
 def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:

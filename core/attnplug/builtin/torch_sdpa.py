@@ -10,6 +10,9 @@ from attnplug import SDPAParams, SDPBackend
 from attnplug.builtin.faults import OF_SDPA
 
 _FAMILIES = {int(member): member for member in SDPBackend}
+_JAGGED = torch.jagged
+_choice = torch._fused_sdp_choice
+_transforms = torch._C._functorch.peek_interpreter_stack
 composite = True
 any_form = True
 
@@ -35,24 +38,28 @@ def plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     dropout: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, None]:
     """Do what `forward` does, at once where PyTorch has no known fault: see `attnplug.builtin.faults`."""
-    if query.is_cpu and (scale is None or scale > 0.0 or not is_causal):
+    if (
+        query.is_cpu
+        and (scale is None or scale > 0.0 or not is_causal)
+        and (attn_mask is None or attn_mask.dtype is query.dtype or attn_mask.dtype is torch.bool)
+    ):
         if scale is None and not enable_gqa:  # keyword arguments cost 0.8 us
-            return sdpa(query, key, value, None, dropout, is_causal), None
-        return sdpa(query, key, value, None, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
-    return forward(SDPAParams(query, key, value, None, dropout, is_causal, enable_gqa, scale=scale))
+            return sdpa(query, key, value, attn_mask, dropout, is_causal), None
+        return sdpa(query, key, value, attn_mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa), None
+    return forward(SDPAParams(query, key, value, attn_mask, dropout, is_causal, enable_gqa, scale=scale))
 
 
 def family(params: SDPAParams) -> SDPBackend | None:
     """Return the family of the kernel that PyTorch chooses for this call; None where it cannot say."""
-    if params.query.layout is torch.jagged or torch._C._functorch.peek_interpreter_stack() is not None:
+    query = params.query
+    if query.layout is _JAGGED or _transforms() is not None:
         return None
-    arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
-    if params.enable_gqa:
-        return _FAMILIES[torch._fused_sdp_choice(*arguments, enable_gqa=True)]
-    return _FAMILIES[torch._fused_sdp_choice(*arguments)]
+    given = query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
+    return _FAMILIES[_choice(*given, enable_gqa=True) if params.enable_gqa else _choice(*given)]

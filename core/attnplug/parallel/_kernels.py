@@ -79,7 +79,7 @@ def choose(blocks: list[SDPAParams], selection: Selection, grad: bool) -> Decisi
         if not reasons:
             if len(_decisions) >= 1024:
                 _decisions.clear()
-            _decisions[key] = Decision(entry, refused)
+            _decisions[key] = Decision(entry, str(facts[0].device), refused)
             return _decisions[key]
         refused[entry.name] = tuple(reasons)
     raise NoImplementationError(refused, selection.exact, WAY_OUT)

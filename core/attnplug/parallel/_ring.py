@@ -7,23 +7,22 @@ counted once, after everything else, so no kernel needs to know of them; grouped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attnplug._dispatch.resolver import Decision
+from attnplug._dispatch.watched import among_watchers
 from attnplug._errors import GradientError
 from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
-from attnplug._selection.watching import RecordedCall, wished
+from attnplug._selection.watching import wished
 from attnplug._types import Feature, SDPAParams
 from attnplug.parallel._exchange import Transfer, connect, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
@@ -78,7 +77,7 @@ class Ring:
         lse = query.new_empty(params.lse_shape, dtype=params.lse_dtype)
         return out, lse, torch.empty(3, dtype=torch.int64)
 
-    def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return `out`, `lse` and what backward must know: the kernel, whether it saves tensors, and the seed."""
         grad = any(tensor is not None and tensor.requires_grad for tensor in tensors_of(params)[: len(DIFFERENTIABLE)])
         with reporting(self.group), torch.no_grad():
@@ -91,7 +90,10 @@ class Ring:
             connect(self.group, params.query.device)
             seed = drawn_seed(params.query.device) if params.dropout else 0
             run = _Run(call, _State(number_of(decision.entry), False, seed))
-            out, lse = _watched(decision, params, lambda _: run.forward())
+            if thread.state.watched:
+                out, lse = among_watchers(decision, params, lambda _: run.forward(), whole=False)(params)
+            else:
+                out, lse = run.forward()
         return out, lse, run.state.as_tensor()
 
     def backward(
@@ -111,21 +113,6 @@ class Ring:
                     raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
                 grad_lse = None
             return _Run(Share.of(self.group, params), state).backward(grad_out, grad_lse, out, lse)
-
-
-def _watched(decision: Decision, params: SDPAParams, run: Callable[[SDPAParams], Any]) -> Any:
-    """Run a ring among those who watch this thread, as a call of the kernel that computes the blocks.
-
-    Who compares tensors is left out: what a rank has of a call is no call that one rank could make.
-    """
-    if thread.state.watched:
-        family, device = decision.kernel.family, str(params.query.device)
-        backend = decision.backend if family is None else family(params)
-        call = RecordedCall(decision.name, backend, decision.passed_over, device, thread.state.module)
-        for watcher in thread.state.watchers:
-            if not watcher.sees_tensors:
-                run = partial(watcher.around, call, run=run)
-    return run(params)
 
 
 @dataclass
