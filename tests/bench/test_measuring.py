@@ -296,7 +296,7 @@ def test_progress_counts_up_to_its_total():
         (dict(baseline="torhc"), attnplug.UnknownImplementationError, "baseline: unknown implementation"),
         (dict(caches=["tepid"]), BenchError, "caches: expected some of ('warm', 'cold'), got ['tepid']"),
         (dict(caches=[]), BenchError, "caches: expected some of ('warm', 'cold'), got []"),
-        (dict(caches="warm"), BenchError, "caches: expected some of ('warm', 'cold'), got 'warm'"),
+        (dict(caches="warm"), TypeError, "caches: expected some of ('warm', 'cold'), got 'warm'"),
         (dict(seconds=0), BenchError, "seconds: expected a time above 0, got 0"),
         (dict(cases=TINY.but(device="meta")), BenchError, "device: expected cpu or cuda, got 'meta'"),
         (dict(cases=TINY.but(device="cuda:99")), BenchError, "device: 'cuda:99' is not on this machine"),

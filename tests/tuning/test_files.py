@@ -90,6 +90,16 @@ def test_a_place_that_cannot_be_written_is_an_error_that_says_where_else(tmp_pat
         fastest((CASE, "aten_math")).save(tmp_path / "file" / "choices.json")
 
 
+def test_a_link_keeps_leading_to_the_file_and_a_device_or_folder_is_an_error(tmp_path):
+    path = fastest((CASE, "aten_math")).save(tmp_path / "choices.json")
+    (tmp_path / "link.json").symlink_to(path)
+    fastest((CASE.but(head_size=16), "aten_flash")).save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and len(Choices.load(path)) == 2
+    for place in (tmp_path, Path(os.devnull)):
+        with pytest.raises(ChoicesError, match="is not a file; choose another place"):
+            fastest((CASE, "aten_math")).save(place)
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="no folder is read-only for this user")
 def test_a_folder_that_is_read_only_is_an_error_and_what_it_holds_is_still_read(tmp_path):
     path = fastest((CASE, "aten_math")).save(tmp_path / "choices.json")

@@ -50,6 +50,34 @@ def test_a_compiled_decode_loop_is_compiled_again_only_where_the_choice_is_anoth
     assert compilations == [5, 6, 17, 65]
 
 
+def test_packed_sequences_that_grow_are_compiled_again_only_where_the_choice_is_another():
+    class Simple:
+        composite = True
+
+        @staticmethod
+        def forward(params):
+            return params.query * 0, None
+
+    capabilities = attnplug.Capabilities(features=frozenset({attnplug.Feature.VARLEN}))
+    for name in ("one", "other"):
+        attnplug.register_impl(attnplug.ImplSpec(name=name, kernel=Simple, backend=None, capabilities=capabilities))
+    case = Case(heads=2, head_size=8, lengths_q=(1, 1), lengths_k=(8, 8))
+    grown = {size: case.but(keys=size, lengths_k=(size, size)) for size in (8, 16, 32, 64)}
+    choices = fastest(*((case, "other" if size == 32 else "one") for size, case in grown.items()))
+    starts, counter, compilations = torch.tensor([0, 1, 2], dtype=torch.int32), CompileCounter(), []
+
+    def step(packed, key, key_starts, longest):
+        return attnplug.varlen_attn(packed, key, key, starts, key_starts, 1, longest) + 1
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    with in_use(choices), torch.no_grad():
+        for length in (5, 6, 8, 9, 16, 17, 30, 33, 60, 5, 20):
+            before = counter.frame_count
+            compiled(torch.randn(2, 2, 8), torch.randn(2 * length, 2, 8), starts * length, length)
+            compilations += [length] * (counter.frame_count - before)
+    assert compilations == [5, 6, 17, 33]
+
+
 def test_a_compiled_function_runs_what_the_eager_one_runs():
     def attend(query, key):
         return attnplug.scaled_dot_product_attention(query, key, key)

@@ -147,6 +147,44 @@ def test_a_choice_that_declines_is_passed_over_and_said():
     assert calls[0].passed_over == {"picky": ("takes 16 keys alone",)}
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_decode_loop_decides_once_for_each_choice_and_never_stalls_at_a_power_of_two(packed):
+    asked = []
+
+    class Counting:
+        composite = True
+
+        @staticmethod
+        def supports(params):
+            asked.append(params.max_k if packed else params.key.shape[2])
+
+        @staticmethod
+        def forward(params):
+            return params.query * 0, None
+
+    capabilities = attnplug.Capabilities(features=frozenset({attnplug.Feature.VARLEN}))
+    attnplug.register_impl(ImplSpec(name="counting", kernel=Counting, backend=None, capabilities=capabilities))
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+
+    def step(length):
+        if packed:
+            given = torch.randn(1, 2, 8), torch.randn(length, 2, 8), torch.randn(length, 2, 8)
+            return attnplug.varlen_attn(*given, starts, starts * length, 1, length)
+        return attnplug.scaled_dot_product_attention(query, keys(length), keys(length))
+
+    case = Case(heads=2, head_size=8, lengths_q=(1,)) if packed else CASE
+    sizes = {8: "counting", 16: "counting", 32: "math_ref", 64: "math_ref", 128: "counting"}
+    measured = [
+        (case.but(keys=size) if not packed else case.but(lengths_q=(1,), lengths_k=(size,)), impl)
+        for size, impl in sizes.items()
+    ]
+    with in_use(fastest(*measured)), attnplug.record() as calls:
+        for length in range(5, 129):
+            step(length)
+    assert [call.impl for call in calls] == ["counting"] * 12 + ["math_ref"] * 48 + ["counting"] * 64
+    assert asked == [5]  # coming back to a choice finds its decision
+
+
 def test_a_choice_that_is_not_registered_any_more_is_no_choice_and_said():
     attnplug.register_impl(ImplSpec(name="mine", kernel=lambda params: None, backend=None))
     choices = fastest((CASE, "mine"))

@@ -189,3 +189,41 @@ def test_choices_of_a_gpu_are_of_its_name_and_capability():
     explained = attnplug.explain(query, query, query).measured
     attnplug.restore_choices()
     assert explained.startswith("measured choice: ")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_form_of_call_is_captured_measured_and_runs_what_was_chosen():
+    device = {"device": "cuda", "dtype": torch.bfloat16}
+    query, packed = (torch.randn(*shape, **device, requires_grad=True) for shape in ((2, 4, 40, 64), (50, 4, 64)))
+    starts = torch.tensor([0, 20, 50], dtype=torch.int32, device="cuda")
+    bias = torch.randn(4, 40, 40, **device, requires_grad=True)
+    used = torch.tensor([7, 40], dtype=torch.int32, device="cuda")
+
+    def program() -> None:
+        attnplug.scaled_dot_product_attention(query, query, query, is_causal=True)
+        attnplug.scaled_dot_product_attention(query, query, query, bias)
+        attnplug.scaled_dot_product_attention(query, query, query, seqused_k=used)
+        attnplug.varlen_attn(packed, packed, packed, starts, starts, 30, 30, is_causal=True)
+
+    with attnplug.capture() as cases:
+        program()
+    assert not cases.left_out and [case.lengths_q for case in cases][-1] == (20, 30)
+    choices = attnplug.tune(cases, seconds=0.01)
+    assert len(choices) == 4, choices
+    attnplug.use_choices(choices)
+    try:
+        with attnplug.record() as calls:
+            program()
+    finally:
+        attnplug.restore_choices()
+    assert [call.impl for call in calls] == [choice.impl for choice in choices]
+
+
+@pytest.mark.gpu
+def test_lengths_on_a_gpu_that_captures_a_graph_are_not_read():
+    packed = torch.randn(8, 2, 64, device="cuda", dtype=torch.bfloat16)
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32, device="cuda")
+    attnplug.varlen_attn(packed, packed, packed, starts, starts, 5, 5)  # decided, and compiled where that is needed
+    with attnplug.capture() as cases, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        attnplug.varlen_attn(packed, packed, packed, starts, starts, 5, 5)
+    assert not cases and list(cases.left_out) == ["whose lengths are on a GPU that captures a graph"]

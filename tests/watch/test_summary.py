@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -140,6 +141,48 @@ def test_a_profile_gives_the_share_of_time_of_each_implementation() -> None:
     assert shares["math_ref"].backward == 0
     assert 0 < sum(share.share for share in shares.values()) <= 1
     assert "of the time: forward" in ran.table(profiled)
+
+
+def test_a_profile_gives_the_share_of_time_of_each_module_and_kind_of_call_forward_and_backward() -> None:
+    model = encoder(2)
+    given = tensors(300, 300)
+    with attnplug.patch_torch(), attnplug.summary() as ran, profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(torch.randn(1, 5, 16)).sum().backward()
+        attend(*given, impl="math_ref")
+    shares = ran.shares_of_calls(profiled)
+    assert set(shares) == {(row.module, row.kind, row.impl) for row in ran.rows}
+    for number in (0, 1):
+        each = shares[f"TransformerEncoder.layers.{number}.self_attn", "float32 E8 H2 Sq<=8 Sk<=8 grad", "torch"]
+        assert each.forward > 0 < each.backward
+    by_impl = ran.shares(profiled)
+    assert by_impl["math_ref"].share == pytest.approx(shares["", "float32 E8 H2 Sq<=512 Sk<=512", "math_ref"].share)
+    assert sum(each.share for each in shares.values()) == pytest.approx(sum(each.share for each in by_impl.values()))
+    table = ran.table(profiled)
+    assert re.search(r"\n      2 +\d+\.\d%  torch +cpu float32 E8 H2 Sq<=8 Sk<=8 grad\n", table)
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_what_ran_before_the_summary_has_a_share_by_implementation_alone() -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        attend(*tensors())
+        with attnplug.summary() as ran:
+            attend(*tensors(), impl="aten_math")
+    assert set(ran.shares(profiled)) == {"torch", "aten_math"}
+    assert [impl for *_, impl in ran.shares_of_calls(profiled)] == ["aten_math"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_shares_are_of_the_time_of_its_kernels() -> None:
+    given = tensors(64, requires_grad=True, device="cuda")
+    attend(*given).sum().backward()  # CUDA is loaded
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with attnplug.summary() as ran, profile(activities=activities) as profiled:
+        attend(*given, impl="aten_math").sum().backward()
+        torch.cuda.synchronize()
+    (share,) = ran.shares_of_calls(profiled).values()
+    assert share.forward > 0 < share.backward
+    assert 0 < share.share <= 1
+    assert ran.shares(profiled)["aten_math"].share == pytest.approx(share.share)
 
 
 def test_it_is_started_once_and_stopped_once() -> None:

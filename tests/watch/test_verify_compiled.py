@@ -57,9 +57,42 @@ def test_the_rate_counts_calls_not_compilations() -> None:
     assert 20 <= watched.results <= 60
 
 
-def test_gradients_of_compiled_calls_are_said_not_to_be_verified() -> None:
-    attend, _ = compiled(register(WrongGradient))
+def test_a_wrong_gradient_of_a_compiled_opaque_kernel_is_found() -> None:
+    attend, graphs = compiled(register(WrongGradient))
+    given = tensors(17, requires_grad=True)
+    attend(*given).sum().backward()
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        out = attend(*given).sum()
+        with pytest.raises(MismatchError, match="gradient of .* largest error") as raised:
+            out.backward()
+    assert watched.gradients == 1
+    assert "gradients=(" in str(raised.value)  # in the line that repeats the call
+    assert len(graphs) == 2  # the same graph tells of gradients
+
+
+def test_right_gradients_of_a_compiled_opaque_kernel_raise_no_alarm() -> None:
+    attend, _ = compiled(register(Formula))
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        attend(*tensors(17, requires_grad=True)).square().sum().backward()
+    assert (watched.results, watched.gradients, dict(watched.skipped)) == (1, 1, {})
+
+
+def test_gradients_of_code_that_is_compiled_of_operators_are_said_not_to_be_verified() -> None:
+    attend, _ = compiled("torch")
     with attnplug.verify(1.0, on_mismatch="raise") as watched:
         attend(*tensors(17, requires_grad=True)).sum().backward()
     assert watched.gradients == 0
-    assert "gradients: of compiled code" in str(watched)
+    assert "gradients: of compiled code that is made of PyTorch's operators" in str(watched)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_process_sees_compiled_gradients_and_a_block_says_that_it_does_not() -> None:
+    attend, _ = compiled(register(Formula))
+    given = tensors(17, requires_grad=True, device="cuda")
+    with attnplug.verify(1.0, on_mismatch="raise") as of_thread:
+        attend(*given).sum().backward()
+    of_process = attnplug.verify(1.0, on_mismatch="raise").start()
+    attend(*given).sum().backward()
+    of_process.stop()
+    assert of_thread.gradients == 0 and "start() sees it" in str(of_thread)
+    assert of_process.gradients == 1

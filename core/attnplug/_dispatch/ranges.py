@@ -2,12 +2,14 @@
 
 They have the names of the operators by which compiled code calls an opaque kernel. `torch.profiler` shows them, and
 under `torch.autograd.profiler.emit_nvtx` so does Nsight Systems. Where no profiler runs, a call pays one question.
+Who watches may put another range around those of a call, forward and backward (`labelled`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,14 +33,40 @@ def is_profiled() -> bool:
     return _profiler_enabled()
 
 
+_labels = threading.local()
+
+
+@contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Put a range of this name around those of the calls that this thread makes meanwhile, and of their backward."""
+    before, _labels.names = _names(), (*_names(), label)
+    try:
+        yield
+    finally:
+        _labels.names = before
+
+
+def _names() -> tuple[str, ...]:
+    """Return the ranges around those of a call, the outermost first."""
+    return getattr(_labels, "names", ())
+
+
 def in_range(name: str, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
     """Run a call in a range of the profiler; each node of its backward will run in another."""
-    with record_function(f"attnplug::{name}"):
+    outer = _names()
+    with _entered((*outer, f"attnplug::{name}")):
         out, lse = run(params)
     if torch.is_grad_enabled():
         for node in _nodes(params, out, lse):
-            _Range(f"attnplug::{name}_backward").surround(node)
+            _Range((*outer, f"attnplug::{name}_backward")).surround(node)
     return out, lse
+
+
+def _entered(names: tuple[str, ...]) -> ExitStack:
+    stack = ExitStack()
+    for name in names:
+        stack.enter_context(record_function(name))
+    return stack
 
 
 def _nodes(params: SDPAParams, out: Tensor, lse: Tensor | None) -> list[Any]:
@@ -60,10 +88,10 @@ def _nodes(params: SDPAParams, out: Tensor, lse: Tensor | None) -> list[Any]:
 
 
 class _Range:
-    """A range around one node of autograd, each time that it runs under a profiler."""
+    """Ranges around one node of autograd, each time that it runs under a profiler."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
         self._entered = threading.local()
 
     def surround(self, node: Any) -> None:
@@ -71,9 +99,9 @@ class _Range:
         node.register_hook(self._leave)
 
     def _enter(self, gradients: object) -> None:
-        self._entered.range = record_function(self._name).__enter__() if is_profiled() else None
+        self._entered.ranges = _entered(self._names) if is_profiled() else None
 
     def _leave(self, *gradients: object) -> None:
-        entered, self._entered.range = getattr(self._entered, "range", None), None
+        entered, self._entered.ranges = getattr(self._entered, "ranges", None), None
         if entered is not None:
-            entered.__exit__(None, None, None)
+            entered.close()

@@ -27,7 +27,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnplug._registry.registry import Entry
 from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, Given, KernelCall, declares, tensors_of
 from attnplug._run.flops import count_flops
-from attnplug._selection.state import start
+from attnplug._selection.state import start, thread
+from attnplug._selection.watching import TENSORS as WATCHED_TENSORS
+from attnplug._selection.watching import Gradients, RecordedCall, differentiated
 from attnplug._tracing import constant_in_traces
 from attnplug._types import CausalVariant, Feature, SDPAParams
 
@@ -138,7 +140,15 @@ class Operator:
             elif self.kernel.fake is None:
                 saved = []
             grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
+        if thread.state.watched == WATCHED_TENSORS:
+            self._tell(params_from(arguments), dict(zip(DIFFERENTIABLE, grads, strict=True)), grad_out, grad_lse)
         return [_fresh(grad, tensors) for grad in grads if grad is not None]
+
+    def _tell(self, params: SDPAParams, grads: dict[str, Any], grad_out: Any, grad_lse: Any) -> None:
+        """Tell those who watch of a backward."""
+        found = {name: grad for name, grad in grads.items() if grad is not None}
+        call = RecordedCall(self._entry.name, self._entry.spec.backend, {}, str(params.query.device))
+        differentiated(call, params, Gradients(found, grad_out, grad_lse))
 
     def _fake_backward(
         self,

@@ -59,6 +59,7 @@ def add(choices: Choices, path: Path) -> Path:
     Raises:
         ChoicesError: it cannot be written, or what is there holds no choices: nothing is overwritten then.
     """
+    path = _file(path)
     with _locked(path):
         together = read(path) | choices if path.exists() else choices
         _replace(path, json.dumps(as_plain(together), indent=1) + "\n")
@@ -71,10 +72,21 @@ def check_writable(path: Path) -> None:
     Raises:
         ChoicesError: the file cannot be written, or holds something else.
     """
+    path = _file(path)
     with _locked(path):
         if path.exists():
             read(path)
         _temporary(path).unlink()
+
+
+def _file(path: Path) -> Path:
+    """Return the file that a link leads to: it is replaced, not the link. A folder or a device cannot be."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ChoicesError(
+            f"{path}: is not a file; choose another place: attnplug tune -o FILE, or Choices.save('FILE')"
+        )
+    return path
 
 
 @contextmanager

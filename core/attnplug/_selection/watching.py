@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnplug._selection.state import process, states, thread, without
 from attnplug._tables import WIDTH, html_table, table
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 
 CALLS, TENSORS = "calls", "tensors"
 """What a graph has to tell somebody who watches: that a call is made, or its tensors too."""
+
+
+class Gradients(NamedTuple):
+    """What a backward got, and what came of it.
+
+    Attributes:
+        found: by the name of the argument, each gradient that was wanted.
+        out: the gradient of out; None for 0.
+        lse: likewise.
+    """
+
+    found: dict[str, Tensor]
+    out: Tensor | None
+    lse: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,9 @@ class Watcher:
     def seen(self, call: RecordedCall, params: SDPAParams, result: Result) -> None:
         """Look at a call that has run. In compiled code its tensors are part of no graph of autograd."""
 
+    def differentiated(self, call: RecordedCall, params: SDPAParams, gradients: Gradients) -> None:
+        """Look at a backward that has run in compiled code: that of an opaque kernel, which alone is called there."""
+
 
 def add_watcher(watcher: Watcher, everywhere: bool = False) -> None:
     """Let `watcher` watch this thread, or all threads that are there or will be.
@@ -178,6 +195,12 @@ def decided(impl: str, backend: SDPBackend | None) -> None:
     """Tell this thread's watchers of a decision."""
     for watcher in thread.state.watchers:
         watcher.decided(impl, backend)
+
+
+def differentiated(call: RecordedCall, params: SDPAParams, gradients: Gradients) -> None:
+    """Tell this thread's watchers of a backward that has run in compiled code."""
+    for watcher in thread.state.watchers:
+        watcher.differentiated(call, params, gradients)
 
 
 @contextmanager

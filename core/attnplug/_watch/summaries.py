@@ -8,12 +8,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch._C._autograd import DeviceType
 
 from attnplug._arguments import shown
+from attnplug._dispatch.ranges import is_profiled, labelled
 from attnplug._errors import ScopeError
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
@@ -54,7 +55,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a profile's time an implementation took.
+    """How much of a profile's time an implementation, or its calls of one kind in one module, took.
 
     Attributes:
         forward: seconds, of the device where the profile has any, else of the CPU.
@@ -120,8 +121,8 @@ class summary:
         add_watcher(self._watcher, everywhere)
         return self
 
-    def _count(self, call: RecordedCall, kind: str) -> None:
-        key = (current_module() or call.module, kind, call.impl, call.backend, call.device.partition(":")[0])
+    def _count(self, call: RecordedCall, kind: str, module: str) -> None:
+        key = (module, kind, call.impl, call.backend, call.device.partition(":")[0])
         with self._lock:
             self._counts[key] += 1
             self._passed_over.setdefault(key, call.passed_over)
@@ -144,7 +145,7 @@ class summary:
             return sum(self._counts.values())
 
     def table(self, profile: Any = None) -> str:
-        """Return the table that `str()` is; with a profile, also the share of its time that each implementation took.
+        """Return the table that `str()` is; with a profile, also the shares of its time.
 
         Args:
             profile: a `torch.profiler.profile` that has ended.
@@ -155,11 +156,12 @@ class summary:
         for name, each in ({} if profile is None else self.shares(profile)).items():
             times = f"forward {_seconds(each.forward)}, backward {_seconds(each.backward)}"
             lines += _wrapped(f"{each.share:7.1%}  {name:16}  ", f"of the time: {times}")
-        for module, rows in self._grouped():
+        for module, lines_of_module in self._grouped({} if profile is None else self.shares_of_calls(profile)):
             lines += ["", *_wrapped("", module)]
-            for (kind, impl, device, reasons), count in rows.most_common():
-                lines += _wrapped(f"{count:7,}  {impl:16}  ", f"{device} {kind}")
-                lines += [line for reason in reasons for line in _wrapped(" " * 9, f"not {reason}")]
+            for line in lines_of_module:
+                share = "" if profile is None else f"{line.share:6.1%}  " if line.share else " " * 8
+                lines += _wrapped(f"{line.calls:7,}  {share}{line.impl:16}  ", f"{line.device} {line.kind}")
+                lines += [wrapped for reason in line.reasons for wrapped in _wrapped(" " * 9, f"not {reason}")]
         return "\n".join(lines)
 
     def shares(self, profile: Any) -> dict[str, Share]:
@@ -171,23 +173,18 @@ class summary:
         Args:
             profile: a `torch.profiler.profile` that has ended.
         """
-        if not callable(getattr(profile, "key_averages", None)):
-            raise TypeError(f"profile: expected a torch.profiler.profile that has ended, got {shown(profile)}")
-        averages = profile.key_averages()
-        on_device = sum(each.self_device_time_total for each in averages if _is_of_device(each))
-        of_cpu = [each for each in averages if each.device_type == DeviceType.CPU]
-        total = on_device or sum(each.self_cpu_time_total for each in of_cpu)
-        times: dict[str, list[float]] = {}
-        for each in of_cpu:
-            name = each.key.removeprefix("attnplug::")
-            if name != each.key and name not in _OTHERS:
-                impl = name.removesuffix("_backward")
-                spent = each.device_time_total if on_device else each.cpu_time_total
-                times.setdefault(impl, [0.0, 0.0])[impl != name] += spent / 1e6
-        return {
-            impl: Share(forward, backward, (forward + backward) * 1e6 / total if total else 0.0)
-            for impl, (forward, backward) in sorted(times.items(), key=lambda item: -sum(item[1]))
-        }
+        return _shares(profile, lambda impl, event: impl)
+
+    def shares_of_calls(self, profile: Any) -> dict[tuple[str, str, str], Share]:
+        """Return the same by module, kind and implementation, as `rows` has them.
+
+        Known are the calls that were made, and whose backward was recorded, while both this summary was in place and
+        the profiler ran; of compiled code no module is.
+
+        Args:
+            profile: a `torch.profiler.profile` that has ended.
+        """
+        return _shares(profile, lambda impl, event: _called(impl, event.cpu_parent))
 
     def __repr__(self) -> str:
         return self.table()
@@ -199,38 +196,100 @@ class summary:
         """Return the table as HTML, for a notebook."""
         head = "".join(f"<th>{title}</th>" for title in ("module", "calls", "implementation", "device", "kind"))
         body = ""
-        for module, rows in self._grouped():
-            for (kind, impl, device, reasons), count in rows.most_common():
-                over = "".join(f"<br><small>not {html.escape(reason)}</small>" for reason in reasons)
-                cells = [html.escape(module), f"{count:,}", html.escape(impl) + over, device, html.escape(kind)]
+        for module, lines in self._grouped({}):
+            for line in lines:
+                over = "".join(f"<br><small>not {html.escape(reason)}</small>" for reason in line.reasons)
+                impl, kind = html.escape(line.impl) + over, html.escape(line.kind)
+                cells = [html.escape(module), f"{line.calls:,}", impl, line.device, kind]
                 body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-    def _grouped(self) -> list[tuple[str, Counter[tuple[Any, ...]]]]:
+    def _grouped(self, shares: Mapping[tuple[str, str, str], Share]) -> list[tuple[str, list[_Line]]]:
         """Return the rows by module, those whose names differ by numbers together, the most frequent first."""
-        groups: dict[str, Counter[tuple[Any, ...]]] = {}
+        groups: dict[str, dict[Any, _Line]] = {}
         modules: dict[str, set[str]] = {}
         for row in self.rows:
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", row.module)
             reasons = tuple(f"{name}: {'; '.join(each)}" for name, each in row.passed_over.items())
-            groups.setdefault(pattern, Counter())[row.kind, row.impl, row.device, reasons] += row.calls
+            new = _Line(row.kind, row.impl, row.device, reasons)
+            line = groups.setdefault(pattern, {}).setdefault((row.kind, row.impl, row.device, reasons), new)
+            line.calls += row.calls
+            found = shares.get((row.module, row.kind, row.impl))
+            line.share += 0.0 if found is None else found.share
             modules.setdefault(pattern, set()).add(row.module)
-        ordered = sorted(groups.items(), key=lambda item: -sum(item[1].values()))
-        return [(_title(pattern, len(modules[pattern])), rows) for pattern, rows in ordered]
+        ordered = sorted(groups.items(), key=lambda item: -sum(line.calls for line in item[1].values()))
+        return [
+            (_title(pattern, len(modules[pattern])), sorted(lines.values(), key=lambda line: -line.calls))
+            for pattern, lines in ordered
+        ]
+
+
+@dataclass
+class _Line:
+    """One line of the table."""
+
+    kind: str
+    impl: str
+    device: str
+    reasons: tuple[str, ...]
+    calls: int = 0
+    share: float = 0.0
 
 
 class _Tally(Watcher):
     """What a `summary` watches with, for as long as it is in place."""
 
-    def __init__(self, count: Callable[[RecordedCall, str], None]) -> None:
+    def __init__(self, count: Callable[[RecordedCall, str, str], None]) -> None:
         self._count = count
 
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
-        self._count(call, kind_of(params))
-        return run(params)
+        kind, module = kind_of(params), current_module() or call.module
+        self._count(call, kind, module)
+        if not is_profiled():
+            return run(params)
+        with labelled(f"{_CALL}{kind}{_IN}{module}"):
+            return run(params)
 
     def told(self, call: RecordedCall) -> None:
-        self._count(call, COMPILED)
+        self._count(call, COMPILED, current_module() or call.module)
+
+
+_CALL, _IN = "attnplug.call::", " in "
+"""Of the name of the range around a call's own: what stands before its kind, and before its module."""
+
+
+def _called(impl: str, around: Any) -> tuple[str, str, str] | None:
+    """Return module, kind and implementation of a call, given the range around its own."""
+    if around is None or not around.name.startswith(_CALL):
+        return None
+    kind, _, module = around.name.removeprefix(_CALL).partition(_IN)
+    return module, kind, impl
+
+
+Key = TypeVar("Key")
+
+
+def _shares(profile: Any, key_of: Callable[[str, Any], Key | None]) -> dict[Key, Share]:
+    """Add up the ranges of a profile by what `key_of` returns of implementation and event, the longest first."""
+    if not callable(getattr(profile, "key_averages", None)):
+        raise TypeError(f"profile: expected a torch.profiler.profile that has ended, got {shown(profile)}")
+    averages = profile.key_averages()
+    on_device = sum(each.self_device_time_total for each in averages if _is_of_device(each))
+    total = on_device or sum(each.self_cpu_time_total for each in averages if each.device_type == DeviceType.CPU)
+    times: dict[Key, list[float]] = {}
+    for event in profile.events():
+        name = event.name.removeprefix("attnplug::")
+        if name == event.name or name in _OTHERS or event.device_type != DeviceType.CPU:
+            continue
+        impl = name.removesuffix("_backward")
+        key = key_of(impl, event)
+        if key is not None:
+            spent = event.device_time_total if on_device else event.cpu_time_total
+            times.setdefault(key, [0.0, 0.0])[impl != name] += spent / 1e6
+    return {
+        key: Share(forward, backward, (forward + backward) * 1e6 / total if total else 0.0)
+        for key, (forward, backward) in sorted(times.items(), key=lambda item: -sum(item[1]))
+    }
 
 
 _OTHERS = frozenset({"told", "seen"})  # operators of the namespace that are no implementation's

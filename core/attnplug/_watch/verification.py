@@ -16,7 +16,7 @@ from attnplug._arguments import as_int
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
 from attnplug._messages import printable, warn
 from attnplug._selection.state import start
-from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
+from attnplug._selection.watching import Gradients, RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
 from attnplug._types import SDPAParams
 from attnplug._watch import totals
 from attnplug._watch.gradients import Backward, wanted
@@ -146,7 +146,7 @@ class verify:
     def _begin(self, everywhere: bool) -> verify:
         if self._watcher is not None:
             raise ScopeError("this verify is started already; make another one")
-        self._watcher = _Verifier(self)
+        self._watcher = _Verifier(self, everywhere)
         if self.rate > 0:
             add_watcher(self._watcher, everywhere)
         return self
@@ -168,8 +168,9 @@ class _Verifier(Watcher):
 
     sees_tensors = True
 
-    def __init__(self, found: verify) -> None:
+    def __init__(self, found: verify, everywhere: bool) -> None:
         self._found = found
+        self._everywhere = everywhere
         self._judge = Judge(found.reference)
         self._random = random.Random(found.seed)
         self._lock = threading.Lock()
@@ -201,7 +202,21 @@ class _Verifier(Watcher):
             self._skip(reason)
             return
         self._check(call, params, *result)
-        self._skip("gradients: of compiled code, if it has any: its backward tells nothing")
+        kernel = start().get(call.impl).load()
+        if kernel is None or kernel.composite:
+            self._skip("gradients: of compiled code that is made of PyTorch's operators, if it has any")
+        elif params.query.is_cuda and not self._everywhere:
+            self._skip("gradients: of compiled code, which has its backward in a thread of autograd's: start() sees it")
+
+    def differentiated(self, call: RecordedCall, params: SDPAParams, gradients: Gradients) -> None:
+        with self._lock:
+            if self._random.random() >= self._found.rate:
+                return
+        reason = self._unfit(call, params)
+        if reason:
+            self._skip(f"gradients: {reason}")
+            return
+        self._check_gradients(call, params, *gradients)
 
     def _is_sampled(self) -> bool:
         with self._lock:
