@@ -77,6 +77,9 @@ def test_heads_that_do_not_divide_are_an_error_that_says_what_would(world: World
         ),
         ("mesh", "TypeError: mesh: expected a DeviceMesh of two dimensions, (ring, heads), got str"),
         ("starts", "ValueError: cu_seq: expected values that start at 0 and never fall, got [0, 9, 5]"),
+        ("impl", "TypeError: impl: expected the name of an implementation or None, got list"),
+        ("mask", "ValueError: attn_mask: "),
+        ("scale", "TypeError: scale: "),
         ("method", "ValueError: method: unknown 'rings'; did you mean 'ring'? Accepted: ring, ulysses, usp"),
     ],
 )

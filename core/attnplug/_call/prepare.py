@@ -53,7 +53,7 @@ def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
         key=_flatten(key, leading, kv_heads),
         value=_flatten(value, leading, kv_heads),
         attn_mask=_four_dimensions(params.attn_mask, leading),
-        **_plain_scalars(params),
+        **plain_scalars(params),
     )
     full = (*leading, heads, query.shape[-2])
     return params, full[len(full) - rank + 1 :]
@@ -67,7 +67,7 @@ def prepare_varlen(params: SDPAParams) -> SDPAParams:
     """
     params = autocasted(_own_enums(params))
     check_varlen(params)
-    return replace(params, **_plain_scalars(params))
+    return replace(params, **plain_scalars(params))
 
 
 def is_empty(params: SDPAParams) -> bool:
@@ -183,7 +183,7 @@ def _four_dimensions(mask: Tensor | None, leading: Shape) -> Tensor | None:
     return mask
 
 
-def _plain_scalars(params: SDPAParams) -> dict[str, Any]:
+def plain_scalars(params: SDPAParams) -> dict[str, Any]:
     """Return the arguments that are not tensors as plain numbers, with every default made explicit."""
     window, slopes = params.window_size, params.alibi_slopes
     return {

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from attnplug._arguments import expect
 from attnplug._call.prepare import empty, is_empty
 from attnplug._registry.registry import PROGRAM, Entry
 from attnplug._run.autograd import run
@@ -29,6 +30,7 @@ _operators = _Operators()
 
 def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> Result:
     """Run a checked call in the form that kernels know."""
+    check_impl(impl)
     if is_empty(params):
         return empty(params)
     if is_compiling():
@@ -38,6 +40,10 @@ def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> 
     if is_watched(params.query):
         return operator_of(entry).run(params)
     return run(entry, params, params.needs_grad)
+
+
+def check_impl(impl: Any) -> None:
+    expect("impl", impl, (str, type(None)), "the name of an implementation or None")
 
 
 def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:

@@ -12,9 +12,10 @@ from torch.compiler import is_compiling
 
 from attnplug._api.dense import scaled_dot_product_attention
 from attnplug._call.prepare import empty, is_empty
+from attnplug._call.validate import check_mask
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._types import SDPAParams
-from attnplug.parallel._entries import Result, run_ring
+from attnplug.parallel._entries import Result, check_impl, run_ring
 from attnplug.parallel._exchange import reporting
 from attnplug.parallel._heads import Heads
 from attnplug.parallel._ranges import parts_of, total
@@ -24,11 +25,15 @@ Attend = Callable[[SDPAParams], Result]
 
 def ulysses(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> Result:
     """Run a call whose sequence is cut contiguously, by any implementation; `max_k` is the length of all, or None."""
+    check_impl(impl)
     heads = Heads(group)
     length = params.max_k
     of_keys = heads.shares(params.key.shape[2], length, "key")
     same = params.query.shape[2] == params.key.shape[2]
     of_queries = of_keys if same else heads.shares(params.query.shape[2], None, "query")
+    if params.attn_mask is not None:
+        whole = (*params.query.shape[:2], sum(of_queries), sum(of_keys))
+        check_mask(params.attn_mask, params.query, whole)
     return _by_heads(params, heads, of_queries, of_keys, lambda whole: _attend(whole, impl))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from attnplug._call.autocast import autocasted
-from attnplug._call.prepare import default_scale
+from attnplug._call.prepare import plain_scalars
 from attnplug._call.validate import (
     can_look,
     check_extras,
@@ -158,5 +158,4 @@ def _packed(params: SDPAParams) -> SDPAParams:
     starts = starts.cpu()
     if can_look(starts) and (starts.numel() < 2 or starts[0] != 0 or bool((starts.diff() < 0).any())):
         raise ValueError(f"cu_seq: expected values that start at 0 and never fall, got {starts.tolist()}")
-    scale = default_scale(query) if params.scale is None else params.scale
-    return replace(params, scale=scale, cu_seq_q=starts, cu_seq_k=starts)
+    return replace(params, **plain_scalars(params), cu_seq_q=starts, cu_seq_k=starts)
