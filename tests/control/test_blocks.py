@@ -404,6 +404,19 @@ def test_a_replica_of_a_bound_module_attends_with_its_own_weights() -> None:
     assert torch.equal(replica(Q), 2 * Q) and seen == [MATH]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_bound_module_can_be_scripted_and_is_then_pytorch_s_own() -> None:
+    class Unmodified(nn.Module):
+        def forward(self, query: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(query, query, query)
+
+    module = Unmodified()
+    handle = attnplug.bind(module, MATH)
+    scripted = torch.jit.script(module)
+    handle.remove()
+    torch.testing.assert_close(scripted(Q), module(Q))
+
+
 def test_what_cannot_be_bound_is_refused() -> None:
     with pytest.raises(TypeError, match="is TorchScript"):
         attnplug.bind(torch.jit.script(nn.Linear(2, 2)), MATH)
@@ -412,6 +425,9 @@ def test_what_cannot_be_bound_is_refused() -> None:
 
 
 # --- interrupts ---
+
+
+INTERRUPTS = 500
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that interrupt")
@@ -430,9 +446,9 @@ def test_interrupts_at_any_moment_leave_nothing() -> None:
         decorated()  # kernels are imported before: an interrupted import may leave Python's own lock taken
     before = signal.signal(signal.SIGALRM, interrupt)
     draw, interrupted, wrong = random.Random(0), 0, []
-    end = time.monotonic() + 4
+    end = time.monotonic() + 60  # which only a machine that does much else comes near
     try:
-        while interrupted < 1000 and time.monotonic() < end:
+        while interrupted < INTERRUPTS and time.monotonic() < end:
             try:
                 # again after a while, because Python swallows what is raised while it finalizes an object
                 signal.setitimer(signal.ITIMER_REAL, draw.uniform(20e-6, 400e-6), 0.1)
@@ -450,7 +466,7 @@ def test_interrupts_at_any_moment_leave_nothing() -> None:
         signal.signal(signal.SIGALRM, before)
         for handle in handles:
             handle.remove()
-    assert not wrong and interrupted > 100
+    assert not wrong and interrupted == INTERRUPTS
 
 
 # --- all at once ---

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import attnplug
 from attnplug import ImplSpec, SDPAParams
@@ -84,7 +86,7 @@ def test_names_that_differ_in_punctuation_alone_have_operators_of_their_own() ->
 # --- recordings ---
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_recording_sees_compiled_calls_in_order_and_compiles_once_more(backend: str) -> None:
     register("opaque")
     counter = CompileCounterWithBackend(backend)
@@ -192,6 +194,51 @@ def test_a_symbolic_trace_holds_attnplug_s_function_with_its_arguments() -> None
     assert (seen[0].is_causal, seen[0].softcap) == (True, 2.0)
 
 
+def test_a_symbolic_trace_of_a_call_that_asks_for_nothing_holds_that_call_alone() -> None:
+    graph = torch.fx.symbolic_trace(lambda query: attend(query, query, query)).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+@pytest.mark.parametrize("impl", [None, "aten_math", "aten_flash", "math_ref", "opaque"])
+def test_a_trace_of_symbolic_sizes_holds_for_others(impl: str | None) -> None:
+    register("opaque")
+    graph = make_fx(lambda query: attend(query, query, query, impl=impl), tracing_mode="symbolic")(
+        torch.randn(3, 2, 5, 8)
+    )
+    longer = torch.randn(6, 2, 7, 8)
+    torch.testing.assert_close(graph(longer), attend(longer, longer, longer, impl=impl))
+
+
+def test_an_opaque_kernel_is_an_operator_below_transforms_that_something_watches() -> None:
+    register("opaque")
+
+    def loss(query: Tensor) -> Tensor:
+        return attend(query, query, query, impl="opaque").sum()
+
+    graph = make_fx(torch.func.grad(loss), tracing_mode="fake")(Q)
+    assert sum(str(node.target).startswith("attnplug.opaque") for node in graph.graph.nodes) == 2
+    torch.testing.assert_close(graph(Q), torch.full_like(Q, 2))
+    functional = make_fx(torch.func.functionalize(lambda query: attend(query, query, query, impl="opaque")))(Q)
+    assert torch.equal(functional(Q), Q * 2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flops_of_an_opaque_kernel_are_counted_as_pytorch_counts_attention(packed: bool) -> None:
+    capabilities = attnplug.Capabilities(features=[attnplug.Feature.VARLEN] if packed else ())
+    attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque(), backend=None, capabilities=capabilities))
+    query = (torch.randn(9, 2, 8) if packed else Q).requires_grad_()
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        if packed:
+            out = attnplug.varlen_attn(query, query, query, starts, starts, 5, 5, impl="opaque")
+        else:
+            out = attend(query, query, query, impl="opaque")
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    products = 2 * 2 * (4 * 4 + 5 * 5 if packed else 4 * 4) * 8
+    assert (forward, counter.get_total_flops()) == (2 * products, 7 * products)
+
+
 # --- torch.export ---
 
 
@@ -206,15 +253,19 @@ class Part(nn.Module):
         size = count.item()
         torch._check(size >= 1)
         torch._check(size <= 4)
-        part = query[:, :, :size] if self.of == "length" else query.expand(4, 2, 4, 8)[:size]
-        return attend(part, part, part, impl=self.impl)
+        part = query.expand(4, 2, 4, 8)[:size] if self.of == "batch" else query[:, :, :size]
+        if self.of != "keys":
+            return attend(part, part, part, impl=self.impl)
+        mask = torch.ones(4, part.shape[2], dtype=torch.bool) if self.impl != "opaque" else None
+        return attend(query, part, part, mask, impl=self.impl)
 
 
-@pytest.mark.parametrize("of", ["length", "batch"])
-@pytest.mark.parametrize("impl", [None, "aten_math", "aten_flash", "opaque"])
+@pytest.mark.parametrize("of", ["length", "batch", "keys"])
+@pytest.mark.parametrize("impl", [None, "aten_math", "aten_flash", "math_ref", "opaque"])
 def test_a_size_that_depends_on_data_can_be_exported(impl: str | None, of: str) -> None:
     register("opaque")
-    exported = torch.export.export(Part(impl, of), (Q, torch.tensor(2))).module()
+    strict = impl == "aten_math"
+    exported = torch.export.export(Part(impl, of), (Q, torch.tensor(2)), strict=strict).module()
     for size in (1, 3, 4):
         torch.testing.assert_close(exported(Q, torch.tensor(size)), Part(impl, of)(Q, torch.tensor(size)))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import attnplug
@@ -53,6 +54,46 @@ def test_without_a_backward_it_is_passed_over_when_a_gradient_is_needed(register
         attnplug.scaled_dot_product_attention(query.detach(), key.detach(), value.detach())
     assert [call.impl for call in calls] == ["aten_math", "mine", "mine"]
     assert calls[0].passed_over == {"mine": ("has no backward, and a gradient is needed",)}
+
+
+class MadeOfPyTorchs:
+    """A kernel that puts something around PyTorch's own attention."""
+
+    @staticmethod
+    def forward(params: SDPAParams) -> tuple[Tensor, None]:
+        return F.scaled_dot_product_attention(params.query, params.key, params.value, scale=params.scale) * 2, None
+
+    @staticmethod
+    def backward(params: SDPAParams, grad_out: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        given = [tensor.detach().requires_grad_() for tensor in (params.query, params.key, params.value)]
+        with torch.enable_grad():
+            out = F.scaled_dot_product_attention(*given, scale=params.scale) * 2
+        return torch.autograd.grad(out, given, grad_out)
+
+
+class ThroughWhichTracesSee:
+    composite = True
+    forward = MadeOfPyTorchs.forward
+
+
+@pytest.mark.parametrize("kernel", [MadeOfPyTorchs, ThroughWhichTracesSee])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_kernel_may_be_made_of_pytorch_s_attention(
+    register: Callable[..., None], kernel: Any, compiled: bool
+) -> None:
+    query = inputs()[0]
+    (expected,) = torch.autograd.grad(F.scaled_dot_product_attention(query, query, query).sum() * 2, query)
+    register("mine", kernel)
+    attnplug.activate_flash_attention_impl("mine")
+
+    def attend(query: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, query, query)
+
+    function = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiled else attend
+    with attnplug.record() as calls:
+        (found,) = torch.autograd.grad(function(query).sum(), query)
+    assert [call.impl for call in calls] == ["mine"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_with_a_backward_it_gets_autograd(register: Callable[..., None]) -> None:

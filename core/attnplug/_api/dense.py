@@ -183,6 +183,7 @@ def scaled_dot_product_attention(
             and (scale is None or (type(scale) is float and 0.0 < scale < inf))
             and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
             and (enable_gqa is False or enable_gqa is True)
+            and (type(query) is Tensor or isinstance(query, Tensor))
             and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
             and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
             and (query.get_device() < 0 or _are_aligned(query, key, value))

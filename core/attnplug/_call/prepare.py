@@ -129,7 +129,9 @@ def _causal_bias(params: SDPAParams) -> SDPAParams:
     if not is_causal_bias(mask):
         return params
     if params.is_causal:
-        raise ValueError("attn_mask: a CausalBias already says what is_causal=True says; pass one of them")
+        raise ValueError(
+            "attn_mask: CausalBias should not be used with causal=True, which says the same; pass one of them"
+        )
     lengths = (params.query.shape[-2], params.key.shape[-2])
     if (mask.seq_len_q, mask.seq_len_kv) != lengths:
         raise ValueError(

@@ -147,7 +147,16 @@ def broadcasts(source: Any, target: tuple[int, ...]) -> bool:
     """Whether a tensor of shape `source` can be expanded to `target`."""
     if len(source) > len(target):
         return False
-    return all(have in (1, want) for have, want in zip(reversed(source), reversed(target), strict=False))
+    return all(_fits(have, want) for have, want in zip(reversed(source), reversed(target), strict=False))
+
+
+def _fits(have: Any, want: Any) -> bool:
+    """Whether a size is 1 or `want`; one that depends on data is taken for `want`, and checked later, as in PyTorch."""
+    if _tracing() and (isinstance(have, torch.SymInt) or isinstance(want, torch.SymInt)):
+        from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+        return guard_or_false(have == 1) or guard_or_true(have == want)
+    return have in (1, want)
 
 
 def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int, ...] | None) -> None:

@@ -93,7 +93,7 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
 class _Bound:
     """What a bound module's class has before the class that the module had."""
 
-    _attnplug_blocks: tuple[Block, ...] = ()
+    _attnplug_blocks = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         blocks = self._attnplug_blocks

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnplug._call.autocast import any_autocast, autocasted
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import empty, is_causal_bias, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._call.validate_varlen import check_lengths
+from attnplug._dispatch import traced
 from attnplug._dispatch.plans import Plan, Result, find, make, with_four_dimensions
 from attnplug._dispatch.recognised import remember
 from attnplug._selection.state import start
@@ -57,6 +59,8 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     if plan is not None:
         check_lengths(params)
         return plan.run(params)
+    if _is_symbolic(params):
+        return traced.varlen(params, impl)
     _check_impl(impl)
     prepared = prepare_varlen(params)
     if is_empty(prepared):
@@ -102,6 +106,8 @@ def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
 
 def _decided(params: SDPAParams, impl: str | None) -> Result:
     """Check every argument, bring the call into the one form that kernels know, and decide."""
+    if _is_symbolic(params):
+        return traced.dense(params, impl)
     _check_impl(impl)
     prepared, rows = prepare_dense(params)
     if prepared.query.is_nested:
@@ -121,6 +127,15 @@ def _plan(prepared: SDPAParams, impl: str | None) -> Plan:
     facts = CallFacts.of(prepared)
     assert facts is not None, prepared
     return find(impl, facts, prepared) or make(impl, facts, prepared)
+
+
+def _is_symbolic(params: SDPAParams) -> bool:
+    """Whether a size is a symbol, as `make_fx(..., tracing_mode="symbolic")` has it: no decision is kept under one."""
+    given = (params.query, params.key, params.value)
+    tensors = (
+        tensor for tensor in given if isinstance(tensor, Tensor) and not tensor.is_nested
+    )  # jagged ones have some
+    return any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape)
 
 
 def _check_impl(impl: Any) -> None:

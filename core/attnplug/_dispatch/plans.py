@@ -98,12 +98,12 @@ class Plan:
         if self.unfused and unfused_warnings_wanted():
             warn_unfused(self.decision)
         entry, kernel = self.decision.entry, self.decision.kernel
+        if is_transformed():
+            return run_transformed(entry, params)
         if not kernel.composite and is_watched(params.query) and not params.query.is_nested:
             if is_sharded(params.query) and not params.is_varlen:
                 return run_sharded(params, lambda local: run(entry, local, self.grad))
             return operator_of(entry).run(params)
-        if is_transformed():
-            return run_transformed(entry, params)
         return run(entry, params, self.grad)
 
     def _said(self, params: SDPAParams) -> RecordedCall:

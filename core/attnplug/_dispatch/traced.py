@@ -8,6 +8,7 @@ graph holds the chosen kernel alone, and a change of selection is a guard that f
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 from typing import Any
 
@@ -26,7 +27,8 @@ from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
 from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError
-from attnplug._run.contract import check_outputs
+from attnplug._registry.registry import BUILTIN
+from attnplug._run.contract import check_outputs, in_kernel
 from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
@@ -34,6 +36,9 @@ from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import decided
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend, Verdict
+
+BUILT_IN, COMPOSITE, OPERATOR = "built in", "composite", "operator"
+"""How a kernel is traced: through what is made of PyTorch's operators, ours or a plugin's, or as one operator."""
 
 
 class _Chosen:
@@ -58,13 +63,13 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
     if is_empty(prepared):
         out, lse = empty(prepared)
     else:
-        name, composite, call = _chosen(prepared, impl)
-        if composite and getattr(_composite, _attribute(name)).any_form:
-            out, lse = getattr(_composite, _attribute(name)).forward(given)
+        name, kind, call = _chosen(prepared, impl)
+        if kind != OPERATOR and getattr(_composite, _attribute(name)).any_form:
+            out, lse = _forward(given, name, kind)[:2]
             show(call, given, out, lse)
             return out, lse
         with no_autocast(prepared.query):
-            out, lse = _run(prepared, name, composite)
+            out, lse = _run(prepared, name, kind)
         show(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
@@ -77,37 +82,46 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     prepared = prepare_varlen(params)
     if is_empty(prepared):
         return empty(prepared)
-    name, composite, call = _chosen(prepared, impl)
+    name, kind, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
-        out, lse = _run(prepared, name, composite)
+        out, lse = _run(prepared, name, kind)
     show(call, prepared, out, lse)
     return out, lse
 
 
-def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, bool, tuple[str, ...]]:
-    """Return, as constants, the name of the chosen implementation, whether it is traced into, and what to say of it."""
+def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, tuple[str, ...]]:
+    """Return, as constants, the name of the chosen implementation, how it is traced, and what to say of it."""
     decisive = _decisive(params, impl)
-    name, composite, error = _choose(*decisive)
+    name, kind, error = _choose(*decisive)
     if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
         raise AttnplugError(error)
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
         tell(call)
-    return name, composite, call
+    return name, kind, call
 
 
 def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
     """Return, as constants, all that a decision depends on: who decides, and the facts of the call."""
     registry = process.registry
     assert registry is not None
-    facts = _constant(CallFacts.of(params))
+    facts = _constant(_facts_of_checked(params))
     generation = index(registry.generation)
     choice = _measured(params, facts, generation) if applies(impl) else None
     selected = (thread.state.scope, impl, process.activation, generation, choice)
     if _shape_matters(*selected, facts):
         facts = (*facts[:-1], _constant(Layout.of(params)))
     return (*selected, facts)
+
+
+def _facts_of_checked(params: SDPAParams) -> CallFacts | None:
+    """Return the facts of a call whose mask is known to be right: sizes that depend on data cannot be compared."""
+    mask = params.attn_mask
+    facts = CallFacts.of(params if mask is None else replace(params, attn_mask=None))
+    if facts is None or mask is None:
+        return facts
+    return facts._replace(mask=TensorFacts(mask.dtype, torch.is_grad_enabled() and mask.requires_grad))
 
 
 def _measured(params: SDPAParams, facts: Any, generation: int) -> str | None:
@@ -137,14 +151,19 @@ def _tree(items: Any, generation: int) -> Any:
     return tree_of_trace(facts)
 
 
-def _run(params: SDPAParams, name: str, composite: bool) -> Result:
-    if composite:
-        returned = getattr(_composite, _attribute(name)).forward(params)
+def _run(params: SDPAParams, name: str, kind: str) -> Result:
+    if kind == OPERATOR:
+        out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params))
+    else:
+        returned = _forward(params, name, kind)
         check_outputs(name, params, returned)
         out, lse = returned[:2]
-    else:
-        out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params))
     return out, lse if params.return_lse else None
+
+
+def _forward(params: SDPAParams, name: str, kind: str) -> Any:
+    forward = getattr(_composite, _attribute(name)).forward
+    return forward(params) if kind == BUILT_IN else in_kernel(forward, params)
 
 
 def _constant(value: Any) -> Any:
@@ -153,7 +172,7 @@ def _constant(value: Any) -> Any:
         return tuple(_constant(item) for item in value)
     if value is None or value is True or value is False or isinstance(value, (torch.dtype, torch.device)):
         return value
-    if isinstance(value, torch.SymBool):
+    if isinstance(value, (bool, torch.SymBool)):  # Dynamo takes a symbolic one for a bool
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # a trace has imported it; eager code need not
 
         return guard_or_false(value)  # where it depends on data, nothing is known
@@ -233,12 +252,12 @@ def _shape_matters(
 @constant_in_traces
 def _choose(
     scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
-) -> tuple[str, bool, str]:
-    """Return the name under which the chosen kernel is kept, whether it is traced into, and what went wrong."""
+) -> tuple[str, str, str]:
+    """Return the name under which the chosen kernel is kept, how it is traced, and what went wrong."""
     try:
         decision = _resolved(scope, impl, activation, choice, items)
     except AttnplugError as error:
-        return "", False, str(error)
+        return "", "", str(error)
     decided(decision.name, decision.backend)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
@@ -247,11 +266,13 @@ def _choose(
     elif is_transformed():
         return (
             "",
-            False,
+            "",
             f"implementation {decision.name!r} cannot be seen through by torch.func transforms inside torch.compile; "
             f"leave the transformed function uncompiled, or use an implementation made of PyTorch operators, for "
             f"example inside sdpa_kernel(SDPBackend.MATH)",
         )
     else:
         setattr(_operators, _attribute(decision.name), operator_of(decision.entry).forward)
-    return decision.name, decision.kernel.composite, ""
+    if not decision.kernel.composite:
+        return decision.name, OPERATOR, ""
+    return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, ""

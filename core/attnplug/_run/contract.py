@@ -6,6 +6,7 @@ Autograd, operators and the transforms of `torch.func` each run kernels in their
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from attnplug._call.autocast import any_autocast, no_autocast
 from attnplug._errors import GradientError, KernelError
 from attnplug._registry.registry import BUILTIN, Entry
+from attnplug._selection.state import thread
 from attnplug._types import Feature, SDPAParams
 
 TENSORS = (
@@ -102,7 +104,7 @@ class KernelCall:
             tensors = (*map(_marked, tensors, wanted), *tensors[len(wanted) :])
         params = self.params(tensors)
         with no_autocast(params.query), torch.no_grad() if once else nullcontext():
-            returned = backward(params, grad_out, grad_lse, out, lse, *saved)
+            returned = in_kernel(backward, params, grad_out, grad_lse, out, lse, *saved)
             return _checked_gradients(entry.name, params, returned)
 
     def fake(self, tensors: Given) -> tuple[Any, ...] | None:
@@ -115,12 +117,27 @@ def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
     """Run a kernel's forward, without autocast, and check what it returns; built-in ones are taken at their word."""
     if any_autocast():
         with no_autocast(params.query):
-            returned = entry.kernel.forward(params)
-    else:
-        returned = entry.kernel.forward(params)
-    if entry.distribution != BUILTIN:
-        check_outputs(entry.name, params, returned)
+            return _run_forward(entry, params)
+    return _run_forward(entry, params)
+
+
+def _run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
+    if entry.distribution == BUILTIN:
+        return entry.kernel.forward(params)  # type: ignore[no-any-return]
+    returned = in_kernel(entry.kernel.forward, params)
+    check_outputs(entry.name, params, returned)
     return returned  # type: ignore[no-any-return]
+
+
+def in_kernel(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a plugin's function. PyTorch's own attention is not routed in it: a kernel made of it would call itself."""
+    state = thread.state
+    outer = state.in_kernel
+    state.in_kernel = True
+    try:
+        return function(*args)
+    finally:
+        state.in_kernel = outer
 
 
 def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._registry.registry import Entry
-from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, KernelCall, declares, tensors_of
+from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, Given, KernelCall, declares, tensors_of
+from attnplug._run.flops import count_flops
 from attnplug._selection.state import start, thread
 from attnplug._selection.watching import TENSORS as WATCHED_TENSORS
 from attnplug._selection.watching import Gradients, RecordedCall, differentiated
@@ -89,8 +90,9 @@ class Operator:
         torch.library.register_autograd(
             f"attnplug::{name}", self._differentiate, setup_context=self._remember, lib=_library()
         )
-        self.forward = getattr(torch.ops.attnplug, name).default
-        self.backward = getattr(torch.ops.attnplug, f"{name}_backward").default
+        forward, backward = getattr(torch.ops.attnplug, name), getattr(torch.ops.attnplug, f"{name}_backward")
+        self.forward, self.backward = forward.default, backward.default
+        count_flops(forward, backward, params_from)
 
     def run(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         """Run the operator; returns `out` and `lse`, None unless asked for."""
@@ -191,6 +193,29 @@ class Operator:
         # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
         params = replace(params_from(arguments), return_lse=self._gives_lse)
         return KernelCall.of(self._entry, params), arguments[: len(TENSORS)]
+
+
+class OperatorCall(KernelCall):
+    """A call that is made through the kernel's operators, where something watches."""
+
+    def forward(self, tensors: Given) -> tuple[Any, ...]:
+        out, lse, saved = operator_of(self.entry).forward(*arguments_of(self.params(tensors)))
+        return out, lse, *saved
+
+    def backward(
+        self,
+        tensors: Given,
+        wanted: tuple[bool, ...],
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor | None,
+        saved: Given,
+    ) -> list[Tensor | None]:
+        arguments = arguments_of(self.params(tensors))
+        operator = operator_of(self.entry)
+        grads = iter(operator.backward(grad_out, grad_lse, out, lse, list(saved), list(wanted), *arguments))
+        return [next(grads) if want else None for want in wanted]
 
 
 def params_from(arguments: tuple[Any, ...]) -> SDPAParams:

@@ -24,6 +24,7 @@ from attnplug._run.contract import (
     run_forward,
     tensors_of,
 )
+from attnplug._run.operator import OperatorCall, is_watched, operator_of
 from attnplug._types import SDPAParams
 
 
@@ -40,8 +41,24 @@ def run_transformed(entry: Entry, params: SDPAParams) -> tuple[Tensor, Tensor | 
     """
     if entry.kernel.composite:
         return refusing_lse_gradient(entry, params, *run_forward(entry, params)[:2])
-    returned = _Forward.apply(KernelCall.of(entry, params), *tensors_of(params))  # type: ignore[no-untyped-call]
-    return returned[0], returned[1]
+    if _is_functionalized():  # by which no autograd.Function can be seen, but an operator is
+        return operator_of(entry).run(params)
+    kind = OperatorCall if is_watched(_innermost(params.query)) else KernelCall
+    returned = _Forward.apply(kind.of(entry, params), *tensors_of(params))  # type: ignore[no-untyped-call]
+    return returned[0], returned[1] if params.return_lse else None
+
+
+def _innermost(tensor: Tensor) -> Tensor:
+    """Return the tensor that the transforms have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _is_functionalized() -> bool:
+    """Whether the innermost transform is `torch.func.functionalize`."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Functionalize
 
 
 class _Forward(torch.autograd.Function):

@@ -46,6 +46,7 @@ class State:
         self.scopes: tuple[Block, ...] = (OUTSIDE,)
         self.scope, self.torch_first = OUTSIDE  # the innermost of `scopes`
         self.module = ""  # the class of the innermost bound module that runs
+        self.in_kernel = False  # whether a plugin's kernel runs, for which PyTorch's function is PyTorch's
         number = id(self)
         self.watchers: tuple[Any, ...] = ()
         self.watched = ""  # see `watching`

@@ -23,20 +23,34 @@ _LOGITS = 2**19
 
 @dataclass(frozen=True)
 class Part:
-    """Where a part lies in its call. Each method returns a view; dimensions of size 1 broadcast, and stay."""
+    """Where a part lies in its call. Each method returns a view; dimensions of size 1 broadcast, and stay.
+
+    A part that is the whole call looks at no size: a trace may not know whether one that depends on data is 1.
+    """
 
     batch: Span
     heads: Span
     kv_heads: Span
     queries: Span
+    is_whole: bool = False
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         """Return the part of `(B, Hq, Sq, ...)`."""
-        return _narrow(tensor, self.batch, self.heads, self.queries)
+        return self._narrowed(tensor, self.batch, self.heads, self.queries)
 
     def of_keys(self, tensor: Tensor) -> Tensor:
         """Return the part of `(B, Hkv, ...)`."""
-        return _narrow(tensor, self.batch, self.kv_heads)
+        return self._narrowed(tensor, self.batch, self.kv_heads)
+
+    def of_batch(self, tensor: Tensor) -> Tensor:
+        """Return the part of `(B, ...)`."""
+        return self._narrowed(tensor, self.batch)
+
+    def _narrowed(self, tensor: Tensor, *spans: Span) -> Tensor:
+        for dim, span in enumerate(() if self.is_whole else spans):
+            if tensor.shape[dim] > 1:
+                tensor = tensor.narrow(dim, span.start, span.stop - span.start)
+        return tensor
 
 
 def parts(query: Tensor, key: Tensor) -> Iterator[Part]:
@@ -48,7 +62,7 @@ def parts(query: Tensor, key: Tensor) -> Iterator[Part]:
     kv_heads, keys = key.shape[1:3]
     group = heads // kv_heads
     if torch.compiler.is_compiling() or batch * heads * queries * keys <= _LOGITS:
-        yield Part(Span(0, batch), Span(0, heads), Span(0, kv_heads), Span(0, queries))
+        yield Part(Span(0, batch), Span(0, heads), Span(0, kv_heads), Span(0, queries), is_whole=True)
         return
     for b, h, i in product(
         _spans(batch, _LOGITS // (heads * queries * keys)),
@@ -70,8 +84,8 @@ def take(problem: Problem, part: Part, seed: Tensor | None) -> Problem:
         mask=None if problem.mask is None else part.of_rows(problem.mask),
         slopes=None if problem.slopes is None else part.of_rows(problem.slopes).to(dtype),
         sinks=None if problem.sinks is None else part.of_rows(problem.sinks).to(dtype),
-        used=None if used is None else _narrow(used, part.batch),
-        offset=(_narrow(offset, part.batch) if isinstance(offset, Tensor) else offset) + part.queries.start,
+        used=None if used is None else part.of_batch(used),
+        offset=(part.of_batch(offset) if isinstance(offset, Tensor) else offset) + part.queries.start,
         streams=None if seed is None else row_streams(seed, part.batch, part.heads, part.queries),
     )
 
@@ -79,13 +93,6 @@ def take(problem: Problem, part: Part, seed: Tensor | None) -> Problem:
 def accumulation_dtype(query: Tensor) -> torch.dtype:
     """(13) Products and sums of float16 and bfloat16 are made in float32; lse has this dtype too."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def _narrow(tensor: Tensor, *spans: Span) -> Tensor:
-    for dim, span in enumerate(spans):
-        if tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, span.start, span.stop - span.start)
-    return tensor
 
 
 def _spans(size: int, step: int) -> list[Span]:

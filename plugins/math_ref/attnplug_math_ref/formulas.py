@@ -58,13 +58,13 @@ class Gradients:
     """Gradients of a problem's tensors.
 
     `mask` is that of the logits after (4), `(B, Hq, Sq, Sk)`, still to be summed where the mask broadcasts;
-    `sinks` is `(Hq,)`, or None without sinks.
+    `sinks` is `(Hq,)`. Each is None where it has no gradient.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor
+    mask: Tensor | None
     sinks: Tensor | None
 
 

@@ -6,13 +6,12 @@ kept.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from attnplug import SDPAParams
 from attnplug_math_ref.blocks import accumulation_dtype, parts, take
 from attnplug_math_ref.dropout import draw_seed
-from attnplug_math_ref.formulas import attention, attention_backward
+from attnplug_math_ref.formulas import Gradients, Problem, attention, attention_backward
 from attnplug_math_ref.layout import as_problem, pack_key_gradient, pack_rows, pad_rows
 
 composite = True
@@ -26,14 +25,18 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """
     seed = draw_seed(params.query.device) if params.dropout > 0 else None
     problem = as_problem(params)
-    # Made before the loop: results kept between a part's temporaries would fragment the heap.
-    rows, dtype = problem.query.shape[:3], accumulation_dtype(params.query)
-    out = params.query.new_empty(*rows, problem.value.shape[3])
-    lse = params.query.new_empty(rows, dtype=dtype)
+    rows, out, lse = problem.query.shape[:3], None, None
     for part in parts(problem.query, problem.key):
         part_out, part_lse = attention(take(problem, part, seed))
+        if out is None or lse is None:
+            # Whole from the first part on: results kept between the parts' temporaries would fragment the heap. Like
+            # the first part's own, because vmap may have a dimension that only one of the inputs has.
+            out = part_out.new_empty(*rows, problem.value.shape[3], dtype=params.query.dtype)
+            lse = part_lse.new_empty(rows)
         part.of_rows(out).copy_(part_out)
         part.of_rows(lse).copy_(part_lse)
+    assert out is not None
+    assert lse is not None
     if params.is_varlen:
         out = pack_rows(params, out, outside=0.0)
         lse = pack_rows(params, lse[..., None], outside=float("-inf"))[..., 0].T.contiguous()
@@ -57,32 +60,45 @@ def backward(
         grad_out = pad_rows(params, grad_out)
         grad_lse = None if grad_lse is None else pad_rows(params, grad_lse.T[..., None])[..., 0]
 
-    query = torch.zeros_like(problem.query)
-    key, value = (torch.zeros_like(tensor, dtype=dtype) for tensor in (problem.key, problem.value))
-    mask = _zeros_if_wanted(params.attn_mask, dtype)
-    sinks = _zeros_if_wanted(params.sinks, dtype)
+    whole: Gradients | None = None
     for part in parts(problem.query, problem.key):
         added = attention_backward(
             take(problem, part, seed),
             part.of_rows(grad_out).to(dtype),
             None if grad_lse is None else part.of_rows(grad_lse),
         )
-        part.of_rows(query).copy_(added.query)
-        part.of_keys(key).add_(added.key)
-        part.of_keys(value).add_(added.value)
-        if mask is not None:
-            at = part.of_rows(mask)
+        if whole is None:
+            whole = _zeros(params, problem, added)
+        part.of_rows(whole.query).copy_(added.query)
+        part.of_keys(whole.key).add_(added.key)
+        part.of_keys(whole.value).add_(added.value)
+        if whole.mask is not None and added.mask is not None:
+            at = part.of_rows(whole.mask)
             at.add_(added.mask.sum_to_size(at.shape))
-        if sinks is not None and added.sinks is not None:
-            sinks[part.heads.start : part.heads.stop] += added.sinks
+        if whole.sinks is not None and added.sinks is not None:
+            whole.sinks[part.heads.start : part.heads.stop] += added.sinks
+    assert whole is not None
 
+    query, key, value, sinks = whole.query, whole.key, whole.value, whole.sinks
     if params.is_varlen:
         query = pack_rows(params, query, outside=0.0)
         key, value = pack_key_gradient(params, key), pack_key_gradient(params, value)
     key, value = key.to(params.key.dtype), value.to(params.value.dtype)
-    return query, key, value, mask, None if sinks is None else sinks.to(params.sinks.dtype)
+    return query, key, value, whole.mask, None if sinks is None else sinks.to(params.sinks.dtype)
 
 
-def _zeros_if_wanted(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return where the gradient of `tensor` is summed, or None if it has none."""
-    return None if tensor is None or not tensor.requires_grad else torch.zeros_like(tensor, dtype=dtype)
+def _zeros(params: SDPAParams, problem: Problem, part: Gradients) -> Gradients:
+    """Return where the gradients are summed, each of the kind of a part's own: vmap may have a dimension in it."""
+
+    def zeros(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+        if gradient is None or tensor is None or not tensor.requires_grad:
+            return None
+        return gradient.new_zeros(tensor.shape)
+
+    return Gradients(
+        query=part.query.new_zeros(problem.query.shape, dtype=problem.query.dtype),
+        key=part.key.new_zeros(problem.key.shape),
+        value=part.value.new_zeros(problem.value.shape),
+        mask=zeros(part.mask, params.attn_mask),
+        sinks=zeros(part.sinks, params.sinks),
+    )

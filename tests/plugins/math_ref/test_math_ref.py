@@ -308,6 +308,27 @@ def test_compiled_gradients_are_those_of_eager() -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("rows", [2**19, 4])
+def test_vmap_may_have_a_dimension_of_one_input_alone(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnplug_math_ref.blocks._LOGITS", rows)  # one part, and several
+    query, key, value = inputs()
+    mask = random(3, 5)
+    given: list[Tensor] = [query, key, value, mask]
+    for position in range(4):
+        many = [torch.stack([tensor, tensor * 2]) if each == position else tensor for each, tensor in enumerate(given)]
+        dims = tuple(0 if each == position else None for each in range(4))
+        mapped = torch.vmap(lambda *tensors: sdpa(*tensors, enable_gqa=True), dims)(*many)
+        for row in range(2):
+            one = [tensor[row] if each == position else tensor for each, tensor in enumerate(many)]
+            torch.testing.assert_close(mapped[row], sdpa(*one, enable_gqa=True))
+    out = sdpa(*given, enable_gqa=True)
+    directions = torch.stack([torch.ones_like(out), torch.arange(out.numel()).view(out.shape).double()])
+    batched = torch.autograd.grad(out, given, directions, is_grads_batched=True, retain_graph=True)
+    for row in range(2):
+        expected_row = torch.autograd.grad(out, given, directions[row], retain_graph=True)
+        torch.testing.assert_close([each[row] for each in batched], list(expected_row))
+
+
 def test_only_nested_tensors_are_left_out() -> None:
     (record,) = (record for record in attnplug.list_impls() if record.name == "math_ref")
     assert set(Feature) - record.capabilities.features == {Feature.NESTED}
