@@ -33,10 +33,12 @@ lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# A machine with a GPU may have no network: this is installed beside the Python that has torch, from here alone.
+# A machine with a GPU may have no network: this is installed beside the Python that has torch, from here alone, and from
+# a folder of wheels: what that Python lacks (importlib-metadata, platformdirs), ptxas 13.1 (nvidia-cuda-nvcc), peers.
 SITE := build/gpu
-gpu:  ## everything that needs a GPU, with the Python that has torch, in under 4 minutes; PART=conformance for one part
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target $(SITE) . $(PLUGINS)
+gpu:  ## everything that needs a GPU, with the Python that has torch, in under 8 minutes; PART=conformance for one part
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target $(SITE) . $(PLUGINS) \
+		$(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
 	PYTHONPATH="$(CURDIR)/$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py \
 		$(PART:%=--part %) $(OUT:%=--results '%')
 

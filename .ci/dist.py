@@ -55,7 +55,7 @@ def build() -> None:
     """Build a source distribution of each project, and a wheel from that."""
     shutil.rmtree(DIST, ignore_errors=True)
     for project in PROJECTS:
-        run(sys.executable, "-m", "build", "--outdir", DIST, ROOT / project)
+        run(sys.executable, "-m", "build", "--quiet", "--outdir", DIST, ROOT / project)
     run(sys.executable, "-m", "twine", "check", "--strict", *sorted(DIST.iterdir()))
     wheels, sources = sorted(DIST.glob("*.whl")), sorted(DIST.glob("*.tar.gz"))
     assert len(wheels) == len(sources) == len(PROJECTS), sorted(DIST.iterdir())

@@ -12,21 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import attnplug
 import harness
+import peers
 from harness import Result, alternate
+from peers import COLUMNS, OURS, TOKENS
 
-COLUMNS, TOKENS = 2048, 16_384
-PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "PyTorch's flash": SDPBackend.FLASH_ATTENTION}
 LIMIT, DETERMINISTIC_LIMIT = 1.0, 1 / 0.75
 
 
 def measure(quick: bool) -> Iterator[Result]:
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/backward.py needs a GPU")
+    peers.needed(quick, "benchmarks/backward.py")
     for size in (64, 128, 256):
         for is_causal in (False, True):
             yield from of_shape(size, 1024 if quick else 8192, is_causal, 3 if quick else 15)
@@ -34,32 +31,30 @@ def measure(quick: bool) -> Iterator[Result]:
 
 def of_shape(size: int, length: int, is_causal: bool, turns: int) -> Iterator[Result]:
     """Measure one head size, with gradients of the query added up in any order and in a fixed one."""
-    shape = (TOKENS // length, COLUMNS // size, length, size)
-    query, key, value, grad = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(4))
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    ours = attnplug.scaled_dot_product_attention(*inputs, is_causal=is_causal, impl="flash_triton")
-    candidates = {"flash_triton": backward(ours, inputs, grad)}
-    candidates["deterministic"] = deterministic(candidates["flash_triton"])
-    for name, backend in PEERS.items():
-        with sdpa_kernel([backend]):
-            candidates[name] = backward(sdpa(*inputs, is_causal=is_causal), inputs, grad)
+    *inputs, grad = peers.inputs(size, length, 4, requires_grad=True)
+    ours = attnplug.scaled_dot_product_attention(*inputs, is_causal=is_causal, impl=OURS)
+    candidates = {OURS: backward(ours, inputs, grad)}
+    candidates["deterministic"] = deterministic(candidates[OURS])
+    others = peers.of_pytorch()
+    for name, attend in others.items():
+        candidates[name] = backward(attend(*inputs, is_causal=is_causal), inputs, grad)
     taken = alternate(candidates, turns, calls=2)
     operations = 10 * TOKENS * length * COLUMNS * (0.5 if is_causal else 1)
     speeds = {name: operations / taken.microseconds(name) / 1e6 for name in candidates}
-    for name, limit in (("flash_triton", LIMIT), ("deterministic", DETERMINISTIC_LIMIT)):
+    for name, limit in ((OURS, LIMIT), ("deterministic", DETERMINISTIC_LIMIT)):
         yield Result(
             f"backward, head size {size}, {'causal' if is_causal else 'full'}: {name} / cuDNN",
             round(taken.ratio(name, to="cuDNN"), 3),
             "ratio",
             limit,
-            details={f"TFLOP/s of {each}": round(speeds[each]) for each in (name, *PEERS)},
+            details={f"TFLOP/s of {each}": round(speeds[each]) for each in (name, *others)},
         )
 
 
 def backward(out: Tensor, inputs: list[Tensor], grad: Tensor) -> Callable[[], Any]:
     def run() -> None:
         torch.autograd.grad(out, inputs, grad, retain_graph=True)
-        torch.cuda.synchronize()
+        peers.finish()
 
     return run
 

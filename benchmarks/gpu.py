@@ -1,8 +1,9 @@
-"""Everything that needs a GPU, in one run of bounded time: `make gpu`, or `make gpu PART=conformance` for one part.
+"""Everything that needs a GPU, in one run of under 8 minutes: `make gpu`, or `make gpu PART=conformance` for one part.
 
 Each part is a process of its own with a time limit, writes its results as they come to benchmarks/results/<GPU>/, and
 is ended when its time is over. The summary comes in any case: after a part that hangs, after Ctrl-C, when the whole is
-ended from outside. Parts that measure times run alone, after the others.
+ended from outside. Parts that measure times run alone, after the others. `--rehearse` starts every part on the CPU, cut
+down to what can be seen there: that it starts, and that its results and summary come.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT, GRACE = 228.0, 6.0
+LIMIT, GRACE = 465.0, 6.0
 """Seconds for the whole, and those that a part has to write what it has, once its time is over."""
 
 
@@ -36,6 +37,7 @@ class Part:
         command: the process.
         limit: seconds that it has.
         told: from its log, the lines of the summary.
+        environment: variables that it has besides.
     """
 
     name: str
@@ -43,43 +45,79 @@ class Part:
     command: list[str]
     limit: float
     told: Callable[[Path], Iterable[str]]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def parts(folder: Path, implementations: list[str]) -> list[Part]:
-    """Return the parts, those that may share the machine first."""
-    python, found = sys.executable, folder / "conformance.jsonl"
-    workers = str(min(12, os.cpu_count() or 1))
-    spread = ["-n", workers] if importlib.util.find_spec("xdist") is not None else []
-    check = [python, "-m", "attnplug", "check", *implementations, "--device", "cuda", "--workers", workers]
-    bench = [python, "-m", "attnplug", "bench", "--set", "kernels", "--device", "cuda", "--seconds", "0.05"]
-    outputs = [argument for kind in ("json", "csv", "png") for argument in ("-o", str(folder / f"kernels.{kind}"))]
-    ours = [name for name in implementations if name not in ("aten_math", "math_ref")]
-    return [
-        Part(
-            "conformance",
-            f"every check of {', '.join(implementations)}",
-            [*check, "--timeout", "60", "--output", str(found)],
-            95.0,
-            lambda log: told_by_checks(found),
-        ),
-        Part(
-            "tests",
-            "the tests marked gpu",
-            [python, "-m", "pytest", *spread, *pytest_arguments()],
-            66.0,
-            told_by_pytest,
-        ),
-        Part("launching", "what a call costs on the host", [python, "benchmarks/launching.py"], 15.0, told_as_it_is),
-        Part("backward", "backward beside cuDNN's", [python, "benchmarks/backward.py"], 12.0, told_as_it_is),
-        Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 40.0, told_last),
+def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> list[Part]:
+    """Return the parts, those that may share the machine first; of a rehearsal, each cut down to what a CPU can do."""
+    workers = "2" if rehearsal else str(min(12, os.cpu_count() or 1))
+    device = ["--device", "cpu" if rehearsal else "cuda"]
+    triton = "aten_flash" if rehearsal else "flash_triton"
+    others = [name for name in implementations if name != triton]
+    found = [
+        checks(folder, "conformance", f"every check of {', '.join(others)}", others, 110.0, workers, device),
+        tests(workers, rehearsal),
+        *(benchmark(folder, name, claim, limit, rehearsal) for name, claim, limit in BENCHMARKS),
+        figures(folder, implementations, device, rehearsal),
     ]
+    if triton in implementations:
+        claim = f"every check of {triton} in full, on Hopper on its own kernels"
+        found.insert(0, checks(folder, triton, claim, [triton, "--full"], 75.0, workers, device))
+        claim = f"{triton} with the plain kernels alone"
+        plain = checks(folder, "plain", claim, [triton], 35.0, workers, device)
+        found.insert(2, replace(plain, environment={"FLASH_TRITON_HOPPER": "0"}))
+    return [replace(part, limit=part.limit * SLOWER) for part in found] if rehearsal else found
+
+
+BENCHMARKS = (
+    ("launching", "what a call costs on the host", 20.0),
+    ("forward", "forward and decoding beside PyTorch's kernels and FlashAttention", 50.0),
+    ("backward", "backward beside cuDNN's", 25.0),
+)
+FEW_CHECKS = ["--only", "check_values", "--only", "check_causal", "--dtype", "float32"]
+SLOWER = 4
+"""How much longer parts may take in a rehearsal, which may have few cores."""
+
+
+def checks(folder: Path, name: str, claim: str, what: list[str], limit: float, workers: str, device: list[str]) -> Part:
+    """Return a part that runs the conformance kit."""
+    found = folder / f"{name}.jsonl"
+    few = FEW_CHECKS if "cpu" in device else []
+    command = [sys.executable, "-m", "attnplug", "check", *what, *device, *few, "--workers", workers]
+    return Part(
+        name, claim, [*command, "--timeout", "60", "--output", str(found)], limit, lambda log: told_by_checks(found)
+    )
+
+
+def tests(workers: str, rehearsal: bool) -> Part:
+    """Return the part that runs the tests marked gpu; without a GPU each says that it needs one."""
+    spread = ["-n", workers] if importlib.util.find_spec("xdist") is not None else []
+    command = [sys.executable, "-m", "pytest", *spread, *pytest_arguments()]
+    if rehearsal:
+        command += ["--collect-only", "-q"]
+    return Part("tests", "the tests marked gpu", command, 100.0, told_by_pytest)
+
+
+def benchmark(folder: Path, name: str, claim: str, limit: float, rehearsal: bool) -> Part:
+    """Return a part that runs a benchmark of this folder."""
+    command = [sys.executable, f"benchmarks/{name}.py", "--json", str(folder / f"{name}.json")]
+    return Part(name, claim, [*command, *(["--quick"] if rehearsal else [])], limit, told_as_it_is)
+
+
+def figures(folder: Path, implementations: list[str], device: list[str], rehearsal: bool) -> Part:
+    """Return the part that times every fast implementation in the cases of `attnplug bench --set kernels`."""
+    ours = [name for name in implementations if name not in ("aten_math", "math_ref")]
+    seconds = ["--seconds", "0.001", "--tiny"] if rehearsal else ["--seconds", "0.05"]
+    outputs = [argument for kind in ("json", "csv", "png") for argument in ("-o", str(folder / f"kernels.{kind}"))]
+    bench = [sys.executable, "-m", "attnplug", "bench", "--set", "kernels", *device, *seconds]
+    return Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 45.0, told_last)
 
 
 def pytest_arguments() -> list[str]:
     """Return the arguments for the files with tests marked gpu, without what the conformance part does."""
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
     names = [str(path.relative_to(ROOT)) for path in files if path.name != "test_conformance_gpu.py"]
-    return ["-v", "-m", "gpu", "-k", "not conformance", "--durations=10", *names]
+    return ["-v", "-m", "gpu", "-k", "not conformance and not it_conforms", "--durations=10", *names]
 
 
 def run(chosen: list[Part], folder: Path, limit: float = LIMIT) -> int:
@@ -115,7 +153,12 @@ def outcome(part: Part, log: Path, seconds: float) -> str:
     """Run one part, its output both shown and kept; return `done`, `failed` or `ended`."""
     with log.open("w") as written:
         process = subprocess.Popen(
-            part.command, cwd=ROOT, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+            part.command,
+            cwd=ROOT,
+            env=os.environ | part.environment,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = shown_until(process, log, seconds)
@@ -176,8 +219,12 @@ _LINE_OF_PYTEST = re.compile(
 
 
 def told_as_it_is(log: Path) -> Iterable[str]:
-    """Say all that it said, if that is short."""
-    return log.read_text(errors="replace").strip().splitlines()[-12:]
+    """Say what it said, without details and without the beginning if that is long."""
+    return [line[:COLUMNS].rstrip() for line in log.read_text(errors="replace").strip().splitlines()[-45:]]
+
+
+COLUMNS = 104
+"""Of a line of a benchmark, those before its details, which are in its files."""
 
 
 def told_last(log: Path) -> Iterable[str]:
@@ -190,31 +237,44 @@ def main() -> int:
     parser.add_argument("--part", action="append", help="run this part alone; may be repeated")
     parser.add_argument("--results", type=Path, help="where to write; by default benchmarks/results/<GPU>")
     parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for the whole (default: {LIMIT:.0f})")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="see on a CPU that each part starts; shows nothing else"
+    )
     arguments = parser.parse_args()
 
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        parser.exit(1, f"needs {', '.join(missing)}: carry their wheels in a folder, and make gpu WHEELS=folder\n")
     import torch
 
     import attnplug
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not arguments.rehearse:
         parser.exit(1, "needs a CUDA device\n")
-    device = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = arguments.results or ROOT / "benchmarks" / "results" / device
+    kind = "cpu" if arguments.rehearse else "cuda"
+    machine = "rehearsal" if arguments.rehearse else torch.cuda.get_device_name()
+    folder = arguments.results or ROOT / "build" / "rehearsal"
+    if arguments.results is None and not arguments.rehearse:
+        folder = ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", machine.lower()).strip("-")
+    records = [record for record in attnplug.list_impls() if kind in (record.capabilities.devices or (kind,))]
     implementations = [
         record.name
-        for record in attnplug.list_impls()
-        if record.status == "available"
-        and "cuda" in (record.capabilities.devices or ("cuda",))
-        and record.name != "flex"  # it compiles for each kind of call; a few kinds are a test of their own
+        for record in records
+        if record.status == "available" and record.name != "flex"  # which compiles for each kind of call: has tests
     ]
-    everything = parts(folder, implementations)
+    everything = parts(folder, implementations, arguments.rehearse)
     names = [part.name for part in everything]
     for name in arguments.part or ():
         if name not in names:
             parser.error(f"--part: expected one of {', '.join(names)}, got {name!r}")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
+    print(f"{machine}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
+    query = torch.empty(1, 2, 128, 64, dtype=torch.bfloat16, device=kind)
+    print(attnplug.explain(query, query, query, is_causal=True), flush=True)
     chosen = [part for part in everything if not arguments.part or part.name in arguments.part]
-    return run(chosen, folder, arguments.limit)
+    return run(chosen, folder, arguments.limit * (SLOWER if arguments.rehearse else 1))
+
+
+NEEDED = ("pluggy", "importlib_metadata", "numpy", "pytest", "hypothesis")
+"""What the tests and attnplug need beside torch."""
 
 
 if __name__ == "__main__":

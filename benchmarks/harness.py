@@ -138,11 +138,13 @@ def main(measure: Callable[[bool], Iterable[Result]], description: str | None) -
     arguments = parser.parse_args()
     results = []
     print(HEADER, flush=True)
-    for result in measure(arguments.quick):
-        results.append(result)
-        print(result, flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(as_json(results))
+    try:
+        for result in measure(arguments.quick):
+            results.append(result)
+            print(result, flush=True)
+    finally:  # what was measured before an interrupt counts
+        if arguments.json is not None:
+            arguments.json.write_text(as_json(results))
     return int(any(result.verdict == "OVER" for result in results))
 
 

@@ -2,7 +2,8 @@
 
 On a GPU: each implementation that has a launch of its own, against PyTorch's function. Without one flash_triton is
 timed with Triton's driver stubbed: real kernels are compiled for a Hopper GPU, and only what would load and launch them
-is replaced, so that what is timed is all that Python does, from attnplug's call on.
+is replaced, so that what is timed is all that Python does, from attnplug's call on. Of `efficient_cuda` and `cudnn`
+PyTorch's operators are replaced, by functions that return what was made before.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from triton.runtime import driver
 
 import attnplug
 import harness
-from attnplug import Capabilities, ImplSpec
+from attnplug import Capabilities, Feature, ImplSpec
+from attnplug_efficient_cuda import cudnn, efficient, operators
 from attnplug_flash_triton import impl, launches
 from attnplug_flash_triton.problem import Machine
 from harness import Result, alternate
 
 HOPPER = Machine("sm_90", 132)
+AIMS = {"forward, to the driver": 25.0}
+"""Microseconds, where the machine has nothing else to do."""
 
 
 class Stub:
@@ -83,7 +87,8 @@ def stubbed(turns: int) -> Iterator[Result]:
     os.environ["FLASH_TRITON_HOPPER"] = "0"  # tensor maps, which those kernels take, only a driver can make
     impl.machine_of = lambda device: HOPPER  # CPU tensors, launched as if they were on the GPU
     kernel = SimpleNamespace(forward=impl.forward, backward=impl.backward)
-    attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=Capabilities()))
+    capabilities = Capabilities(features={Feature.GQA, Feature.VARLEN, Feature.LSE})
+    attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=capabilities))
     query, key, value, grad = torch.randn(4, 1, 1, 16, 64, dtype=torch.bfloat16)
     params = attnplug.SDPAParams(query, key, value, scale=0.125)
     tensors = {"query": query, "key": key, "value": value}
@@ -110,9 +115,51 @@ def stubbed(turns: int) -> Iterator[Result]:
             20,
         )
     for name in times.seconds:
-        yield Result(name, times.microseconds(name), "us")
+        yield Result(name, times.microseconds(name), "us", aim=AIMS.get(name))
     times = alternate({"forward and backward, to the driver": with_backward}, turns, 10)
     for name in times.seconds:
+        yield Result(name, times.microseconds(name), "us")
+    yield from other_calls(turns)
+    yield from to_the_operators(turns)
+
+
+def other_calls(turns: int) -> Iterator[Result]:
+    """Time a step of decoding, whose keys are split among programs, and packed sequences, to the driver."""
+    query = torch.randn(1, 32, 1, 128, dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, 8, 2048, 128, dtype=torch.bfloat16)
+    tokens = torch.randn(32, 1, 64, dtype=torch.bfloat16)
+    starts = torch.tensor([0, 16, 32], dtype=torch.int32)
+    candidates = {
+        "decoding, to the driver": lambda: attnplug.scaled_dot_product_attention(
+            query, key, value, enable_gqa=True, impl="stubbed"
+        ),
+        "packed sequences, to the driver": lambda: attnplug.varlen_attn(
+            tokens, tokens, tokens, starts, starts, 16, 16, impl="stubbed"
+        ),
+    }
+    with torch.no_grad():
+        times = alternate(candidates, turns, 20)
+    for name in candidates:
+        yield Result(name, times.microseconds(name), "us")
+
+
+def to_the_operators(turns: int) -> Iterator[Result]:
+    """Time `efficient_cuda` and `cudnn` with PyTorch's operators replaced."""
+    query, key, value = torch.randn(3, 1, 1, 16, 64, dtype=torch.bfloat16)
+    out, lse, seed = torch.empty_like(query), torch.empty(1, 1, 32), torch.zeros((), dtype=torch.long)
+    operators.efficient_forward = lambda *args, **options: (out.transpose(1, 2), lse, seed, seed, 16, 16)
+    operators.cudnn_forward = lambda *args, **options: (out, lse[..., :16], None, None, 16, 16, seed, seed, None)
+    candidates: dict[str, Any] = {}
+    for name, kernel in (("efficient_cuda", efficient), ("cudnn", cudnn)):
+        given = SimpleNamespace(forward=kernel.forward, backward=kernel.backward)
+        capabilities = Capabilities(features={Feature.LSE})
+        attnplug.register_impl(ImplSpec(name=f"{name}_stubbed", kernel=given, backend=None, capabilities=capabilities))
+        candidates[f"{name}, to the operator"] = lambda name=f"{name}_stubbed": attnplug.scaled_dot_product_attention(
+            query, key, value, impl=name
+        )
+    with torch.no_grad():
+        times = alternate(candidates, turns, 20)
+    for name in candidates:
         yield Result(name, times.microseconds(name), "us")
 
 

@@ -171,7 +171,7 @@ class Ring:
         rows, columns = part * self.heads * SIZE, part * self.kv_heads * SIZE
         work = 2 * part * rows  # of a causal block, and of half a full one
         own, block = (work / _speed(FORWARD, part, causal) for causal in (True, False))
-        block += (18 * 0.75 * rows + 8 * columns) / MEMORY  # merging in float32, packing
+        block += (18 * 0.75 * rows + 8 * columns) / MEMORY  # merging, as if nothing stayed in a cache, and packing
         message = 4 * columns / self.network  # keys and values of a whole part, of two bytes
         forward = max(own, message) + (RANKS - 2) * max(block, message) + block
         own_back, back = (2.5 * work / _speed(BACKWARD, part, causal) for causal in (True, False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import attnplug
 from attnplug import Capabilities, Choices, ImplSpec, SDPBackend, bench
@@ -129,6 +130,36 @@ def test_a_wrong_field_of_a_call_is_named_when_it_is_made(field: str, values: li
     for value in values:
         with pytest.raises((TypeError, ValueError), match=field):
             Call(**{field: value}).check("torch")
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    if not dist.is_available():
+        pytest.skip("PyTorch is built without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_wrong_argument_of_what_cuts_sequences_is_named(group: Any) -> None:
+    cut = partial(attnplug.parallel.shard_sequence, group=group)
+    join = partial(attnplug.parallel.unshard_sequence, group=group)
+    positions = partial(attnplug.parallel.sequence_positions, group=group)
+    module = partial(attnplug.parallel.context_parallel, torch.nn.Identity(), group)
+    for call, argument, values in (
+        (cut, "tensor", [None, "x", NESTED]),
+        (partial(cut, Q), "dim", [4, -5, "2", None]),
+        (partial(cut, Q), "is_causal", [1, torch.ones(3)]),
+        (join, "tensor", [None, NESTED]),
+        (partial(join, Q), "length", ["8", 1.5]),
+        (positions, "length", [None, "8", -1, HUGE]),
+        (partial(positions, 8), "device", ["gpu", [], HUGE]),
+        (module, "method", [[], "rings"]),
+        (module, "is_causal", [1, None]),
+    ):
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=argument):
+                call(**{argument: value})
 
 
 def test_arguments_of_numpy_are_numbers(tmp_path: Path) -> None:

@@ -28,6 +28,16 @@ WIDEST = 2**30
 """Of a window's sides: kernels add them to positions in 32 bits."""
 
 
+def params_of(fields: dict[str, Any]) -> SDPAParams:
+    """Build the record of a call without the frozen dataclass's `__init__`, which costs more than a kernel's launch.
+
+    Fields that are not given read as the class's defaults.
+    """
+    params = object.__new__(SDPAParams)
+    object.__setattr__(params, "__dict__", fields)
+    return params
+
+
 class CausalVariant(IntEnum):
     """Where the diagonal of query and key positions starts; values of `torch.nn.attention.bias.CausalVariant`.
 

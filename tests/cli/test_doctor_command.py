@@ -77,6 +77,9 @@ def test_two_that_claim_one_name_are_told_how_to_leave_one_out(site):
     assert status == 1
     assert [command.endswith((",healthy", ",other")) or "healthy" in command for command in remedies] == [True, True]
     assert all(command.startswith("export ATTNPLUG_DISABLE=") for command in remedies)
+    text = site.python("import sys; from attnplug.cli import main; sys.exit(main(['doctor']))")
+    assert text.stdout.count("healthy: Duplicate") == text.stdout.count("# one of these\n") == 1
+    assert all(f"      {command}\n" in text.stdout for command in remedies) and "could not be loaded" not in text.stderr
 
 
 def test_what_the_environment_forbids_comes_with_the_setting_that_allows_it(site):

@@ -175,4 +175,12 @@ attnplug.restore_choices()
 
 part = attnplug.parallel.shard_sequence(query, group=None)
 assert_type(part, Tensor)
-out = attnplug.parallel.ring_attention(part, part, part, group=None, is_causal=True)
+assert_type(attnplug.parallel.ring_attention(part, part, part, group=None, is_causal=True), Tensor)
+assert_type(attnplug.parallel.usp_attention(part, part, part, mesh=None, return_lse=True), tuple[Tensor, Tensor])
+assert_type(
+    attnplug.parallel.ulysses_attention(part, part, part, group=None, attn_mask=query, return_lse=wanted),
+    Tensor | tuple[Tensor, Tensor],
+)
+assert_type(
+    attnplug.parallel.ring_varlen_attn(part, part, part, part, group=None, return_lse=True), tuple[Tensor, Tensor]
+)

@@ -120,6 +120,10 @@ def test_dropout_draws_once_for_each_pair_and_differently_on_each_rank(
         assert not repeated_in_time
 
 
+def test_dropout_of_dtensors_is_another_on_each_share_and_the_same_on_replicas(world: Worlds) -> None:
+    assert world(2).run(ranks_do.dropped_from_dtensors) == [(False, True)] * 2
+
+
 def test_the_queries_dtype_is_that_of_autocast_and_a_checkpoint_repeats_the_choice(world: Worlds) -> None:
     world(2).run(ranks_do.under_autocast)
     world(2).run(ranks_do.checkpointed)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attnplug import parallel
 from attnplug.parallel._plan import Layout, steps
 from attnplug.parallel._ranges import Block, Range, parts_of, total
 
@@ -109,3 +116,92 @@ def test_keys_pass_no_further_than_a_window_reaches() -> None:
     layout = Layout(8, 8 * 16, 8 * 16, window=(16, 0))
     taken = [[(step.source, total(step.taken)) for step in steps(layout, rank)[1:] if step.taken] for rank in range(8)]
     assert taken == [[]] + [[(rank - 1, 16)] for rank in range(1, 8)]
+
+
+@dataclass
+class Schedule:
+    """What one rank sends and receives, in the order in which it starts to; each batch is one message each way."""
+
+    batches: list[dict[tuple[str, int], int]]
+
+    def pair(self, kind: str, peer: int) -> list[int]:
+        """Return the sizes of the messages to (`isend`) or from (`irecv`) a peer."""
+        return [batch[kind, peer] for batch in self.batches if (kind, peer) in batch]
+
+
+def schedules(ranks: int, run: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> list[Schedule]:
+    """Run, as each rank of a group that is not there, and return what would have been sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    found = []
+    for rank in range(ranks):
+        batches: list[dict[tuple[str, int], int]] = []
+
+        def start(operations: list[Any], batches: list[dict[tuple[str, int], int]] = batches) -> list[Any]:
+            batches.append({(each.op.__name__, each.group_peer): each.tensor.numel() for each in operations})
+            assert len(batches[-1]) == len(operations)
+            for each in operations:
+                if each.op is dist.irecv:
+                    each.tensor.zero_()
+            return [SimpleNamespace(wait=lambda: None) for _ in operations]
+
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(dist, "batch_isend_irecv", start)
+                run(dist.group.WORLD)
+        finally:
+            dist.destroy_process_group()
+        found.append(Schedule(batches))
+    return found
+
+
+def check_order(found: list[Schedule]) -> None:
+    """Hold what each rank sends against what the others expect, also where batches of a rank are done one by one."""
+    everybody = range(len(found))
+    for rank in everybody:
+        for peer in everybody:
+            assert found[rank].pair("isend", peer) == found[peer].pair("irecv", rank)
+    done = [0 for _ in everybody]
+    waiting = [set(schedule.batches[0]) if schedule.batches else set() for schedule in found]
+    progress = True
+    while progress:
+        progress = False
+        for rank in everybody:
+            for kind, peer in [*waiting[rank]]:
+                if kind == "isend" and ("irecv", rank) in waiting[peer]:
+                    waiting[rank].remove((kind, peer))
+                    waiting[peer].remove(("irecv", rank))
+                    progress = True
+        for rank in everybody:
+            if not waiting[rank] and done[rank] < len(found[rank].batches):
+                done[rank] += 1
+                progress = True
+                if done[rank] < len(found[rank].batches):
+                    waiting[rank] = set(found[rank].batches[done[rank]])
+    assert done == [len(schedule.batches) for schedule in found], "ranks wait for each other"
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(2, 8), st.integers(16, 60), st.booleans(), st.tuples(SIDES, SIDES), st.booleans())
+def test_each_ranks_messages_come_in_the_order_in_which_their_receiver_waits_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    length: int,
+    is_causal: bool,
+    window: tuple[int, int],
+    is_packed: bool,
+) -> None:
+    pytest.importorskip("attnplug_math_ref")
+
+    def run(group: Any) -> None:
+        part = parallel.shard_sequence(torch.ones(1, 1, length, 2), group=group, is_causal=is_causal).requires_grad_()
+        given: dict[str, Any] = {"group": group, "is_causal": is_causal, "window_size": window, "impl": "math_ref"}
+        if is_packed:
+            starts, tokens = torch.tensor([0, length // 5, length // 2, length], dtype=torch.int32), part[0, 0][:, None]
+            out = parallel.ring_varlen_attn(tokens, tokens, tokens, starts, **given)
+        else:
+            out = parallel.ring_attention(part, part, part, length=length, **given)
+        out.sum().backward()
+
+    check_order(schedules(ranks, run, monkeypatch))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
+from ranks import World
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -70,12 +71,56 @@ def check(kv_heads: int, placement: Any, masked: bool) -> None:
 
 
 CASES = [(4, Shard(0), False), (4, Shard(1), True), (2, Shard(1), False), (1, Shard(1), False), (4, Replicate(), True)]
+IMPLS = ["torch", "aten_flash", "aten_math", "math_ref", "opaque"]
+
+
+def check_all() -> None:
+    """Hold every implementation, a call of packed sequences, and a compiled call, against the whole ones."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for impl in IMPLS:
+        for placement in (Shard(0), Shard(1)):
+            shared = [distribute_tensor(torch.randn(4, 4, 5, 8), mesh, [placement]) for _ in range(3)]
+            assert attnplug.explain(*shared, impl=impl).chosen == impl
+            attend = functools.partial(attnplug.scaled_dot_product_attention, impl=impl)
+            hold(attend, attnplug.scaled_dot_product_attention, shared)
+            with attnplug.patch_torch(), attnplug.sdpa_kernel(impl), attnplug.record() as calls:
+                hold(torch.nn.functional.scaled_dot_product_attention, attnplug.scaled_dot_product_attention, shared)
+            assert calls[0].impl == impl
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = [distribute_tensor(torch.randn(12, 4, 8), mesh, [Shard(1)]) for _ in range(3)]
+    attend = functools.partial(
+        attnplug.varlen_attn, cu_seq_q=starts, cu_seq_k=starts, max_q=7, max_k=7, is_causal=True, impl="math_ref"
+    )
+    hold(attend, attend, packed)
+
+
+def hold(attend: Any, reference: Any, shared: list[Any]) -> None:
+    """Hold a call of DTensors, forward and backward, against a call of the whole tensors."""
+    shared = [tensor.detach().requires_grad_() for tensor in shared]
+    whole = [tensor.full_tensor().detach().requires_grad_() for tensor in shared]
+    out, expected = attend(*shared), reference(*whole)
+    assert isinstance(out, DTensor)
+    assert out.placements == shared[0].placements
+    torch.testing.assert_close(out.full_tensor(), expected)
+    gradients = torch.autograd.grad(expected.square().sum(), whole)
+    found = torch.autograd.grad(out.square().sum(), shared)
+    torch.testing.assert_close([gradient.full_tensor() for gradient in found], [*gradients], rtol=1e-4, atol=1e-5)
+
+
+def check_compiled() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shared = [distribute_tensor(torch.randn(4, 4, 5, 8), mesh, [Shard(1)]) for _ in range(3)]
+    for impl in ("torch", "math_ref", "opaque"):
+        attend = functools.partial(attnplug.scaled_dot_product_attention, impl=impl)
+        hold(attend, attnplug.scaled_dot_product_attention, shared)
+        hold(torch.compile(attend, fullgraph=True, backend="aot_eager"), attnplug.scaled_dot_product_attention, shared)
 
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    register()
     yield
     dist.destroy_process_group()
 
@@ -83,19 +128,56 @@ def one_rank() -> Iterator[None]:
 @pytest.mark.parametrize(("kv_heads", "placement", "masked"), CASES)
 def test_an_opaque_kernel_runs_on_dtensors(one_rank: None, kv_heads: int, placement: Any, masked: bool) -> None:
     pytest.importorskip("attnplug_math_ref")
-    register()
     check(kv_heads, placement, masked)
 
 
-def _rank(rank: int, world: int, file: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+def test_every_implementation_and_the_drop_in_run_on_dtensors_as_explain_says(one_rank: None) -> None:
+    pytest.importorskip("attnplug_math_ref")
+    check_all()
+
+
+@pytest.mark.slow
+def test_compiled_calls_of_dtensors_are_one_graph(one_rank: None) -> None:
+    pytest.importorskip("attnplug_math_ref")
+    check_compiled()
+
+
+@pytest.mark.parametrize(("dim", "along"), [(2, "sequence"), (3, "head size")])
+def test_shards_that_attention_cannot_be_cut_along_are_an_error(one_rank: None, dim: int, along: str) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    query = distribute_tensor(torch.randn(2, 4, 8, 8), mesh, [Shard(dim)])
+    for ask in (attnplug.scaled_dot_product_attention, attnplug.explain):
+        with pytest.raises(
+            ValueError, match=f"query: got a DTensor that is sharded along the {along}; .* Redistribute"
+        ):
+            ask(query, query, query)
+    packed, starts = distribute_tensor(torch.randn(8, 4, 8), mesh, [Shard(0)]), torch.tensor([0, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"sharded along the tokens; .*ring_varlen_attn"):
+        attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8)
+
+
+def test_a_dtensor_is_not_taken_for_the_plain_tensor_of_a_call_before_it(one_rank: None) -> None:
+    plain = torch.randn(2, 4, 8, 8)
+    shared = distribute_tensor(plain, init_device_mesh("cpu", (1,)), [Shard(1)])
+    for impl in (None, "aten_flash", "opaque"):
+        for query in (plain, shared, plain, shared):
+            out = attnplug.scaled_dot_product_attention(query, query, query, impl=impl)
+            assert type(out) is type(query)
+
+
+def on_two_ranks() -> None:
     register()
     for case in CASES:
         check(*case)
-    dist.destroy_process_group()
+    check_all()
+    check_compiled()
 
 
 @pytest.mark.slow
 def test_two_ranks_each_run_their_share(tmp_path: Any) -> None:
     pytest.importorskip("attnplug_math_ref")
-    multiprocessing.spawn(_rank, args=(2, str(tmp_path / "store")), nprocs=2)
+    world = World(2, tmp_path)
+    try:
+        world.run(on_two_ranks)
+    finally:
+        world.close()

@@ -1,4 +1,7 @@
-"""Worlds of processes that take one task after the other: each start imports torch, so each is made once."""
+"""Worlds of processes that take one task after the other.
+
+They are forked from one process, which has imported torch for all of them and has run nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = timedelta(seconds=60)
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "torch.distributed.device_mesh",
+        "torch.fx.experimental.symbolic_shapes",  # which autograd imports when a gradient is given
+        "attnplug.parallel",
+        "attnplug.testing",
+    ]
+)
 
 
 class World:
@@ -23,13 +35,12 @@ class World:
     """
 
     def __init__(self, ranks: int, folder: Path, timeout: timedelta = TIMEOUT) -> None:
-        context = multiprocessing.get_context("spawn")
         self.ranks = ranks
-        self._tasks = [context.SimpleQueue() for _ in range(ranks)]
-        self._results = context.Queue()
+        self._tasks = [_context.SimpleQueue() for _ in range(ranks)]
+        self._results = _context.Queue()
         arguments = (ranks, str(folder / "store"), timeout, self._results)
         self.processes = [
-            context.Process(target=_rank, args=(rank, self._tasks[rank], *arguments), daemon=True)
+            _context.Process(target=_rank, args=(rank, self._tasks[rank], *arguments), daemon=True)
             for rank in range(ranks)
         ]
         for process in self.processes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +91,13 @@ def dense(
     )
 
 
-def packed(lengths: list[int], impl: str, heads: tuple[int, int] = (4, 2), **arguments: Any) -> None:
+def packed(
+    lengths: list[int],
+    impl: str,
+    heads: tuple[int, int] = (4, 2),
+    run: Callable[..., Any] = parallel.ring_varlen_attn,
+    **arguments: Any,
+) -> None:
     """The same for packed sequences."""
     group = dist.group.WORLD
     torch.manual_seed(1)
@@ -99,9 +107,7 @@ def packed(lengths: list[int], impl: str, heads: tuple[int, int] = (4, 2), **arg
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     folded = arguments.get("is_causal", False)
     local = {name: _cut(tensor, group, folded, dim=0).requires_grad_() for name, tensor in given.items()}
-    out, lse = parallel.ring_varlen_attn(
-        *local.values(), starts, group=group, enable_gqa=True, return_lse=True, impl=impl, **arguments
-    )
+    out, lse = run(*local.values(), starts, group=group, enable_gqa=True, return_lse=True, impl=impl, **arguments)
     out.backward(_cut(grad_out, group, folded, dim=0))
     found = {name: _joined(tensor.grad, group, folded, tokens, dim=0) for name, tensor in local.items()}
     whole = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": max(lengths), "max_k": max(lengths), "enable_gqa": True}
@@ -152,13 +158,33 @@ def dropped(method: str, impl: str, is_causal: bool, length: int = 24) -> list[f
     ]
 
 
+def dropped_from_dtensors() -> tuple[bool, bool]:
+    """Drop from a call of DTensors; return whether two shares of equal numbers lost the same, and two replicas."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)  # the same on each rank, as PyTorch asks for replicas
+    same, found = [], torch.eye(16).expand(2, 1, 16, 16)
+    for placement in (Shard(0), Replicate()):
+        query = distribute_tensor(found, mesh_of(2), [placement])
+        out = attnplug.scaled_dot_product_attention(query, query, query, dropout_p=0.5, impl="math_ref").to_local()
+        parts = [torch.empty_like(out) for _ in range(2)]
+        dist.all_gather(parts, out.contiguous())
+        same.append(torch.equal(*parts))
+    return same[0], same[1]
+
+
 class Opaque:
     """A kernel that nobody can look into, whose backward computes from the out and lse that it is given."""
 
+    faults: dict[str, Callable[[], None]] = {}
+    """What goes wrong, in `forward` or `backward`."""
+
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
+        self.faults.get("forward", bool)()
         return _formula(params)[:2]
 
     def backward(self, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor) -> Any:
+        self.faults.get("backward", bool)()
         _, _, logits, group = _formula(params)
         query, key, value = params.query, params.key, params.value
         grad_out, key, value = grad_out.float(), key.float(), value.float()
@@ -341,6 +367,9 @@ def compiled(method: str) -> None:
     mesh = (2, 2) if method == "usp" else None
     for impl in ("math_ref", "aten_flash", "opaque"):
         dense(method, run=call, impl=impl, is_causal=True, mesh=mesh, heads=(4, 4))
+    if method == "ring":
+        packed_call = torch.compile(parallel.ring_varlen_attn, fullgraph=True, backend="aot_eager")
+        packed([13, 20, 2, 30], "math_ref", run=packed_call, is_causal=True)
 
 
 def recorded() -> list[str]:
@@ -465,18 +494,21 @@ def mistaken(what: str) -> None:
         parallel.context_parallel(torch.nn.Linear(2, 2), group, "rings")
 
 
-def failing(method: str, rank: int, how: str) -> None:
-    """Let one rank raise, or hang, in the middle of a call."""
-    import time
-
-    if dist.get_rank() == rank and how == "hangs":
-        time.sleep(12)
-        return
+def failing(method: str, rank: int, how: str, when: str) -> None:
+    """Let one rank raise, be killed, or stop, in the kernel of the second call, forward or backward."""
+    dense(method, impl="opaque", is_causal=True, heads=(6, 3))
     if dist.get_rank() == rank:
-        Opaque.forward = _broken  # type: ignore[method-assign]
-    dense(method, impl="opaque", is_causal=True, heads=(6, 3))
+        Opaque.faults[when] = {"raises": _raise, "is killed": _kill, "stops": _stop}[how]
     dense(method, impl="opaque", is_causal=True, heads=(6, 3))
 
 
-def _broken(self: Any, params: SDPAParams) -> Any:
+def _raise() -> None:
     raise OSError("this rank is broken")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)

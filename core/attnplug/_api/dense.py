@@ -18,6 +18,7 @@ from attnplug._dispatch.plans import Plan, who_decides
 from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
+from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start_outside, thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
@@ -183,7 +184,7 @@ def scaled_dot_product_attention(
             and (scale is None or (type(scale) is float and 0.0 < scale < inf))
             and (dropout_p == 0.0 or (type(dropout_p) is float and dropout_p < 1.0))
             and (enable_gqa is False or enable_gqa is True)
-            and (type(query) is Tensor or isinstance(query, Tensor))
+            and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
             and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
             and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
             and (query.get_device() < 0 or _are_aligned(query, key, value))
@@ -259,7 +260,12 @@ def scaled_dot_product_attention(
             "alibi_slopes": alibi_slopes,
             "seqused_k": seqused_k,
         }
-    if compiling:
+    if type(query) not in PLAIN and is_sharded(query):
+        prepared, rows = prepare_dense(SDPAParams(**fields))
+        out, lse = run_sharded(prepared, lambda share: (traced if is_compiling() else eager).dense(share, impl))
+        if rows != prepared.query.shape[:-1]:
+            out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
+    elif compiling:
         out, lse = traced.dense(SDPAParams(**fields), impl)
     elif found is not None:
         out, lse = found.run_as_given(eager.params_of(fields))

@@ -7,7 +7,10 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from attnplug._call.prepare import prepare_varlen
 from attnplug._dispatch import eager, traced
+from attnplug._dispatch.recognised import PLAIN
+from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
@@ -173,5 +176,11 @@ def varlen_attn(
     compiling = is_compiling()
     if not compiling and thread.state.watched:
         impl = wished(impl)
-    out, lse = traced.varlen(SDPAParams(**fields), impl) if compiling else eager.varlen(eager.params_of(fields), impl)
+    if type(query) not in PLAIN and is_sharded(query):
+        run = traced.varlen if compiling else eager.varlen
+        out, lse = run_sharded(prepare_varlen(SDPAParams(**fields)), lambda share: run(share, impl))
+    elif compiling:
+        out, lse = traced.varlen(SDPAParams(**fields), impl)
+    else:
+        out, lse = eager.varlen(eager.params_of(fields), impl)
     return (out, lse) if return_lse else out

@@ -19,6 +19,7 @@ from attnplug._dispatch import traced
 from attnplug._dispatch.measured import applies, because, choice_of
 from attnplug._dispatch.resolver import Answer, explain_all, verdict_of
 from attnplug._run.contract import DIFFERENTIABLE
+from attnplug._run.sharded import described_share, is_sharded, share_of
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import start, start_outside
 from attnplug._tables import WIDTH, html_table, table, wrap
@@ -196,13 +197,16 @@ def _prepared(params: SDPAParams) -> SDPAParams:
         given, view = getattr(params, name), getattr(prepared, name)
         if isinstance(view, Tensor) and given.requires_grad and not view.requires_grad:
             wanting[name] = view.detach().requires_grad_()
-    return replace(prepared, **wanting)
+    prepared = replace(prepared, **wanting)
+    return described_share(prepared) if is_sharded(prepared.query) else prepared
 
 
 def _traced(params: SDPAParams, impl: str | None) -> Explanation:
     """Return an explanation in a trace, of constants; a change of selection or registry traces again."""
     start_outside()
     prepared = prepare_varlen(params) if params.is_varlen else prepare_dense(params)[0]
+    if is_sharded(prepared.query):
+        prepared = share_of(prepared)
     answer = traced.explained(prepared, impl)
     if is_empty(prepared):
         empty = [Verdict(verdict.name, verdict.backend, False, _EMPTY) for verdict in answer.verdicts]

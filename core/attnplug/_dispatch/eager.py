@@ -20,18 +20,9 @@ from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import traced
 from attnplug._dispatch.plans import Plan, Result, find, make, with_four_dimensions
 from attnplug._dispatch.recognised import remember
+from attnplug._params import params_of as params_of
 from attnplug._selection.state import start
 from attnplug._types import SDPAParams
-
-
-def params_of(fields: dict[str, Any]) -> SDPAParams:
-    """Build the record of a call without the frozen dataclass's `__init__`, which costs more than the rest.
-
-    Fields that are not given read as the class's defaults.
-    """
-    params = object.__new__(SDPAParams)
-    object.__setattr__(params, "__dict__", fields)
-    return params
 
 
 def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:

@@ -22,7 +22,6 @@ from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
 from attnplug._run.contract import declares
 from attnplug._run.operator import is_watched, operator_of
-from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
@@ -101,8 +100,6 @@ class Plan:
         if is_transformed():
             return run_transformed(entry, params)
         if not kernel.composite and is_watched(params.query) and not params.query.is_nested:
-            if is_sharded(params.query) and not params.is_varlen:
-                return run_sharded(params, lambda local: run(entry, local, self.grad))
             return operator_of(entry).run(params)
         return run(entry, params, self.grad)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnplug._call.autocast import any_autocast, no_autocast
 from attnplug._errors import GradientError, KernelError
+from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Entry
 from attnplug._selection.state import thread
 from attnplug._types import Feature, SDPAParams
@@ -59,8 +60,9 @@ class KernelCall:
 
     def params(self, tensors: Given) -> SDPAParams:
         """Return the description of the call, as the kernel gets it."""
-        fields: dict[str, Any] = dict(zip(TENSORS + CONSTANTS, (*tensors, *self.constants), strict=True))
-        return SDPAParams(**fields)
+        fields: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        fields.update(zip(CONSTANTS, self.constants, strict=True))
+        return params_of(fields)
 
     def forward(self, tensors: Given) -> tuple[Any, ...]:
         """Run the kernel's forward; return `(out, lse, *saved)`.

@@ -1,32 +1,28 @@
-"""Kernels on DTensors: each rank runs its share of the batch or of the heads, and nothing is communicated.
+"""Calls of DTensors: each rank runs the call on its share of the batch or of the heads, and nothing is communicated.
 
-A kernel's operator has no sharding strategy, because PyTorch's cannot say how many tensors a forward saves. Attention
-needs none: batch entries and heads have nothing to do with each other.
+Batch entries and heads have nothing to do with each other, so what each rank has is a call like any other: it is
+decided on, watched, traced and differentiated as one, and any implementation runs it. PyTorch, which goes by operators,
+would need a sharding strategy for each of theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from attnplug._run.contract import TENSORS
+from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._types import SDPAParams
 
 Result = tuple[Tensor, Tensor | None]
 
-# Where each tensor of a dense call has the batch and the heads; None where it has not.
-_DIMENSIONS: dict[str, tuple[int | None, int | None]] = {
-    "query": (0, 1),
-    "key": (0, 1),
-    "value": (0, 1),
-    "attn_mask": (0, 1),
-    "sinks": (None, 0),
-    "alibi_slopes": (0, 1),
-    "seqused_k": (0, None),
-}
+_DENSE, _PACKED = ("batch", "heads", "sequence", "head size"), ("pages", "tokens", "heads", "head size")
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -35,46 +31,144 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def run_sharded(params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
-    """Run a dense call of DTensors, in the form that kernels know, by `run` on what each rank has.
+    """Run a call of DTensors, in the form that kernels know, by `run` on what each rank has.
 
-    Shards of the batch or of the heads stay where they are; whatever is laid out otherwise is gathered first, and so
-    are heads whose groups of queries a shard would cut.
+    Raises:
+        ValueError: a tensor is sharded along something that attention cannot be cut along, or a compiled call has
+            dropout.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
 
     query: Any = params.query
-    mesh = query.device_mesh
-    shares = 1
-    placements: list[Any] = []
-    for position, placement in enumerate(query.placements):
-        size = mesh.size(position)
-        cuts_groups = placement == Shard(1) and params.key.shape[1] % (shares * size) != 0
-        kept = placement in (Shard(0), Shard(1)) and not cuts_groups
-        placements.append(placement if kept else Replicate())
-        shares *= size if kept and placement == Shard(1) else 1
+    mesh, placements = query.device_mesh, _placements(params)
+    with _drawing(params, placements):
+        out, lse = run(share_of(params))
 
-    def local(name: str) -> Any:
-        tensor = getattr(params, name)
+    def whole(tensor: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
+        places = [Shard(heads) if placement.is_shard(1) else placement for placement in placements]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            tensor.contiguous(), mesh, places, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    found = whole(out, (*query.shape[:-1], params.value.shape[-1]), 1)
+    return found, None if lse is None else whole(lse, params.lse_shape, 0 if params.is_varlen else 1)
+
+
+def share_of(params: SDPAParams) -> SDPAParams:
+    """Return this rank's share of a call.
+
+    Shards of the batch or of the heads stay where they are. Whatever is laid out otherwise is brought there first:
+    sums that are pending, replicas, and heads whose groups of queries a shard would cut, which every rank then has all.
+
+    Raises:
+        ValueError: a tensor is sharded along something that attention cannot be cut along.
+    """
+    placements = _placements(params)
+    return replace(params, **{name: _local(name, getattr(params, name), params, placements) for name in TENSORS})
+
+
+def described_share(params: SDPAParams) -> SDPAParams:
+    """Return this rank's share as fake tensors, for who asks what would run: nothing is communicated."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.tensor import DTensor
+
+    mode = FakeTensorMode()
+
+    def fake(tensor: Any) -> Any:
         if tensor is None:
             return None
         if not isinstance(tensor, DTensor):
-            tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        dimensions = (None, 0) if name == "alibi_slopes" and tensor.dim() == 1 else _DIMENSIONS[name]
-        wanted, gradients = [], []
-        for placement in placements:
-            at = None if placement == Replicate() else dimensions[placement.dim]
-            shared = at is not None and tensor.shape[at] > 1
-            wanted.append(Shard(at) if at is not None and shared else Replicate())
-            gradients.append(wanted[-1] if shared or placement == Replicate() else Partial())
-        return tensor.redistribute(placements=wanted).to_local(grad_placements=gradients)
+            return mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+        layout, sizes = (tensor.device_mesh, tensor.placements), (tensor.shape, tensor.stride())
+        local = mode.from_tensor(tensor.to_local().detach())
+        whole = DTensor.from_local(local, *layout, run_check=False, shape=sizes[0], stride=sizes[1])
+        return whole.requires_grad_(tensor.requires_grad)
 
-    out, lse = run(replace(params, **{name: local(name) for name in _DIMENSIONS}))
+    described = replace(params, **{name: fake(getattr(params, name)) for name in TENSORS})
+    with mode, torch.enable_grad():
+        return share_of(described)
 
-    def whole(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            tensor.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
 
-    rows = tuple(query.shape[:-1])
-    return whole(out, (*rows, params.value.shape[-1])), None if lse is None else whole(lse, rows)
+def _placements(params: SDPAParams) -> list[Any]:
+    """Return how the call is shared along each dimension of the mesh; heads are the query's second dimension."""
+    from torch.distributed.tensor import Replicate
+
+    for name in ("query", "key", "value"):
+        _check(name, getattr(params, name), params.is_varlen)
+    query: Any = params.query
+    kv_heads = params.key.shape[-2 if params.is_varlen else 1]
+    shares, found = 1, []
+    for position, placement in enumerate(query.placements):
+        kept = placement.is_shard()
+        if placement.is_shard(1):
+            size = query.device_mesh.size(position)
+            kept = kv_heads == 1 or kv_heads % (shares * size) == 0
+            shares *= size if kept else 1
+        found.append(placement if kept else Replicate())
+    return found
+
+
+def _check(name: str, tensor: Any, is_varlen: bool) -> None:
+    for placement in tensor.placements if is_sharded(tensor) else ():
+        along = (_PACKED if is_varlen else _DENSE)[placement.dim - tensor.dim()] if placement.is_shard() else "batch"
+        if along not in ("batch", "heads"):
+            ways, ring = ("heads", "ring_varlen_attn") if is_varlen else ("batch or of the heads", "ring_attention")
+            raise ValueError(
+                f"{name}: got a DTensor that is sharded along the {along}; attention is computed on shards of the "
+                f"{ways}. Redistribute it; or, for parts of a sequence, give each rank's to_local() to "
+                f"attnplug.parallel.{ring}"
+            )
+
+
+def _local(name: str, tensor: Any, params: SDPAParams, placements: list[Any]) -> Any:
+    """Return what this rank has of one tensor of a call, that is shared so."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if tensor is None:
+        return None
+    query: Any = params.query
+    mesh = query.device_mesh
+    batch, heads = _axes(name, tensor, params.is_varlen)
+    wanted: list[Any] = []
+    gradients: list[Any] = []
+    cut: Any
+    for placement in placements:
+        at = None
+        if placement.is_shard():
+            at = heads if placement.is_shard(1) else batch
+        cut = Replicate() if at is None or tensor.shape[at] == 1 else Shard(at)
+        wanted.append(cut)
+        gradients.append(Partial() if placement.is_shard() and not cut.is_shard() else cut)
+    if not isinstance(tensor, DTensor):
+        if not any(placement.is_shard() for placement in wanted) and not tensor.requires_grad:
+            return tensor
+        tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return tensor.redistribute(placements=wanted).to_local(grad_placements=gradients)
+
+
+def _axes(name: str, tensor: Tensor, is_varlen: bool) -> tuple[int | None, int | None]:
+    """Return where a tensor of a call has the batch and the heads; None where it has not."""
+    if name in ("query", "key", "value"):
+        return (None, tensor.dim() - 2) if is_varlen else (0, 1)
+    if name == "sinks":
+        return None, 0
+    if name == "alibi_slopes":
+        return (0 if tensor.dim() == 2 else None), tensor.dim() - 1
+    return 0, (1 if name == "attn_mask" else None)
+
+
+def _drawing(params: SDPAParams, placements: list[Any]) -> AbstractContextManager[None]:
+    """Draw, with dropout, other numbers for each share, and the same for replicas, if their ranks are seeded alike.
+
+    Raises:
+        ValueError: the call has dropout and is compiled.
+    """
+    if not params.dropout:
+        return nullcontext()
+    if is_compiling():
+        raise ValueError("dropout_p: ranks that share a DTensor draw outside of a trace; compile without dropout")
+    query: Any = params.query
+    place = query.device_mesh.get_coordinate()
+    shares = [place[position] for position, placement in enumerate(placements) if placement.is_shard()]
+    return seeded(query.device, drawn_seed(query.device), *shares)

@@ -49,11 +49,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    findings = [*_of_torch(), *_of_environment()]
     records: Sequence[ImplRecord] = ()
-    if not findings:
-        records = _loaded()
-        findings += [*_of_gpu(), *(_of_record(record) for record in records if record.reason), *_absent()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*could not be loaded", attnplug.PluginWarning)  # the report says the same
+        findings = [*_of_torch(), *_of_environment()]
+        if not findings:
+            records = _loaded()
+            findings += [*_of_gpu(), *(_of_record(record) for record in records if record.reason), *_absent()]
     works = [record.name for record in records if record.status == "available"]
     broken = sum(finding.status == _BROKEN for finding in findings)
     if arguments.json:
@@ -90,12 +92,10 @@ def _of_environment() -> list[Finding]:
 
 def _loaded() -> Sequence[ImplRecord]:
     """Return the records once every kernel that could work here has been imported."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", attnplug.PluginWarning)  # the report says the same
-        for entry in start():
-            if not entry.unavailable():
-                entry.load()
-        return attnplug.list_impls()
+    for entry in start():
+        if not entry.unavailable():
+            entry.load()
+    return attnplug.list_impls()
 
 
 def _of_gpu() -> list[Finding]:
@@ -135,13 +135,19 @@ def _as_text(findings: Sequence[Finding], works: Sequence[str], broken: int) -> 
 
 
 def _together(findings: Sequence[Finding]) -> list[Finding]:
-    """Return findings with the same reason and remedy as one."""
+    """Return findings with the same reason and remedy as one, and of one name that any of several remedies mends."""
     names: dict[tuple[str, ...], list[str]] = {}
     for each in findings:
         names.setdefault((each.status, each.reason, each.remedy), []).append(each.name)
-    return [Finding(", ".join(found), *rest) for rest, found in names.items()]
+    remedies: dict[tuple[str, ...], list[str]] = {}
+    for (status, reason, remedy), found in names.items():
+        remedies.setdefault((", ".join(found), status, reason), []).append(remedy)
+    return [Finding(name, status, reason, "\n".join(commands)) for (name, status, reason), commands in remedies.items()]
 
 
 def _lines(finding: Finding) -> list[str]:
     said = wrap(f"{finding.name}: {finding.reason}", _WIDTH, "  ", "    ")
-    return [*said, f"      {finding.remedy}"] if finding.remedy else said
+    commands = finding.remedy.splitlines()
+    if len(commands) > 1:
+        said.append("      # one of these")
+    return [*said, *(f"      {command}" for command in commands)]

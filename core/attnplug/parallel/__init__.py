@@ -4,9 +4,10 @@ Results and gradients are those of the call on one rank. Imported when it is fir
 `torch.distributed` is nobody's business who has one GPU.
 """
 
-from attnplug.parallel._attention import ring_attention, ring_varlen_attn, ulysses_attention, usp_attention
+from attnplug.parallel._attention import ring_attention, ulysses_attention, usp_attention
 from attnplug.parallel._exchange import ParallelError
 from attnplug.parallel._model import ContextParallelHandle, context_parallel
+from attnplug.parallel._packed import ring_varlen_attn
 from attnplug.parallel._sharding import sequence_positions, shard_sequence, unshard_sequence
 
 __all__ = [

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,6 +19,7 @@ GRACE = 2.0
 """Seconds that a rank waits for what the others say of themselves, once something has failed."""
 
 _said: set[dist.ProcessGroup] = set()
+_connected: set[dist.ProcessGroup] = set()
 
 
 class ParallelError(AttnplugError, RuntimeError):
@@ -91,6 +93,16 @@ class Transfer:
             except RuntimeError as error:
                 raise blamed(self.group, peer, time.monotonic() - self.started, error) from error
         self.works, self.buffers = [], ()
+
+
+def connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let all ranks of a group of GPUs make their connections together.
+
+    NCCL makes them at a group's first call, which must then be one of all ranks; with a window, not all have messages.
+    """
+    if device.type != "cpu" and group not in _connected:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        _connected.add(group)
 
 
 def exchange(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from attnplug._arguments import expect
 from attnplug._control.binding import BindingHandle, bind
 from attnplug._control.registration import register_impl, unregister_impl
 from attnplug._control.scopes import run_in
@@ -77,8 +78,11 @@ def context_parallel(
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    if method not in METHODS:
-        raise ValueError(f"method: unknown {method!r}{did_you_mean(method, METHODS)} Accepted: {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f"method: unknown {method!r}{did_you_mean(str(method), METHODS)} Accepted: {', '.join(METHODS)}"
+        )
+    expect("is_causal", is_causal, bool, "a bool")
     ranks = as_mesh(mesh) if method == "usp" else as_group(mesh, "mesh")
     if hasattr(module, "set_attn_implementation"):
         return _Model(module, ranks, method, is_causal, impl).handle()

@@ -20,15 +20,15 @@ from torch import Tensor
 from attnplug._dispatch.resolver import Decision
 from attnplug._errors import GradientError
 from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
+from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
 from attnplug._selection.watching import RecordedCall, wished
 from attnplug._types import Feature, SDPAParams
-from attnplug.parallel._exchange import Transfer, exchange, reporting
+from attnplug.parallel._exchange import Transfer, connect, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
 from attnplug.parallel._merge import Merged, weights
 from attnplug.parallel._plan import Step, steps
-from attnplug.parallel._random import drawn_seed, seeded
 from attnplug.parallel._ranges import Block, Range, size, total
 from attnplug.parallel._share import Share
 
@@ -88,6 +88,7 @@ class Ring:
             if not self.scoped:
                 selection = replace(selection, scope=None)
             decision = choose(call.examples(grad), selection, grad)
+            connect(self.group, params.query.device)
             seed = drawn_seed(params.query.device) if params.dropout else 0
             run = _Run(call, _State(number_of(decision.entry), False, seed))
             out, lse = _watched(decision, params, lambda _: run.forward())
@@ -157,7 +158,7 @@ class _Run:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         call, params = self.call, self.params
-        merged = Merged.nothing(_by_heads(call, params.query), params.value.shape[-1], self.wide)
+        merged = Merged(params.lse_shape, params.value.shape[-1], self.wide)
         for step, key, value in self._arriving():
             for number, block in enumerate(step.blocks):
                 tensors, of_block = self._block(step, block, key, value)
@@ -165,10 +166,8 @@ class _Run:
                     out, lse, *saved = of_block.forward(tensors)
                 self.state.saves |= any(tensor is not None for tensor in saved)
                 merged.add(*block.queries, _by_heads(call, out), lse)
-        if params.sinks is not None:
-            merged.add_sinks(params.sinks)
-        out = merged.out.to(params.query.dtype)
-        return (out.transpose(0, 1) if call.is_varlen else out).contiguous(), merged.lse
+        out, lse = merged.result(params.query, params.sinks)
+        return _by_heads(call, out).to(params.query.dtype).contiguous(), lse
 
     def backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
@@ -355,5 +354,5 @@ def _pack(tensors: Sequence[Sequence[Tensor]], dim: int) -> Tensor:
 
 
 def _by_heads(call: Share, rows: Tensor) -> Tensor:
-    """Return rows `(..., Hq, rows, n)`, of packed tokens too."""
+    """Return rows `(..., Hq, rows, n)`, of packed tokens too; and the other way round."""
     return rows.transpose(0, 1) if call.is_varlen else rows

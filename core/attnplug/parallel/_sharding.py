@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from attnplug._arguments import as_int, expect
+from attnplug._call.device import as_device
 from attnplug.parallel._exchange import as_group, as_mesh
 from attnplug.parallel._ranges import Range, parts_of, total
 
@@ -31,10 +33,12 @@ def shard_sequence(tensor: Tensor, *, group: Any, dim: int = -2, is_causal: bool
         A contiguous tensor, differentiable.
 
     Raises:
-        ValueError: the sequence is shorter than the number of parts.
-        TypeError: `group` is neither of the two.
+        ValueError: the sequence is shorter than the number of parts, or has no dimension `dim`.
+        TypeError: `group` is neither of the two, or another argument has a wrong type.
     """
-    for ranks, folded in _levels(group, is_causal):
+    levels = _levels(group, is_causal)
+    _check(tensor, dim)
+    for ranks, folded in levels:
         ranges = _ranges(ranks, dist.get_rank(ranks), tensor.shape[dim], folded)
         tensor = torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in ranges], dim)
     return tensor.contiguous()
@@ -59,7 +63,10 @@ def unshard_sequence(
         ValueError: the part has not the length that it would have been cut to.
     """
     levels = _levels(group, is_causal)
-    if length is None:
+    _check(tensor, dim)
+    if length is not None:
+        length = as_int("length", length, "the number of positions of the whole sequence")
+    else:
         length = tensor.shape[dim] * prod(dist.get_world_size(ranks) for ranks, _ in levels)
     lengths = [length]  # of what each level cuts
     for ranks, folded in levels[:-1]:
@@ -83,11 +90,24 @@ def sequence_positions(
     Raises:
         ValueError: the sequence is shorter than the number of parts.
     """
-    return shard_sequence(torch.arange(length, device=device), group=group, dim=0, is_causal=is_causal)
+    length = as_int("length", length, "the number of positions of the whole sequence")
+    if not 0 <= length < 2**63:
+        raise ValueError(f"length: expected a number of positions, got {length}")
+    positions = torch.arange(length, device=None if device is None else as_device("device", device))
+    return shard_sequence(positions, group=group, dim=0, is_causal=is_causal)
+
+
+def _check(tensor: Any, dim: Any) -> None:
+    """Raise TypeError or ValueError unless this is a tensor that has such a dimension."""
+    if expect("tensor", tensor, Tensor, "a torch.Tensor").is_nested:
+        raise ValueError("tensor: expected a dense tensor, got a nested one")
+    if not -tensor.dim() <= expect("dim", dim, int, "an int") < tensor.dim():
+        raise ValueError(f"dim: a tensor of {tensor.dim()} dimensions has no dimension {dim}")
 
 
 def _levels(group: Any, is_causal: bool) -> list[tuple[dist.ProcessGroup, bool]]:
     """Return the groups that a sequence is cut for, one after the other, and whether it is folded for each."""
+    expect("is_causal", is_causal, bool, "a bool")
     if getattr(group, "ndim", 1) == 2:
         mesh = as_mesh(group)
         return [(mesh.get_group(0), is_causal), (mesh.get_group(1), False)]

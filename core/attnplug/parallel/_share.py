@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -102,8 +103,8 @@ class Share:
             of_queries = of_keys = starts_of(block.lengths)
             if not block.lengths:
                 of_queries, of_keys = [0, query.shape[0]], [0, key.shape[0]]
-            more["cu_seq_q"] = torch.tensor(of_queries, dtype=torch.int32, device=query.device)
-            more["cu_seq_k"] = torch.tensor(of_keys, dtype=torch.int32, device=query.device)
+            more["cu_seq_q"] = _on_device(tuple(of_queries), query.device)
+            more["cu_seq_k"] = _on_device(tuple(of_keys), query.device)
             more["max_q"] = max(block.lengths) if block.lengths else query.shape[0]
             more["max_k"] = max(block.lengths) if block.lengths else key.shape[0]
         if used is not None:
@@ -120,6 +121,13 @@ class Share:
             return_lse=True,
             **more,
         )
+
+
+@lru_cache(maxsize=256)
+def _on_device(starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return where sequences start; kept for the other layers and for backward, because a GPU is waited for."""
+    with torch.inference_mode(False):
+        return torch.tensor(starts, dtype=torch.int32, device=device)
 
 
 def starts_of(lengths: Sequence[int]) -> list[int]:

@@ -24,6 +24,8 @@ from triton import knobs
 from triton.runtime import driver
 
 DESCRIPTORS_KEPT = 64
+APART = 256
+"""Bytes: what parts of a workspace start at multiples of, as tensors of their own do at least."""
 
 
 class New(NamedTuple):
@@ -38,6 +40,12 @@ class New(NamedTuple):
     def contiguous(cls, shape: Sequence[int], dtype: torch.dtype, fill: float | None = None) -> New:
         """Return one whose elements lie in the order of their indices."""
         return cls(tuple(shape), dtype, contiguous_strides(shape), fill)
+
+    @property
+    def bytes(self) -> int:
+        """How much memory it takes."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
 
     def make(self, device: torch.device) -> Tensor:
         """Return the tensor."""
@@ -120,7 +128,7 @@ class Plan:
         tensors = self.tensors(given, device)
         compiled = [launch.run(tensors) for launch in self.launches]
         if None not in compiled:  # the interpreter compiles nothing
-            self._kept = _Kept.of(self, tuple(given), compiled)
+            self._kept = _Kept(self, tuple(given), compiled)
         return tuple(tensors[name] for name in self.results)
 
 
@@ -131,20 +139,22 @@ def _is_watched() -> bool:
 
 
 class _Kept:
-    """A plan after its first run. Tensors are numbered: those given, then the new ones."""
+    """A plan after its first run. Tensors are numbered: those given, new ones, then those that only kernels see.
 
-    def __init__(self, plan: Plan, given: tuple[str, ...], launches: list[_KeptLaunch]) -> None:
-        numbers = {name: number for number, name in enumerate((*given, *plan.new))}
-        self.compact = [numbers[name] for name in plan.compact]
-        self.new = [(new.shape, new.stride, new.dtype, new.fill) for new in plan.new.values()]
-        self.results = itemgetter(*(numbers[name] for name in plan.results))
-        self.launches = launches
+    The last are parts of one workspace, because to allocate costs about as much as to launch.
+    """
 
-    @classmethod
-    def of(cls, plan: Plan, given: tuple[str, ...], compiled: list[Any]) -> _Kept:
-        names = (*given, *plan.new)
-        launches = [_KeptLaunch(*pair, names) for pair in zip(plan.launches, compiled, strict=True)]
-        return cls(plan, given, launches)
+    def __init__(self, plan: Plan, given: tuple[str, ...], compiled: list[Any]) -> None:
+        hidden = _hidden(plan)
+        made = {name: new for name, new in plan.new.items() if name not in hidden}
+        names = (*given, *made, *hidden)
+        self.compact = [names.index(name) for name in plan.compact]
+        self.new = [(new.shape, new.stride, new.dtype, new.fill) for new in made.values()]
+        self.results = itemgetter(*(names.index(name) for name in plan.results))
+        sizes = [-(-new.bytes // APART) * APART for new in hidden.values()]
+        self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
+        self.workspace = sum(sizes)
+        self.launches = [_KeptLaunch(*pair, names) for pair in zip(plan.launches, compiled, strict=True)]
 
     def run(self, given: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
         """Make what is new, and launch. About 4 us and 3 for each launch."""
@@ -157,9 +167,22 @@ class _Kept:
         active = driver.active
         stream = active.get_current_stream(device.index or 0)
         pointers = [tensor.data_ptr() for tensor in tensors]
+        if self.workspace:
+            workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+            start = workspace.data_ptr()
+            pointers += [start + offset for offset in self.offsets]
         for launch in self.launches:
             launch.run(pointers, tensors, stream)
         return self.results(tensors)  # type: ignore[no-any-return]
+
+
+def _hidden(plan: Plan) -> dict[str, New]:
+    """Return the tensors of a plan that are no result, hold nothing before the first launch, and have no descriptor."""
+    described = {
+        argument.name for launch in plan.launches for argument in launch.arguments if isinstance(argument, Descriptor)
+    }
+    seen = described.union(plan.results)
+    return {name: new for name, new in plan.new.items() if name not in seen and new.fill is None}
 
 
 class _KeptLaunch:

@@ -311,3 +311,15 @@ def test_tensor_maps_are_made_once_for_a_pointer(gpu: Driver, monkeypatch: pytes
     assert all(given[1:5] == [16, 64, 64, 1] for given in arguments)
     assert len(gpu.maps) == 3  # Triton's own, at the first run, and one for each pointer
     assert gpu.maps[0] == gpu.maps[1]
+
+
+def test_what_only_kernels_see_are_parts_of_one_workspace(gpu: Driver) -> None:
+    params = CALLS["keys split"]()
+    for _ in range(2):  # the second is the plan that is kept
+        gpu.launched.clear()
+        impl.forward(params)
+    pointers = gpu.launched[-1][3:6]  # what the kernel that adds up the parts reads
+    (plan,) = impl._plans.values()
+    sizes = [plan.new[name].bytes for name in ("parts", "part_tops", "part_totals")]
+    for (start, size), after in zip(zip(pointers, sizes, strict=True), pointers[1:], strict=False):
+        assert start + size <= after < start + size + plans.APART and (after - start) % plans.APART == 0
