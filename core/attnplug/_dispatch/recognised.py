@@ -90,6 +90,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None)
         or len(others) >= SEVERAL
         or plan.decision.shape_dependent
         or is_transformed()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or not {*map(type, tensors)}.issubset(PLAIN)
         or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         or (mask is not None and mask.dim() < 2)
