@@ -344,7 +344,7 @@ def _in_child(queue: Any) -> None:
     queue.put([call.impl for call in calls])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_worker_processes_make_choices_of_their_own(method: str) -> None:
     attnplug.scaled_dot_product_attention(Q, Q, Q)
     context = multiprocessing.get_context(method)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnplug
+import forked
 from attnplug import ImplSpec, SDPAParams
 
 Q = torch.randn(1, 2, 4, 8)
@@ -282,34 +282,24 @@ def test_a_size_that_depends_on_data_can_be_exported(impl: str | None, of: str) 
         torch.testing.assert_close(exported(Q, torch.tensor(size)), Part(impl, of)(Q, torch.tensor(size)))
 
 
-def test_an_exported_program_comes_back_in_a_fresh_process(tmp_path: Path) -> None:
-    kernel = tmp_path / "twice.py"
-    kernel.write_text("def forward(params):\n    return params.query * 2, None\n")
-    common = f"""
-        import sys
-        sys.path.insert(0, {str(tmp_path)!r})
+def test_an_exported_program_comes_back_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "twice.py").write_text("def forward(params):\n    return params.query * 2, None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    attnplug.register_impl(ImplSpec(name="twice", kernel="twice", backend=None))
+
+    class Model(nn.Module):
+        def forward(self, query: Tensor) -> Tensor:
+            return attend(query, query, query, impl="twice")
+
+    torch.export.save(torch.export.export(Model(), (Q,)), tmp_path / "program.pt2")
+    loading = """
         import torch, attnplug
         attnplug.register_impl(attnplug.ImplSpec(name="twice", kernel="twice", backend=None))
         query = torch.ones(1, 2, 4, 8)
+        print(torch.equal(torch.export.load("program.pt2").module()(query), query * 2))
     """
-    saving = """
-        class Model(torch.nn.Module):
-            def forward(self, query):
-                return attnplug.scaled_dot_product_attention(query, query, query, impl="twice")
-        torch.export.save(torch.export.export(Model(), (query,)), sys.argv[1])
-    """
-    loading = """
-        print(torch.equal(torch.export.load(sys.argv[1]).module()(query), query * 2))
-    """
-    for program in (saving, loading):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(common) + textwrap.dedent(program), str(tmp_path / "program.pt2")],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "True"
+    done = forked.run(textwrap.dedent(loading), os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path)
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_an_operator_that_no_implementation_has_is_still_an_attribute_error() -> None:
