@@ -62,7 +62,8 @@ def snapshot() -> dict[str, Any]:
     state |= {f"kernels of {operator}": torch._C._dispatch_dump(operator) for operator in OPERATORS}
     state |= {f"os.environ[{name!r}]": value for name, value in os.environ.items() if not name.startswith(OTHERS)}
     state |= {f"attnplug's process.{name}": value for name, value in vars(process).items() if name not in KEPT}
-    return state | {f"attnplug's thread.{name}": value for name, value in vars(thread.state).items()}
+    of_thread = vars(thread.state) | {"in_kernel": thread.in_kernel}
+    return state | {f"attnplug's thread.{name}": value for name, value in of_thread.items()}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -270,7 +270,7 @@ def _fastpath_enabled() -> bool:
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread; inside a plugin's kernel nothing may."""
-    return (process.choices is not None or _chosen()) and not thread.state.in_kernel
+    return (process.choices is not None or _chosen()) and not thread.in_kernel
 
 
 def _chosen() -> bool:

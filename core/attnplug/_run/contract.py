@@ -133,13 +133,12 @@ def _run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
 
 def in_kernel(function: Callable[..., Any], *args: Any) -> Any:
     """Call a plugin's function. PyTorch's own attention is not routed in it: a kernel made of it would call itself."""
-    state = thread.state
-    outer = state.in_kernel
-    state.in_kernel = True
+    outer = thread.in_kernel
+    thread.in_kernel = True
     try:
         return function(*args)
     finally:
-        state.in_kernel = outer
+        thread.in_kernel = outer
 
 
 def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:

@@ -46,7 +46,6 @@ class State:
         self.scopes: tuple[Block, ...] = (OUTSIDE,)
         self.scope, self.torch_first = OUTSIDE  # the innermost of `scopes`
         self.module = ""  # the class of the innermost bound module that runs
-        self.in_kernel = False  # whether a plugin's kernel runs, for which PyTorch's function is PyTorch's
         number = id(self)
         self.watchers: tuple[Any, ...] = ()
         self.watched = ""  # see `watching`
@@ -60,6 +59,9 @@ _states: dict[int, weakref.ref[State]] = {}
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.state = State()
+        # Whether a plugin's kernel runs, for which PyTorch's function is PyTorch's. Not in `state`: a trace, which must
+        # drop it, loses what is stored in a plain object after a flex_attention, and would keep it.
+        self.in_kernel = False
 
 
 class _ProcessState:
