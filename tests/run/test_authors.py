@@ -56,6 +56,21 @@ def test_without_a_backward_it_is_passed_over_when_a_gradient_is_needed(register
     assert calls[0].passed_over == {"mine": ("has no backward, and a gradient is needed",)}
 
 
+@pytest.mark.parametrize("recorded_first", [True, False])
+def test_calls_alike_but_for_the_grad_mode_are_decided_apart(
+    register: Callable[..., None], recorded_first: bool
+) -> None:
+    register("mine", forward)
+    query, key, value = inputs()
+    modes = [recorded_first, not recorded_first] * 3
+    with attnplug.sdpa_kernel(["mine", "aten_math"], set_priority=True), attnplug.record() as calls:
+        for mode in modes:
+            with torch.set_grad_enabled(mode):
+                out = attnplug.scaled_dot_product_attention(query, key, value)
+            assert out.requires_grad is mode
+    assert [call.impl for call in calls] == ["aten_math" if mode else "mine" for mode in modes]
+
+
 class MadeOfPyTorchs:
     """A kernel that puts something around PyTorch's own attention."""
 

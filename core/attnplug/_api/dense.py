@@ -6,7 +6,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C._autograd import _profiler_enabled
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
 from torch.compiler import is_compiling, is_dynamo_compiling
@@ -227,7 +227,8 @@ def scaled_dot_product_attention(
         and (scale is None or type(scale) is float)
         and type(dropout_p) in _NUMBERS
     ):
-        way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None
+        recording = is_grad_enabled()  # which decides about gradients, and is not among what tensors are compared by
+        way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None, recording
         candidates = known.get(way)
         if candidates is not None:
             found = recognise(candidates, query, key, value, attn_mask)
