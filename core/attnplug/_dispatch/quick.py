@@ -16,6 +16,7 @@ from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import CallFacts
 from attnplug._dispatch.measured import choice_of, tell
 from attnplug._dispatch.plans import KEPT, Plan, find, is_deterministic
+from attnplug._dispatch.recognised import PLAIN
 from attnplug._registry.registry import DEFAULT
 from attnplug._selection.state import when_started
 from attnplug._types import SDPAParams
@@ -31,7 +32,7 @@ def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) 
     What is in the key was found to fit when its answer was kept. The number of keys is rounded, as in kinds of calls,
     so that a decode loop finds what is kept.
     """
-    if any_autocast():
+    if any_autocast() or type(key) not in PLAIN:  # a fake one's sizes may be symbols, which would be noted as looked at
         return ASK
     try:
         shape = key.shape
