@@ -19,6 +19,7 @@ from attnplug import ImplSpec, SDPAParams
 torch.manual_seed(0)
 Q, K, V = torch.randn(3, 2, 4, 6, 8)
 MASK = torch.randn(2, 4, 6, 6)
+HIDING = torch.zeros(6, 6).index_fill(0, torch.tensor([2, 5]), float("-inf"))
 
 
 RECORDED = Q.clone().requires_grad_()
@@ -123,6 +124,9 @@ CHANGES: dict[str, Change] = {
     "a mask of too few heads": lambda: ((Q, K, V, MASK[:, :2]), {}),
     "a mask of numbers": lambda: ((Q, K, V, MASK.long()), {}),
     "a boolean mask": lambda: ((Q, K, V, MASK > 0), {}),
+    "a mask and an lse": lambda: ((Q, K, V, MASK), {"return_lse": True}),
+    "a mask that hides rows, and an lse": lambda: ((Q, K, V, HIDING), {"return_lse": True}),
+    "a mask that hides rows": lambda: ((Q, K, V, HIDING), {}),
     "a mask on another device": lambda: ((Q, K, V, MASK.to("meta")), {}),
     "a mask for one query": lambda: ((Q[:, :, :1], K, V, MASK[:, :, :1]), {}),
     "a mask that wants a gradient": lambda: ((Q, K, V, MASK.clone().requires_grad_()), {}),
@@ -150,11 +154,12 @@ def outcome(change: Change, impl: str) -> Any:
     try:
         result = attnplug.scaled_dot_product_attention(*given, **options, impl=impl)
     except Exception as error:
-        return type(error), str(error)
-    out = result[0] if isinstance(result, tuple) else result
+        return (type(error), str(error)), ()
+    out, *lse = result if isinstance(result, tuple) else (result,)
     if out.is_nested:
         out = torch.cat([part.flatten() for part in out.unbind()])
-    return type(out), out.requires_grad, out.dtype, out.device, tuple(out.shape), out.detach()
+    facts = type(out), out.requires_grad, out.dtype, out.device, tuple(out.shape)
+    return facts, tuple(tensor.detach() for tensor in (out, *lse))
 
 
 def forget() -> None:
@@ -164,11 +169,10 @@ def forget() -> None:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    assert found[:-1] == expected[:-1]
-    if isinstance(found[-1], Tensor) and found[-1].device.type != "meta" and not isinstance(found[-1], FakeTensor):
-        torch.testing.assert_close(found[-1], expected[-1], equal_nan=True)
-    elif isinstance(found[-1], str):
-        assert found[-1] == expected[-1]
+    assert found[0] == expected[0]
+    for tensor, other in zip(found[1], expected[1], strict=True):
+        if tensor.device.type != "meta" and not isinstance(tensor, FakeTensor):
+            torch.testing.assert_close(tensor, other, equal_nan=True)
 
 
 @pytest.mark.parametrize("change", CHANGES)

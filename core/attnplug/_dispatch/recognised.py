@@ -93,7 +93,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None)
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or not {*map(type, tensors)}.issubset(PLAIN)
         or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-        or (mask is not None and mask.dim() < 2)
+        or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
         or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))
     ):
         return

@@ -56,10 +56,10 @@ class Kernel:
         any_form: forward takes dense calls as PyTorch's function does, of any rank and with broadcasting, and
             is given them as the user wrote them, as every kernel is given nested tensors.
         plain: `plain(query, key, value, attn_mask, dropout, is_causal, scale, enable_gqa) -> (out, lse)`: what forward
-            returns for a call that asks for nothing beyond PyTorch's arguments and an lse, with no record to build.
-            `attn_mask` is None, or has two to four dimensions that broadcast; `scale` may be None; the last stride of
-            each tensor but the mask is 1; and autocast, for which they are cast already, may be on. For composite
-            kernels that need no backward; it saves tiny calls some microseconds.
+            returns for a call that asks for nothing beyond PyTorch's arguments and, where it has no mask, an lse, with
+            no record to build. `attn_mask` has two to four dimensions that broadcast; `scale` may be None; the last
+            stride of each tensor but the mask is 1; and autocast, for which they are cast already, may be on. For
+            composite kernels that need no backward; it saves tiny calls some microseconds.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
