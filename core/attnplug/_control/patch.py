@@ -270,7 +270,8 @@ def _fastpath_enabled() -> bool:
 
 def _selected() -> bool:
     """Whether anything but PyTorch's own choice may run in this thread; inside a plugin's kernel nothing may."""
-    return (process.choices is not None or _chosen()) and not thread.in_kernel
+    chosen = not process.plain or process.choices is not None  # `_chosen`, without a call of its own
+    return (chosen or thread.state.scope is not None or bool(thread.state.watched)) and not thread.in_kernel
 
 
 def _chosen() -> bool:
