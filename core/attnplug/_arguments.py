@@ -55,7 +55,7 @@ def as_list(argument: str, value: Any, wanted: str) -> list[Any]:
     """Return the items of a collection that is no text.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a collection, or it is text.
     """
     try:
         if isinstance(value, (str, bytes)):

@@ -79,7 +79,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _row(cells: Sequence[str], widths: Sequence[int], width: int) -> list[str]:
-    """Return the lines of a row, the last cell's words spread over them; below the others where there is no room."""
+    """Return the lines of a row, the last cell's words spread over them; below the others where they do not fit."""
     start = sum(widths[:-1]) + len(_GAP) * (len(widths) - 1)
     first = _GAP.join(cell.ljust(space) for cell, space in zip(cells[:-1], widths[:-1], strict=True))
     last = cells[-1]

@@ -12,7 +12,7 @@ from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under th
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
-from attnplug._call.facts import UPPER_LEFT, dense_sizes, fit_in_three
+from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import Plan, who_decides
@@ -27,8 +27,6 @@ from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalVariant as TorchVariant
-
-_NUMBERS = (float, int)  # exactly: True is not 1 here
 
 
 @overload
@@ -176,7 +174,7 @@ def scaled_dot_product_attention(
         and state.scope is None
         and attn_mask is None
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
-        and type(dropout_p) in _NUMBERS
+        and type(dropout_p) in NUMBERS
         and dropout_p == 0.0
         and return_lse is False
         and not is_dynamo_compiling()
@@ -196,7 +194,7 @@ def scaled_dot_product_attention(
         and (process.choices is None or impl is not None)
         and not (state.watched or is_profiled())
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
-        and type(dropout_p) in _NUMBERS
+        and type(dropout_p) in NUMBERS
         and dropout_p < 1.0
         and (enable_gqa is False or enable_gqa is True)
         and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
@@ -225,7 +223,7 @@ def scaled_dot_product_attention(
         and (enable_gqa is False or enable_gqa is True)
         and (return_lse is False or return_lse is True)
         and (scale is None or type(scale) is float)
-        and type(dropout_p) in _NUMBERS
+        and type(dropout_p) in NUMBERS
     ):
         recording = is_grad_enabled()  # which decides about gradients, and is not among what tensors are compared by
         way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None, recording

@@ -19,7 +19,7 @@ UPPER_LEFT = CausalVariant.UPPER_LEFT
 _is_recording = torch.is_grad_enabled
 _STRIDED = torch.strided
 _new = tuple.__new__  # half the cost of a named tuple's own
-_NUMBERS = (float, int)  # exactly: True is not 1 here; below 2**63: kernels may want 64 bits
+NUMBERS = (float, int)  # exactly: True is not 1 here; below 2**63: kernels may want 64 bits
 Sizes = tuple[int, int, int, int, bool]
 
 
@@ -104,8 +104,8 @@ class CallFacts(NamedTuple):
             or value.device != device
             or not (is_causal is False or is_causal is True)
             or not (enable_gqa is False or enable_gqa is True)
-            or not (scale is None or (type(scale) in _NUMBERS and -(2.0**63) < scale < 2.0**63))
-            or not (type(dropout) in _NUMBERS and 0.0 <= dropout <= 1.0)
+            or not (scale is None or (type(scale) in NUMBERS and -(2.0**63) < scale < 2.0**63))
+            or not (type(dropout) in NUMBERS and 0.0 <= dropout <= 1.0)
         ):
             return None
         packed = params.is_varlen
@@ -147,7 +147,7 @@ def _is_plain(params: SDPAParams) -> bool:
     """Whether a call asks for nothing beyond PyTorch's own arguments and an lse."""
     return (
         (params.return_lse is False or params.return_lse is True)
-        and (type(params.softcap) in _NUMBERS and params.softcap == 0.0)
+        and (type(params.softcap) in NUMBERS and params.softcap == 0.0)
         and params.sinks is None
         and params.cu_seq_q is None
         and params.seqused_k is None
@@ -226,7 +226,7 @@ def _are_regular_extensions(params: SDPAParams) -> bool:
     window, softcap, slopes = params.window_size, params.softcap, params.alibi_slopes
     return (
         (params.return_lse is True or params.return_lse is False)
-        and (type(softcap) in _NUMBERS and 0.0 <= softcap < 2.0**63)
+        and (type(softcap) in NUMBERS and 0.0 <= softcap < 2.0**63)
         and type(params.causal_variant) is CausalVariant
         and type(window) is tuple
         and len(window) == 2

@@ -54,9 +54,8 @@ class sdpa_kernel:
 
     def __enter__(self) -> sdpa_kernel:
         state, block = thread.state, self.block
-        if (
-            is_dynamo_compiling()
-        ):  # a graph puts back what it found, and rebuilds tuples: blocks would lose their identity
+        # A graph puts back what it found, and rebuilds tuples: blocks would lose their identity.
+        if is_dynamo_compiling():
             self._outer = state.scope, state.torch_first
         else:  # no call from here on: an interrupt cannot come between, and what is entered is always left
             state.scopes = (*state.scopes, block)

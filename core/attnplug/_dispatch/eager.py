@@ -145,9 +145,8 @@ def _plan(prepared: SDPAParams, impl: str | None) -> Plan:
 def _is_symbolic(params: SDPAParams) -> bool:
     """Whether a size is a symbol, as `make_fx(..., tracing_mode="symbolic")` has it: no decision is kept under one."""
     given = (params.query, params.key, params.value)
-    tensors = (
-        tensor for tensor in given if isinstance(tensor, Tensor) and not tensor.is_nested
-    )  # jagged ones have some
+    # Jagged tensors, which have symbols of their own, are left out.
+    tensors = (tensor for tensor in given if isinstance(tensor, Tensor) and not tensor.is_nested)
     return any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape)
 
 
