@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import attnplug
 import forked
-from attnplug import ImplSpec, SDPAParams
+from attnplug import CausalVariant, ImplSpec, SDPAParams
 
 torch.manual_seed(0)
 Q, K, V = torch.randn(3, 2, 4, 6, 8)
@@ -139,20 +139,57 @@ CHANGES: dict[str, Change] = {
     "an array for a number": lambda: ((Q, K, V), {"softcap": torch.ones(3)}),
     "an array for a probability": lambda: ((Q, K, V), {"dropout_p": torch.ones(3)}),
     "a window": lambda: ((Q, K, V), {"window_size": (2, 2)}),
+    "another window": lambda: ((Q, K, V), {"window_size": (2, 1)}),
+    "a window of numbers": lambda: ((Q, K, V), {"window_size": (2.0, 2.0)}),
+    "a window of bools": lambda: ((Q, K, V), {"window_size": (True, True)}),
+    "a window in a list": lambda: ((Q, K, V), {"window_size": [2, 2]}),
+    "a window and other lengths": lambda: ((Q[:, :, :4], K, V), {"window_size": (2, 2)}),
+    "a window and a mask": lambda: ((Q, K, V, MASK), {"window_size": (2, 2)}),
+    "a window and an lse": lambda: ((Q, K, V), {"window_size": (2, 2), "return_lse": True}),
+    "a softcap": lambda: ((Q, K, V), {"softcap": 2.0}),
+    "an integer for a softcap": lambda: ((Q, K, V), {"softcap": 2}),
+    "a bool for a softcap": lambda: ((Q, K, V), {"softcap": True}),
+    "a softcap below zero": lambda: ((Q, K, V), {"softcap": -2.0}),
+    "a softcap, and no gradient": lambda: ((Q.detach(), K, V), {"softcap": 2.0}),
+    "a softcap and a gradient": lambda: ((RECORDED, K, V), {"softcap": 2.0}),
+    "another alignment": lambda: (
+        (Q[:, :, :4], K, V),
+        {"causal_variant": CausalVariant.LOWER_RIGHT, "is_causal": True},
+    ),
+    "a number for an alignment": lambda: ((Q, K, V), {"causal_variant": 2}),
+    "sinks": lambda: ((Q, K, V), {"sinks": torch.ones(4), "softcap": 2.0}),
+    "used lengths": lambda: ((Q, K, V), {"seqused_k": torch.tensor([2, 3], dtype=torch.int32), "softcap": 2.0}),
 }
 
 
-@pytest.fixture(params=["torch", "aten_flash", "aten_math", "opaque"])
+class Shaped(Opaque):
+    """A kernel that looks at lengths and strides."""
+
+    shape_dependent = True
+
+    @staticmethod
+    def supports(params: SDPAParams) -> str | None:
+        if not all(tensor.is_contiguous() for tensor in (params.query, params.key, params.value)):
+            return "takes contiguous tensors alone"
+        return "takes an even number of keys alone" if params.key.shape[2] % 2 else None
+
+
+OURS = {"opaque": Opaque, "shaped": Shaped}
+
+
+@pytest.fixture(params=["torch", "aten_flash", "aten_math", "math_ref", *OURS])
 def impl(request: pytest.FixtureRequest) -> Any:
-    attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque, backend=None))
+    for name, kernel in OURS.items():
+        attnplug.register_impl(ImplSpec(name=name, kernel=kernel, backend=None))
     yield request.param
-    attnplug.unregister_impl("opaque")
+    for name in OURS:
+        attnplug.unregister_impl(name)
 
 
-def outcome(change: Change, impl: str) -> Any:
+def outcome(change: Change, impl: str, attend: Any = attnplug.scaled_dot_product_attention) -> Any:
     given, options = change()
     try:
-        result = attnplug.scaled_dot_product_attention(*given, **options, impl=impl)
+        result = attend(*given, **options, impl=impl)
     except Exception as error:
         return (type(error), str(error)), ()
     out, *lse = result if isinstance(result, tuple) else (result,)
@@ -182,10 +219,89 @@ def test_a_call_after_others_is_decided_as_it_is_alone(change: str, impl: str) -
         forget()
         expected[name] = outcome(CHANGES[name], impl)
     forget()
-    for name in ("nothing", "a mask", "an lse", "a causal mask", "nothing", "a mask", "one tensor") * 3:
+    usual = "nothing", "a mask", "an lse", "a causal mask", "a window", "a softcap"
+    for name in (*usual, *usual, "one tensor") * 3:
         outcome(CHANGES[name], impl)
     for name in (change, "nothing") * 3:
         assert_same(outcome(CHANGES[name], impl), expected[name])
+
+
+TOKENS, PAGES = torch.randn(9, 4, 8), torch.randn(6, 2, 4, 8)
+
+
+def row(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+STARTS = row(0, 4, 9)
+
+
+def packed(*given: Any, **options: Any) -> Change:
+    """Return a call of two sequences of four and five tokens, with other first arguments, or with `options`."""
+    usual = TOKENS, TOKENS, TOKENS, STARTS, STARTS, 5, 5
+    return lambda: ((*given, *usual[len(given) :]), options)
+
+
+PACKED: dict[str, Change] = {
+    "nothing": packed(),
+    "other lengths": packed(TOKENS, TOKENS, TOKENS, row(0, 1, 9), row(0, 1, 9), 8, 8),
+    "fewer tokens": packed(TOKENS[:7], TOKENS[:7], TOKENS[:7], row(0, 4, 7), row(0, 4, 7)),
+    "more sequences": packed(TOKENS, TOKENS, TOKENS, row(0, 4, 6, 9), row(0, 4, 6, 9)),
+    "no tokens": packed(TOKENS[:0], TOKENS[:0], TOKENS[:0], row(0, 0), row(0, 0)),
+    "no sequences": packed(TOKENS, TOKENS, TOKENS, row(0), row(0)),
+    "fewer values than keys": packed(TOKENS, TOKENS, TOKENS[:8]),
+    "fewer heads": packed(TOKENS[:, :2], TOKENS[:, :2], TOKENS[:, :2]),
+    "fewer key heads": packed(TOKENS, TOKENS[:, :2], TOKENS[:, :2]),
+    "another head size": packed(TOKENS[..., :4], TOKENS[..., :4], TOKENS[..., :4]),
+    "a sequence beyond the tokens": packed(TOKENS, TOKENS, TOKENS, row(0, 4, 10), row(0, 4, 10), 6, 6),
+    "a sequence that ends before it starts": packed(TOKENS, TOKENS, TOKENS, row(0, 5, 4), row(0, 5, 4)),
+    "a sequence longer than the longest": packed(TOKENS, TOKENS, TOKENS, STARTS, STARTS, 4, 4),
+    "starts of another dtype": packed(TOKENS, TOKENS, TOKENS, STARTS.long()),
+    "keys of fewer sequences": packed(TOKENS, TOKENS, TOKENS, STARTS, row(0, 9), 5, 9),
+    "no starts": packed(TOKENS, TOKENS, TOKENS, None),
+    "no starts of keys": packed(TOKENS, TOKENS, TOKENS, STARTS, None),
+    "a longest that is no number": packed(TOKENS, TOKENS, TOKENS, STARTS, STARTS, None),
+    "four dimensions": packed(Q, K, V),
+    "pages": packed(
+        TOKENS, PAGES, PAGES, STARTS, None, seqused_k=row(4, 5), block_table=row(0, 3, 1, 2, 4, 5).view(2, 3)
+    ),
+    "pages without a table": packed(TOKENS, PAGES, PAGES, STARTS, None, seqused_k=row(4, 5)),
+    "pages with starts, without a table": packed(TOKENS, PAGES, PAGES, STARTS, row(0, 2, 4)),
+    "used lengths": packed(seqused_k=row(1, 2)),
+    "used lengths that are too long": packed(seqused_k=row(1, 6)),
+    "a nested key": packed(TOKENS, nested()),
+    "a nested value": packed(TOKENS, TOKENS, nested()),
+    "nested starts": packed(TOKENS, TOKENS, TOKENS, nested()),
+    "a sparse key": packed(TOKENS, TOKENS.to_sparse()),
+    "a key that is none": packed(TOKENS, None),
+    "a subclass": packed(TOKENS.as_subclass(Subclass)),
+    "fake tensors": lambda: packed(*[FakeTensorMode().from_tensor(TOKENS)] * 3)(),
+    "a gradient": packed(TOKENS.clone().requires_grad_()),
+    "a causal mask": packed(is_causal=True),
+    "a number for a bool": packed(is_causal=1),
+    "a scale below zero": packed(scale=-1.0),
+    "not a number": packed(scale=float("nan")),
+    "a window": packed(window_size=(1, 1)),
+    "a window of numbers": packed(window_size=(1.0, 1.0)),
+    "a softcap": packed(softcap=2.0),
+    "slopes": packed(alibi_slopes=torch.ones(4)),
+    "sinks": packed(sinks=torch.ones(4)),
+    "an lse": packed(return_lse=True),
+}
+
+
+@pytest.mark.parametrize("change", PACKED)
+@pytest.mark.parametrize("impl", ["math_ref"])
+def test_packed_sequences_after_others_are_decided_as_they_are_alone(change: str, impl: str) -> None:
+    expected = {}
+    for name in (change, "nothing"):
+        forget()
+        expected[name] = outcome(PACKED[name], impl, attnplug.varlen_attn)
+    forget()
+    for name in ("nothing", "a window", "a causal mask", "an lse", "used lengths", "pages") * 3:
+        outcome(PACKED[name], impl, attnplug.varlen_attn)
+    for name in (change, "nothing") * 3:
+        assert_same(outcome(PACKED[name], impl, attnplug.varlen_attn), expected[name])
 
 
 AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -208,6 +324,7 @@ def test_what_is_around_a_call_counts(around: str, impl: str) -> None:
         "masked": lambda: ((Q, K, V, MASK), {}),
         "half, masked": lambda: ((*half, MASK.bfloat16()), {}),
         "recorded": lambda: ((RECORDED, K, V), {}),
+        "windowed": lambda: ((Q, K, V), {"window_size": (2, 2)}),
     }
     expected = {}
     for inside in (True, False):

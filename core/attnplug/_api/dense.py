@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -215,8 +216,8 @@ def scaled_dot_product_attention(
     # The kept route's short way: a call like one before it. Some kernels need no record of the call.
     way = found = None
     if (
-        plain
-        and not is_dynamo_compiling()
+        not is_dynamo_compiling()
+        and (plain or are_numbers(causal_variant, window_size, softcap, sinks, alibi_slopes, seqused_k))
         and (process.choices is None or impl is not None)  # measured choices look at lengths
         and (impl is None or type(impl) is str)
         and (is_causal is False or is_causal is True)
@@ -227,10 +228,12 @@ def scaled_dot_product_attention(
     ):
         recording = is_grad_enabled()  # which decides about gradients, and is not among what tensors are compared by
         way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None, recording
+        if not plain:
+            way = (*way, causal_variant, window_size, softcap)  # type: ignore[assignment]
         candidates = known.get(way)
         if candidates is not None:
             found = recognise(candidates, query, key, value, attn_mask)
-            if found is not None and found.plain is not None and not _profiler_enabled():
+            if found is not None and plain and found.plain is not None and not _profiler_enabled():
                 if state.watched:
                     out, lse = found.watched_plain(
                         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse
@@ -238,28 +241,6 @@ def scaled_dot_product_attention(
                 else:
                     out, lse = found.plain(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
                 return (out, lse) if return_lse else out
-    compiling = is_compiling()
-    if not compiling and type(query) not in PLAIN and is_symbolic(query):
-        return handle_torch_function(
-            scaled_dot_product_attention,
-            (query, key, value),
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            causal_variant=causal_variant,
-            window_size=window_size,
-            softcap=softcap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-            seqused_k=seqused_k,
-            return_lse=return_lse,
-            impl=impl,
-        )
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -280,18 +261,48 @@ def scaled_dot_product_attention(
             "alibi_slopes": alibi_slopes,
             "seqused_k": seqused_k,
         }
-    if type(query) not in PLAIN and is_sharded(query):
-        prepared, rows = prepare_dense(SDPAParams(**fields))
-        out, lse = run_sharded(prepared, lambda share: (traced if is_compiling() else eager).dense(share, impl))
-        if rows != prepared.query.shape[:-1]:
-            out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
-    elif compiling:
-        out, lse = traced.dense(SDPAParams(**fields), impl)
-    elif found is not None:
+    if found is not None:
         out, lse = found.run_as_given(params_of(fields))
+        return (out, lse) if return_lse else out
+    return _the_long_way(fields, impl, way)
+
+
+def _the_long_way(fields: dict[str, Any], impl: str | None, way: Hashable) -> Any:
+    """Run a call that is not like one before it, or is traced, symbolic or sharded."""
+    query, compiling = fields["query"], is_compiling()
+    if type(query) not in PLAIN:
+        if not compiling and is_symbolic(query):
+            return to_symbols(scaled_dot_product_attention, fields, impl)
+        if is_sharded(query):
+            prepared, rows = prepare_dense(SDPAParams(**fields))
+            out, lse = run_sharded(prepared, lambda share: (traced if compiling else eager).dense(share, impl))
+            if rows != prepared.query.shape[:-1]:
+                out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
+            return (out, lse) if fields["return_lse"] else out
+    if compiling:
+        out, lse = traced.dense(SDPAParams(**fields), impl)
     else:
         out, lse = eager.dense(params_of(fields), impl, way)
-    return (out, lse) if return_lse else out
+    return (out, lse) if fields["return_lse"] else out
+
+
+def to_symbols(function: Callable[..., Any], fields: dict[str, Any], impl: str | None) -> Any:
+    """Let a value that stands for a tensor note down a call."""
+    given = {"dropout_p" if name == "dropout" else name: value for name, value in fields.items()}
+    tensors = given["query"], given["key"], given["value"]
+    return handle_torch_function(function, tensors, **given, impl=impl)
+
+
+def are_numbers(variant: Any, window: Any, softcap: Any, *tensors: Any) -> bool:
+    """Whether what a call asks for beyond PyTorch's own arguments is numbers alone, exactly of their kinds."""
+    return (
+        all(tensor is None for tensor in tensors)
+        and type(variant) is CausalVariant
+        and type(softcap) in NUMBERS
+        and type(window) is tuple
+        and len(window) == 2
+        and type(window[0]) is int is type(window[1])
+    )
 
 
 def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Literal, overload
 
-from torch import Tensor
-from torch.compiler import is_compiling
-from torch.overrides import handle_torch_function
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from attnplug._api.dense import is_symbolic
+from attnplug._api.dense import are_numbers, is_symbolic, to_symbols
+from attnplug._call.facts import NUMBERS
 from attnplug._call.prepare import prepare_varlen
+from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.recognised import PLAIN
+from attnplug._dispatch.plans import who_decides
+from attnplug._dispatch.recognised import PLAIN, known, recognise_packed
 from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
-from attnplug._selection.state import thread
+from attnplug._selection.state import process, thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
@@ -155,30 +158,6 @@ def varlen_attn(
         >>> attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8, is_causal=True).shape
         torch.Size([16, 8, 64])
     """
-    if type(query) not in PLAIN and is_symbolic(query):
-        return handle_torch_function(
-            varlen_attn,
-            (query, key, value),
-            query,
-            key,
-            value,
-            cu_seq_q,
-            cu_seq_k,
-            max_q,
-            max_k,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            window_size=window_size,
-            softcap=softcap,
-            sinks=sinks,
-            alibi_slopes=alibi_slopes,
-            seqused_k=seqused_k,
-            block_table=block_table,
-            dropout_p=dropout_p,
-            return_lse=return_lse,
-            impl=impl,
-        )
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -200,14 +179,42 @@ def varlen_attn(
         "max_k": max_k,
         "block_table": block_table,
     }
-    compiling = is_compiling()
-    if not compiling and thread.state.watched:
+    if thread.state.watched and not is_compiling():
         impl = wished(impl)
+    way = None
+    if (
+        not is_dynamo_compiling()
+        and are_numbers(CausalVariant.LOWER_RIGHT, window_size, softcap, sinks, alibi_slopes)
+        and (process.choices is None or impl is not None)
+        and (impl is None or type(impl) is str)
+        and (is_causal is False or is_causal is True)
+        and (enable_gqa is False or enable_gqa is True)
+        and (return_lse is False or return_lse is True)
+        and (scale is None or type(scale) is float)
+        and type(dropout_p) in NUMBERS
+    ):
+        given = cu_seq_k is None, seqused_k is None, block_table is None, is_grad_enabled()
+        numbers = is_causal, enable_gqa, return_lse, scale, dropout_p, window_size, softcap
+        way = who_decides(impl), numbers, given
+        candidates = known.get(way)
+        found = None if candidates is None else recognise_packed(candidates, query, key, value)
+        if found is not None and check_lengths(params := params_of(fields)) > 0:
+            out, lse = found.run_as_given(params)
+            return (out, lse) if return_lse else out
+    return _the_long_way(fields, impl, way)
+
+
+def _the_long_way(fields: dict[str, Any], impl: str | None, way: Hashable) -> Any:
+    """Run a call that is not like one before it, or is traced, symbolic or sharded."""
+    query, compiling = fields["query"], is_compiling()
+    if type(query) not in PLAIN and not compiling and is_symbolic(query):
+        del fields["causal_variant"]
+        return to_symbols(varlen_attn, fields, impl)
     if type(query) not in PLAIN and is_sharded(query):
         run = traced.varlen if compiling else eager.varlen
         out, lse = run_sharded(prepare_varlen(SDPAParams(**fields)), lambda share: run(share, impl))
     elif compiling:
         out, lse = traced.varlen(SDPAParams(**fields), impl)
     else:
-        out, lse = eager.varlen(params_of(fields), impl)
-    return (out, lse) if return_lse else out
+        out, lse = eager.varlen(params_of(fields), impl, way)
+    return (out, lse) if fields["return_lse"] else out

@@ -109,7 +109,10 @@ class CallFacts(NamedTuple):
         ):
             return None
         packed = params.is_varlen
-        sizes = packed_sizes(query, key, value, enable_gqa) if packed else dense_sizes(query, key, value, enable_gqa)
+        if packed:
+            sizes = packed_sizes(query, key, value, enable_gqa, params.block_table is not None)
+        else:
+            sizes = dense_sizes(query, key, value, enable_gqa)
         if sizes is None or not (
             query.layout is key.layout is value.layout is _STRIDED
         ):  # sparse and jagged ones have sizes
@@ -191,7 +194,7 @@ def fit_in_three(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return fitting and heads > 0 and queries > 0 and keys > 0 < size
 
 
-def packed_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Sizes | None:
+def packed_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, paged: bool) -> Sizes | None:
     """Return the same of packed sequences, whose keys and values may lie in pages; they are not known to be square."""
     try:
         tokens, heads, size = query.shape
@@ -201,7 +204,7 @@ def packed_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         return None
     if (
         rows == value_rows
-        and 0 < len(rows) < 3
+        and len(rows) == (2 if paged else 1)
         and 0 not in rows
         and size == key_size
         and kv_heads == value_heads

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from attnplug._types import CausalVariant, SDPAParams
 
@@ -152,7 +153,7 @@ def broadcasts(source: Any, target: tuple[int, ...]) -> bool:
 
 def _fits(have: Any, want: Any) -> bool:
     """Whether a size is 1 or `want`; one that depends on data is taken for `want`, and checked later, as in PyTorch."""
-    if _tracing() and (isinstance(have, torch.SymInt) or isinstance(want, torch.SymInt)):
+    if is_compiling() and (isinstance(have, torch.SymInt) or isinstance(want, torch.SymInt)):
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
         return guard_or_false(have == 1) or guard_or_true(have == want)
@@ -187,9 +188,19 @@ def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: 
         raise ValueError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
-    if tensor.dim() != len(wanted) or any(w is not None and w != h for w, h in zip(wanted, tensor.shape, strict=True)):
+    if not _has_sizes(tensor, wanted):
         shown = ", ".join("any" if size is None else str(size) for size in wanted)
         raise ValueError(f"{name}: expected shape ({shown}), got {shape(tensor)}")
+
+
+def _has_sizes(tensor: Tensor, wanted: tuple[int | None, ...]) -> bool:
+    sizes = tensor.shape
+    if len(sizes) != len(wanted):
+        return False
+    for want, have in zip(wanted, sizes, strict=True):  # noqa: SIM110  (a generator costs more than all else here)
+        if want is not None and want != have:
+            return False
+    return True
 
 
 def check_range(name: str, tensor: Tensor, least: int, most: int) -> None:
@@ -203,11 +214,7 @@ def check_range(name: str, tensor: Tensor, least: int, most: int) -> None:
 
 def can_look(tensor: Tensor) -> bool:
     """Whether the values of `tensor` are at hand: on the CPU, and not fake or being traced."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and not _tracing()
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling()
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu and not is_compiling()
 
 
 def shape(tensor: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from operator import sub
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ def check_varlen(params: SDPAParams) -> None:
     check_extras(params, query.shape[1], params.cu_seq_q.shape[0] - 1, None)
 
 
-def check_lengths(params: SDPAParams) -> None:
-    """Raise unless what says where sequences begin and end fits the tensors, whose shapes have been checked."""
+def check_lengths(params: SDPAParams) -> int:
+    """Return the number of sequences; raise unless what says where they lie fits the tensors, whose shapes are right."""
     query, device = params.query, params.query.device
     for name in ("max_q", "max_k"):
         size = getattr(params, name)
@@ -63,6 +63,7 @@ def check_lengths(params: SDPAParams) -> None:
     if params.seqused_k is not None:
         check_int32("seqused_k", params.seqused_k, (batch,), device)
     _check_keys(params, batch)
+    return batch
 
 
 def _check_keys(params: SDPAParams, batch: int) -> None:
@@ -117,10 +118,10 @@ def _cumulative(name: str, cumulative: Tensor, total: int | None, limit: str, lo
     if not can_look(cumulative):
         return
     values = cumulative.tolist()
-    lengths = [after - before for before, after in pairwise(values)]
-    if values[0] != 0 or any(length < 0 for length in lengths):
+    lengths = [*map(sub, values[1:], values)] or [0]
+    if values[0] != 0 or min(lengths) < 0:
         raise ValueError(f"{name}: expected values that start at 0 and never fall, got {values}")
     if total is not None and values[-1] > total:
         raise ValueError(f"{name}: ends at {values[-1]}, beyond the {total} tokens that there are")
-    if lengths and max(lengths) > longest:
+    if max(lengths) > longest:
         raise ValueError(f"{limit}: is {longest}, but {name} has a sequence of {max(lengths)}")

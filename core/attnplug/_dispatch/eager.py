@@ -49,13 +49,14 @@ def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
     return plan.run(params)
 
 
-def varlen(params: SDPAParams, impl: str | None) -> Result:
+def varlen(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
     """Run one variable-length call. What its lengths may have wrong is checked each time."""
     if any_autocast():
-        params = autocasted(params)
+        params, way = autocasted(params), None
     _, plan = _kept(params, impl)
-    if plan is not None:
-        check_lengths(params)
+    if plan is not None and check_lengths(params) > 0:
+        if way is not None:
+            remember(way, plan, params)
         if params.scale is None:
             params.__dict__["scale"] = plan.scale
         return plan.run(params)

@@ -21,7 +21,7 @@ from attnplug._dispatch.watched import among_watchers
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
-from attnplug._run.contract import declares
+from attnplug._run.contract import checked_forward, declares
 from attnplug._run.operator import is_watched, operator_of
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
@@ -55,6 +55,7 @@ class Plan:
         unfused: whether a MATH implementation runs because others could not.
         simple: whether nothing has to be done around the kernel: no autograd, no check, no warning.
         plain: the kernel's `plain`, if all is simple.
+        checked: whether there is nothing around the kernel but a check of what it returns.
     """
 
     def __init__(self, decision: Decision, facts: CallFacts, scale: float) -> None:
@@ -65,6 +66,7 @@ class Plan:
         kernel = decision.kernel
         self.plain: Callable[..., Result] | None = kernel.plain if self.simple else None
         self._forward: Callable[[SDPAParams], Result] = kernel.forward  # of one that is simple: it saves nothing
+        self.checked = not (self.grad or self.unfused or decision.entry.distribution == BUILTIN)
 
     def run(self, params: SDPAParams) -> Result:
         """Run the chosen kernel; returns `out` and `lse`."""
@@ -76,11 +78,14 @@ class Plan:
         return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
 
     def run_as_given(self, params: SDPAParams) -> Result:
-        """Run a call whose record was just built, with the user's mask and scale."""
+        """Run a call that was recognised, whose record was just built, with the user's mask and scale."""
         if params.scale is None:
             params.__dict__["scale"] = self.scale
         if params.attn_mask is not None:
             params.__dict__["attn_mask"] = with_four_dimensions(params.attn_mask)
+        if self.checked and not (thread.state.watched or is_profiled() or is_transformed()):
+            out, lse, *_ = checked_forward(self.decision.entry, params)
+            return out, lse
         return self.run(params)
 
     def watched_plain(

@@ -29,7 +29,7 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | 
         KernelError: the kernel returned something else than it must.
     """
     if grad and entry.kernel.backward is not None:
-        return _Attention.apply(KernelCall.of(entry, params), *tensors_of(params))  # type: ignore[no-any-return, no-untyped-call]
+        return _Attention.apply(KernelCall.of(entry, params), params, *tensors_of(params))  # type: ignore[no-any-return, no-untyped-call]
     out, lse = run_forward(entry, params)[:2]
     return refusing_lse_gradient(entry, params, out, lse) if grad else (out, lse)
 
@@ -48,8 +48,8 @@ class _Attention(torch.autograd.Function):
     """A kernel's forward and backward. What ran forward runs backward, whatever is selected by then."""
 
     @staticmethod
-    def forward(ctx: Any, call: KernelCall, *tensors: Tensor | None) -> tuple[Any, Any]:
-        out, lse, *saved = call.forward(tensors)
+    def forward(ctx: Any, call: KernelCall, params: SDPAParams, *tensors: Tensor | None) -> tuple[Any, Any]:
+        out, lse, *saved = run_forward(call.entry, params)  # which holds these very tensors
         ctx.call = call
         ctx.save_for_backward(*tensors, out, lse, *saved)
         ctx.set_materialize_grads(False)
@@ -60,11 +60,11 @@ class _Attention(torch.autograd.Function):
         call: KernelCall = ctx.call
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
-        wanted = ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)]
+        wanted = ctx.needs_input_grad[2 : 2 + len(DIFFERENTIABLE)]
         grads = call.backward(tensors, wanted, grad_out, grad_lse, out, lse, saved)
         if torch.is_grad_enabled() and not declares(call.entry, Feature.SECOND_DERIVATIVES):
             grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
-        return (None, *grads, *(None for _ in TENSORS[len(grads) :]))
+        return (None, None, *grads, *(None for _ in TENSORS[len(grads) :]))
 
 
 class _Refuse(torch.autograd.Function):

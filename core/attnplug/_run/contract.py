@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -41,7 +43,10 @@ Given = tuple[Tensor | None, ...]
 
 def tensors_of(params: SDPAParams) -> Given:
     """Return the tensors of a call, in the order of `TENSORS`."""
-    return tuple(getattr(params, name) for name in TENSORS)
+    return tuple([getattr(params, name) for name in TENSORS])
+
+
+_constants_of = attrgetter(*CONSTANTS)  # which a trace could not take
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class KernelCall:
 
     @classmethod
     def of(cls, entry: Entry, params: SDPAParams) -> KernelCall:
-        return cls(entry, tuple(getattr(params, name) for name in CONSTANTS))
+        return cls(entry, _constants_of(params))
 
     def constant(self, name: str) -> Any:
         return self.constants[CONSTANTS.index(name)]
@@ -117,15 +122,19 @@ class KernelCall:
 
 def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
     """Run a kernel's forward, without autocast, and check what it returns; built-in ones are taken at their word."""
+    run = entry.kernel.forward if entry.distribution == BUILTIN else partial(checked_forward, entry)
     if any_autocast():
         with no_autocast(params.query):
-            return _run_forward(entry, params)
-    return _run_forward(entry, params)
+            return run(params)  # type: ignore[no-any-return]
+    return run(params)  # type: ignore[no-any-return]
 
 
-def _run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
-    if entry.distribution == BUILTIN:
-        return entry.kernel.forward(params)  # type: ignore[no-any-return]
+def checked_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
+    """Run a plugin's forward where there is no autocast, and check what it returns.
+
+    Raises:
+        KernelError: it returned something else than it must.
+    """
     returned = in_kernel(entry.kernel.forward, params)
     check_outputs(entry.name, params, returned)
     return returned  # type: ignore[no-any-return]
@@ -149,13 +158,14 @@ def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
     for item in returned[2:]:
         if item is not None and not isinstance(item, Tensor):
             raise KernelError(f"implementation {name!r}: forward must save tensors, got {type(item).__name__}")
-    query, value = params.query, params.value
-    out, lse = returned[0], returned[1]
+    query, out, lse = params.query, returned[0], returned[1]
     if query.is_nested:
         return
-    _check_output(name, "out", out, (*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
+    shape, dtype, device, size = query.shape, query.dtype, query.device, params.value.shape[-1]
+    _check_output(name, "out", out, shape if size == shape[-1] else (*shape[:-1], size), dtype, device)
     if lse is not None or params.return_lse:
-        _check_output(name, "lse", lse, params.lse_shape, params.lse_dtype, query.device)
+        rows = (shape[1], shape[0]) if params.cu_seq_q is not None else shape[:-1]
+        _check_output(name, "lse", lse, rows, torch.float64 if dtype is torch.float64 else torch.float32, device)
 
 
 def no_lse_gradient(entry: Entry) -> str:
@@ -190,7 +200,7 @@ def _check_output(
     if not isinstance(tensor, Tensor):
         raise KernelError(f"implementation {name!r}: {what} must be a tensor, got {type(tensor).__name__}")
     if tensor.shape != shape:
-        raise KernelError(f"implementation {name!r}: {what} must have shape {shape}, got {tuple(tensor.shape)}")
+        raise KernelError(f"implementation {name!r}: {what} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
         raise KernelError(f"implementation {name!r}: {what} must have dtype {dtype}, got {tensor.dtype}")
     if tensor.device != device:
