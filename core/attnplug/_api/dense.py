@@ -16,13 +16,13 @@ from torch.overrides import handle_torch_function
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import Plan, who_decides
+from attnplug._dispatch.plans import Plan, is_deterministic
 from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
 from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
-from attnplug._selection.state import process, start_outside, thread
+from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
@@ -226,8 +226,23 @@ def scaled_dot_product_attention(
         and (scale is None or type(scale) is float)
         and type(dropout_p) in NUMBERS
     ):
-        recording = is_grad_enabled()  # which decides about gradients, and is not among what tensors are compared by
-        way = who_decides(impl), is_causal, enable_gqa, return_lse, scale, dropout_p, attn_mask is None, recording
+        registry = process.registry or start()
+        way = (
+            # as `who_decides` has it, without the time of a call
+            state.scope,
+            impl,
+            process.activation,
+            registry.generation,
+            is_deterministic(),
+            # how the function is called
+            is_causal,
+            enable_gqa,
+            return_lse,
+            scale,
+            dropout_p,
+            attn_mask is None,
+            is_grad_enabled(),  # which decides about gradients, and is not among what tensors are compared by
+        )
         if not plain:
             way = (*way, causal_variant, window_size, softcap)  # type: ignore[assignment]
         candidates = known.get(way)

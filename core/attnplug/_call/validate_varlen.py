@@ -43,7 +43,7 @@ def check_varlen(params: SDPAParams) -> None:
 
 
 def check_lengths(params: SDPAParams) -> int:
-    """Return the number of sequences; raise unless what says where they lie fits the tensors, whose shapes are right."""
+    """Return the number of sequences; raise unless what says where they lie fits the tensors, of checked shapes."""
     query, device = params.query, params.query.device
     for name in ("max_q", "max_k"):
         size = getattr(params, name)
