@@ -28,6 +28,24 @@ class _Described(threading.local):
 _described = _Described()
 
 
+@cache
+def type_of(device: torch.device) -> str:
+    """Return `device.type`, which PyTorch writes through a stream: 0.3 us, and 20 where nothing is in caches."""
+    return device.type
+
+
+@cache
+def name_of(device: torch.device) -> str:
+    """Return `str(device)`, likewise."""
+    return str(device)
+
+
+@cache
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as capabilities have it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_capability(device: torch.device | str) -> Capability | None:
     """Return the NVIDIA compute capability of a device: what a kernel's `supports` asks about the GPU.
 

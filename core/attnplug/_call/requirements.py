@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 
 import torch
 
-from attnplug._call.device import architecture_name, compute_capability
+from attnplug._call.device import architecture_name, compute_capability, name_of_dtype, type_of
 from attnplug._call.facts import NO_EXTENSIONS, CallFacts
 from attnplug._types import OPEN_WINDOW, Capabilities, CausalVariant, Feature
 
 
+@lru_cache(1024)
 def features(call: CallFacts) -> frozenset[Feature]:
     """Return the features that a call asks for."""
     mask, more = call.mask, call.extensions or NO_EXTENSIONS
@@ -51,11 +53,12 @@ def lacking(capabilities: Capabilities, call: CallFacts) -> tuple[str, ...]:
     Of several alternatives, the one for the call's device and dtype speaks.
     """
     parts = capabilities.alternatives
-    here = [part for part in parts if part.devices is None or call.device.type in part.devices]
+    device = type_of(call.device)
+    here = [part for part in parts if part.devices is None or device in part.devices]
     if not here:
         devices = sorted(capabilities.devices or ())
-        return (f"runs on {', '.join(devices)}; the call is on {call.device.type}",)
-    dtype, asked = str(call.dtype).removeprefix("torch."), features(call)
+        return (f"runs on {', '.join(devices)}; the call is on {device}",)
+    dtype, asked = name_of_dtype(call.dtype), features(call)
     fitting = [part for part in here if part.dtypes is None or dtype in part.dtypes]
     answers = [_lacking_one(part, call, dtype, asked) for part in fitting or here]
     return min(answers, key=len)
@@ -71,7 +74,7 @@ def _lacking_one(part: Capabilities, call: CallFacts, dtype: str, asked: frozens
         reasons.append("takes variable-length calls alone (varlen_attn)")
     if missing := asked.difference(part.features):
         reasons += [f"does not support {feature.value}" for feature in Feature if feature in missing]
-    if call.device.type == "cuda":
+    if type_of(call.device) == "cuda":
         reasons += _architecture(part, call.device)
     return tuple(reasons)
 

@@ -145,10 +145,11 @@ def _plan(prepared: SDPAParams, impl: str | None) -> Plan:
 
 def _is_symbolic(params: SDPAParams) -> bool:
     """Whether a size is a symbol, as `make_fx(..., tracing_mode="symbolic")` has it: no decision is kept under one."""
-    given = (params.query, params.key, params.value)
-    # Jagged tensors, which have symbols of their own, are left out.
-    tensors = (tensor for tensor in given if isinstance(tensor, Tensor) and not tensor.is_nested)
-    return any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape)
+    for tensor in (params.query, params.key, params.value):
+        # Jagged tensors, which have symbols of their own, are left out.
+        if isinstance(tensor, Tensor) and not tensor.is_nested and torch.SymInt in map(type, tensor.shape):
+            return True
+    return False
 
 
 def _check_impl(impl: Any) -> None:

@@ -133,20 +133,22 @@ def _has_positions(params: SDPAParams) -> bool:
 
 def _comparison(tensors: tuple[Tensor, ...], exact: bool, packed: bool) -> Callable[..., bool]:
     """Return what compares a call's tensors with these: all but batch, lengths, and the strides that depend on them."""
+    heads = -2 if packed else -3
     sizes: list[list[int | None]] = []
     strides: list[list[int | None]] = []
-    for position, tensor in enumerate(tensors):
-        shape, rank = [*tensor.shape], tensor.dim()
+    for tensor in tensors:
         if exact:
-            sizes.append([*shape])
-            strides.append([*tensor.stride()])
-        elif position > 2:
-            sizes.append([None, *shape[-3:-2], None, None][-rank:])
-            strides.append([None] * rank)
+            size: list[int | None] = [*tensor.shape]
+            stride: list[int | None] = [*tensor.stride()]
         else:
-            heads = -2 if packed else -3
-            sizes.append([shape[at] if at in (heads, -1) else None for at in range(-rank, 0)])
-            strides.append([*[None] * (rank - 1), 1])
+            rank = tensor.dim()
+            size, stride = [None] * rank, [None] * rank
+            if rank >= -heads:
+                size[heads] = tensor.shape[heads]
+            if len(sizes) < 3:  # of a mask, what is left is compared in Python
+                size[-1], stride[-1] = tensor.shape[-1], 1
+        sizes.append(size)
+        strides.append(stride)
     distinct = len({*map(id, tensors)})
     if distinct == len(tensors):
         return _guards(tensors, sizes, strides)

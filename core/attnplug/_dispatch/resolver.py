@@ -8,6 +8,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
+from attnplug._call.device import name_of
 from attnplug._call.facts import CallFacts
 from attnplug._call.requirements import features, lacking, needs_grad
 from attnplug._errors import FallbackWarning, NoImplementationError
@@ -70,7 +71,7 @@ def resolve(registry: Registry, selection: Selection, call: CallFacts, params: S
         shape_dependent |= _looks_at_shape(entry)
         if not reasons:
             _report_fallback(selection, refused, entry.name)
-            return Decision(entry, str(call.device), MappingProxyType(refused), shape_dependent)
+            return Decision(entry, name_of(call.device), MappingProxyType(refused), shape_dependent)
         refused[entry.name] = reasons
     raise NoImplementationError(refused, selection.exact, _way_out(registry, selection, call))
 
@@ -115,7 +116,9 @@ def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ..
         reasons += (
             f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({entry.name!r})",
         )
-    return reasons + kernel.missing(features(call)) + kernel.refusals(params)
+    if kernel.lacks is not None:
+        reasons += kernel.missing(features(call))
+    return reasons + kernel.refusals(params)
 
 
 def verdict_of(entry: Entry, call: CallFacts, params: SDPAParams) -> Verdict:
