@@ -351,3 +351,21 @@ def test_dynamic_shapes_are_traced_in_every_scope() -> None:
                     compiled(query, query, query, is_causal=scope == "torch"),
                     call(query, query, query, is_causal=scope == "torch"),
                 )
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_first_call_of_a_process_may_be_where_dynamo_begins_again(dynamic: bool | None) -> None:
+    done = forked.run(f"""
+import torch, attnplug
+
+@torch.compile(backend="eager", dynamic={dynamic})
+def attend(query):
+    out = attnplug.scaled_dot_product_attention(query, query, query)
+    torch._dynamo.graph_break()
+    return 2 * out
+
+query = torch.randn(2, 3, 4, 8)
+expected = 2 * torch.nn.functional.scaled_dot_product_attention(query, query, query)
+torch.testing.assert_close(attend(query), expected)
+""")
+    assert done.returncode == 0, done.stderr

@@ -154,7 +154,8 @@ def scaled_dot_product_attention(
     # Each comparison below is a share of a tiny call's time. PyTorch's keyword arguments cost 0.8 us, so they are
     # left out where they say nothing.
     state = thread.state
-    if not process.plain and is_compiling():
+    tracing = is_dynamo_compiling()
+    if tracing or (not process.plain and is_compiling()):  # Dynamo, which may begin again, must find the same way
         start_outside()
     plain = (
         sinks is None
@@ -178,7 +179,7 @@ def scaled_dot_product_attention(
         and type(dropout_p) in NUMBERS
         and dropout_p == 0.0
         and return_lse is False
-        and not is_dynamo_compiling()
+        and not tracing
         and not (state.watched or _profiler_enabled())
     ):
         quick: Any = answer(query, key, value, is_causal, enable_gqa)
@@ -216,7 +217,7 @@ def scaled_dot_product_attention(
     # The kept route's short way: a call like one before it. Some kernels need no record of the call.
     way = found = None
     if (
-        not is_dynamo_compiling()
+        not tracing
         and (plain or are_numbers(causal_variant, window_size, softcap, sinks, alibi_slopes, seqused_k))
         and (process.choices is None or impl is not None)  # measured choices look at lengths
         and (impl is None or type(impl) is str)
