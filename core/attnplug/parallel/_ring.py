@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnplug._dispatch.watched import among_watchers
 from attnplug._errors import GradientError
+from attnplug._registry.kernel import OfOneRank
 from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._selection.selection import current_selection
@@ -50,7 +51,7 @@ FEATURES = frozenset(
 """What a ring does with a kernel that does it, or, for sinks, by itself."""
 
 
-class Ring:
+class Ring(OfOneRank):
     """A kernel, for the rest of attnplug, that computes attention over the ranks of a group.
 
     Its calls are those of one rank. `max_k` of a dense call is the length of the whole sequence, where that is not the
