@@ -144,7 +144,7 @@ class Capabilities:
             for name in names:
                 if name not in _DTYPES:
                     raise SpecError(
-                        f"Capabilities.dtypes: unknown dtype {name!r}{did_you_mean(name, _DTYPES)}; "
+                        f"Capabilities.dtypes: unknown dtype {name!r}{did_you_mean(name, _DTYPES) or ';'} "
                         f"attnplug {__version__} accepts {', '.join(_DTYPES)}"
                     )
             put(self, "dtypes", frozenset(names))

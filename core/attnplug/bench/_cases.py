@@ -309,7 +309,7 @@ class Case:
         for name in given:
             if name not in known:
                 hint = did_you_mean(name, known)
-                raise BenchError(f"{where}: no field {name!r}{hint}; the fields are {', '.join(known)}")
+                raise BenchError(f"{where}: no field {name!r}{hint or ';'} the fields are {', '.join(known)}")
         try:
             return cls(**given)
         except BenchError as error:
