@@ -29,6 +29,8 @@ _NUMBERS = ("softcap", "dropout")
 _MORE = ("sinks", "alibi", "lse", "mask_gradient", "sinks_gradient")
 _DEFAULTS = {"kv_heads": "heads", "keys": "queries", "value_head_size": "head_size"}
 LENGTHS = ("lengths_q", "lengths_k", "used")
+_FOLLOWS: Any = None
+"""The default of a field that follows from others where it is not given; afterwards it is a number."""
 _GRADIENTS = {"attn_mask": "mask_gradient", "sinks": "sinks_gradient"}
 _SHRUNK = 64
 
@@ -78,13 +80,13 @@ class Case:
     """
 
     name: str = ""
-    batch: int = None  # type: ignore[assignment]  # filled below
+    batch: int = _FOLLOWS
     heads: int = 8
-    kv_heads: int = None  # type: ignore[assignment]
-    queries: int = None  # type: ignore[assignment]
-    keys: int = None  # type: ignore[assignment]
+    kv_heads: int = _FOLLOWS
+    queries: int = _FOLLOWS
+    keys: int = _FOLLOWS
     head_size: int = 64
-    value_head_size: int = None  # type: ignore[assignment]
+    value_head_size: int = _FOLLOWS
     causal: bool = False
     causal_variant: str = "UPPER_LEFT"
     mask: str = ""
@@ -193,7 +195,7 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         import torch
 
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.dtype)
 
     @property
     def is_varlen(self) -> bool:

@@ -78,7 +78,7 @@ def _discard() -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, io.UnsupportedOperation):  # what stands for it in a notebook or a test has no number
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, open until the interpreter ends
 
 
 @contextmanager

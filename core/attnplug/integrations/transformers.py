@@ -187,7 +187,7 @@ class _Name(str):
     """
 
     def __contains__(self, part: object) -> bool:
-        return part in FAMILY  # type: ignore[operator]
+        return isinstance(part, str) and part in FAMILY
 
     def removeprefix(self, _prefix: str) -> str:
         return self  # `str` would answer with a plain string; transformers takes "paged|" off, which is not there

@@ -128,7 +128,7 @@ class _ByHeads(OfOneRank):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         run = ulysses if isinstance(self._ranks, dist.ProcessGroup) else usp
-        return run_in(OUTSIDE, run, params, self._ranks, self._impl)  # type: ignore[no-any-return]
+        return run_in(OUTSIDE, run, params, self._ranks, self._impl)
 
 
 class _Model:
