@@ -232,12 +232,12 @@ def test_a_reference_that_fails_stops_no_program() -> None:
     class Failing(Formula):
         @classmethod
         def forward(cls, params: attnplug.SDPAParams) -> tuple[Any, ...]:
-            raise MemoryError("no room")
+            raise MemoryError("out of memory")
 
     query, key, value = tensors()
     with (
         attnplug.verify(1.0, reference=register(Failing), on_mismatch="raise") as watched,
-        pytest.warns(RuntimeWarning, match="verify could not compare a call: MemoryError: no room"),
+        pytest.warns(RuntimeWarning, match="verify could not compare a call: MemoryError: out of memory"),
     ):
         attnplug.scaled_dot_product_attention(query, key, value)
     assert list(watched.skipped) == ["the comparison raised MemoryError"]
