@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import did_you_mean
+from attnplug._types import DTYPES
 from attnplug.bench._errors import BenchError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 MASKS = ("", "boolean", "additive")
 VARIANTS = ("UPPER_LEFT", "LOWER_RIGHT")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 BACKWARD = 2.5
 """Five products against two: the scores again, and one for each of dP, dV, dQ and dK."""
 
