@@ -111,13 +111,39 @@ def test_a_backend_that_does_not_end_in_pytorch_s_function_is_an_error() -> None
     integration.bind(model, "aten_math").remove()
 
 
-def test_what_holds_no_model_of_diffusers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected a DiffusionPipeline or a model of diffusers, got Linear"):
-        integration.bind(torch.nn.Linear(1, 1), "torch")
+@pytest.mark.parametrize(
+    "pipeline", [None, "a path", torch.nn.Linear(1, 1), diffusers.UNet2DConditionModel, SimpleNamespace(components=[])]
+)
+def test_what_holds_no_model_of_diffusers_is_an_error(pipeline: Any) -> None:
+    got = type(pipeline).__name__
+    with pytest.raises(ValueError, match=f"expected a DiffusionPipeline or a model of diffusers, got {got}"):
+        integration.bind(pipeline, "torch")
 
 
-def test_an_unknown_name_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("backends", ["no_such_implementation", None, [], ["torch", 3]])
+def test_backends_that_mean_nothing_leave_nothing_behind(backends: Any) -> None:
     before = torch.nn.functional.scaled_dot_product_attention
-    with pytest.raises(attnplug.UnknownImplementationError):
-        integration.bind(unet(), "no_such_implementation")
+    with pytest.raises((TypeError, ValueError), match="backends: "):
+        integration.bind(unet(), backends)
+    assert torch.nn.functional.scaled_dot_product_attention is before
+
+
+def test_bindings_of_one_model_end_in_any_order_and_with_an_exception() -> None:
+    before, model = torch.nn.functional.scaled_dot_product_attention, unet()
+
+    def ran() -> set[str]:
+        with attnplug.record() as calls:
+            run(model)
+        return {call.impl for call in calls}
+
+    first, second = integration.bind(model, "aten_math"), integration.bind(model, "torch")
+    assert ran() == {"torch"}
+    first.remove()
+    assert ran() == {"torch"}
+    second.remove()
+    second.remove()
+    with pytest.raises(ZeroDivisionError), integration.bind(model, "aten_math"):
+        assert ran() == {"aten_math"}
+        1 / 0  # noqa: B018
+    assert ran() == set()
     assert torch.nn.functional.scaled_dot_product_attention is before
