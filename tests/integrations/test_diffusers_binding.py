@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,27 +10,14 @@ import torch
 from torch import Tensor
 
 import attnplug
-from attnplug import Capabilities, ImplSpec
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    diffusers: Any = pytest.importorskip("diffusers")
-
 import attnplug.integrations.diffusers as integration
+from attnplug import Capabilities, ImplSpec
+from tiny_diffusers import diffusers, flux_model, unet_model
 
 
 def unet() -> Any:
     torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
+    return unet_model().eval()
 
 
 def run(model: Any, seen: Tensor | None = None) -> Tensor:
@@ -93,17 +79,7 @@ def test_the_famous_one_liner_loses_the_mask(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_backend_that_does_not_end_in_pytorch_s_function_is_an_error() -> None:
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=[4, 4, 8],
-    )
+    model = flux_model()
     model.set_attention_backend("_native_math")
     with pytest.raises(ValueError, match=r"backend '_native_math'.*set_attention_backend\('native'\) first"):
         integration.bind(model, "aten_math")
