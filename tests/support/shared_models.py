@@ -195,15 +195,17 @@ def compiled() -> None:
     """Run a compiled model over all ranks, and hold it against one that is not compiled."""
     tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(3))
     model = tiny_llama()
-    parallel.context_parallel(model, dist.group.WORLD)
+    handle = parallel.context_parallel(model, dist.group.WORLD)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager")(tokens).logits, model(tokens).logits)
+    handle.remove()
 
 
 def verified() -> list[str]:
     """Return why `verify` compares nothing of what one rank has of a module's call."""
     module = Block()
-    parallel.context_parallel(module, dist.group.WORLD)
+    handle = parallel.context_parallel(module, dist.group.WORLD)
     with attnplug.verify(1.0, on_mismatch="raise") as watched:
         module(torch.randn(2, 8, 32))
+    handle.remove()
     return list(watched.skipped)
