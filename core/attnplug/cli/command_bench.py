@@ -81,6 +81,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in [*(arguments.impl or ()), arguments.baseline]:
         check_name(name, "--impl" if name in (arguments.impl or ()) else "--baseline")
     cases.check(arguments)
+    if arguments.tiny and arguments.save_choices:
+        arguments.fail(
+            "--save-choices: times of --tiny mean nothing, so nothing follows from them; leave out one of both"
+        )
     for path in map(Path, arguments.output):
         check_kind(path)
         outputs.check_folder(arguments, path)
