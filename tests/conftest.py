@@ -11,10 +11,12 @@ import torch
 from hypothesis import settings
 
 import attnplug
+import forked
 from process_state import differences, snapshot
 
 settings.register_profile("repeatable", derandomize=True)  # a run that fails fails again
 settings.load_profile("repeatable")
+forked.listen()
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -23,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now stays, and a collector that walked it would take a second each time
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
