@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported by now stays, and a collector that walked it would take a second each time
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:

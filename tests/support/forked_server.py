@@ -5,6 +5,7 @@ It ends when its stdin does, and a process that it made ends when who asked for 
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import marshal
@@ -36,11 +37,8 @@ def serve(listener: socket.socket, modules: list[str]) -> None:
             number, connection = running.pop(handle)
             os.close(handle)
             status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-            with connection:
-                try:
-                    connection.send(str(status).encode())
-                except BrokenPipeError:
-                    pass
+            with connection, contextlib.suppress(BrokenPipeError):
+                connection.send(str(status).encode())
         if listener in ready:
             connection, _ = listener.accept()
             length, files, _, _ = socket.recv_fds(connection, 8, 3)
@@ -68,7 +66,7 @@ def become(arguments: list[str], environment: dict[str, str], folder: str, files
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         if isinstance(leaving.code, str):
-            print(leaving.code, file=sys.stderr)
+            sys.stderr.write(f"{leaving.code}\n")
     except BaseException as error:
         at = error.__traceback__
         while at is not None and at.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
