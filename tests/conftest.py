@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from process_state import differences, snapshot
 
 settings.register_profile("repeatable", derandomize=True)  # a run that fails fails again
 settings.load_profile("repeatable")
+logging.getLogger("torch.__trace").propagate = False  # pytest would keep each graph that is compiled, written out
 forked.listen()
 
 HAS_GPU = torch.cuda.is_available()

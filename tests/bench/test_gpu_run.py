@@ -46,7 +46,7 @@ def test_a_part_that_hangs_is_ended_at_its_limit_and_the_summary_has_what_it_wro
     monkeypatch.setattr(gpu, "GRACE", 2.0)
     start = time.monotonic()
     chosen = [
-        part(gpu, "hangs", "import time; print('a first result'); time.sleep(600)", 12.0),
+        part(gpu, "hangs", "import time; print('a first result'); time.sleep(600)", 5.0),
         part(gpu, "good", "print('all is well')"),
     ]
     assert gpu.run(chosen, tmp_path / "results") == 1

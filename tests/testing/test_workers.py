@@ -19,7 +19,7 @@ from faulty import WORDS
 
 CHECKS = ("check_values", "check_scale", "check_batches_and_heads")
 KERNELS = ("crashes", "exits", "hangs", "loses", "loses_later", "prints")
-TIMEOUT = 10.0
+TIMEOUT = 6.0
 
 
 def register(name: str, kernel: Any) -> None:
