@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 from collections.abc import Iterator
 
@@ -11,10 +12,13 @@ import torch
 from hypothesis import settings
 
 import attnplug
+import forked
 from process_state import differences, snapshot
 
 settings.register_profile("repeatable", derandomize=True)  # a run that fails fails again
 settings.load_profile("repeatable")
+logging.getLogger("torch.__trace").propagate = False  # pytest would keep each graph that is compiled, written out
+forked.listen()
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -23,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now stays, and a collector that walked it would take a second each time
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

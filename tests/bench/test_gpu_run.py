@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import forked
 from attnplug import bench
 from attnplug.cli import main
 
@@ -45,7 +46,7 @@ def test_a_part_that_hangs_is_ended_at_its_limit_and_the_summary_has_what_it_wro
     monkeypatch.setattr(gpu, "GRACE", 2.0)
     start = time.monotonic()
     chosen = [
-        part(gpu, "hangs", "import time; print('a first result'); time.sleep(600)", 12.0),
+        part(gpu, "hangs", "import time; print('a first result'); time.sleep(600)", 5.0),
         part(gpu, "good", "print('all is well')"),
     ]
     assert gpu.run(chosen, tmp_path / "results") == 1
@@ -88,7 +89,7 @@ def test_tests_are_summed_up_from_the_log_of_pytest(gpu: ModuleType, tmp_path: P
         "def test_bad(): assert False, 'PASSED is no status here'\n"
         "def test_other(): pytest.skip('no')\n"
     )
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *spread, str(tmp_path)]
+    command = [forked.python(), "-m", "pytest", "-v", "-p", "no:cacheprovider", *spread, str(tmp_path)]
     log = tmp_path / "log.txt"
     log.write_text(subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False).stdout)
     counts, *failed = gpu.told_by_pytest(log)
@@ -163,5 +164,5 @@ def test_make_gpu_passes_the_part_on() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_what_it_needs() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    done = subprocess.run([forked.python(), str(SCRIPT)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "needs a CUDA device\n")

@@ -2,74 +2,70 @@
 
 attnplug reads its environment and finds plugins once in a process, so many tests need a process of their own, and to
 import torch takes each of them longer than all the rest. Whoever asks what is imported needs a new interpreter instead.
+
+The processes that pytest spreads tests over share what is started here, and nothing is before somebody asks.
 """
 
 from __future__ import annotations
 
-import functools
-import json
+import atexit
 import os
-import select
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import forked_client
+
 SECONDS = 120
+WARM = {"torch": ["torch"], "dynamo": ["torch._dynamo", "torch._inductor.compile_fx"]}
+"""What processes may have imported: nothing but torch, or what compiling with any backend needs."""
 
-_SERVER = """
-import json, os, sys, traceback
-import torch
-
-for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-
-for number, path in enumerate([os.devnull, request["stdout"], request["stderr"]]):
-    os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
-os.environ.clear()
-os.environ.update(request["environment"])
-os.chdir(request["folder"])
-sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-status = 0
-try:
-    exec(compile(request["script"], "<string>", "exec"))
-except SystemExit as leaving:
-    status = int(leaving.code or 0)
-except BaseException:
-    traceback.print_exc()
-    status = 1
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(status)  # to take torch apart takes half a second
-"""
+_FOLDER = "FORKED_SERVERS"  # the variable by which the process that starts others tells them where its servers listen
+_SUPPORT = Path(__file__).parent
 
 
-@functools.cache
-def _server() -> subprocess.Popen[str]:
-    """Start the interpreter that is forked. It ends with this process, whose end closes its input."""
-    return subprocess.Popen([sys.executable, "-c", _SERVER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def listen() -> None:
+    """Let servers wait for requests until this process ends, unless they do so for the one that started it."""
+    if _FOLDER in os.environ:
+        return
+    folder, owner = Path(tempfile.mkdtemp(prefix="forked")), os.getpid()
+    for name, modules in WARM.items():
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / f"{name}.socket"))
+            listener.listen()
+            fd = listener.fileno()
+            command = [sys.executable, str(_SUPPORT / "forked_server.py"), str(fd), *modules]
+            _SERVERS.append(subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[fd], start_new_session=True))
+        program = folder / name
+        program.write_text(
+            f"#!{sys.executable} -IS\nimport sys\nsys.path.append({str(_SUPPORT)!r})\n"
+            f"import forked_client\nforked_client.main({str(folder / f'{name}.socket')!r})\n"
+        )
+        program.chmod(0o755)
+    os.environ[_FOLDER] = str(folder)
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder))
+
+
+_SERVERS: list[subprocess.Popen[bytes]] = []
+
+
+def python(warm: str = "torch") -> str:
+    """Return a program that does what `sys.executable` does with a script, `-c` or `-m`, with modules imported."""
+    return str(Path(os.environ[_FOLDER]) / warm)
 
 
 def run(
-    script: str, environment: Mapping[str, str] = os.environ, folder: Path | None = None
+    script: str, environment: Mapping[str, str] = os.environ, folder: Path | None = None, warm: str = "torch"
 ) -> subprocess.CompletedProcess[str]:
-    """Run `script` as `python -c` would in `folder`, with this environment and torch imported."""
-    server = _server()
-    assert server.stdin is not None and server.stdout is not None
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        files = {"stdout": out.name, "stderr": err.name}
-        request = {"script": script, "environment": dict(environment), "folder": str(folder or Path.cwd()), **files}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        if not select.select([server.stdout], [], [], SECONDS)[0]:
-            server.kill()
-            _server.cache_clear()
-            raise subprocess.TimeoutExpired(script, SECONDS)
-        return subprocess.CompletedProcess(script, int(server.stdout.readline()), out.read(), err.read())
+    """Run `script` as `python -c` would in `folder`, with this environment and what is `warm` imported."""
+    with open(os.devnull) as nothing, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        files = [nothing.fileno(), out.fileno(), err.fileno()]
+        address = f"{python(warm)}.socket"
+        status = forked_client.ask(address, ["-c", script], environment, str(folder or Path.cwd()), files, SECONDS)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(script, status, out.read(), err.read())

@@ -9,7 +9,8 @@ A block of
 * `text` is what the block before it prints, where `...` stands for anything; of an exception, its type and message.
 
 What a block prints, or raises, must be shown only if a `text` block follows it; an exception that is not shown
-fails the page. `pip`, which would need a network, is a stand-in that does the same to fake distributions.
+fails the page. `pip`, which would need a network, is a stand-in that does the same to fake distributions; Python and
+the commands written in it have torch imported when they start.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import forked
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -83,7 +86,12 @@ class Page:
         programs = folder / ".bin"
         programs.mkdir()
         (programs / "pip").write_text(f"#!{sys.executable}\n{_PIP}")
-        (programs / "pip").chmod(0o755)
+        (programs / "python").write_text(f'#!/bin/sh\nexec {forked.python("dynamo")} "$@"\n')
+        for name in ("attnplug", "pytest"):
+            script = Path(sys.executable).with_name(name)
+            (programs / name).write_text(f'#!/bin/sh\nexec {forked.python("dynamo")} {script} "$@"\n')
+        for program in programs.iterdir():
+            program.chmod(0o755)
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("ATTNPLUG_")}
         self._environment = inherited | {
             "OMP_NUM_THREADS": "1",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import attnplug
+import forked
 import mutants
 from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 from attnplug.testing import Call, CheckFailure, all_checks, check_impl, parametrize_with_checks
@@ -224,7 +225,7 @@ def pytester_run(tmp_path):
     def run(expected, names):
         (tmp_path / "test_mine.py").write_text(_TEST.format(folder=str(_FOLDER), expected=expected))
         wanted = " or ".join(names)
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "-k", wanted, str(tmp_path)]
+        command = [forked.python(), "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "-k", wanted, str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
         found = {}
         for line in done.stdout.splitlines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 
 import attnplug
 import faulty
+import forked
 from attnplug import Capabilities, ImplSpec, SDPBackend
 from attnplug.testing import Report, Result, check_impl, check_impls
 from faulty import WORDS
 
 CHECKS = ("check_values", "check_scale", "check_batches_and_heads")
 KERNELS = ("crashes", "exits", "hangs", "loses", "loses_later", "prints")
-TIMEOUT = 25.0
+TIMEOUT = 6.0
 
 
 def register(name: str, kernel: Any) -> None:
@@ -27,6 +29,13 @@ def register(name: str, kernel: Any) -> None:
 
 def checked(name: str, **options: Any) -> Report:
     return check_impl(name, **{"device": "cpu", "checks": CHECKS, "workers": 1, **options})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_have_torch_imported() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", forked.python())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +141,7 @@ def test_a_worker_that_cannot_start_is_an_error_with_what_it_said(monkeypatch: p
 
 _TEST = """
 import sys
+sys.executable = {python!r}
 sys.path.insert(0, {folder!r})
 import attnplug
 from attnplug.testing import parametrize_with_checks
@@ -147,9 +157,11 @@ def test_mine(check):
 
 
 def test_parametrized_tests_survive_a_crash(tmp_path: Path) -> None:
-    (tmp_path / "test_mine.py").write_text(_TEST.format(folder=str(Path(faulty.__file__).parent)))
+    (tmp_path / "test_mine.py").write_text(
+        _TEST.format(python=sys.executable, folder=str(Path(faulty.__file__).parent))
+    )
     wanted = "check_scale or check_batches"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "-k", wanted, str(tmp_path)]
+    command = [forked.python(), "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q", "-k", wanted, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "ended its process: SIGSEGV" in done.stdout
     assert "1 failed, 1 passed" in done.stdout.splitlines()[-1], done.stdout

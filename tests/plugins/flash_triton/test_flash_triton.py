@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
+import forked
 
 pytest.importorskip("triton")
 
@@ -27,9 +28,9 @@ TESTS = HERE.parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, program: str = sys.executable, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments],
+        [program, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -158,7 +159,7 @@ def test_an_assembler_that_corrupts_products_is_replaced_or_declined(
         "print(attnplug.can_use_impl('flash_triton', params, compute_capability=(8, 0)).reasons);"
         "toolchain.use_good_ptxas(); print(knobs.nvidia.ptxas.path)"
     )
-    done = python("-c", code, TRITON_PTXAS_PATH=paths["ptxas"])
+    done = python("-c", code, program=forked.python("dynamo"), TRITON_PTXAS_PATH=paths["ptxas"])
     assert done.returncode == 0, done.stderr
     on_hopper, on_ampere, used = done.stdout.splitlines()
     assert on_hopper.startswith(repr(wanted)[:-3]) if wanted else on_hopper == "()"

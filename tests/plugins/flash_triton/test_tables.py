@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import forked
 from attnplug_flash_triton import config
 from attnplug_flash_triton.config import Cell, Table, Tiles
 from attnplug_flash_triton.tune import climb, neighbours
@@ -22,7 +22,7 @@ CELL = Cell(config.FORWARD, config.HALF, 64, config.PLAIN)
 
 def interpreted(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **environment}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run([forked.python(), *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.mark.parametrize("architecture", config.ARCHITECTURES)
@@ -123,7 +123,7 @@ def test_a_table_that_is_none_breaks_the_implementation_with_the_reason(tmp_path
         "attnplug.can_use_impl('flash_triton', attnplug.SDPAParams(query, query, query));"
         "print({record.name: record for record in attnplug.list_impls()}['flash_triton'].reason)"
     )
-    done = interpreted("-W", "ignore", "-c", code, FLASH_TRITON_TABLE=str(tmp_path / "none.json"))
+    done = interpreted("-c", code, FLASH_TRITON_TABLE=str(tmp_path / "none.json"))
     assert "ValueError: FLASH_TRITON_TABLE:" in done.stdout and "none.json is not a table" in done.stdout, done.stderr
 
 
