@@ -4,24 +4,26 @@ Written for PyTorch 2.11 to 2.13 (`torch/nn/attention/flex_attention.py`). Numbe
 (offsets, windows, lengths, slopes, caps) reach these functions as tensors, so that one kernel is compiled for
 each kind of call and not for each call. Inside `torch.compile`, flex is part of the caller's graph.
 
-On CPU it has neither a backward nor, compiled, an lse, which sinks are made from; and a kernel is compiled for each
-size, up to Dynamo's limit, beyond which PyTorch runs the formula uncompiled and says so.
+On CPU it has neither a backward nor, compiled, an lse, which sinks are made from.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from attnplug import SDPAParams
-from attnplug_adapters import convert, flex_mods
+from attnplug_adapters import convert, flex_kinds, flex_mods
 
 composite = True
+
+BLOCK = 128
+"""PyTorch's own block size."""
 
 
 def supports(params: SDPAParams) -> str | None:
@@ -38,42 +40,18 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     positions = flex_mods.Positions.of(params)
     query, key, value = flex_mods.dense(params, positions)
     wants_lse = params.return_lse or params.sinks is not None
-    returned = _attend(query)(
-        query,
-        key,
-        value,
-        score_mod=flex_mods.score_mod(params, positions),
-        block_mask=_block_mask(params, positions, query.shape[2], key.shape[2]),
-        scale=params.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True) if wants_lse else None,
-    )
+    constants = (params.scale, query.shape[1] != key.shape[1], wants_lse)
+    # A trace gets flex_attention itself, for its own graph; a kernel would read fake tensors, which have no memory.
+    traced = flex_mods.is_watched() or isinstance(query, FakeTensor)
+    attend = flex_kinds.attention(*constants) if traced else partial(flex_kinds.attend, constants)
+    blocks = _block_mask(params, positions, query.shape[2], key.shape[2])
+    returned = attend(query, key, value, flex_mods.score_mod(params, positions), blocks)
     out, lse = (returned[0], returned[1].lse) if wants_lse else (returned, None)
     if params.sinks is not None:
         out, lse = _with_sinks(out, lse, params.sinks)
     if params.is_varlen:
         out, lse = out[0].transpose(0, 1), None if lse is None else lse[0]
     return out, lse if params.return_lse else None
-
-
-def _attend(query: Tensor) -> Any:
-    """Return what to call: in a trace the function itself, which becomes part of the graph.
-
-    A compiled kernel would read the memory of fake tensors, which have none.
-    """
-    if flex_mods.is_watched() or isinstance(query, FakeTensor):
-        return flex_attention
-    return _compiled(on_cpu=query.device.type == "cpu")
-
-
-@cache
-def _compiled(on_cpu: bool) -> Any:
-    """Return the compiled function, made when it is first called: `torch.compile` imports Dynamo, which takes seconds.
-
-    On a CPU sizes do not vary: with sizes that do, what PyTorch 2.13 generates for a mask does not compile,
-    because `cur_kvSplitSize` is not declared.
-    """
-    return torch.compile(flex_attention, dynamic=False if on_cpu else None)
 
 
 def _with_sinks(out: Tensor, lse: Any, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +75,23 @@ def _block_mask(params: SDPAParams, positions: flex_mods.Positions, queries: int
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _band_blocks(offset: int, band: tuple[int, int], queries: int, keys: int, device: torch.device) -> BlockMask:
-    """Return the blocks of a causal mask or window, which follow from these numbers alone."""
-    seen = flex_mods.band_mod(flex_mods.ends(offset, band, device))
-    return create_block_mask(seen, None, None, queries, keys, device=device)
+    """Return the blocks of a causal mask or window, which follow from these numbers without a look at each pair."""
+    limits = flex_mods.ends(offset, band, device)
+    row = torch.arange(0, queries, BLOCK, device=device).unsqueeze(1)
+    column = torch.arange(0, keys, BLOCK, device=device)
+    last_row, last_column = (row + BLOCK - 1).clamp(max=queries - 1), (column + BLOCK - 1).clamp(max=keys - 1)
+    nearest, farthest = column - last_row, last_column - row
+    touched = (farthest >= limits[0]) & (nearest <= limits[1])
+    whole = (row + BLOCK <= queries) & (column + BLOCK <= keys)
+    inside = (nearest >= limits[0]) & (farthest <= limits[1]) & whole
+    (count, order), (whole_count, whole_order) = (_listed(blocks[None, None]) for blocks in (touched & ~inside, inside))
+    seen = flex_mods.band_mod(limits)
+    return BlockMask.from_kv_blocks(count, order, whole_count, whole_order, BLOCK, seen, (queries, keys))
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks of each row are marked, and all blocks, those first."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int()

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from attnplug import SDPAParams
 from attnplug_adapters import convert
 
-Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _FAR = 2**30
+_ROOM = 128
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class Positions:
         """Whether all follows from lengths and offset."""
         return self.used is None and self.row is None
 
-    def distance(self, b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def distance(self, device: torch.device) -> Mod:
         """Return how far to the right of query `i`'s own position key `j` stands."""
         if self.row is not None:
-            return self.column[j] - self.row[i]
-        return j - i - (self.offset[b] if isinstance(self.offset, Tensor) else self.offset)
+            return _between_tokens(held(self.row, 1), held(self.column, 1))
+        if isinstance(self.offset, Tensor):
+            return _from_diagonals(held(self.offset, 0))
+        return _from_diagonal(numbers((self.offset,), device))
 
 
 def dense(params: SDPAParams, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,19 +107,20 @@ def _packed(params: SDPAParams) -> Positions:
     )
 
 
-def mask_mod(params: SDPAParams, positions: Positions) -> Mask | None:
+def mask_mod(params: SDPAParams, positions: Positions) -> Mod | None:
     """Return which keys are seen; None if all are."""
-    parts: list[Mask] = []
+    parts: list[Mod] = []
     if positions.row is not None:
         parts.append(_same_sequence(positions))
     if positions.used is not None:
-        parts.append(_used(positions.used))
+        parts.append(_used(held(positions.used, 0)))
     left, right = convert.band(params)
     if (left, right) != convert.OPEN:
         if positions.is_plain:
             parts.append(band_mod(ends(positions.offset, (left, right), params.query.device)))
         else:
-            parts.append(_within(positions, ends(0, (left, right), params.query.device)))
+            limits = ends(0, (left, right), params.query.device)
+            parts.append(_within(positions.distance(params.query.device), limits))
     if params.attn_mask is not None and params.attn_mask.dtype == torch.bool:
         parts.append(_allowed(_full(params)))
     return reduce(_both, parts) if parts else None
@@ -123,31 +128,18 @@ def mask_mod(params: SDPAParams, positions: Positions) -> Mask | None:
 
 def score_mod(params: SDPAParams, positions: Positions) -> Any:
     """Return what becomes of a logit; None if nothing."""
-    softcap, slopes, bias = None, None, None
+    parts: list[Any] = []
     if params.softcap > 0:
-        softcap = numbers((params.softcap,), params.query.device)
+        parts.append(_capped(numbers((params.softcap,), params.query.device)))
     if params.alibi_slopes is not None:
-        slopes = params.alibi_slopes
+        slope = _slope(params.alibi_slopes, positions)
+        parts.append(_sloped(slope, positions.distance(params.query.device)))
     if params.attn_mask is not None and params.attn_mask.dtype != torch.bool:
-        bias = _full(params)
-    if softcap is None and slopes is None and bias is None:
-        return None
-
-    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if softcap is not None:
-            logit = softcap[0] * torch.tanh(logit / softcap[0])
-        if slopes is not None:
-            if slopes.dim() == 1:
-                slope = slopes[h]
-            else:
-                slope = slopes[b if positions.row is None else positions.row_sequence[i].clamp(min=0), h]
-            logit = logit - slope * positions.distance(b, i, j).abs()
-        return logit if bias is None else logit + bias[b, h, i, j]
-
-    return score
+        parts.append(_biased(_full(params)))
+    return reduce(_then, parts) if parts else None
 
 
-def band_mod(limits: Tensor) -> Mask:
+def band_mod(limits: Tensor) -> Mod:
     """Return the mask of a band, `limits[0] <= j - i <= limits[1]`."""
 
     def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -168,8 +160,9 @@ def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept may be saved for a backward later
 def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+    return held(torch.tensor(values, device=device), 0)
 
 
 def is_watched() -> bool:
@@ -177,8 +170,104 @@ def is_watched() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
-def _same_sequence(positions: Positions) -> Mask:
-    rows, columns = positions.row_sequence, positions.column_sequence
+def held(tensor: Tensor, lengths: int) -> Tensor:
+    """Return a tensor for a function to look numbers up in, its last so many dimensions lengths.
+
+    On a CPU its sizes are constants of a kernel: there they are rounded up to powers of two, so that kernels are few.
+    """
+    if not is_constant(tensor.device):
+        return tensor
+    sizes = _rounded(tuple(tensor.shape), lengths)
+    missing = [(0, size - have) for size, have in zip(sizes, tensor.shape, strict=True)]
+    return _constant(pad(tensor, [side for sides in reversed(missing) for side in sides]))
+
+
+def is_constant(device: torch.device) -> bool:
+    """Whether sizes of what a function looks numbers up in are constants of a kernel.
+
+    With sizes that vary, what PyTorch 2.13 generates for a CPU names variables that do not exist
+    (`cur_kvSplitSize5`), or takes one for another. In a trace its owner decides which sizes vary.
+    """
+    return device.type == "cpu" and not is_watched()
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """Return an alias of a tensor whose sizes are constants for `torch.compile`."""
+    alias = tensor.detach()
+    torch._dynamo.mark_static(alias)
+    return alias
+
+
+def _rounded(sizes: tuple[int, ...], lengths: int) -> tuple[int, ...]:
+    others = len(sizes) - lengths
+    least = (1,) * others + (_ROOM,) * lengths
+    return tuple(
+        size if size == 1 else max(1 << (size - 1).bit_length(), low) for size, low in zip(sizes, least, strict=True)
+    )
+
+
+def _from_diagonal(offset: Tensor) -> Mod:
+    def distance(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j - i - offset[0]
+
+    return distance
+
+
+def _from_diagonals(offsets: Tensor) -> Mod:
+    def distance(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j - i - offsets[b]
+
+    return distance
+
+
+def _between_tokens(rows: Tensor, columns: Tensor) -> Mod:
+    def distance(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return columns[j] - rows[i]
+
+    return distance
+
+
+def _slope(slopes: Tensor, positions: Positions) -> Mod:
+    """Return the slope of ALiBi, of a head or of a head and batch or sequence."""
+    slopes = held(slopes, 0)
+    if slopes.dim() == 1:
+        return lambda b, h, i, j: slopes[h]
+    if positions.row is None:
+        return lambda b, h, i, j: slopes[b, h]
+    sequences = held(positions.row_sequence.clamp(min=0), 1)
+    return lambda b, h, i, j: slopes[sequences[i], h]
+
+
+def _capped(softcap: Tensor) -> Any:
+    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return softcap[0] * torch.tanh(logit / softcap[0])
+
+    return score
+
+
+def _sloped(slope: Mod, distance: Mod) -> Any:
+    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return logit - slope(b, h, i, j) * distance(b, h, i, j).abs()
+
+    return score
+
+
+def _biased(bias: Tensor) -> Any:
+    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return logit + bias[b, h, i, j]
+
+    return score
+
+
+def _then(one: Any, other: Any) -> Any:
+    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return other(one(logit, b, h, i, j), b, h, i, j)
+
+    return score
+
+
+def _same_sequence(positions: Positions) -> Mod:
+    rows, columns = held(positions.row_sequence, 1), held(positions.column_sequence, 1)
 
     def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return rows[i] == columns[j]
@@ -186,29 +275,29 @@ def _same_sequence(positions: Positions) -> Mask:
     return same
 
 
-def _used(used: Tensor) -> Mask:
+def _used(used: Tensor) -> Mod:
     def exists(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j < used[b]
 
     return exists
 
 
-def _within(positions: Positions, limits: Tensor) -> Mask:
+def _within(distance: Mod, limits: Tensor) -> Mod:
     def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        distance = positions.distance(b, i, j)
-        return (distance >= limits[0]) & (distance <= limits[1])
+        found = distance(b, h, i, j)
+        return (found >= limits[0]) & (found <= limits[1])
 
     return within
 
 
-def _allowed(mask: Tensor) -> Mask:
+def _allowed(mask: Tensor) -> Mod:
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return mask[b, h, i, j]
 
     return allowed
 
 
-def _both(one: Mask, other: Mask) -> Mask:
+def _both(one: Mod, other: Mod) -> Mod:
     def both(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return one(b, h, i, j) & other(b, h, i, j)
 
@@ -216,8 +305,11 @@ def _both(one: Mask, other: Mask) -> Mask:
 
 
 def _full(params: SDPAParams) -> Tensor:
-    """Return the mask expanded to `(B, Hq, Sq, Sk)`, without a copy."""
-    assert params.attn_mask is not None
+    """Return the mask expanded to `(B, Hq, Sq, Sk)`, or more as `held` has it, without a copy of what it repeats."""
+    mask = params.attn_mask
+    assert mask is not None
     batch, heads, queries, _ = params.query.shape
-    expanded: Tensor = params.attn_mask.expand(batch, heads, queries, params.key.shape[2])
-    return expanded
+    sizes = (batch, heads, queries, params.key.shape[2])
+    if not is_constant(mask.device):
+        return mask.expand(sizes)
+    return _constant(held(mask, 2).expand(_rounded(sizes, 2)))

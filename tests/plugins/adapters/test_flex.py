@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from attnplug import CausalVariant, Feature
 from attnplug.testing import Call, all_checks, check_impl
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
-from attnplug_adapters import flex, specs
+from attnplug_adapters import flex, flex_kinds, flex_mods, specs
 
 TRACED = ["check_compile", "check_export", "check_fake_tensors"]
 
@@ -89,32 +91,83 @@ def test_the_decision_of_a_call_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(asked) == 1
 
 
-@pytest.mark.slow
-def test_one_kernel_is_compiled_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths, offsets and windows are arguments of it: causal masks and windows share one."""
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch._dynamo.testing.CompileCounterWithBackend]:
+    """Count what is compiled for calls of this test, of which the kernels are PyTorch's operators."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    compiled = torch.compile(torch_flex.flex_attention, backend=counter)
-    monkeypatch.setattr(flex, "_compiled", lambda on_cpu: compiled)
-
-    def call(queries: int, keys: int, **options: Any) -> None:
-        query, key = torch.randn(1, 2, queries, 16), torch.randn(1, 2, keys, 16)
-        found = attnplug.scaled_dot_product_attention(query, key, key, **options, impl="flex")
-        expected = attnplug.scaled_dot_product_attention(query, key, key, **options, impl="math_ref")
-        torch.testing.assert_close(found, expected)
-
-    for queries, keys in ((40, 40), (33, 70), (50, 90)):  # the second makes lengths symbols
-        call(queries, keys, is_causal=True)
-    kernels = counter.frame_count
-    assert kernels <= 2
-    call(21, 60, is_causal=True, causal_variant=CausalVariant.LOWER_RIGHT)
-    call(48, 80, window_size=(9, 4))
-    call(52, 75, window_size=(-1, 3), is_causal=True)
-    assert counter.frame_count == kernels
-    call(48, 80, softcap=20.0)
-    call(31, 62, softcap=5.0)
-    assert counter.frame_count <= kernels + 2
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(flex_kinds, "_compiled", {})
+    yield counter
     torch._dynamo.reset()
+
+
+def right(batch: int, queries: int, keys: int, mask: torch.Tensor | None = None, **options: Any) -> None:
+    """Make a call whose result must be right, with heads in a number that no other size has.
+
+    Dynamo compiles for sizes that are equal when it first sees them, and once more when they differ.
+    """
+    query, key = torch.randn(batch, 7, queries, 16), torch.randn(batch, 7, keys, 16)
+    found = attnplug.scaled_dot_product_attention(query, key, key, mask, **options, impl="flex")
+    expected = attnplug.scaled_dot_product_attention(query, key, key, mask, **options, impl="math_ref")
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+def test_one_kernel_is_compiled_for_each_kind_of_call(
+    kernels: torch._dynamo.testing.CompileCounterWithBackend,
+) -> None:
+    """Sizes, offsets, windows and caps are arguments of it, and causal masks and windows share one."""
+    lower_right = CausalVariant.LOWER_RIGHT
+    for batch, queries, keys in ((3, 40, 33), (4, 33, 70), (2, 50, 90), (4, 17, 17), (5, 101, 100)):
+        right(batch, queries, keys, is_causal=True)
+        right(batch, queries, keys, is_causal=True, causal_variant=lower_right)
+        right(batch, queries, keys, window_size=(queries // 4, 4))
+    assert kernels.frame_count == 1
+    for keys in (5, 3, 77, 127, 128):
+        right(3, 1, keys, window_size=(64, 0), causal_variant=lower_right)
+    assert kernels.frame_count == 2  # one query is a kind, and so is one block of 128 keys
+    for keys in (129, 256, 300, 513):
+        right(3, 1, keys, window_size=(64, 0), causal_variant=lower_right)
+    assert kernels.frame_count == 3
+    for queries, softcap in ((48, 20.0), (31, 5.0), (49, 1.0)):
+        right(3, queries, 80, softcap=softcap)
+    assert kernels.frame_count == 4
+    for queries, keys in ((40, 33), (33, 70), (50, 90)):
+        right(3, queries, keys, alibi_slopes=torch.rand(7), causal_variant=lower_right)
+    assert kernels.frame_count == 5
+    for batch, length in ((3, 30), (4, 100), (4, 127)):
+        right(batch, 20, length, torch.rand(batch, 1, 1, length) < 0.8)
+    assert kernels.frame_count == 6
+    right(4, 20, 129, torch.rand(4, 1, 1, 129) < 0.8)  # what a mask says has a size that is known, a power of two
+    assert kernels.frame_count == 7
+    for lengths in ((3, 7), (20, 1, 9), (30, 31, 32), (11,)):
+        Call(heads=7, lengths_q=lengths, lengths_k=lengths[::-1], is_causal=True).check("flex")
+    assert kernels.frame_count == 8
+
+
+def test_a_call_without_a_kernel_is_right_and_said_to_have_none(
+    kernels: torch._dynamo.testing.CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right(2, 8, 8)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.warns(RuntimeWarning, match="recompile_limit"):
+        right(2, 8, 9)  # until now queries and keys were as many
+    monkeypatch.setattr(flex_kinds, "MOST", 1)
+    with pytest.warns(RuntimeWarning, match="kernels for 1 kinds of calls, and this is another"):
+        right(2, 8, 9, softcap=5.0)
+    assert kernels.frame_count == 1
+
+
+def test_blocks_of_a_band_are_those_of_each_pair() -> None:
+    for offset, band, queries, keys in product((-37, 200), ((-1, 0), (300, 100)), (1, 129), (50, 384)):
+        limits = flex_mods.ends(offset, band, torch.device("cpu"))
+        expected = torch_flex.create_block_mask(flex_mods.band_mod(limits), None, None, queries, keys, device="cpu")
+        with torch.inference_mode():
+            found = flex._band_blocks(offset, band, queries, keys, torch.device("cpu"))
+        assert not found.kv_indices.is_inference()  # it is kept for other calls, which may save it for backward
+        assert found.seq_lengths == expected.seq_lengths and torch.equal(found.to_dense(), expected.to_dense())
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:
@@ -136,12 +189,11 @@ def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:
 def test_features_on_the_cpu_are_those_that_need_neither_lse_nor_gradients() -> None:
     only_cuda = frozenset(specs.FLEX_CUDA.features) - frozenset(specs.FLEX_CPU.features)
     assert only_cuda == {Feature.LSE, Feature.LSE_GRADIENT, Feature.SINKS, Feature.SINKS_GRADIENT}
-    assert Call(queries=4, keys=6, heads=2).run("flex").out.shape == (2, 2, 4, 32)
 
 
 @pytest.mark.slow
 def test_masked_calls_of_many_sizes_run_on_the_cpu() -> None:
-    """What Inductor generates for sizes that vary does not compile, so each size has a kernel."""
+    """What Inductor generates for a mask whose sizes vary does not compile, so those are constants of a kernel."""
     for batch, length in ((2, 20), (3, 37), (4, 24)):
         query, key, value = torch.randn(3, batch, 4, length, 16)
         mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
