@@ -37,7 +37,7 @@ def processor() -> str:
 @cache
 def runtime_versions() -> dict[str, str | None]:
     """Return the versions of torch, CUDA or ROCm, cuDNN and Triton; None for what is not here."""
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    cudnn = torch.backends.cudnn.version()
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,

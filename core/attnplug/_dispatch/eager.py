@@ -26,9 +26,10 @@ from attnplug._call.prepare import (
 )
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import traced
-from attnplug._dispatch.plans import Plan, Result, find, make, with_four_dimensions
+from attnplug._dispatch.plans import Plan, find, make, with_four_dimensions
 from attnplug._dispatch.recognised import remember
 from attnplug._params import params_of
+from attnplug._run.contract import Result
 from attnplug._selection.state import start
 from attnplug._types import SDPAParams
 

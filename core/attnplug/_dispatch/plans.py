@@ -21,7 +21,7 @@ from attnplug._dispatch.watched import among_watchers
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
-from attnplug._run.contract import checked_forward, declares
+from attnplug._run.contract import Result, checked_forward, declares
 from attnplug._run.operator import is_watched, operator_of
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
@@ -29,8 +29,6 @@ from attnplug._selection.state import process, start, thread, when_started
 from attnplug._selection.trees import Tree, walked
 from attnplug._selection.watching import decided
 from attnplug._types import Feature, SDPAParams, SDPBackend
-
-Result = tuple[Tensor, Tensor | None]
 
 KEPT = 4096
 plans: dict[Hashable, Any] = {}
@@ -161,7 +159,7 @@ def find(impl: str | None, facts: CallFacts, params: SDPAParams) -> Plan | None:
         plan = plan.find(params)
     if plan is BY_LAYOUT:
         plan = plans.get((who, facts._replace(layout=Layout.of(params))))
-    return plan  # type: ignore[no-any-return]
+    return plan
 
 
 def make(impl: str | None, facts: CallFacts, params: SDPAParams, keep: bool = True) -> Plan:

@@ -17,11 +17,9 @@ from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
-from attnplug._run.contract import DIFFERENTIABLE
+from attnplug._run.contract import DIFFERENTIABLE, Result
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams
-
-Result = tuple[Tensor, Tensor | None]
 
 MOST = 256
 """How many nodes of autograd a call may have; the backward of one that has more gets no ranges."""

@@ -65,7 +65,7 @@ def recognise(
                 and (square is None or square is (queries == keys))
                 and (cast is None or _autocast_dtype(cast[0]) is cast[1])
             ):
-                return plan  # type: ignore[no-any-return]
+                return plan
     return None
 
 
@@ -91,7 +91,7 @@ def recognise_packed(candidates: tuple[Known, ...], query: Tensor, key: Tensor, 
     if tokens > 0 and keys == values and 0 not in keys:
         for fits, _, _, plan in candidates:
             if fits(query, key, value):
-                return plan  # type: ignore[no-any-return]
+                return plan
     return None
 
 
@@ -161,7 +161,7 @@ def _comparison(tensors: tuple[Tensor, ...], exact: bool, packed: bool) -> Calla
 
 def _guards(tensors: tuple[Tensor, ...], sizes: Any, strides: Any) -> Callable[..., bool]:
     """Return what compares tensors with these, none of which may be there twice."""
-    return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
+    return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 when_started(lambda registry: registry.listeners.append(lambda _: known.clear()))

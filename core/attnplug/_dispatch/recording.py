@@ -125,7 +125,7 @@ def _log(call: RecordedCall, what: str) -> None:
 
 def unfused_warnings_wanted() -> Any:
     """Return the flag that users set on the package, as they do on `torch.nn.attention`."""
-    return sys.modules["attnplug"].WARN_FOR_UNFUSED_KERNELS  # type: ignore[attr-defined]
+    return sys.modules["attnplug"].WARN_FOR_UNFUSED_KERNELS
 
 
 when_started(lambda _: add_watcher(_Log(), everywhere=True) if get_config().trace else None)

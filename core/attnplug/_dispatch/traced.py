@@ -22,13 +22,12 @@ from attnplug._call.facts import CallFacts, Extensions, Layout, TensorFacts, exa
 from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, prepare_varlen
 from attnplug._dispatch.measured import applies, tell_of_problem, tree_of_trace
-from attnplug._dispatch.plans import Result
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
 from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError
 from attnplug._registry.registry import BUILTIN
-from attnplug._run.contract import check_outputs, in_kernel
+from attnplug._run.contract import Result, check_outputs, in_kernel
 from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
@@ -141,7 +140,7 @@ def _measured(params: SDPAParams, facts: Any, generation: int) -> str | None:
                 break
         else:
             return None
-    return tree  # type: ignore[no-any-return]
+    return tree
 
 
 @constant_in_traces

@@ -8,16 +8,16 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attnplug._dispatch.resolver import Decision
+from attnplug._run.contract import Result
 from attnplug._run.operator import ARGUMENTS, arguments_of, params_from
 from attnplug._selection.state import thread
 from attnplug._selection.watching import TENSORS, RecordedCall, Watcher
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPAParams, SDPBackend
 
-Run = Callable[[SDPAParams], tuple[Tensor, Tensor | None]]
+Run = Callable[[SDPAParams], Result]
 
 
 def among_watchers(decision: Decision, params: SDPAParams, run: Run, whole: bool = True) -> Run:

@@ -13,6 +13,7 @@ from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
     KernelCall,
+    Result,
     declares,
     no_lse_gradient,
     no_second_derivatives,
@@ -22,21 +23,19 @@ from attnplug._run.contract import (
 from attnplug._types import Feature, SDPAParams
 
 
-def run(entry: Entry, params: SDPAParams, grad: bool) -> tuple[Tensor, Tensor | None]:
+def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
     """Run the chosen kernel and return `out` and `lse`, differentiable where `grad` is true.
 
     Raises:
         KernelError: the kernel returned something else than it must.
     """
     if grad and entry.kernel.backward is not None:
-        return _Attention.apply(KernelCall.of(entry, params), params, *tensors_of(params))  # type: ignore[no-any-return, no-untyped-call]
+        return _Attention.apply(KernelCall.of(entry, params), params, *tensors_of(params))  # type: ignore[no-untyped-call]
     out, lse = run_forward(entry, params)[:2]
     return refusing_lse_gradient(entry, params, out, lse) if grad else (out, lse)
 
 
-def refusing_lse_gradient(
-    entry: Entry, params: SDPAParams, out: Tensor, lse: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def refusing_lse_gradient(entry: Entry, params: SDPAParams, out: Tensor, lse: Tensor | None) -> Result:
     """Return `out`, and `lse` such that asking for its gradient raises unless the kernel declares one."""
     if lse is not None and params.return_lse and not declares(entry, Feature.LSE_GRADIENT):
         inputs = [tensor for tensor in tensors_of(params)[: len(DIFFERENTIABLE)] if tensor is not None]

@@ -39,6 +39,7 @@ DIFFERENTIABLE = TENSORS[:5]
 CONSTANTS = tuple(item.name for item in fields(SDPAParams) if item.name not in TENSORS)
 
 Given = tuple[Tensor | None, ...]
+Result = tuple[Tensor, Tensor | None]  # out and lse
 
 
 def tensors_of(params: SDPAParams) -> Given:
@@ -125,8 +126,8 @@ def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
     run = entry.kernel.forward if entry.distribution == BUILTIN else partial(checked_forward, entry)
     if any_autocast():
         with no_autocast(params.query):
-            return run(params)  # type: ignore[no-any-return]
-    return run(params)  # type: ignore[no-any-return]
+            return run(params)
+    return run(params)
 
 
 def checked_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
@@ -137,7 +138,7 @@ def checked_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
     """
     returned = in_kernel(entry.kernel.forward, params)
     check_outputs(entry.name, params, returned)
-    return returned  # type: ignore[no-any-return]
+    return returned
 
 
 def in_kernel(function: Callable[..., Any], *args: Any) -> Any:
@@ -233,7 +234,7 @@ def _checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Ten
 def _summed(name: str, grad: Any, mask: Tensor) -> Tensor:
     """Sum the gradient of a broadcast mask to the mask's shape."""
     try:
-        return grad.sum_to_size(mask.shape).to(mask.dtype)  # type: ignore[no-any-return]
+        return grad.sum_to_size(mask.shape).to(mask.dtype)
     except (AttributeError, RuntimeError):
         got = tuple(grad.shape) if isinstance(grad, Tensor) else type(grad).__name__
         raise KernelError(

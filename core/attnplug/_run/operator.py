@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._registry.registry import Entry
-from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, Given, KernelCall, declares, tensors_of
+from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, Given, KernelCall, Result, declares, tensors_of
 from attnplug._run.flops import count_flops
 from attnplug._selection.state import start, thread
 from attnplug._selection.watching import TENSORS as WATCHED_TENSORS
@@ -94,7 +94,7 @@ class Operator:
         self.forward, self.backward = forward.default, backward.default
         count_flops(forward, backward, params_from)
 
-    def run(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
+    def run(self, params: SDPAParams) -> Result:
         """Run the operator; returns `out` and `lse`, None unless asked for."""
         out, lse, _ = self.forward(*arguments_of(params))
         return out, lse if params.return_lse else None
@@ -258,7 +258,7 @@ def _generator_state(device: torch.device) -> Tensor:
     module = torch.get_device_module(device)
     if not module.is_available():  # fake tensors of a device that is not there: seed and offset, 8 bytes each
         return torch.empty(16, dtype=torch.uint8)
-    return module.get_rng_state(device)  # type: ignore[no-any-return]
+    return module.get_rng_state(device)
 
 
 @contextmanager

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from attnplug._run.contract import TENSORS
+from attnplug._run.contract import TENSORS, Result
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._types import SDPAParams
-
-Result = tuple[Tensor, Tensor | None]
 
 _DENSE, _PACKED = ("batch", "heads", "sequence", "head size"), ("pages", "tokens", "heads", "head size")
 

@@ -20,6 +20,7 @@ from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
     KernelCall,
+    Result,
     no_second_derivatives,
     run_forward,
     tensors_of,
@@ -33,7 +34,7 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def run_transformed(entry: Entry, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
+def run_transformed(entry: Entry, params: SDPAParams) -> Result:
     """Run the chosen kernel so that the transforms around this call see it; returns `out` and `lse`.
 
     Raises:

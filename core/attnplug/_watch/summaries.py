@@ -9,19 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
 from torch._C._autograd import DeviceType
 
 from attnplug._arguments import shown
 from attnplug._dispatch.ranges import is_profiled, labelled
 from attnplug._errors import ScopeError
+from attnplug._run.contract import Result
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
 from attnplug._tables import WIDTH, html_table, wrap
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams, SDPBackend
 from attnplug._watch.modules import current_module
-
-Result = tuple[Tensor, Tensor | None]
 
 COMPILED = "compiled"
 """The kind of a call of compiled code, which tells no more."""

@@ -15,17 +15,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from attnplug._arguments import shown
+from attnplug._run.contract import Result
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
 from attnplug._types import SDPAParams, SDPBackend
 from attnplug._version import __version__
 from attnplug._watch import totals
 from attnplug._watch.totals import Labels
-
-Result = tuple[Tensor, Tensor | None]
 
 METRICS = {
     "attnplug.calls": "attention calls",

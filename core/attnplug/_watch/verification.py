@@ -16,6 +16,7 @@ from attnplug._arguments import as_int
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
 from attnplug._messages import printable, warn
 from attnplug._registry.kernel import OfOneRank
+from attnplug._run.contract import Result
 from attnplug._selection.state import start
 from attnplug._selection.watching import Gradients, RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
 from attnplug._types import SDPAParams
@@ -23,8 +24,6 @@ from attnplug._watch import totals
 from attnplug._watch.gradients import Backward, wanted
 from attnplug._watch.judging import Judge, NotJudged, plain_form, unfit
 from attnplug._watch.lines import line_of
-
-Result = tuple[Tensor, Tensor | None]
 
 KEPT = 100
 """How many mismatches are kept; the others are counted."""

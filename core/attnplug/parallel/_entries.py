@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.compiler import is_compiling
 
 from attnplug._arguments import expect
 from attnplug._call.prepare import empty, is_empty
 from attnplug._registry.registry import PROGRAM, Entry
 from attnplug._run.autograd import run
+from attnplug._run.contract import Result
 from attnplug._run.operator import arguments_of, is_watched, operator_of
 from attnplug._tracing import constant_in_traces
 from attnplug._types import Capabilities, ImplSpec, SDPAParams
 from attnplug.parallel._ring import FEATURES, Ring
 
-Result = tuple[Tensor, Tensor | None]
 _entries: dict[tuple[Any, ...], Entry] = {}
 
 

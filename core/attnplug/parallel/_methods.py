@@ -13,9 +13,10 @@ from torch.compiler import is_compiling
 from attnplug._api.dense import scaled_dot_product_attention
 from attnplug._call.prepare import empty, is_empty
 from attnplug._call.validate import check_mask
+from attnplug._run.contract import Result
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._types import SDPAParams
-from attnplug.parallel._entries import Result, check_impl, run_ring
+from attnplug.parallel._entries import check_impl, run_ring
 from attnplug.parallel._exchange import reporting
 from attnplug.parallel._heads import Heads
 from attnplug.parallel._ranges import parts_of, total

@@ -18,9 +18,10 @@ from attnplug._call.validate import (
     check_scalars,
     check_tensors,
 )
+from attnplug._run.contract import Result
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
-from attnplug.parallel._entries import Result, run_ring
+from attnplug.parallel._entries import run_ring
 from attnplug.parallel._exchange import as_group
 
 if TYPE_CHECKING:

@@ -105,4 +105,4 @@ def _form_of_closure(what: Any) -> Hashable:
     if isinstance(what, Tensor):
         repeats = tuple(stride == 0 for stride in what.stride())
         return _form(what), what.shape if is_constant(what.device) else None, repeats
-    return what  # type: ignore[no-any-return]
+    return what

@@ -122,7 +122,7 @@ class Hub:
             return self._fault
         if self._adapter is None:
             return f"no kernel was asked for: set {VARIABLE}=repository@version, or call attnplug_adapters.hub(...)"
-        return self._adapter.unavailable()  # type: ignore[no-any-return]
+        return self._adapter.unavailable()
 
     def supports(self, params: SDPAParams) -> Any:
         """Ask the adapter."""

@@ -173,7 +173,7 @@ class _Kept:
             pointers += [start + offset for offset in self.offsets]
         for launch in self.launches:
             launch.run(pointers, tensors, stream)
-        return self.results(tensors)  # type: ignore[no-any-return]
+        return self.results(tensors)
 
 
 def _hidden(plan: Plan) -> dict[str, New]:
