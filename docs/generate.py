@@ -101,7 +101,7 @@ def distributions() -> str:
 
 def _extras() -> dict[str, list[str]]:
     with (_ROOT / "pyproject.toml").open("rb") as file:
-        return tomllib.load(file)["project"]["optional-dependencies"]  # type: ignore[no-any-return]
+        return tomllib.load(file)["project"]["optional-dependencies"]
 
 
 def devices() -> str:

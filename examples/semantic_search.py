@@ -294,7 +294,7 @@ def answers(found: Found) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Return 0 if every implementation that ran is right, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed passes of each implementation (default 5)")
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

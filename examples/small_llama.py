@@ -133,7 +133,7 @@ def too_far(found: Found, reference: Found, exact: Found) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Return 0 if what was chosen computes what PyTorch's attention does, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     options = parser.parse_args(arguments)
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     reference, exact = llama.train(), llama.exact()
     found, counts = ran(choices, llama)
     ratios = {
-        name: with_and_without(choices, lambda run=run: llama.seconds(run))[1]  # type: ignore[misc]
+        name: with_and_without(choices, lambda run=run: llama.seconds(run))[1]
         for name, run in (("generate", llama.generate), ("a step of training", llama.train))
     }
     wrong = too_far(found, reference, exact)

@@ -52,7 +52,7 @@ def as_path(argument: str, value: Any) -> Path:
 
 
 def as_list(argument: str, value: Any, wanted: str) -> list[Any]:
-    """Return the items of a collection that is no text.
+    """Return the items of a collection that is not text.
 
     Raises:
         TypeError: it is not a collection, or it is text.

@@ -80,7 +80,8 @@ class Feature(Enum, metaclass=_Features):
     DETERMINISTIC = "equal bits on repeated runs, backward included"
 
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+"""Of queries, by name."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*")
 
 
@@ -142,10 +143,10 @@ class Capabilities:
         if self.dtypes is not None:
             names = [str(item).removeprefix("torch.") for item in _items("dtypes", self.dtypes)]
             for name in names:
-                if name not in _DTYPES:
+                if name not in DTYPES:
                     raise SpecError(
-                        f"Capabilities.dtypes: unknown dtype {name!r}{did_you_mean(name, _DTYPES)}; "
-                        f"attnplug {__version__} accepts {', '.join(_DTYPES)}"
+                        f"Capabilities.dtypes: unknown dtype {name!r}{did_you_mean(name, DTYPES) or ';'} "
+                        f"attnplug {__version__} accepts {', '.join(DTYPES)}"
                     )
             put(self, "dtypes", frozenset(names))
         if self.compute_capability is not None:

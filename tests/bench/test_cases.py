@@ -171,7 +171,7 @@ def test_models_have_the_heads_that_transformers_knows_them_by(model, sizes):
 
 
 def test_an_unknown_set_is_an_error_with_the_closest_one():
-    with pytest.raises(BenchError, match=r"there is no 'whispr'; did you mean 'whisper'\?; the sets are laptop"):
+    with pytest.raises(BenchError, match=r"there is no 'whispr'; did you mean 'whisper'\? the sets are laptop"):
         bench.case_set("whispr")
 
 

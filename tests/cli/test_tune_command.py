@@ -120,6 +120,8 @@ def test_bench_saves_the_choices_that_follow_from_a_run(captured, tmp_path, monk
     path.write_text("no JSON")
     assert main(["bench", *cases, *QUICK, "--save-choices", str(path)]) == 2
     assert "is not JSON" in capsys.readouterr().err
+    assert main(["bench", *cases, "--tiny", "--save-choices", str(path)]) == 2
+    assert "--save-choices: times of --tiny mean nothing" in capsys.readouterr().err
 
 
 def test_measured_choices_are_listed_with_whether_they_hold_here(tmp_path, cache, capsys):

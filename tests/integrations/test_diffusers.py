@@ -8,7 +8,6 @@ binding, and never a name of diffusers.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,10 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import attnplug
 import forked
 from attnplug import FallbackWarning, SDPBackend
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    diffusers: Any = pytest.importorskip("diffusers")
+from tiny_diffusers import diffusers, flux_model, unet_model
 
 IMPLS = ["torch", "aten_flash", "aten_math", "math_ref"]
 
@@ -36,16 +32,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 def unet() -> tuple[Any, dict[str, Tensor]]:
     """A denoiser of images: self-attention among places, and cross-attention to padded text."""
-    model = diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+    model = unet_model()
     seen = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     inputs = {
         "sample": random(2, 4, 4, 4, seed=1),
@@ -58,17 +45,7 @@ def unet() -> tuple[Any, dict[str, Tensor]]:
 
 def flux() -> tuple[Any, dict[str, Tensor]]:
     """A transformer in which image and text attend to each other, through the library's dispatcher."""
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=[4, 4, 8],
-    )
+    model = flux_model()
     inputs = {
         "hidden_states": random(2, 6, 4, seed=1),
         "encoder_hidden_states": random(2, 3, 16, seed=2),

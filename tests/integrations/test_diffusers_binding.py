@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,27 +10,14 @@ import torch
 from torch import Tensor
 
 import attnplug
-from attnplug import Capabilities, ImplSpec
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    diffusers: Any = pytest.importorskip("diffusers")
-
 import attnplug.integrations.diffusers as integration
+from attnplug import Capabilities, ImplSpec
+from tiny_diffusers import diffusers, flux_model, unet_model
 
 
 def unet() -> Any:
     torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        sample_size=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
+    return unet_model().eval()
 
 
 def run(model: Any, seen: Tensor | None = None) -> Tensor:
@@ -93,17 +79,7 @@ def test_the_famous_one_liner_loses_the_mask(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_backend_that_does_not_end_in_pytorch_s_function_is_an_error() -> None:
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=[4, 4, 8],
-    )
+    model = flux_model()
     model.set_attention_backend("_native_math")
     with pytest.raises(ValueError, match=r"backend '_native_math'.*set_attention_backend\('native'\) first"):
         integration.bind(model, "aten_math")
@@ -111,13 +87,39 @@ def test_a_backend_that_does_not_end_in_pytorch_s_function_is_an_error() -> None
     integration.bind(model, "aten_math").remove()
 
 
-def test_what_holds_no_model_of_diffusers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected a DiffusionPipeline or a model of diffusers, got Linear"):
-        integration.bind(torch.nn.Linear(1, 1), "torch")
+@pytest.mark.parametrize(
+    "pipeline", [None, "a path", torch.nn.Linear(1, 1), diffusers.UNet2DConditionModel, SimpleNamespace(components=[])]
+)
+def test_what_holds_no_model_of_diffusers_is_an_error(pipeline: Any) -> None:
+    got = type(pipeline).__name__
+    with pytest.raises(ValueError, match=f"expected a DiffusionPipeline or a model of diffusers, got {got}"):
+        integration.bind(pipeline, "torch")
 
 
-def test_an_unknown_name_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("backends", ["no_such_implementation", None, [], ["torch", 3]])
+def test_backends_that_mean_nothing_leave_nothing_behind(backends: Any) -> None:
     before = torch.nn.functional.scaled_dot_product_attention
-    with pytest.raises(attnplug.UnknownImplementationError):
-        integration.bind(unet(), "no_such_implementation")
+    with pytest.raises((TypeError, ValueError), match="backends: "):
+        integration.bind(unet(), backends)
+    assert torch.nn.functional.scaled_dot_product_attention is before
+
+
+def test_bindings_of_one_model_end_in_any_order_and_with_an_exception() -> None:
+    before, model = torch.nn.functional.scaled_dot_product_attention, unet()
+
+    def ran() -> set[str]:
+        with attnplug.record() as calls:
+            run(model)
+        return {call.impl for call in calls}
+
+    first, second = integration.bind(model, "aten_math"), integration.bind(model, "torch")
+    assert ran() == {"torch"}
+    first.remove()
+    assert ran() == {"torch"}
+    second.remove()
+    second.remove()
+    with pytest.raises(ZeroDivisionError), integration.bind(model, "aten_math"):
+        assert ran() == {"aten_math"}
+        1 / 0  # noqa: B018
+    assert ran() == set()
     assert torch.nn.functional.scaled_dot_product_attention is before

@@ -123,6 +123,7 @@ def test_the_output_has_heads_behind_tokens_and_is_contiguous() -> None:
         ("output_attentions", True, "use attn_implementation='eager'"),
         ("cache", object(), "continuous batching"),
         ("indices", torch.zeros(1), "does not know what it means"),
+        ("cu_seq_lens_k", torch.tensor([0, 5]), "cu_seq_lens_q is missing"),
     ],
 )
 def test_what_cannot_be_done_is_an_error_that_names_it(name: str, value: Any, message: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-import shared_sequences as ranks_do
+import shared_models as ranks_do
 from ranks import World
 
 pytest.importorskip("attnplug_math_ref")
@@ -47,3 +47,20 @@ def test_heads_may_be_sharded_along_another_dimension_of_the_mesh(world: Worlds)
 def test_padding_is_an_error(world: Worlds) -> None:
     for text in world(4).run(ranks_do.fails_on_padding):
         assert text == "attention_mask: batches over several ranks are dense; leave out padding and masks"
+
+
+def test_a_model_is_let_go_once_its_handle_is_removed_and_mistakes_are_errors(world: Worlds) -> None:
+    for again, unknown, method in world(2).run(ranks_do.handed_back):
+        assert again == "module: LlamaForCausalLM runs over several ranks already; remove() that handle first"
+        assert unknown.startswith("impl: unknown implementation 'mathref'; did you mean 'math_ref'? Available: ")
+        assert method == "method: unknown None. Accepted: ring, ulysses, usp"
+
+
+def test_what_one_rank_has_of_a_call_is_not_verified(world: Worlds) -> None:
+    for (reason,) in world(2).run(ranks_do.verified):
+        assert reason.endswith(" computes a part of a call, and other ranks the rest")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_what_it_gives_uncompiled(world: Worlds) -> None:
+    world(2).run(ranks_do.compiled)

@@ -58,7 +58,7 @@ def dense(
     impl = arguments.pop("impl", None)
     given = _given(length, length if keys is None else keys, heads, sizes, dtype, sinks)
     folded = arguments.get("is_causal", False) and method != "ulysses"
-    local = {name: _cut(given[name], group, folded).requires_grad_() for name in TENSORS}
+    local = {name: cut(given[name], group, folded).requires_grad_() for name in TENSORS}
     more: dict[str, Any] = dict(arguments)
     if sinks:
         more["sinks"] = given["sinks"].clone().requires_grad_()
@@ -71,11 +71,11 @@ def dense(
     out, lse = call(
         *local.values(), **where, **more, enable_gqa=heads[0] != heads[1], length=long, return_lse=True, impl=impl
     )
-    outputs, grads = [out], [_cut(given["grad_out"], group, folded)]
+    outputs, grads = [out], [cut(given["grad_out"], group, folded)]
     if lse_gradient:
-        outputs, grads = [*outputs, lse], [*grads, _cut(given["grad_lse"], group, folded, dim=-1)]
+        outputs, grads = [*outputs, lse], [*grads, cut(given["grad_lse"], group, folded, dim=-1)]
     torch.autograd.backward(outputs, grads)
-    found = {name: _joined(tensor.grad, group, folded, given[name].shape[2]) for name, tensor in local.items()}
+    found = {name: joined(tensor.grad, group, folded, given[name].shape[2]) for name, tensor in local.items()}
     for name in ("sinks", "attn_mask"):
         if (tensor := more.get(name)) is not None and tensor.requires_grad:
             dist.all_reduce(tensor.grad)
@@ -83,8 +83,8 @@ def dense(
     whole = {name: value.detach() if isinstance(value, Tensor) else value for name, value in more.items()}
     assert_right(
         {**{name: given[name] for name in TENSORS}, **whole, "enable_gqa": heads[0] != heads[1]},
-        _joined(out.detach(), group, folded, length),
-        _joined(lse.detach(), group, folded, length, dim=-1),
+        joined(out.detach(), group, folded, length),
+        joined(lse.detach(), group, folded, length, dim=-1),
         found,
         grad_out=given["grad_out"],
         grad_lse=given["grad_lse"] if lse_gradient else None,
@@ -106,15 +106,15 @@ def packed(
     grad_out = torch.randn(tokens, heads[0], 16)
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     folded = arguments.get("is_causal", False)
-    local = {name: _cut(tensor, group, folded, dim=0).requires_grad_() for name, tensor in given.items()}
+    local = {name: cut(tensor, group, folded, dim=0).requires_grad_() for name, tensor in given.items()}
     out, lse = run(*local.values(), starts, group=group, enable_gqa=True, return_lse=True, impl=impl, **arguments)
-    out.backward(_cut(grad_out, group, folded, dim=0))
-    found = {name: _joined(tensor.grad, group, folded, tokens, dim=0) for name, tensor in local.items()}
+    out.backward(cut(grad_out, group, folded, dim=0))
+    found = {name: joined(tensor.grad, group, folded, tokens, dim=0) for name, tensor in local.items()}
     whole = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": max(lengths), "max_k": max(lengths), "enable_gqa": True}
     assert_right(
         {**given, **whole, **arguments},
-        _joined(out.detach(), group, folded, tokens, dim=0),
-        _joined(lse.detach(), group, folded, tokens, dim=-1),
+        joined(out.detach(), group, folded, tokens, dim=0),
+        joined(lse.detach(), group, folded, tokens, dim=-1),
         found,
         grad_out=grad_out,
     )
@@ -130,24 +130,24 @@ def dropped(method: str, impl: str, is_causal: bool, length: int = 24) -> list[f
     given = _given(length, length, (4, 4), (16, length), torch.float64, False)
     given["value"] = torch.eye(length, dtype=torch.float64).expand(2, 4, length, length).contiguous()
     folded = is_causal and method == "ring"
-    local = {name: _cut(given[name], group, folded).requires_grad_() for name in TENSORS}
+    local = {name: cut(given[name], group, folded).requires_grad_() for name in TENSORS}
     call = getattr(parallel, f"{method}_attention")
 
     def run() -> Tensor:
         return call(*local.values(), group=group, is_causal=is_causal, dropout_p=probability, length=length, impl=impl)
 
     out = run()
-    out.backward(_cut(given["grad_out"], group, folded))
-    whole = _joined(out.detach(), group, folded, length)
+    out.backward(cut(given["grad_out"], group, folded))
+    whole = joined(out.detach(), group, folded, length)
     factors = (whole != 0).double() / (1 - probability)
     seen = torch.ones(length, length, dtype=torch.bool)
     seen = seen.tril() if is_causal else seen
-    found = {name: _joined(tensor.grad, group, folded, length) for name, tensor in local.items()}
+    found = {name: joined(tensor.grad, group, folded, length) for name, tensor in local.items()}
     arguments = {**{name: given[name] for name in TENSORS}, "is_causal": is_causal, "dropout_p": probability}
     expected = Expected(arguments, TENSORS, given["grad_out"], None, factors)
     mistakes = expected.mistakes(Outcome(whole, None, found))
     assert not mistakes, mistakes
-    again = _joined(run().detach(), group, folded, length)
+    again = joined(run().detach(), group, folded, length)
     share = 1 - (factors != 0)[..., seen].double().mean().item()
     halves = (factors[:, :2] != 0)[..., seen], (factors[:, 2:] != 0)[..., seen]
     rows = (factors[:, :, : length // 2, : length // 4] != 0), (factors[:, :, length // 2 :, : length // 4] != 0)
@@ -247,118 +247,12 @@ def _given(
     return given
 
 
-def _cut(tensor: Tensor, group: Any, folded: bool, dim: int = -2) -> Tensor:
+def cut(tensor: Tensor, group: Any, folded: bool, dim: int = -2) -> Tensor:
     return parallel.shard_sequence(tensor, group=group, dim=dim, is_causal=folded).detach()
 
 
-def _joined(tensor: Any, group: Any, folded: bool, length: int, dim: int = -2) -> Tensor:
+def joined(tensor: Any, group: Any, folded: bool, length: int, dim: int = -2) -> Tensor:
     return parallel.unshard_sequence(tensor, group=group, dim=dim, is_causal=folded, length=length)
-
-
-def tiny_llama(**config: Any) -> Any:
-    """Return a small Llama, the same on each rank."""
-    import transformers
-
-    import attnplug.integrations.transformers
-
-    attnplug.integrations.transformers.register()
-    torch.manual_seed(0)
-    settings = transformers.LlamaConfig(
-        **{
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            **config,
-        }
-    )
-    return transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="attnplug")
-
-
-def trained(method: str, mesh: tuple[int, int] | None = None, length: int = 24, impl: str | None = None) -> None:
-    """Train a Llama for one step over all ranks, and hold loss and gradients against one rank's, by the rule."""
-    group: Any = dist.group.WORLD if mesh is None else mesh_of(*mesh)
-    torch.manual_seed(3)
-    tokens = torch.randint(64, (2, length))
-    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.2, -100)
-    heads = {"num_key_value_heads": 4} if method == "ulysses" else {}
-    model = tiny_llama(**heads)
-    low, ref = tiny_llama(**heads), tiny_llama(**heads).double()
-    handle = parallel.context_parallel(model, group, method, impl=impl)
-    output = model(input_ids=tokens, labels=labels)
-    assert output.logits.shape[1] < length
-    output.loss.backward()
-    found = {"loss": output.loss.detach()}
-    for name, parameter in model.named_parameters():
-        dist.all_reduce(parameter.grad)
-        found[name] = parameter.grad / dist.get_world_size()
-    on_one = [_step(each, tokens, labels) for each in (low, ref)]
-    for name, tensor in found.items():
-        _assert_near(name, tensor, *(each[name] for each in on_one))
-    handle.remove()
-    torch.testing.assert_close(model(input_ids=tokens, labels=labels).loss, low(input_ids=tokens, labels=labels).loss)
-
-
-def _step(model: Any, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    loss = model(input_ids=tokens, labels=labels).loss
-    loss.backward()
-    return {"loss": loss.detach(), **{name: each.grad for name, each in model.named_parameters()}}
-
-
-def _assert_near(name: str, actual: Tensor, low: Tensor, ref: Tensor) -> None:
-    """The rule of the contract, with the sum of absolute values of each element taken for the gradient's largest."""
-    error, allowed = (actual.double() - ref).abs().max().item(), 3 * (low.double() - ref).abs().max().item()
-    allowed += 2 * (ref.float() + 0.3 - 0.3 - ref.float()).abs().max().item()
-    allowed += 8 * torch.finfo(torch.float32).eps * ref.abs().max().item()
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-def fails_on_padding() -> str:
-    model = tiny_llama()
-    handle = parallel.context_parallel(model, dist.group.WORLD)
-    mask = torch.ones(2, 24, dtype=torch.int64)
-    mask[0, :3] = 0
-    try:
-        model(input_ids=torch.zeros(2, 24, dtype=torch.int64), attention_mask=mask)
-    except ValueError as error:
-        return str(error)
-    finally:
-        handle.remove()
-    return ""
-
-
-class Block(torch.nn.Module):
-    """A module that calls attnplug itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.project = torch.nn.Linear(32, 96)
-
-    def forward(self, states: Tensor) -> Tensor:
-        query, key, value = self.project(states).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        return attnplug.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
-
-
-def bound(method: str, mesh: tuple[int, int] | None = None) -> None:
-    """Run a module of one's own over all ranks, and hold it against one rank."""
-    group: Any = dist.group.WORLD if mesh is None else mesh_of(*mesh)
-    module, alone = Block(), Block()
-    folded = method != "ulysses"
-    states = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1))
-    handle = parallel.context_parallel(module, group, method, impl="math_ref")
-    out = module(_cut(states, group, folded, dim=1))
-    expected = alone(states)
-    out.square().sum().backward()
-    expected.square().sum().backward()
-    torch.testing.assert_close(_joined(out.detach(), group, folded, 32, dim=1), expected.detach())
-    dist.all_reduce(grad := module.project.weight.grad)
-    torch.testing.assert_close(grad, alone.project.weight.grad, rtol=1e-4, atol=1e-5)
-    handle.remove()
-    torch.testing.assert_close(module(states), expected)
-    assert not [name for name in attnplug.list_flash_attention_impls() if "context_parallel" in name]
 
 
 def compiled(method: str) -> None:
@@ -418,60 +312,15 @@ def sharded() -> None:
     for impl in ("math_ref", "opaque"):
         for dim in (0, 1):
             query, grad_out = (
-                distribute_tensor(_cut(given[name], ring, True), others, [Shard(dim)]) for name in ("query", "grad_out")
+                distribute_tensor(cut(given[name], ring, True), others, [Shard(dim)]) for name in ("query", "grad_out")
             )
             query.requires_grad_()
             out = parallel.ring_attention(query, query, query, group=ring, is_causal=True, impl=impl)
             assert isinstance(out, DTensor)
             out.backward(grad_out)
-            torch.testing.assert_close(_joined(out.full_tensor().detach(), ring, True, 16), expected.detach())
-            grad = _joined(query.grad.full_tensor(), ring, True, 16)
+            torch.testing.assert_close(joined(out.full_tensor().detach(), ring, True, 16), expected.detach())
+            grad = joined(query.grad.full_tensor(), ring, True, 16)
             torch.testing.assert_close(grad, whole.grad, rtol=1e-4, atol=1e-5)
-
-
-def fully_sharded() -> None:
-    """Train one step with the parameters sharded over the same ranks that share the sequence."""
-    from torch.distributed.fsdp import fully_shard
-
-    tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(3))
-    model, alone = tiny_llama(), tiny_llama()
-    parallel.context_parallel(model, dist.group.WORLD)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    _compare_steps(model, alone, tokens, lambda grad: grad.full_tensor())
-
-
-def with_tensor_parallel() -> None:
-    """Train one step with heads over one dimension of a mesh and the sequence over the other."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    mesh = mesh_of(2, 2)
-    tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(3))
-    model, alone = tiny_llama(), tiny_llama()
-    for layer in model.model.layers:
-        names = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
-        plan: dict[str, Any] = {name: ColwiseParallel() for name in names}
-        plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-        parallelize_module(layer, mesh["heads"], plan)
-    parallel.context_parallel(model, mesh["ring"])
-
-    def whole(grad: Tensor) -> Tensor:
-        grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        dist.all_reduce(grad, group=mesh["ring"].get_group())
-        return grad / 2
-
-    _compare_steps(model, alone, tokens, whole)
-
-
-def _compare_steps(model: Any, alone: Any, tokens: Tensor, whole: Callable[[Any], Tensor]) -> None:
-    steps = [each(input_ids=tokens, labels=tokens).loss for each in (model, alone)]
-    for loss in steps:
-        loss.backward()
-    torch.testing.assert_close(*steps)
-    for (name, parameter), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter.grad), expected.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def mistaken(what: str) -> None:

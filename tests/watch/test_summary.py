@@ -126,7 +126,7 @@ def test_a_notebook_gets_a_table_in_which_nothing_is_markup() -> None:
     with attnplug.summary() as ran:
         Odd()(torch.randn(1, 2, 5, 8))
     shown = ran._repr_html_()
-    assert "<td>&lt;b&gt;</td><td>1</td><td>torch</td>" in shown
+    assert re.findall(r"<td[^>]*>(.*?)</td>", shown)[:3] == ["&lt;b&gt;", "1", "torch"]
     assert "<b>" not in shown
 
 

@@ -232,27 +232,21 @@ def test_a_reference_that_fails_stops_no_program() -> None:
     class Failing(Formula):
         @classmethod
         def forward(cls, params: attnplug.SDPAParams) -> tuple[Any, ...]:
-            raise MemoryError("no room")
+            raise MemoryError("out of memory")
 
     query, key, value = tensors()
     with (
         attnplug.verify(1.0, reference=register(Failing), on_mismatch="raise") as watched,
-        pytest.warns(RuntimeWarning, match="verify could not compare a call: MemoryError: no room"),
+        pytest.warns(RuntimeWarning, match="verify could not compare a call: MemoryError: out of memory"),
     ):
         attnplug.scaled_dot_product_attention(query, key, value)
     assert list(watched.skipped) == ["the comparison raised MemoryError"]
 
 
-def test_a_part_of_a_call_of_several_ranks_is_not_compared() -> None:
-    class Part(Formula):
-        @classmethod
-        def forward(cls, params: attnplug.SDPAParams) -> tuple[Any, ...]:
-            return params.value, None
-
-    attnplug.register_impl(attnplug.ImplSpec(name="part", kernel=Part, backend=None, named_only=True))
-    with attnplug.verify(1.0, on_mismatch="raise") as watched:
-        attnplug.scaled_dot_product_attention(*tensors(), impl="part")
-    assert list(watched.skipped) == ["part computes a part of a call, and other ranks the rest"]
+def test_an_implementation_that_runs_only_where_it_is_named_is_compared_too() -> None:
+    attnplug.register_impl(attnplug.ImplSpec(name="shy", kernel=WrongOut, backend=None, named_only=True))
+    with attnplug.verify(1.0, on_mismatch="raise"), pytest.raises(MismatchError, match="shy, held against math_ref"):
+        attnplug.scaled_dot_product_attention(*tensors(9), impl="shy")
 
 
 def test_numbers_of_which_the_rule_says_nothing_are_a_reason() -> None:

@@ -108,7 +108,7 @@ Compute = Callable[..., tuple[Tensor, Tensor]]
 
 def plain(form: Form, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return out `(B, Hq, n, Ev)` and lse `(B, Hq, n)` of a block; the numbers are those of "Semantics"."""
-    block = Block(*tensors)  # type: ignore[arg-type]
+    block = Block(*tensors)  # type: ignore[arg-type]  # `Block.tensors` gave them
     value = block.value.to(form.dtype)
     probabilities, total, lse = _softmax(logits(form, block), block.sinks, form.order)
     if block.factors is not None:  # 8
@@ -320,11 +320,12 @@ def _varlen(
 
 def _tokens(arguments: dict[str, Any], name: str, b: int, used: Tensor | None) -> Tensor:
     """Return the keys or values of sequence `b`, `(1, Hkv, Sk, E)`, wherever they are."""
-    tokens, cu_seq_k, table = arguments[name], arguments.get("cu_seq_k"), arguments.get("block_table")
-    count = int(used[b]) if used is not None else int(cu_seq_k[b + 1] - cu_seq_k[b])  # type: ignore[index]
+    tokens, table = arguments[name], arguments.get("block_table")
+    cu_seq_k: Any = arguments.get("cu_seq_k")  # None only where a table says where keys are, and `used` how many
+    count = int(used[b]) if used is not None else int(cu_seq_k[b + 1] - cu_seq_k[b])
     if table is not None:
         found = tokens[table[b].long().clamp(0, tokens.shape[0] - 1)].flatten(0, 1)[:count]
     else:
-        start = int(cu_seq_k[b])  # type: ignore[index]
+        start = int(cu_seq_k[b])
         found = tokens[start : start + count]
     return found[None].transpose(1, 2)

@@ -24,7 +24,7 @@ def sums(form: Form, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     Everything between the call and its blocks (sequences, pages, broadcast masks, sinks of all queries) only copies
     and adds, so autograd carries the sums of a block to those of the call.
     """
-    block = Block(*tensors)  # type: ignore[arg-type]
+    block = Block(*tensors)  # type: ignore[arg-type]  # `Block.tensors` gave them
     rows = (*block.query.shape[:3], block.key.shape[2])
     mask = block.mask
     bias = mask.to(form.dtype).expand(rows) if mask is not None and mask.is_floating_point() else None
@@ -48,7 +48,7 @@ class _Sums(torch.autograd.Function):
         return grouped_product(kept, value.abs(), OPPOSITE), lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, bias, column = ctx.saved_tensors
         block, form = ctx.block, ctx.form
         probabilities, sink, lse = _probabilities(form, block, column)

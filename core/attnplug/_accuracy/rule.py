@@ -101,7 +101,7 @@ class Expected:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.arguments["query"].dtype  # type: ignore[no-any-return]
+        return self.arguments["query"].dtype
 
     @cached_property
     def ref(self) -> Outcome:
@@ -196,7 +196,7 @@ class Expected:
     def _dtype_of(self, name: str) -> torch.dtype:
         if name == "lse":
             return torch.promote_types(self.dtype, torch.float32)
-        return self.dtype if name == "out" else self.arguments[name].dtype  # type: ignore[no-any-return]
+        return self.dtype if name == "out" else self.arguments[name].dtype
 
     def bounds(self, name: str) -> Iterator[float]:
         """Yield lower bounds of the largest error that is allowed; the last is that error itself."""

@@ -98,14 +98,14 @@ class _Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         blocks = self._attnplug_blocks
         if not blocks:  # removed, by somebody whose class is derived from this
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # behind this comes the module's class
         if is_compiling():
-            return run_in(blocks[-1], super().__call__, *args, **kwargs)  # type: ignore[misc]
+            return run_in(blocks[-1], super().__call__, *args, **kwargs)
         state = thread.state
         outer = state.module
         state.module = type(self).__name__
         try:
-            return run_in(blocks[-1], super().__call__, *args, **kwargs)  # type: ignore[misc]
+            return run_in(blocks[-1], super().__call__, *args, **kwargs)
         finally:
             state.module = outer
 

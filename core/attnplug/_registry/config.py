@@ -53,7 +53,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
     for name in environ:
         if name.startswith("ATTNPLUG_") and name not in VARIABLES:
             raise ConfigError(
-                f"{name}: no such variable{did_you_mean(name, VARIABLES)}; known: {', '.join(sorted(VARIABLES))}"
+                f"{name}: no such variable{did_you_mean(name, VARIABLES) or ';'} known: {', '.join(sorted(VARIABLES))}"
             )
     load = environ.get("ATTNPLUG_LOAD")
     return Config(

@@ -218,7 +218,7 @@ def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
     for name in sorted((config.load or frozenset()) - known):
         install = f"; to install it: {KNOWN[name].install}" if name in KNOWN else ""
         raise ConfigError(
-            f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{did_you_mean(name, known)}; "
+            f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{did_you_mean(name, known) or ';'} "
             f"installed: {', '.join(names) or 'none'}{install}"
         )
     for name in sorted(config.disable - known):
@@ -281,7 +281,7 @@ def ask(name: str, plugin: Any, where: str = "") -> list[ImplSpec]:
     for role, hook in vars(manager.hook).items():
         if role not in known and not all(answer.optionalhook for answer in hook.get_hookimpls()):
             raise SpecError(
-                f"{name}: {role!r} is not a hook of attnplug{did_you_mean(role, known)}; "
+                f"{name}: {role!r} is not a hook of attnplug{did_you_mean(role, known) or ';'} "
                 f"known: {', '.join(sorted(known))}"
             )
     if not manager.hook.attnplug_register_impls.get_hookimpls():

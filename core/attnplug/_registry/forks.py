@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 ACTIVATION, START, DISCOVERY, KERNEL, PATCH, BINDING, REGISTRY = range(7)
 """The order in which a thread that needs several takes them."""
 
-_locks: WeakKeyDictionary[threading.RLock, int] = WeakKeyDictionary()  # type: ignore[valid-type]
-_held: list[threading.RLock] = []  # type: ignore[valid-type]
+_locks: WeakKeyDictionary[threading.RLock, int] = WeakKeyDictionary()
+_held: list[threading.RLock] = []
 _changing = threading.Lock()
 
 
-def lock(rank: int) -> threading.RLock:  # type: ignore[valid-type]
+def lock(rank: int) -> threading.RLock:
     """Return a new lock that a thread may take again while it has it."""
     made = threading.RLock()
     with _changing:

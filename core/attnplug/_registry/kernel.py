@@ -113,6 +113,10 @@ class Kernel:
         return _reasons("notes", self.notes, params)
 
 
+class OfOneRank:
+    """Base class of kernels that compute what one of several ranks has of a call: no other kernel could give that."""
+
+
 def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDPAParams) -> tuple[str, ...]:
     """Ask a function of the author's for reasons, or notes, and take it for one if it fails."""
     if function is None:

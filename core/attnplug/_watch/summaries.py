@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import threading
 from collections import Counter
@@ -18,12 +17,12 @@ from attnplug._dispatch.ranges import is_profiled, labelled
 from attnplug._errors import ScopeError
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
+from attnplug._tables import WIDTH, html_table, wrap
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams, SDPBackend
 from attnplug._watch.modules import current_module
 
 Result = tuple[Tensor, Tensor | None]
 
-WIDTH = 80
 COMPILED = "compiled"
 """The kind of a call of compiled code, which tells no more."""
 
@@ -194,15 +193,13 @@ class summary:
 
     def _repr_html_(self) -> str:
         """Return the table as HTML, for a notebook."""
-        head = "".join(f"<th>{title}</th>" for title in ("module", "calls", "implementation", "device", "kind"))
-        body = ""
-        for module, lines in self._grouped({}):
-            for line in lines:
-                over = "".join(f"<br><small>not {html.escape(reason)}</small>" for reason in line.reasons)
-                impl, kind = html.escape(line.impl) + over, html.escape(line.kind)
-                cells = [html.escape(module), f"{line.calls:,}", impl, line.device, kind]
-                body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        headers = ("module", "calls", "implementation", "device", "kind", "passed over")
+        rows = [
+            (module, f"{line.calls:,}", line.impl, line.device, line.kind, "; ".join(line.reasons))
+            for module, lines in self._grouped({})
+            for line in lines
+        ]
+        return html_table(headers, rows)
 
     def _grouped(self, shares: Mapping[tuple[str, str, str], Share]) -> list[tuple[str, list[_Line]]]:
         """Return the rows by module, those whose names differ by numbers together, the most frequent first."""
@@ -354,10 +351,4 @@ def _title(pattern: str, modules: int) -> str:
 
 def _wrapped(indent: str, text: str) -> list[str]:
     """Return text in lines of 80 columns, the first behind `indent`, the others below."""
-    lines, line = [], indent
-    for word in text.split():
-        if len(line) + len(word) > WIDTH and line.strip():
-            lines.append(line.rstrip())
-            line = " " * len(indent)
-        line += f"{word} "
-    return [*lines, line.rstrip()]
+    return wrap(text, WIDTH, indent, " " * len(indent))

@@ -98,7 +98,7 @@ def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instr
     """
     try:
         import opentelemetry.metrics
-        import opentelemetry.trace  # noqa: F401
+        import opentelemetry.trace  # noqa: F401, whether it is there
     except ImportError as error:
         raise ImportError('instrument() needs OpenTelemetry: pip install "attnplug[otel]"') from error
     start()

@@ -15,6 +15,7 @@ from attnplug._accuracy import Mistake
 from attnplug._arguments import as_int
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
 from attnplug._messages import printable, warn
+from attnplug._registry.kernel import OfOneRank
 from attnplug._selection.state import start
 from attnplug._selection.watching import Gradients, RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
 from attnplug._types import SDPAParams
@@ -327,7 +328,7 @@ class _Verifier(Watcher):
     @staticmethod
     def _unfit(call: RecordedCall, params: SDPAParams) -> str:
         """Return why a call cannot be compared; empty if it can."""
-        if start().get(call.impl).spec.named_only:
+        if isinstance(start().get(call.impl).spec.kernel, OfOneRank):
             return f"{call.impl} computes a part of a call, and other ranks the rest"
         return unfit(params)
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import did_you_mean
+from attnplug._types import DTYPES
 from attnplug.bench._errors import BenchError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 MASKS = ("", "boolean", "additive")
 VARIANTS = ("UPPER_LEFT", "LOWER_RIGHT")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 BACKWARD = 2.5
 """Five products against two: the scores again, and one for each of dP, dV, dQ and dK."""
 
@@ -29,6 +29,8 @@ _NUMBERS = ("softcap", "dropout")
 _MORE = ("sinks", "alibi", "lse", "mask_gradient", "sinks_gradient")
 _DEFAULTS = {"kv_heads": "heads", "keys": "queries", "value_head_size": "head_size"}
 LENGTHS = ("lengths_q", "lengths_k", "used")
+_FOLLOWS: Any = None
+"""The default of a field that follows from others where it is not given; afterwards it is a number."""
 _GRADIENTS = {"attn_mask": "mask_gradient", "sinks": "sinks_gradient"}
 _SHRUNK = 64
 
@@ -78,13 +80,13 @@ class Case:
     """
 
     name: str = ""
-    batch: int = None  # type: ignore[assignment]  # filled below
+    batch: int = _FOLLOWS
     heads: int = 8
-    kv_heads: int = None  # type: ignore[assignment]
-    queries: int = None  # type: ignore[assignment]
-    keys: int = None  # type: ignore[assignment]
+    kv_heads: int = _FOLLOWS
+    queries: int = _FOLLOWS
+    keys: int = _FOLLOWS
     head_size: int = 64
-    value_head_size: int = None  # type: ignore[assignment]
+    value_head_size: int = _FOLLOWS
     causal: bool = False
     causal_variant: str = "UPPER_LEFT"
     mask: str = ""
@@ -193,7 +195,7 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         import torch
 
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.dtype)
 
     @property
     def is_varlen(self) -> bool:
@@ -309,7 +311,7 @@ class Case:
         for name in given:
             if name not in known:
                 hint = did_you_mean(name, known)
-                raise BenchError(f"{where}: no field {name!r}{hint}; the fields are {', '.join(known)}")
+                raise BenchError(f"{where}: no field {name!r}{hint or ';'} the fields are {', '.join(known)}")
         try:
             return cls(**given)
         except BenchError as error:

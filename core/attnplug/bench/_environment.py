@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import attnplug
+from attnplug._call.machine import processor
 
 _PACKAGES = ("pluggy", "triton", "numpy")
 
@@ -20,7 +20,7 @@ def environment(devices: set[str]) -> dict[str, Any]:
     gpus = sorted(device for device in devices if torch.device(device).type == "cuda")
     origins = {record.distribution: record.version for record in attnplug.list_impls() if record.version}
     return {
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
@@ -39,7 +39,7 @@ def device_name(device: str) -> str:
     """Return what a device is called by who made it, such as `NVIDIA H200`."""
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_properties(device).name)
-    return _processor()
+    return processor()
 
 
 def _gpu(device: str) -> dict[str, Any]:
@@ -52,15 +52,6 @@ def _gpu(device: str) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "runtime": torch.version.cuda or torch.version.hip,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 def _version(name: str) -> str | None:

@@ -142,21 +142,21 @@ def _take_turns(series: Sequence[_Series], clock: Clock, seconds: float) -> dict
     """Fill the series, in turns whose order reverses; return the reason of each implementation that failed."""
     failures: dict[str, str] = {}
 
-    def attempt(one: _Series, step: Callable[[], Any]) -> Any:
+    def attempt(one: _Series, step: Callable[..., Any], *arguments: Any) -> Any:
         if one.impl not in failures:
             try:
-                return step()
-            except Exception as error:
+                return step(*arguments)
+            except Exception as error:  # as in `_tried`
                 failures[one.impl] = described(error)
         return None
 
     for one in series:
-        attempt(one, lambda one=one: one.calibrate(clock, seconds))  # type: ignore[misc]
+        attempt(one, one.calibrate, clock, seconds)
     turns = max((one.wanted for one in series), default=0)
     for turn in range(turns):
         for one in series if turn % 2 else reversed(series):
             if one.due(turn, turns):
-                taken = attempt(one, lambda one=one: one.sample(clock))  # type: ignore[misc]
+                taken = attempt(one, one.sample, clock)
                 if taken is not None:
                     one.seconds.append(taken)
     return failures

@@ -49,7 +49,9 @@ def case_set(name: str, *, device: str | None = None, dtype: str | None = None) 
         ['prefill 512', 'prefill 2048', 'prefill 8192', 'decode 512', 'decode 2048', 'decode 8192', 'decode B16 8192']
     """
     if not isinstance(name, str) or name not in SETS:
-        raise BenchError(f"set: there is no {name!r}{did_you_mean(str(name), SETS)}; the sets are {', '.join(SETS)}")
+        raise BenchError(
+            f"set: there is no {name!r}{did_you_mean(str(name), SETS) or ';'} the sets are {', '.join(SETS)}"
+        )
     device = default_device() if device is None else device
     dtype = default_dtype(device) if dtype is None else dtype
     return [case.but(device=device, dtype=dtype) for case in SETS[name]()]

@@ -2,7 +2,8 @@
 providers that its registry has built in.
 
 A plugin like any other: found by its dotted name, asked through the same hook, held to attnplug's public names.
-This module is light, as theirs are: the kernels beside it import torch, it does not.
+This module is light, as theirs are: the kernels beside it import torch, it does not. `FA3` and `FA4` alone have their
+kernels elsewhere: they are what `attnplug._control.providers` makes of every provider of PyTorch's registry.
 """
 
 from __future__ import annotations

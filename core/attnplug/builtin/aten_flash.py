@@ -85,7 +85,7 @@ def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Ten
     if mended.scale != params.scale:
         assert params.scale is not None
         grads = (grads[0] * (-1 if params.scale < 0 else 0), *grads[1:])
-    return tuple(grads)  # type: ignore[return-value]
+    return tuple(grads)
 
 
 def plain(
@@ -103,7 +103,7 @@ def plain(
         if scale is None:
             return _flash_cpu(query, key, value, 0.0, True) if is_causal else _flash_cpu(query, key, value)
         if scale > 0.0:
-            return _flash_cpu(query, key, value, 0.0, is_causal, scale=scale)  # type: ignore[no-any-return]
+            return _flash_cpu(query, key, value, 0.0, is_causal, scale=scale)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     if attn_mask is not None and attn_mask.dim() < 4:

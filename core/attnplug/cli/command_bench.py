@@ -19,18 +19,16 @@ import importlib.util
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnplug._control.registration import check_name
-from attnplug._errors import did_you_mean
 from attnplug._tables import table
-from attnplug.cli import outputs, render, values
+from attnplug.cli import cases, choices, outputs, render, values
 
 if TYPE_CHECKING:
-    from attnplug.bench import Cases, Report
+    from attnplug.bench import Report
 
 HELP = "measure every implementation on this machine, and check that it is right"
 USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFTER.json [--threshold SHARE]"
@@ -38,7 +36,7 @@ USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFT
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
-    configure_cases(what)
+    cases.configure(what)
     what.add_argument("--impl", type=values.names, metavar="NAMES", help="the only implementations; by default all")
     what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs; nobody is the fastest")
     what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
@@ -52,18 +50,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--output", "-o", action="append", default=[], metavar="FILE", help="write results; repeatable")
     how.add_argument("--save-choices", metavar="FILE", help="save what follows for each kind of call, as tune does")
     _configure_compare(parser.add_subparsers(title="two runs", metavar="compare", dest="action", prog="attnplug bench"))
-
-
-def configure_cases(what: Any) -> None:
-    """Add the options that name cases."""
-    what.add_argument(
-        "--set", action="append", default=[], metavar="NAME", help="named cases; attnplug bench --sets lists them"
-    )
-    what.add_argument(
-        "--cases", action="append", default=[], metavar="FILE", help="cases from a .yaml, .toml or .json file"
-    )
-    what.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
-    what.add_argument("--dtype", type=values.dtype, help="by default bfloat16 on a GPU, float32 on a CPU")
 
 
 def _configure_compare(actions: Any) -> None:
@@ -94,22 +80,14 @@ def _check(arguments: argparse.Namespace) -> None:
 
     for name in [*(arguments.impl or ()), arguments.baseline]:
         check_name(name, "--impl" if name in (arguments.impl or ()) else "--baseline")
-    check_cases(arguments)
+    cases.check(arguments)
+    if arguments.tiny and arguments.save_choices:
+        arguments.fail(
+            "--save-choices: times of --tiny mean nothing, so nothing follows from them; leave out one of both"
+        )
     for path in map(Path, arguments.output):
         check_kind(path)
         outputs.check_folder(arguments, path)
-
-
-def check_cases(arguments: argparse.Namespace) -> None:
-    """Refuse sets and files that do not exist."""
-    from attnplug.bench import SETS
-
-    for name in arguments.set:
-        if name not in SETS:
-            arguments.fail(f"--set: there is no {name!r}{did_you_mean(name, SETS) or ';'} the sets: {', '.join(SETS)}")
-    for path in arguments.cases:
-        if not Path(path).is_file():
-            arguments.fail(f"--cases: {path!r} is not a file")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -122,17 +100,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     from attnplug.bench._run import SECONDS
     from attnplug.bench._write import ready
 
-    cases = list(cases_of(arguments))
-    for device in {case.device for case in cases}:
+    measured = list(cases.of(arguments))
+    for device in {case.device for case in measured}:
         clock_for(device)  # before files are named after it
-    outputs = [ready(path, cases[0].device) for path in arguments.output]
+    outputs = [ready(path, measured[0].device) for path in arguments.output]
     if arguments.save_choices:
         check_writable(Path(arguments.save_choices))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    with progress_bar() as progress:
+    with render.progress_bar() as progress:
         report = bench.run(
-            cases,
+            measured,
             arguments.impl,
             baseline=arguments.baseline,
             caches=("warm", "cold") if arguments.caches == "both" else (arguments.caches,),
@@ -152,52 +130,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _save_choices(report: Report, place: Path) -> None:
-    from attnplug.cli.command_tune import save
     from attnplug.tuning import choices_from
 
-    choices = choices_from(report)
-    if len(choices):
-        save(choices, place)
-        print(f"attnplug: {len(choices)} choices are saved in {place}", file=sys.stderr)
+    found = choices_from(report)
+    if len(found):
+        choices.save(found, place)
+        print(f"attnplug: {len(found)} choices are saved in {place}", file=sys.stderr)
     else:
         print(f"attnplug: nothing was right, so nothing is saved in {place}", file=sys.stderr)
-
-
-def cases_of(arguments: argparse.Namespace) -> Cases:
-    """Return the cases that the options name, with their counts, or the default set of the device."""
-    from attnplug.bench import Cases, case_set, read_cases
-    from attnplug.bench._sets import default_device, default_set
-
-    chosen = {"device": arguments.device, "dtype": arguments.dtype}
-    sets = arguments.set
-    if not sets and not arguments.cases:
-        sets = [default_set(arguments.device or default_device())]
-    cases = Cases()
-    for name in sets:
-        cases.update(case_set(name, **chosen))
-    for path in arguments.cases:
-        cases.update(read_cases(path, **chosen))
-    return cases
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a bar on stderr while it works, if that is a terminal and `rich` is there."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        BarColumn(24),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1)
-        yield lambda step, done, total: bar.update(task, description=step, completed=done, total=total)
 
 
 def _print(report: Report, outputs: list[Path]) -> None:

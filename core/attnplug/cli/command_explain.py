@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="answer for an NVIDIA GPU of this compute capability, here or not; with --device cuda",
     )
     tensors.add_argument("--grad", action="store_true", help="query, key and value need gradients")
-    _configure_mask(parser.add_argument_group("who sees whom"))
+    _configure_mask(parser.add_argument_group("which query sees which key"))
     _configure_rest(parser.add_argument_group("the rest of the call"))
     choice = parser.add_argument_group("selection")
     impl = choice.add_argument("--impl", metavar="NAME", help="as impl= of the call")

@@ -73,7 +73,7 @@ def _attempt(ask: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
 def _torch() -> dict[str, str | None]:
     import torch
 
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    cudnn = torch.backends.cudnn.version()
     return {
         "torch": torch.__version__,
         "torch commit": torch.version.git_version,

@@ -11,7 +11,7 @@ import sys
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplRecord
-from attnplug.cli import describe, render
+from attnplug.cli import choices, describe, render
 from attnplug.cli.values import DTYPES
 
 HELP = "list the implementations and whether they can work here"
@@ -63,30 +63,29 @@ def _list_choices(arguments: argparse.Namespace) -> int:
     """List measured choices, and say of each table whether it holds here; exit status 1 if none does."""
     from attnplug._selection.choice_files import as_plain
     from attnplug._selection.state import process, start
-    from attnplug.cli.command_tune import print_choices
 
     start()
     used = None if arguments.choices else process.choices
-    choices = used if used is not None else attnplug.Choices.load(arguments.choices or None)
+    listed = used if used is not None else attnplug.Choices.load(arguments.choices or None)
 
     from attnplug._dispatch.measured import why_not_here
 
-    reasons = [why_not_here(one) for one in choices.tables]
+    reasons = [why_not_here(one) for one in listed.tables]
     if arguments.json:
-        tables = as_plain(choices)["tables"]
+        tables = as_plain(listed)["tables"]
         render.print_json(
             {
-                "source": choices.source,
+                "source": listed.source,
                 "in_use": used is not None,
                 "tables": [{**one, "reason": reason} for one, reason in zip(tables, reasons, strict=True)],
             }
         )
     else:
-        for one, reason in zip(choices.tables, reasons, strict=True):
-            print_choices(attnplug.Choices((one,)))
+        for one, reason in zip(listed.tables, reasons, strict=True):
+            choices.show(attnplug.Choices((one,)))
             render.put(f"does not hold here: {reason}\n" if reason else "holds here\n")
         state = "in use" if used is not None else "not in use; ATTNPLUG_CHOICES or use_choices puts them to use"
-        render.put(f"{choices.source}: {len(choices)} choices, {state}")
+        render.put(f"{listed.source}: {len(listed)} choices, {state}")
     return 0 if "" in reasons else 1
 
 

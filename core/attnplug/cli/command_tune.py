@@ -19,8 +19,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnplug.cli import render, values
-from attnplug.cli.command_bench import cases_of, check_cases, configure_cases, progress_bar
+from attnplug.cli import cases, choices, render, values
 
 if TYPE_CHECKING:
     from attnplug import Choices
@@ -34,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--capture", action="append", default=[], metavar="FILE", help="cases that attnplug.capture() saved"
     )
-    configure_cases(what)
+    cases.configure(what)
     how = parser.add_argument_group("how it is measured and kept")
     how.add_argument(
         "--impl", type=values.names, metavar="NAMES", help="the only candidates beside torch; by default all"
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in arguments.capture:
         if not Path(path).is_file():
             arguments.fail(f"--capture: {path!r} is not a file; attnplug.capture() and save() make one")
-    check_cases(arguments)
+    cases.check(arguments)
     import torch
 
     import attnplug
@@ -59,61 +58,37 @@ def run(arguments: argparse.Namespace) -> int:
 
     place = default_place() if arguments.output is None else Path(arguments.output)
     arguments.cases += arguments.capture
-    cases = cases_of(arguments)
+    measured = cases.of(arguments)
     check_writable(place)  # before anything is measured
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    if not arguments.force and (reason := busy({case.device for case in cases})):
+    if not arguments.force and (reason := busy({case.device for case in measured})):
         print(
             f"attnplug: {reason}. Wait until it is idle, or measure all the same with --force.",
             file=sys.stderr,
         )
         return 1
-    with progress_bar() as progress, warnings.catch_warnings():
+    with render.progress_bar() as progress, warnings.catch_warnings():
         if arguments.force:
             warnings.simplefilter("ignore", attnplug.ChoicesWarning)
-        choices = attnplug.tune(cases, arguments.impl, seconds=arguments.seconds or SECONDS, progress=progress)
-    if len(choices):
-        save(choices, place)
-    _print(arguments, choices, place)
-    interrupted = any(note.startswith("Interrupted") for note in choices.notes)
-    return 0 if len(choices) and not interrupted else 1
+        found = attnplug.tune(measured, arguments.impl, seconds=arguments.seconds or SECONDS, progress=progress)
+    if len(found):
+        choices.save(found, place)
+    _print(arguments, found, place)
+    interrupted = any(note.startswith("Interrupted") for note in found.notes)
+    return 0 if len(found) and not interrupted else 1
 
 
-def save(choices: Choices, place: Path) -> None:
-    """Save choices; if that fails after all, they are printed, since measuring them took long."""
-    from attnplug import ChoicesError
-    from attnplug._selection.choice_files import as_plain
-
-    try:
-        choices.save(place)
-    except ChoicesError:
-        render.print_json(as_plain(choices))
-        raise
-
-
-def _print(arguments: argparse.Namespace, choices: Choices, place: Path) -> None:
+def _print(arguments: argparse.Namespace, found: Choices, place: Path) -> None:
     from attnplug._selection.choice_files import as_plain
 
     if arguments.json:
-        saved = str(place) if len(choices) else None
-        render.print_json({**as_plain(choices), "notes": list(choices.notes), "saved": saved})
+        saved = str(place) if len(found) else None
+        render.print_json({**as_plain(found), "notes": list(found.notes), "saved": saved})
         return
-    print_choices(choices)
-    if len(choices):
+    choices.show(found)
+    if len(found):
         render.put(f"\n{how_to_use(place, is_default=arguments.output is None)}")
-
-
-def print_choices(choices: Choices) -> None:
-    """Print a table for each machine, and the notes."""
-    from attnplug._selection.choices import HEADERS, described, rows
-
-    for one in choices.tables:
-        render.put(described(one))
-        render.print_table(HEADERS, rows(one.choices), HEADERS.index("is now"))
-        render.put()
-    for note in choices.notes or (() if choices.tables else ("Nothing was measured.",)):
-        render.put(note)
 
 
 def how_to_use(place: Path, is_default: bool) -> str:

@@ -20,7 +20,7 @@ class Described(Tensor):
 
     @staticmethod
     def __new__(cls, described: Tensor, device: torch.device) -> Described:
-        made: Described = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Described = Tensor._make_wrapper_subclass(
             cls,
             described.shape,
             strides=described.stride(),
@@ -45,7 +45,7 @@ class Described(Tensor):
         result = function(*arguments, **options)
         return tree_map_only(Tensor, lambda each: cls(each, device), result)
 
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]  # PyTorch's has a name for its option
         return f"{self.dtype}{list(self.shape)} on {self.device}"
 
 

@@ -93,4 +93,4 @@ def with_negative_values(argv: Sequence[str]) -> list[str]:
 
 def complete_with(action: argparse.Action, names: Callable[[], Sequence[str]]) -> None:
     """Let a shell complete an option's value with `names()`, which is asked when somebody presses Tab."""
-    action.completer = lambda **context: names()  # type: ignore[attr-defined]
+    action.completer = lambda **context: names()  # type: ignore[attr-defined]  # argcomplete asks for it

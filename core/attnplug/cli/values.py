@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from attnplug import SDPBackend
+from attnplug import SDPBackend, _types
 from attnplug._control.registration import check_name
 from attnplug._errors import did_you_mean
 
-DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+DTYPES = dict(zip(_types.DTYPES, ("f16", "bf16", "f32", "f64"), strict=True))
 """The dtypes, each with the short name that tables show."""
 
 _ALIASES = {short: name for name, short in DTYPES.items()} | {

@@ -9,6 +9,7 @@ the reason in `explain`, and nothing that a call asks for is lost.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,7 +86,9 @@ def _models(pipeline: Any) -> dict[str, torch.nn.Module]:
     model_class = importlib.import_module("diffusers").ModelMixin
     if isinstance(pipeline, model_class):
         return {type(pipeline).__name__: pipeline}
-    components = getattr(pipeline, "components", {})
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, Mapping):
+        return {}
     return {name: part for name, part in components.items() if isinstance(part, model_class)}
 
 

@@ -139,7 +139,7 @@ def attention_forward(
     refuse_unknown(others)
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     mask, causal = _complete_mask(query, key, attention_mask, causal, sliding_window)
-    if cu_seq_lens_q is not None:
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         mask, causal = _keep_sequences_apart(query, key, mask, causal, cu_seq_lens_q, cu_seq_lens_k)
     if position_bias is not None:
         mask, causal = _add_bias(query, key, mask, causal, position_bias)
@@ -187,7 +187,7 @@ class _Name(str):
     """
 
     def __contains__(self, part: object) -> bool:
-        return part in FAMILY  # type: ignore[operator]
+        return isinstance(part, str) and part in FAMILY
 
     def removeprefix(self, _prefix: str) -> str:
         return self  # `str` would answer with a plain string; transformers takes "paged|" off, which is not there
@@ -216,7 +216,9 @@ def _with_own_names(method: Callable[..., str]) -> Callable[..., str]:
 
 def _own_name(model: Any, requested: str | None) -> str | None:
     """Return a name of ours checked, published and as this model needs it; any other as it is."""
-    family, colon, impl = (requested or "").partition(":")
+    if not isinstance(requested, str):
+        return requested
+    family, colon, impl = requested.partition(":")
     if family not in (FAMILY, _EAGER_MASKS):
         return requested
     if colon:
@@ -292,9 +294,11 @@ def _causal_mask(query: Tensor, key: Tensor, sliding_window: int | None = None) 
 
 
 def _keep_sequences_apart(
-    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, starts_q: Tensor, starts_k: Tensor | None
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, starts_q: Tensor | None, starts_k: Tensor | None
 ) -> tuple[Tensor, bool]:
     """Hide the keys of other sequences of a packed batch; the mask knows them only if it saw position_ids."""
+    if starts_q is None:
+        raise ValueError("cu_seq_lens_k: says where keys of packed sequences start, and cu_seq_lens_q is missing")
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: packed sequences come in a batch of 1, this one has {query.shape[0]}")
     starts_k = starts_q if starts_k is None else starts_k

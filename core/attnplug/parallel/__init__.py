@@ -1,7 +1,7 @@
 """Attention over a sequence that several ranks share, each of which holds a part.
 
 Results and gradients are those of the call on one rank. Imported when it is first asked for, because
-`torch.distributed` is nobody's business who has one GPU.
+a program on one GPU needs nothing of `torch.distributed`.
 """
 
 from attnplug.parallel._attention import ring_attention, ulysses_attention, usp_attention

@@ -202,7 +202,7 @@ def _unsay(group: dist.ProcessGroup) -> None:
     """Take back what was said: this rank has gone on."""
     if group in _said:
         _said.discard(group)
-        with suppress(Exception):
+        with suppress(Exception):  # as in `_say`
             _store(group).delete_key(str(group.rank()))
 
 
@@ -214,6 +214,6 @@ def _heard(group: dist.ProcessGroup, rank: int, deadline: float) -> str:
             if time.monotonic() > deadline:
                 return ""
             time.sleep(0.05)
-        return store.get(str(rank)).decode()  # type: ignore[no-any-return]
-    except Exception:
+        return store.get(str(rank)).decode()
+    except Exception:  # the process that holds the store has ended; then nobody says anything
         return ""

@@ -100,7 +100,7 @@ class Heads:
             from torch.distributed._functional_collectives import all_to_all_single_autograd
 
             return all_to_all_single_autograd(sent, received, counts, self.group)
-        return _AllToAll.apply(sent, received, counts, self.group)  # type: ignore[no-any-return, no-untyped-call]
+        return _AllToAll.apply(sent, received, counts, self.group)  # type: ignore[no-untyped-call]
 
 
 class _AllToAll(torch.autograd.Function):

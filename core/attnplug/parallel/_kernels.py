@@ -29,7 +29,6 @@ from attnplug._selection.selection import Selection
 from attnplug._selection.state import start
 from attnplug._types import Feature, SDPAParams
 
-Grads = tuple[Tensor, Tensor, Tensor]
 WAY_OUT = (
     "ring attention merges what each rank computes by lse; ulysses_attention, of the same arguments, takes any "
     "implementation"

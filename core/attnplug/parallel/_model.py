@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from attnplug._arguments import expect
 from attnplug._control.binding import BindingHandle, bind
-from attnplug._control.registration import register_impl, unregister_impl
+from attnplug._control.registration import check_name, register_impl, unregister_impl
 from attnplug._control.scopes import run_in
 from attnplug._errors import did_you_mean
+from attnplug._registry.kernel import OfOneRank
 from attnplug._selection.state import OUTSIDE
 from attnplug._types import OPEN_WINDOW, Capabilities, Feature, ImplSpec, SDPAParams
 from attnplug.integrations.transformers import refuse_unknown
@@ -27,6 +29,8 @@ from attnplug.parallel._sharding import sequence_positions, shard_sequence
 METHODS: dict[str, Any] = {"ring": ring_attention, "ulysses": ulysses_attention, "usp": usp_attention}
 IGNORED = -100
 """The label of a token that is no part of the loss, in transformers and in PyTorch."""
+_PREFIX = "attnplug_parallel_"
+"""Of the names of attention that models get in transformers."""
 _numbers = itertools.count()
 
 
@@ -71,7 +75,9 @@ def context_parallel(
         A handle; its `remove()` undoes it.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the model's attention takes no name.
+        TypeError, ValueError: an argument is wrong, or the model's attention takes no name, or runs over several ranks
+            already.
+        UnknownImplementationError: `impl` names no implementation.
 
     In a call of the model, NoImplementationError and ParallelError are raised as by the function of the method, and
     ValueError for what has no meaning on a part of the sequence: padding, a cache, an unknown tensor along it.
@@ -80,9 +86,11 @@ def context_parallel(
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
-            f"method: unknown {method!r}{did_you_mean(str(method), METHODS)} Accepted: {', '.join(METHODS)}"
+            f"method: unknown {method!r}{did_you_mean(str(method), METHODS) or '.'} Accepted: {', '.join(METHODS)}"
         )
     expect("is_causal", is_causal, bool, "a bool")
+    if impl is not None:
+        check_name(impl, "impl")
     ranks = as_mesh(mesh) if method == "usp" else as_group(mesh, "mesh")
     if hasattr(module, "set_attn_implementation"):
         return _Model(module, ranks, method, is_causal, impl).handle()
@@ -107,7 +115,7 @@ def _bound(module: torch.nn.Module, ranks: Any, method: str, impl: str | None) -
     return ContextParallelHandle([lambda: unregister_impl(spec.name), binding.remove])
 
 
-class _ByHeads:
+class _ByHeads(OfOneRank):
     """The kernel of a module whose ranks share heads: made of operators, and of whatever attends on one rank."""
 
     composite = True
@@ -120,7 +128,7 @@ class _ByHeads:
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         run = ulysses if isinstance(self._ranks, dist.ProcessGroup) else usp
-        return run_in(OUTSIDE, run, params, self._ranks, self._impl)  # type: ignore[no-any-return]
+        return run_in(OUTSIDE, run, params, self._ranks, self._impl)
 
 
 class _Model:
@@ -140,9 +148,13 @@ class _Model:
             raise ValueError(
                 f"module: {type(self.model).__name__} attends within chunks, which parts of a sequence do not know"
             )
-        before, name = config._attn_implementation, f"attnplug_parallel_{next(_numbers)}"
+        before, name = config._attn_implementation, f"{_PREFIX}{next(_numbers)}"
+        if str(before).startswith(_PREFIX):
+            raise ValueError(
+                f"module: {type(self.model).__name__} runs over several ranks already; remove() that handle first"
+            )
         # transformers makes no mask for a name that has none: it would be that of one rank's part.
-        AttentionInterface.register(name, self.attention)
+        AttentionInterface.register(name, _weak(self.attention))
         self.model.set_attn_implementation(name)
         cut = self.model.register_forward_pre_hook(self.cut, with_kwargs=True)
         joined = self.model.register_forward_hook(self.joined)
@@ -245,6 +257,16 @@ class _Model:
 
     def _cut(self, tensor: Tensor, dim: int) -> Tensor:
         return shard_sequence(tensor, group=self.ranks, dim=dim, is_causal=self.folded)
+
+
+def _weak(method: Any) -> Any:
+    """Return a function that does what a method does, and keeps nothing alive: transformers forgets no name."""
+    found = weakref.WeakMethod(method)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return found()(*args, **kwargs)  # type: ignore[misc]  # it is there: hooks of the model that calls have it
+
+    return call
 
 
 class _Sum(torch.autograd.Function):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnplug._dispatch.watched import among_watchers
 from attnplug._errors import GradientError
+from attnplug._registry.kernel import OfOneRank
 from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._selection.selection import current_selection
@@ -50,7 +51,7 @@ FEATURES = frozenset(
 """What a ring does with a kernel that does it, or, for sinks, by itself."""
 
 
-class Ring:
+class Ring(OfOneRank):
     """A kernel, for the rest of attnplug, that computes attention over the ranks of a group.
 
     Its calls are those of one rank. `max_k` of a dense call is the length of the whole sequence, where that is not the
@@ -112,7 +113,7 @@ class Ring:
                 if bool(grad_lse.any()):  # a graph has zeros where nobody asked
                     raise GradientError(no_lse_gradient(entry_of(state.number)))  # before any message
                 grad_lse = None
-            return _Run(Share.of(self.group, params), state).backward(grad_out, grad_lse, out, lse)
+            return _Run(Share.of(self.group, params), state).backward(_Results(grad_out, grad_lse, out, lse))
 
 
 @dataclass
@@ -130,6 +131,22 @@ class _State:
     def of(cls, tensor: Tensor) -> _State:
         number, saves, seed = tensor.tolist()
         return cls(number, bool(saves), seed)
+
+
+class _Results(NamedTuple):
+    """What backward is given: the results of a call on this rank, and their gradients."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+    def rows(self, call: Share, part: Range) -> _Results:
+        """Return those of some rows, contiguous."""
+        grad_out, out = (call.rows(tensor, part).contiguous() for tensor in (self.grad_out, self.out))
+        rows = slice(*part)
+        grad_lse = None if self.grad_lse is None else self.grad_lse[..., rows].contiguous()
+        return _Results(grad_out, grad_lse, out, self.lse[..., rows].contiguous())
 
 
 class _Run:
@@ -156,9 +173,7 @@ class _Run:
         out, lse = merged.result(params.query, params.sinks)
         return _by_heads(call, out).to(params.query.dtype).contiguous(), lse
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(self, results: _Results) -> tuple[Tensor | None, ...]:
         call, params = self.call, self.params
         wanted = self.wanted
         grads = [torch.zeros_like(tensor, dtype=self.wide) for tensor in (params.query, params.key, params.value)]
@@ -167,7 +182,7 @@ class _Run:
             own = step.source == call.rank
             of_keys = grads[1:] if own else self._sums(step, key, value)
             for number, block in enumerate(step.blocks):
-                found = self._block_backward(step, number, block, key, value, grad_out, grad_lse, out, lse)
+                found = self._block_backward(step, number, block, key, value, results)
                 if not of_keys:  # the gradients of one block are those of the step
                     of_keys = [
                         torch.zeros_like(tensor) if part is None else part
@@ -184,11 +199,11 @@ class _Run:
                 returning = self._send_back(step, of_keys)
         if returning is not None:
             returning.add_to(grads[1:])
-        results: list[Tensor | None] = [
+        rounded = [
             grad.to(tensor.dtype) if want else None
             for grad, tensor, want in zip(grads, (params.query, params.key, params.value), wanted, strict=True)
         ]
-        return (*results, None, self._sinks_gradient(grad_out, grad_lse, out, lse))
+        return (*rounded, None, self._sinks_gradient(results))
 
     def _arriving(self) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Yield each step with its keys and values, while those of the next one are on their way."""
@@ -267,27 +282,15 @@ class _Run:
         return (used - before).clamp(0, size(block.keys)).to(torch.int32)
 
     def _block_backward(
-        self,
-        step: Step,
-        number: int,
-        block: Block,
-        key: Tensor,
-        value: Tensor,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        self, step: Step, number: int, block: Block, key: Tensor, value: Tensor, results: _Results
     ) -> tuple[Tensor | None, ...]:
         call = self.call
         tensors, of_block = self._block(step, block, key, value)
-        first, last = block.queries
-        grad_out, out = (call.rows(tensor, block.queries).contiguous() for tensor in (grad_out, out))
-        lse = lse[..., first:last].contiguous()
-        grad_lse = None if grad_lse is None else grad_lse[..., first:last].contiguous()
+        grad_out, grad_lse, out, lse = results = results.rows(call, block.queries)
         with self._seeded(step, number):
             if source_of(self.entry, of_block.params(tensors)) is Source.WHOLE:
                 saved: Sequence[Tensor | None] = of_block.forward(tensors)[2:] if self.state.saves else ()
-                return whole_backward(of_block, tensors, self.wanted, grad_out, grad_lse, out, lse, tuple(saved))
+                return whole_backward(of_block, tensors, self.wanted, *results, tuple(saved))
 
             def weigh(part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
                 """With `out = sum(w out_b)` and `w = exp(lse_b - lse)`, return the gradients of `out_b` and `lse_b`."""
@@ -305,11 +308,12 @@ class _Run:
             return nullcontext()
         return seeded(self.params.query.device, self.state.seed, self.call.rank, step.source, number)
 
-    def _sinks_gradient(self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor | None:
+    def _sinks_gradient(self, results: _Results) -> Tensor | None:
         """Return this rank's share: `sum(P (grad_lse - grad_out * out))`, `P` what the sink has of the softmax."""
         sinks = self.params.sinks
         if sinks is None or not sinks.requires_grad:
             return None
+        grad_out, grad_lse, out, lse = results
         along = -(grad_out.to(self.wide) * out).sum(-1)
         along = (along.T if self.call.is_varlen else along) + (0.0 if grad_lse is None else grad_lse)
         probability = torch.exp(sinks.to(self.wide)[:, None] - lse)

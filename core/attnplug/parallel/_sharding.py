@@ -108,7 +108,7 @@ def _check(tensor: Any, dim: Any) -> None:
 def _levels(group: Any, is_causal: bool) -> list[tuple[dist.ProcessGroup, bool]]:
     """Return the groups that a sequence is cut for, one after the other, and whether it is folded for each."""
     expect("is_causal", is_causal, bool, "a bool")
-    if getattr(group, "ndim", 1) == 2:
+    if not isinstance(group, dist.ProcessGroup) and getattr(group, "ndim", 1) == 2:  # of a group, a trace asks nothing
         mesh = as_mesh(group)
         return [(mesh.get_group(0), is_causal), (mesh.get_group(1), False)]
     return [(as_group(group), is_causal)]

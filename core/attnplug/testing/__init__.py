@@ -12,13 +12,14 @@ contract; no implementation has a tolerance of its own. attnplug itself never im
 
 from attnplug._accuracy import Outcome
 from attnplug.testing._call import Call
-from attnplug.testing._checks import Check, all_checks
+from attnplug.testing._checks import Check
 from attnplug.testing._compare import assert_right
 from attnplug.testing._failure import CheckFailure
 from attnplug.testing._inputs import Inputs
 from attnplug.testing._pytest import parametrize_with_checks
 from attnplug.testing._report import Report, Result
 from attnplug.testing._runner import check_impl, check_impls
+from attnplug.testing.checks import all_checks
 
 __all__ = [
     "Call",

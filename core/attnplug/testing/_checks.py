@@ -1,15 +1,9 @@
-"""The list of checks. A check is a function that takes a `Subject` and raises where a promise is broken.
-
-pytest, the command line and the report read this one list, so a check that is added here reaches every
-author with the next release.
-"""
+"""What a check is: a function that takes a `Subject` and raises where a promise is broken."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 from attnplug import Feature
 from attnplug.testing._subject import Subject
@@ -61,7 +55,8 @@ class Check:
         return (self.function.__doc__ or "").strip().partition("\n")[0]
 
 
-_registered: list[Check] = []
+registered: list[Check] = []
+"""What the modules of `checks` that were imported so far have added."""
 
 
 def check(
@@ -74,17 +69,7 @@ def check(
     """Add a function to the list of checks; see `Check` for the arguments."""
 
     def add(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        _registered.append(Check(function, features, gradients, dtypes, full, may_decline))
+        registered.append(Check(function, features, gradients, dtypes, full, may_decline))
         return function
 
     return add
-
-
-@cache
-def all_checks() -> tuple[Check, ...]:
-    """Return every check, the simplest first."""
-    from attnplug.testing import checks
-
-    for module in checks.SIMPLEST_FIRST:
-        importlib.import_module(f"{checks.__name__}.{module}")
-    return tuple(sorted(_registered, key=lambda check: checks.SIMPLEST_FIRST.index(check.module)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -55,7 +55,7 @@ class Fields:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.dtype)
 
     def packed(self: F) -> F | None:
         """Return a call of `varlen_attn` with the same meaning, sequences of equal lengths; None if there is none."""
@@ -63,8 +63,8 @@ class Fields:
         other = aligned and self.queries != self.keys and self.causal_variant != "LOWER_RIGHT"
         if self.is_varlen or self.mask or other:
             return self if self.is_varlen else None
-        lengths = {"lengths_q": (self.queries,) * self.batch, "lengths_k": (self.keys,) * self.batch}
-        return replace(self, **lengths, causal_variant="LOWER_RIGHT")  # type: ignore[arg-type]
+        lengths: dict[str, Any] = {"lengths_q": (self.queries,) * self.batch, "lengths_k": (self.keys,) * self.batch}
+        return replace(self, **lengths, causal_variant="LOWER_RIGHT")
 
     @property
     def is_varlen(self) -> bool:

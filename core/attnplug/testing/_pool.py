@@ -60,7 +60,7 @@ class Worker:
         result, lost = answer
         if lost:
             self._end()
-        return result  # type: ignore[no-any-return]
+        return result
 
     def close(self) -> None:
         """End the process; it can be called from another thread."""
@@ -99,8 +99,9 @@ class Worker:
             process, self._process = self._process, None
         if process is None:
             return None
+        assert process.stdin is not None
         with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
+            process.stdin.close()
         for seconds in (patience, 5 * _GRACE):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(seconds)

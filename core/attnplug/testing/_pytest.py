@@ -12,13 +12,14 @@ import torch
 from attnplug._arguments import as_dict
 from attnplug._errors import did_you_mean
 from attnplug._registry.registry import PROGRAM
-from attnplug.testing._checks import Check, all_checks
+from attnplug.testing._checks import Check
 from attnplug.testing._pool import Worker
 from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, Result
 from attnplug.testing._runner import TIMEOUT, check_workers, plan
 from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import Subject
 from attnplug.testing._tasks import Task
+from attnplug.testing.checks import all_checks
 
 
 class BoundCheck:

@@ -14,12 +14,13 @@ from attnplug._call.device import as_device
 from attnplug._errors import did_you_mean
 from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
-from attnplug.testing._checks import Check, all_checks
+from attnplug.testing._checks import Check
 from attnplug.testing._pool import run_all
 from attnplug.testing._report import Report, Result
 from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import DTYPES, Subject
 from attnplug.testing._tasks import Task
+from attnplug.testing.checks import all_checks
 
 LEVELS = ("quick", "full")
 LOADING = "check_kernel_loads"

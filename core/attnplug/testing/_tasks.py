@@ -11,10 +11,11 @@ import attnplug
 from attnplug import ImplSpec
 from attnplug._registry.discovery import get_registry
 from attnplug._registry.registry import PROGRAM
-from attnplug.testing._checks import Check, all_checks
+from attnplug.testing._checks import Check
 from attnplug.testing._report import FAILED, Result
 from attnplug.testing._running import find, run_check
 from attnplug.testing._subject import Subject
+from attnplug.testing.checks import all_checks
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from typing import Any
 
 from attnplug._arguments import as_int, expect, one_of
 from attnplug._call.device import as_device
-from attnplug._types import CausalVariant
+from attnplug._types import DTYPES, CausalVariant
 from attnplug.testing._fields import Fields
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
 _SIZES = {"batch": 0, "heads": 0, "queries": 0, "keys": 0, "head_size": 0}
 _MAYBE_SIZES = {"kv_heads": 0, "value_head_size": 0, "page_size": 1}

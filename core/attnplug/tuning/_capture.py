@@ -13,9 +13,9 @@ from attnplug._call.prepare import prepare_dense
 from attnplug._control.patch import patch_torch
 from attnplug._errors import ScopeError
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
-from attnplug._types import CausalVariant, SDPAParams
+from attnplug._types import DTYPES, CausalVariant, SDPAParams
 from attnplug.bench._captured import Cases
-from attnplug.bench._cases import DTYPES, Case
+from attnplug.bench._cases import Case
 
 
 class capture:

@@ -105,7 +105,7 @@ def backward(
         grad_query, *others = cudnn_packed.backward(params, grad_out, out, lse)
     else:
         grad_query, *others = _dense_backward(params, grad_out, out, lse, *saved)
-    return grad_query if sign == 1 else grad_query * sign, *others  # type: ignore[return-value]
+    return grad_query if sign == 1 else grad_query * sign, *others
 
 
 def _dense_backward(
@@ -122,9 +122,9 @@ def _dense_backward(
         kernel_lse, seeds = lse.reshape(lse.shape + (1,) * (operators.cudnn_lse_rank() - 3)), saved
     else:
         grad_out = grad_out.masked_fill((lse == MINUS_INFINITY).unsqueeze(-1), 0.0)
-        kernel_lse, *seeds = saved  # type: ignore[assignment]
+        kernel_lse, seeds = saved[0], saved[1:]
     seed, offset = seeds or (_no_seed(query.device),) * 2
-    return operators.cudnn_backward(  # type: ignore[no-any-return]
+    return operators.cudnn_backward(
         laid_out_like(query, grad_out),
         *(query, key, value),
         laid_out_like(query, out),

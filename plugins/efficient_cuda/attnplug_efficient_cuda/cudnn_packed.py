@@ -115,9 +115,10 @@ def _kernel_tensors(params: SDPAParams) -> tuple[Tensor, ...]:
 
 def _kernel_lengths(params: SDPAParams) -> tuple[Tensor, Tensor, int, int]:
     """Return cumulative lengths that start where cuDNN can read them, and the longest sequences."""
-    starts = (_readable(starts) for starts in (params.cu_seq_q, params.cu_seq_k))
-    longest = ((params.max_q, params.query), (params.max_k, params.key))
-    return *starts, *(max(1, min(most, tensor.shape[0])) for most, tensor in longest)  # type: ignore[return-value]
+    starts_q, starts_k = _readable(params.cu_seq_q), _readable(params.cu_seq_k)
+    pairs = ((params.max_q, params.query), (params.max_k, params.key))
+    longest_q, longest_k = (max(1, min(most, tensor.shape[0])) for most, tensor in pairs)
+    return starts_q, starts_k, longest_q, longest_k
 
 
 def _readable(starts: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def cudnn_backward(*args: Any, **kwargs: Any) -> Any:
 def cudnn_lse_rank() -> int:
     """Return how many dimensions cuDNN's lse of a dense call has, which differs between releases of PyTorch."""
     query = torch.empty(1, 1, 2, 8, dtype=torch.float16, device="meta")
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(query, query, query, None, True)[1].dim()  # type: ignore[no-any-return]
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(query, query, query, None, True)[1].dim()
 
 
 def cudnn_takes_sequences() -> bool:

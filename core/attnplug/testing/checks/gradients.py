@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -105,17 +106,17 @@ def _small(subject: Subject) -> Call:
     return subject.call(batch=1, heads=2, queries=3, keys=5, head_size=size, gradients=subject.gradients)
 
 
-def _numerically(subject: Subject, call: Call, inputs: Inputs, test: object) -> None:
+def _numerically(subject: Subject, call: Call, inputs: Inputs, test: Callable[..., bool]) -> None:
     import attnplug
 
     arguments, leaves = call.with_leaves(inputs)
 
     def function(*tensors: torch.Tensor) -> torch.Tensor:
         given = {**arguments, **dict(zip(leaves, tensors, strict=True))}
-        return attnplug.scaled_dot_product_attention(**given, impl=subject.name)  # type: ignore[no-any-return]
+        return attnplug.scaled_dot_product_attention(**given, impl=subject.name)
 
     try:
-        test(function, tuple(leaves.values()), fast_mode=True)  # type: ignore[operator]
+        test(function, tuple(leaves.values()), fast_mode=True)
     except Exception as error:
         raise failure(call, f"{type(error).__name__}: {without_matrices(str(error))}") from error
 
