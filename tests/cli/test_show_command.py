@@ -29,6 +29,11 @@ def test_an_entry_point_stands_for_all_that_it_brings(cli):
     assert {"flex", "hub", "xformers"} <= {each["name"] for each in shown}
 
 
+def test_the_kernel_that_the_environment_asks_of_the_hub_says_what_is_supported(shell):
+    done = shell("show", "hub", ATTNPLUG_HUB="kernels-community/flash-attn2@1")
+    assert done.status == 0 and "ALIBI" in done.out
+
+
 def test_readme_prints_the_description_of_the_distribution(cli):
     done = cli("show", "math_ref", "--readme")
     assert done.status == 0 and done.out.startswith("# attnplug-math-ref")

@@ -154,15 +154,19 @@ def test_nan_of_the_inputs_may_show_where_the_formula_has_it() -> None:
 
 
 def test_kernels_that_quantize_are_held_to_the_norm_of_their_error() -> None:
-    call = Call(queries=64, keys=64)
-    right = expected(call, call.make())
-    out = right.ref["out"].float()
+    query, key, value = (torch.randn(2, 2, 64, 32) for _ in range(3))
+    arguments = {"query": query, "key": key, "value": value}
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     noise = torch.randn_like(out)
     noise *= out.norm() / noise.norm()
-    assert right.mistakes(Outcome(out + 0.04 * noise))
-    assert not right.mistakes(Outcome(out + 0.04 * noise), quantized=True)
-    assert right.mistakes(Outcome(out + 0.06 * noise), quantized=True)
-    assert right.mistakes(Outcome(out.masked_fill(out == out[0, 0, 0, 0], float("nan"))), quantized=True)
+    assert_right(arguments, out + 0.04 * noise, quantized=True)
+    for wrong, quantized in (
+        (out + 0.04 * noise, False),
+        (out + 0.06 * noise, True),
+        (out.masked_fill(out == out[0, 0, 0, 0], float("nan")), True),
+    ):
+        with pytest.raises(CheckFailure):
+            assert_right(arguments, wrong, quantized=quantized)
 
 
 def test_a_call_whose_plain_formula_overflows_cannot_be_judged() -> None:

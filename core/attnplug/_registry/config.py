@@ -20,6 +20,7 @@ VARIABLES = {
     "ATTNPLUG_DISABLE": "entry points that never load, by name",
     "ATTNPLUG_STRICT": "1: a broken plugin raises instead of warning",
     "ATTNPLUG_TRACE": "1: log each decision, on stderr",
+    "ATTNPLUG_HUB": "of the plugin adapters: the kernel of the Hugging Face Hub that hub runs, repository@version",
     "ATTNPLUG_VERIFY": "a rate from 0 to 1: the share of calls to compute again by math_ref, and to compare",
 }
 

@@ -32,7 +32,6 @@ class Layout:
         queries: their number on all ranks.
         keys: likewise.
         is_causal, window: as in the call; a causal sequence is folded.
-        lower_right: where kernels count from, in blocks with more keys than queries or fewer.
         starts: where packed sequences start, and the end; empty in a dense call.
     """
 
@@ -41,7 +40,6 @@ class Layout:
     keys: int
     is_causal: bool = False
     window: tuple[int, int] = (OPEN, OPEN)
-    lower_right: bool = False
     starts: tuple[int, ...] = ()
 
     def ranges(self, rank: int, of_keys: bool = False) -> tuple[Range, ...]:
@@ -53,7 +51,7 @@ class Layout:
         queries, keys = self.ranges(rank), self.ranges(source, of_keys=True)
         if self.starts:
             return packed_blocks(queries, keys, self.is_causal, self.window, self.starts)
-        return dense_blocks(queries, keys, self.is_causal, self.window, self.lower_right)
+        return dense_blocks(queries, keys, self.is_causal, self.window)
 
     def needed(self, rank: int, source: int) -> tuple[Range, ...]:
         """Return the rows of another rank's keys that a rank needs."""

@@ -107,7 +107,6 @@ def dense_blocks(
     keys: Sequence[Range],
     is_causal: bool,
     window: tuple[int, int],
-    lower_right: bool = False,
 ) -> tuple[Block, ...]:
     """Return blocks of rows that cover what these queries see of these keys, each pair once."""
     if tuple(queries) == tuple(keys) and window == (OPEN, OPEN):  # positions ascend with rows
@@ -117,7 +116,7 @@ def dense_blocks(
     for part, first in _with_rows(queries):
         of_part: list[Block] = []
         for source, start in _with_rows(keys):
-            block = visible(part, source, is_causal, window, lower_right)
+            block = visible(part, source, is_causal, window, lower_right=False)
             if block is not None:
                 _append(of_part, _in_rows(block, first - part[0], start - source[0]))
         for block in of_part:

@@ -49,7 +49,7 @@ class Share:
                 f"query: a causal call, or one with a window, needs as many queries as keys on each rank; got "
                 f"{have['query']} and {have['key']}"
             )
-        layout = Layout(ranks, whole["query"], whole["key"], params.is_causal, params.window_size, False, starts)
+        layout = Layout(ranks, whole["query"], whole["key"], params.is_causal, params.window_size, starts)
         call = cls(group, params, layout, rank)
         call._check(have)
         return call

@@ -1,6 +1,6 @@
 """`flash_attn2`: FlashAttention 2, the package `flash-attn`.
 
-Written for 2.7.3 to 2.8.3. Sources: `flash_attn/flash_attn_interface.py`, `csrc/flash_attn/flash_api.cpp`,
+Written for 2.7.3 to 2.8.3.post2. Sources: `flash_attn/flash_attn_interface.py`, `csrc/flash_attn/flash_api.cpp`,
 `csrc/flash_attn/src/flash_bwd_launch_template.h`. The functions below its public ones are called, because the
 public ones keep what backward needs to themselves. Tensors are `(B, S, H, E)`, masks end at the lower right,
 `lse` is natural, and plus infinity in a row that sees no key.

@@ -1,6 +1,6 @@
 """`flex`: PyTorch's `flex_attention`, which compiles a kernel from a function of the logits and one of the mask.
 
-Written for PyTorch 2.11 to 2.13 (`torch/nn/attention/flex_attention.py`). Numbers that differ from call to call
+Written for PyTorch 2.11 to 2.14 (`torch/nn/attention/flex_attention.py`). Numbers that differ from call to call
 (offsets, windows, lengths, slopes, caps) reach these functions as tensors, so that one kernel is compiled for
 each kind of call and not for each call. Inside `torch.compile`, flex is part of the caller's graph.
 

@@ -57,6 +57,7 @@ def hub(
         The implementation's name, for `impl=`, scopes and the rest.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: the repository is of no known library, or neither or both of version and revision are given.
         ModuleNotFoundError: `kernels` is not installed.
         attnplug.PluginError: the kernel has other functions than its adapter was written for.

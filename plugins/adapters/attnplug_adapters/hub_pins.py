@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import dataclass
 
-from attnplug import Capabilities, ImplSpec, SDPBackend
+from attnplug import Capabilities, ImplSpec, PluginWarning, SDPBackend
 from attnplug_adapters import specs
 
 VARIABLE = "ATTNPLUG_HUB"
@@ -37,8 +38,17 @@ class Pinned:
         """Return a repository that is pinned.
 
         Raises:
+            TypeError: an argument is of another type.
             ValueError: it is of no known library, or not pinned.
         """
+        if not isinstance(repository, str):
+            raise TypeError(
+                f"repository: expected a string such as 'kernels-community/flash-attn3', got {repository!r}"
+            )
+        if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+            raise TypeError(f"version: expected an integer, as the Hub counts them, got {version!r}")
+        if revision is not None and not isinstance(revision, str):
+            raise TypeError(f"revision: expected the hash of a commit as a string, got {revision!r}")
         pinned = cls(repository, version, revision)
         if "/" not in repository or pinned.library not in CAPABILITIES:
             known = ", ".join(CAPABILITIES)
@@ -71,7 +81,8 @@ def hub_spec() -> ImplSpec:
     """Return the specification of `hub`: that of the library in the repository that is asked for."""
     try:
         pinned = Pinned.from_environment()
-    except ValueError:  # which the kernel says, whenever it is asked for
+    except ValueError as error:  # the kernel says so, too, whenever it is asked for
+        warnings.warn(f"{VARIABLE}: {error}; hub is unavailable", PluginWarning, stacklevel=2)
         pinned = None
     capabilities = Capabilities(devices=("cuda",)) if pinned is None else CAPABILITIES[pinned.library]
     return ImplSpec(

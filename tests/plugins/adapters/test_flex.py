@@ -114,6 +114,8 @@ def right(batch: int, queries: int, keys: int, mask: torch.Tensor | None = None,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of a call without a kernel
+@torch._dynamo.config.patch(recompile_limit=1)
 def test_one_kernel_is_compiled_for_each_kind_of_call(
     kernels: torch._dynamo.testing.CompileCounterWithBackend,
 ) -> None:

@@ -92,6 +92,13 @@ def test_code_that_is_not_pinned_is_not_even_downloaded(
     assert fake_hub.asked == []
 
 
+@pytest.mark.parametrize("wrong", [{"repository": 3}, {"version": True}, {"version": "1"}, {"revision": 7}])
+def test_arguments_of_other_types_are_named(fake_hub: FakeHub, wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"^{next(iter(wrong))}: expected "):
+        attnplug_adapters.hub(**{"repository": "kernels-community/flash-attn2"} | wrong)
+    assert fake_hub.asked == []
+
+
 def test_a_kernel_with_other_functions_is_refused(fake_hub: FakeHub) -> None:
     fake_hub.library = types.ModuleType("flash_attn_interface")
     with pytest.raises(attnplug.PluginError, match="kernels-community/flash-attn2: flash_attn_interface has no _flash"):
@@ -135,4 +142,6 @@ class TestEnvironment:
     ) -> None:
         monkeypatch.setenv("ATTNPLUG_HUB", value)
         assert str(Hub().unavailable()).startswith("ATTNPLUG_HUB: ")
+        with pytest.warns(attnplug.PluginWarning, match="^ATTNPLUG_HUB: "):
+            hub_spec()
         assert fake_hub.asked == []
