@@ -33,6 +33,8 @@ class Tiles(NamedTuple):
         words: probabilities go from one round to the next in words of two.
         by_polynomial: one exponential in so many is, where nothing is masked; 0 for none.
         softcap: `EACH` element has a reciprocal of its own, or it is `SHARED` by four.
+
+    For the last three, and `HANDED`, see `candidates`: nothing that is shipped has them.
     """
 
     consumers: int
@@ -165,7 +167,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
 
 
 def _scales(params: SDPAParams, way: int) -> tuple[float, float]:
-    """Return what logits (with softcap: its tanh, or, `SHARED`, half of it), and products within it are multiplied by."""
+    """Return what logits, with softcap its tanh or (`SHARED`) half of it, and products within that are multiplied by."""
     scale, softcap = float(params.scale), float(params.softcap)
     if softcap > 0:
         return softcap * log2(e) * (2 if way == SHARED else 1), 2 * log2(e) * scale / softcap
