@@ -167,7 +167,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
 
 
 def _scales(params: SDPAParams, way: int) -> tuple[float, float]:
-    """Return what logits, with softcap its tanh or (`SHARED`) half of it, and products within that are multiplied by."""
+    """Return what logits (with softcap: its tanh, `SHARED`: half of it), and products within it are multiplied by."""
     scale, softcap = float(params.scale), float(params.softcap)
     if softcap > 0:
         return softcap * log2(e) * (2 if way == SHARED else 1), 2 * log2(e) * scale / softcap
