@@ -35,6 +35,7 @@ HOPPER = Machine("sm_90", 132)
 CALLS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": dict(is_causal=True),
+    "window": dict(is_causal=True, window=(50, -1)),
     "everything": dict(lengths=((100, 100),), is_causal=True, window=(50, -1), softcap=2.0, sinks=True),
     "window, used keys": dict(used=(100, 90), window=(50, 20), lower_right=True),
     "negative scale": dict(scale=-0.5),
