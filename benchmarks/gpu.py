@@ -38,6 +38,7 @@ class Part:
         limit: seconds that it has.
         told: from its log, the lines of the summary.
         environment: variables that it has besides.
+        by_name: whether it runs only where it is asked for.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Part:
     limit: float
     told: Callable[[Path], Iterable[str]]
     environment: dict[str, str] = field(default_factory=dict)
+    by_name: bool = False
 
 
 def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> list[Part]:
@@ -59,6 +61,7 @@ def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> 
         tests(workers, rehearsal),
         *(benchmark(folder, name, claim, limit, rehearsal) for name, claim, limit in BENCHMARKS),
         figures(folder, implementations, device, rehearsal),
+        replace(benchmark(folder, *CANDIDATES, rehearsal), by_name=True),
     ]
     if triton in implementations:
         claim = f"every check of {triton} in full, on Hopper on its own kernels"
@@ -74,6 +77,7 @@ BENCHMARKS = (
     ("forward", "forward and decoding beside PyTorch's kernels and FlashAttention", 50.0),
     ("backward", "backward beside cuDNN's", 25.0),
 )
+CANDIDATES = ("candidates", "candidates for Hopper's forward kernel beside what is shipped", 170.0)
 FEW_CHECKS = ["--only", "check_values", "--only", "check_causal", "--dtype", "float32"]
 SLOWER = 4
 """How much longer parts may take in a rehearsal, which may have few cores."""
@@ -269,7 +273,8 @@ def main() -> int:
     print(f"{machine}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
     query = torch.empty(1, 2, 128, 64, dtype=torch.bfloat16, device=kind)
     print(attnplug.explain(query, query, query, is_causal=True), flush=True)
-    chosen = [part for part in everything if not arguments.part or part.name in arguments.part]
+    wanted = arguments.part or [part.name for part in everything if not part.by_name]
+    chosen = [part for part in everything if part.name in wanted]
     return run(chosen, folder, arguments.limit * (SLOWER if arguments.rehearse else 1))
 
 

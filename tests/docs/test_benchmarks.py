@@ -58,6 +58,13 @@ def test_all_run_together_and_the_results_name_machine_and_versions(tmp_path: Pa
 
 def test_run_knows_every_benchmark() -> None:
     done = run("run.py", "--help")
-    others = {"gpu", "forward", "backward", "peers", "false_alarms"}  # on a GPU alone, shared, or without a clock
+    others = {
+        "gpu",
+        "forward",
+        "backward",
+        "candidates",
+        "peers",
+        "false_alarms",
+    }  # on a GPU alone, shared, or without a clock
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"run", "harness"} - others == set(PROGRAMS)
     assert all(program in done.stdout for program in PROGRAMS)

@@ -21,9 +21,12 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
+from attnplug import SDPAParams  # noqa: E402
 from attnplug_flash_triton import cost, impl  # noqa: E402
 from attnplug_flash_triton.hopper import outputs  # noqa: E402
-from attnplug_flash_triton.problem import Machine  # noqa: E402
+from attnplug_flash_triton.hopper.candidates import CANDIDATES, Candidate  # noqa: E402
+from attnplug_flash_triton.plans import Plan  # noqa: E402
+from attnplug_flash_triton.problem import Machine, read  # noqa: E402
 from hopper_gradients import call  # noqa: E402
 
 BEFORE_ROUNDS = 128
@@ -32,6 +35,7 @@ HOPPER = Machine("sm_90", 132)
 CALLS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": dict(is_causal=True),
+    "window": dict(is_causal=True, window=(50, -1)),
     "everything": dict(lengths=((100, 100),), is_causal=True, window=(50, -1), softcap=2.0, sinks=True),
     "window, used keys": dict(used=(100, 90), window=(50, 20), lower_right=True),
     "negative scale": dict(scale=-0.5),
@@ -76,7 +80,22 @@ def rounds(code: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     params = call(size, heads=(2, 1), queries=100, keys=100, **CALLS[name]).params
-    plan = outputs.forward(params, HOPPER)
+    assert_fits_and_overlaps(params, outputs.forward(params, HOPPER), size, name, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: f"{candidate.size} {candidate.name}")
+def test_candidates_fit_and_overlap(candidate: Candidate, capsys: pytest.CaptureFixture[str]) -> None:
+    size, name = candidate.size, next(iter(candidate.expected))
+    params = call(size, heads=(2, 1), queries=100, keys=100, **(CALLS | {"softcap": dict(softcap=2.0)})[name]).params
+    tiles = outputs.TILES[size, outputs.BOUNDED if params.is_causal else outputs.FULL]
+    plan = outputs.plan(read(params, HOPPER), size, tiles._replace(**candidate.change))
+    assert_fits_and_overlaps(params, plan, size, f"{candidate.name}, {name}", capsys)
+
+
+def assert_fits_and_overlaps(
+    params: SDPAParams, plan: Plan, size: int, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     tensors = plan.tensors(impl.tensors_of(params), torch.device("cpu"))
     (launch,) = plan.launches
     found = cost.cost(launch, tensors, "sm_90")

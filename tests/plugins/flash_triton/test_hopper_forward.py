@@ -18,6 +18,7 @@ import gluon_emulator
 from attnplug_flash_triton import launches
 from attnplug_flash_triton.hopper import choose, outputs
 from attnplug_flash_triton.hopper import forward as kernels
+from attnplug_flash_triton.hopper.candidates import ALL_OF_IT, CANDIDATES, SHARED_RECIPROCALS
 from attnplug_flash_triton.problem import Machine
 from gluon_emulator import launching
 from hopper_gradients import Call, call
@@ -82,6 +83,33 @@ def test_out_and_lse_are_those_of_the_formulas_in_every_order(size: int, name: s
     assert error(call(size, **CALLS[name]), seed) < LARGEST
 
 
+@pytest.fixture
+def all_candidates_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    for of, tiles in outputs.TILES.items():
+        monkeypatch.setitem(outputs.TILES, of, tiles._replace(**ALL_OF_IT | SHARED_RECIPROCALS))
+
+
+@pytest.mark.usefixtures("all_candidates_together")
+@pytest.mark.parametrize("name", ["softcap", "variable length", "window"])
+def test_candidates_give_out_and_lse_of_the_formulas(name: str) -> None:
+    assert error(call(64, **CALLS[name])) < LARGEST
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_candidates_together")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_candidates_give_out_and_lse_of_the_formulas_in_every_order(size: int, name: str, seed: int) -> None:
+    assert error(call(size, **CALLS[name]), seed) < LARGEST
+
+
+def test_no_call_runs_on_a_candidate() -> None:
+    for candidate in CANDIDATES:
+        shipped = [tiles for (size, _), tiles in outputs.TILES.items() if size == candidate.size]
+        assert all(tiles != tiles._replace(**candidate.change) for tiles in shipped)
+
+
 @pytest.mark.parametrize(("size", "size_v"), [(40, 40), (80, 24), (72, 200), (192, 128)])
 def test_head_sizes_between_are_padded(size: int, size_v: int) -> None:
     assert error(call(size, size_v, queries=70, keys=140, is_causal=True)) < LARGEST
@@ -132,14 +160,49 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", PLANTED.values(), ids=PLANTED)
-def test_planted_faults_are_found(change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faulty = launching.mutant(kernels, tmp_path, change)
+def assert_found(change: tuple[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assert that the emulator finds a fault in the kernel with one text changed."""
+    faulty = launching.mutant(kernels, folder, change)
     monkeypatch.setattr(outputs, "forward_kernel", faulty.forward_kernel)
     made = call(64, lengths=((1, 5), (400, 700), (0, 10), (64, 200)), window=(150, 20))
     with pytest.raises(gluon_emulator.Fault):
         for seed in range(6):
             error(made, seed)
+
+
+@pytest.mark.parametrize("change", PLANTED.values(), ids=PLANTED)
+def test_planted_faults_are_found(change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_found(change, tmp_path, monkeypatch)
+
+
+PLANTED_IN_CANDIDATES = {
+    "where the next tile is, is not waited for": (
+        "    mbarrier.wait(next[1].index(slot), (turn // AHEAD) & 1)\n",
+        "",
+    ),
+    "where a tile is, is overwritten before all have read it": (
+        "    mbarrier.wait(next_empty.index(slot), ((turn // AHEAD) & 1) ^ 1)\n    layout",
+        "    layout",
+    ),
+    "where a tile is, is released before it is read": (
+        "            where = _handed(turn, next, lengths, numbers, 4)\n"
+        "            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)\n",
+        "            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)\n"
+        "            where = _handed(turn, next, lengths, numbers, 4)\n",
+    ),
+    "where the next tile is, is told with this one's turn": (
+        '_hand_on(numbers[10] + gl.atomic_add(next[3], 1, sem="relaxed"), turn + 1,',
+        '_hand_on(numbers[10] + gl.atomic_add(next[3], 1, sem="relaxed"), turn,',
+    ),
+}
+
+
+@pytest.mark.usefixtures("all_candidates_together")
+@pytest.mark.parametrize("change", PLANTED_IN_CANDIDATES.values(), ids=PLANTED_IN_CANDIDATES)
+def test_faults_planted_in_candidates_are_found(
+    change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_found(change, tmp_path, monkeypatch)
 
 
 def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:

@@ -38,6 +38,7 @@ from attnplug_flash_triton.hopper.device import (
     after_wait,
     as_operand,
     exp2,
+    exp2_shared,
     hidden_above,
     hidden_below,
     load_tile,
@@ -45,6 +46,7 @@ from attnplug_flash_triton.hopper.device import (
     packed,
     reciprocal,
     schedule,
+    softcapped,
     store_tile,
     store_wait,
 )
@@ -58,6 +60,12 @@ FlashAttention-4's). Exponentials are then larger than they need be, up to 2**8,
 not rescale the output."""
 DYNAMIC = gl.constexpr(2)
 """For PERSISTENT: the next tile is the next that no program has taken, by a counter in global memory."""
+HANDED = gl.constexpr(3)
+"""For PERSISTENT: as DYNAMIC, and the loading warp finds out where the next tile is while it loads this one."""
+PLACE = gl.constexpr(7)
+"""Numbers that say where a tile is: see `_where`."""
+SHARED = gl.constexpr(2)
+"""For SOFTCAP: four elements share a reciprocal."""
 
 # Arguments that are not compiled in, so that a kernel is compiled once for all lengths.
 RUNTIME = [
@@ -74,7 +82,7 @@ def forward_kernel(
     Q_STAGES: gl.constexpr,
     PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr, BY_POLYNOMIAL: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Write out and lse for tiles of `CONSUMERS * 64` queries of one head.
@@ -91,8 +99,11 @@ def forward_kernel(
         programs: how many there are.
         scale: of the logits in powers of two, positive; with NEGATE, of the negated products.
         inner_scale: with SOFTCAP, what products are multiplied by within the tanh, times 2 log2(e).
+        SOFTCAP: 0, 1, or SHARED, where `scale` is twice as large; see `softcapped`.
+        BY_POLYNOMIAL: in tiles without masks, one exponential in so many is; 0 for none. See `exp2_shared`.
+        WORDS: probabilities go from one round to the next in words of two.
         in_order: 0x3210; see `after_wait`.
-        PERSISTENT: 0, 1 for every `programs`-th tile, or DYNAMIC.
+        PERSISTENT: 0, 1 for every `programs`-th tile, DYNAMIC, or HANDED.
         OWN_OUT: the output has its own shared memory; else it takes that of the queries.
         SIZE: of a head, rounded up to 64, 128 or 256.
     """
@@ -111,7 +122,8 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    next_tiles = gl.allocate_shared_memory(gl.int32, [AHEAD, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    handed: gl.constexpr = PLACE if PERSISTENT == HANDED else 1
+    next_tiles = gl.allocate_shared_memory(gl.int32, [AHEAD * handed, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     next_full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], bar)
     next_empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], bar)
     for i in gl.static_range(AHEAD):
@@ -143,12 +155,12 @@ def forward_kernel(
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
                 )),
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
                 )),
                 (_load, (
                     shared, 1, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
@@ -168,17 +180,17 @@ def forward_kernel(
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
                 )),
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
                 )),
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 2, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
                 )),
             ],
             [4, 4, 4],
@@ -211,24 +223,37 @@ def _load(
             mbarrier.arrive(next_full.index(slot), count=1)
             for _ in range(_is_there(at, lengths, numbers, M, HAS_HIGH)):
                 done = _load_tile(
-                    at, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                    _where(at, lengths, numbers, M, HAS_HIGH), turn, done, shared,
+                    WARPS, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT,
                     RAGGED_Q, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
                 turn += 1
             at = after
             taken += 1
+    elif PERSISTENT == HANDED:
+        turn = 0
+        _hand_on(gl.program_id(0), turn, shared, WARPS, M, HAS_HIGH)
+        while _is_handed(turn, next, WARPS):
+            done = _load_tile(
+                _handed(turn, next, lengths, numbers, WARPS), turn, done, shared,
+                WARPS, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT,
+                RAGGED_Q, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
+            )  # fmt: skip
+            turn += 1
     else:
         for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
             done = _load_tile(
-                gl.program_id(0) + turn * programs, turn, done, shared, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                _where(gl.program_id(0) + turn * programs, lengths, numbers, M, HAS_HIGH), turn, done, shared,
+                WARPS, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT,
                 RAGGED_Q, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
             )  # fmt: skip
 
 
 @gluon.jit
 def _load_tile(
-    at, turn, done, shared, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
+    where, turn, done, shared,
+    WARPS: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr, PERSISTENT: gl.constexpr, RAGGED_Q: gl.constexpr, RAGGED_K: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
     """Bring one tile of queries, the `turn`-th of this program, and its keys, before which there were `done` tiles."""
@@ -237,8 +262,8 @@ def _load_tile(
     q_bufs, k_bufs, v_bufs, o_bufs = buffers
     q_full, k_full, v_full = full
     q_empty, k_empty, v_empty = empty
-    row, batch, head = _place(at, numbers, M, HAS_HIGH)
-    first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
+    row, batch, head, first_q, len_q, first_k, len_k = where
+    low, high = _sides(len_q, len_k, numbers, LOWER_RIGHT)
     begin, end = _span(row, gl.minimum(row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
     q_batch = batch * (1 - RAGGED_Q)
     kv_head = head // numbers[1]
@@ -250,6 +275,8 @@ def _load_tile(
         if c == 0:
             _bring(k_desc, k_bufs, k_full, k_empty, done, (end - 1) * BLOCK_N, batch, kv_head, first_k, len_k,
                    STAGES, RAGGED_K)  # fmt: skip
+    if PERSISTENT == HANDED:  # while these are on their way
+        _hand_on(numbers[10] + gl.atomic_add(next[3], 1, sem="relaxed"), turn + 1, shared, WARPS, M, HAS_HIGH)
     for i in range(1, end - begin + 1):
         if i < end - begin:
             _bring(k_desc, k_bufs, k_full, k_empty, done + i, (end - 1 - i) * BLOCK_N, batch, kv_head, first_k, len_k,
@@ -282,7 +309,7 @@ def _attend(
     PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
     RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr, BY_POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of each tile: those of warpgroup number `CONSUMER`."""
     descs, buffers, full, empty, next, lengths, numbers = shared
@@ -296,9 +323,10 @@ def _attend(
         while at < tiles * columns:
             for _ in range(_is_there(at, lengths, numbers, M, HAS_HIGH)):
                 done = _attend_tile(
-                    at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                    _where(at, lengths, numbers, M, HAS_HIGH), turn, done,
+                    shared, lse, sinks, scale, inner_scale, in_order,
                     CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
-                    OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                    OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
                 )  # fmt: skip
                 turn += 1
             slot = taken % AHEAD
@@ -306,24 +334,36 @@ def _attend(
             at = gl.max(next_tiles.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
             mbarrier.arrive(next_empty.index(slot), count=1)
             taken += 1
+    elif PERSISTENT == HANDED:
+        turn = 0
+        while _is_handed(turn, next, 4):
+            where = _handed(turn, next, lengths, numbers, 4)
+            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)
+            done = _attend_tile(
+                where, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
+            )  # fmt: skip
+            turn += 1
     else:
         for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
             done = _attend_tile(
-                gl.program_id(0) + turn * programs, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                _where(gl.program_id(0) + turn * programs, lengths, numbers, M, HAS_HIGH), turn, done,
+                shared, lse, sinks, scale, inner_scale, in_order,
                 CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
-                OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
             )  # fmt: skip
     store_wait(0)
 
 
 @gluon.jit
 def _attend_tile(
-    at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+    where, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
     CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     OWN_OUT: gl.constexpr, RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr, BY_POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of one tile, the `turn`-th of this program, before which there were `done` tiles of keys."""
     descs, buffers, full, empty, next, lengths, numbers = shared
@@ -341,8 +381,8 @@ def _attend_tile(
     q = q_bufs.index(at_q).reshape([WARPGROUP, SIZE])
     rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
 
-    tile_row, batch, head = _place(at, numbers, M, HAS_HIGH)
-    first_q, len_q, first_k, len_k, low, high = _sequence(batch, lengths, numbers, LOWER_RIGHT)
+    tile_row, batch, head, first_q, len_q, first_k, len_k = where
+    low, high = _sides(len_q, len_k, numbers, LOWER_RIGHT)
     begin_all, end_all = _span(
         tile_row, gl.minimum(tile_row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH
     )
@@ -364,30 +404,30 @@ def _attend_tile(
     mbarrier.arrive(k_empty.index(at), count=1)
     p, top, total, fade = _softmax(
         s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
-        True, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+        True, True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, BY_POLYNOMIAL,
     )  # fmt: skip
     o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
-    p = _weights(p, o, in_order, dtype)
+    p = _weights(p, o, in_order, dtype, WORDS)
 
     if HAS_HIGH:
         for i in range(done + 1, done + end - whole_end):
             p, top, total, o = _round(
                 q, rings, i, zero, p, top, total, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
                 inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES,
-                True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
             )  # fmt: skip
     for i in range(done + end - whole_end, done + end - whole_begin):
         p, top, total, o = _round(
             q, rings, i, zero, p, top, total, o, bounds, 0, scale, inner_scale,
             in_order, dtype, SIZE, BLOCK_N, STAGES,
-            False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+            False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
         )  # fmt: skip
     if HAS_LOW:
         for i in range(done + end - whole_begin, done + end - begin):
             p, top, total, o = _round(
                 q, rings, i, zero, p, top, total, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
                 inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES,
-                True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+                True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
             )  # fmt: skip
 
     if OWN_OUT:
@@ -398,6 +438,8 @@ def _attend_tile(
     operand = _operand(p, o, dtype)
     o_acc = warpgroup_mma(operand, v_bufs.index(at).reshape([BLOCK_N, SIZE]), o, is_async=True)
     total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    if SOFTCAP == SHARED:
+        top += 0.5
     share, row_lse = _finished(top * scale, total, sinks, head)
     o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
     mbarrier.arrive(v_empty.index(at), count=1)
@@ -435,7 +477,7 @@ def _round(
     dtype: gl.constexpr, SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr,
     HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr, BY_POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """Add the values of tile `i - 1`, whose probabilities are `p`; return those of tile `i`, and what else changes."""
     k_bufs, v_bufs, k_full, v_full, k_empty, v_empty = rings
@@ -451,20 +493,22 @@ def _round(
     mbarrier.arrive(k_empty.index(at_k), count=1)
     p32, top, total, fade = _softmax(
         s, top, total, bounds, column, scale, inner_scale,
-        False, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
+        False, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, BY_POLYNOMIAL,
     )  # fmt: skip
     total = above_wait(total)
     o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
     mbarrier.arrive(v_empty.index(at_v), count=1)
-    p = _weights(p32, o, in_order, dtype)
+    p = _weights(p32, o, in_order, dtype, WORDS)
     return p, top, total, _faded(o, fade)
 
 
 @gluon.jit
-def _weights(p, o, in_order, dtype: gl.constexpr):
+def _weights(p, o, in_order, dtype: gl.constexpr, WORDS: gl.constexpr):
     """Return probabilities in the form in which they go from one round to the next; see `after_wait`."""
     if p.shape[1] == 2 * o.shape[1]:  # as many words as there are elements of the output
         return after_wait(packed(p, dtype), o, in_order)
+    elif WORDS:
+        return packed(p, dtype)
     else:
         return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o.type.layout, 2), assert_trivial=True)
 
@@ -489,7 +533,7 @@ def _faded(o, fade):
 def _softmax(
     s, top, total, bounds, column, scale, inner_scale,
     FIRST: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, BY_POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """Return unscaled probabilities of the products `s`, the rows' new maxima and sums, and what earlier ones fade by.
 
@@ -497,7 +541,9 @@ def _softmax(
     """
     if NEGATE:
         s = -s
-    if SOFTCAP:  # tanh; that it has no relative precision near 0 is no loss in a logit
+    if SOFTCAP == SHARED:
+        s = softcapped(s * inner_scale)
+    elif SOFTCAP:  # tanh; that it has no relative precision near 0 is no loss in a logit
         s = 1.0 - 2.0 * reciprocal(exp2(s * inner_scale) + 1.0)
     if MASKED:
         s = _masked(s, bounds, column, HAS_LOW, HAS_HIGH)
@@ -508,7 +554,10 @@ def _softmax(
     shift = higher
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
         shift = gl.where(higher == float("-inf"), 0.0, higher)
-    p = exp2(s * scale - (shift * scale)[:, None])
+    if BY_POLYNOMIAL and not MASKED:
+        p = exp2_shared(s * scale - (shift * scale)[:, None], BY_POLYNOMIAL)
+    else:
+        p = exp2(s * scale - (shift * scale)[:, None])
     if FIRST:
         fade = higher  # of nothing
         total = _part_sums(p)
@@ -602,8 +651,72 @@ def _place(at, numbers, M: gl.constexpr, LAST_FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _sequence(batch, lengths, numbers, LOWER_RIGHT: gl.constexpr):
-    """Return (first query, queries, first key, keys, low, high): query i sees the keys from i + low to i + high."""
+def _where(at, lengths, numbers, M: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """Return where tile number `at` is: first row, batch, head, first query, queries, first key, keys."""
+    row, batch, head = _place(at, numbers, M, LAST_FIRST)
+    first_q, len_q, first_k, len_k = _sequence(batch, lengths, numbers)
+    return row, batch, head, first_q, len_q, first_k, len_k
+
+
+@gluon.jit
+def _hand_on(at, turn, shared, WARPS: gl.constexpr, M: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """Tell all warps where the `turn`-th tile is, of which there is none before number `at`; row -1 if none is left."""
+    descs, buffers, full, empty, next, lengths, numbers = shared
+    next_tiles, next_full, next_empty, counter = next
+    heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
+    last = tiles * columns - 1
+    if lengths[0] is not None:
+        while (at < last) & (_is_there(gl.minimum(at, last), lengths, numbers, M, LAST_FIRST) == 0):
+            at = programs + gl.atomic_add(counter, 1, sem="relaxed")
+    row, batch, head, first_q, len_q, first_k, len_k = _where(gl.minimum(at, last), lengths, numbers, M, LAST_FIRST)
+    row = gl.where((at > last) | (row >= len_q), -1, row)
+    slot = turn % AHEAD
+    mbarrier.wait(next_empty.index(slot), ((turn // AHEAD) & 1) ^ 1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    place = (row, batch, head, first_q, len_q, first_k, len_k)
+    for i in gl.static_range(PLACE):
+        next_tiles.index(slot * PLACE + i).store(gl.full([1], place[i], gl.int32, layout))
+    mbarrier.arrive(next_full.index(slot), count=1)
+
+
+@gluon.jit
+def _is_handed(turn, next, WARPS: gl.constexpr):
+    """Wait for what `_hand_on` tells of the `turn`-th tile, and return whether there is one."""
+    slot = turn % AHEAD
+    mbarrier.wait(next[1].index(slot), (turn // AHEAD) & 1)
+    return _number(next[0], slot * PLACE, WARPS) >= 0
+
+
+@gluon.jit
+def _handed(turn, next, lengths, numbers, WARPS: gl.constexpr):
+    """Return what `_where` does, of the `turn`-th tile; only after `_is_handed`."""
+    heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
+    first = turn % AHEAD * PLACE
+    row = _number(next[0], first, WARPS)
+    batch = _number(next[0], first + 1, WARPS)
+    head = _number(next[0], first + 2, WARPS)
+    first_q = 0
+    len_q = num_q
+    first_k = batch * k_rows
+    len_k = num_k
+    if lengths[0] is not None:
+        first_q = _number(next[0], first + 3, WARPS)
+        len_q = _number(next[0], first + 4, WARPS)
+        first_k = _number(next[0], first + 5, WARPS)
+    if lengths[1] is not None or lengths[2] is not None:
+        len_k = _number(next[0], first + 6, WARPS)
+    return row, batch, head, first_q, len_q, first_k, len_k
+
+
+@gluon.jit
+def _number(numbers, i, WARPS: gl.constexpr):
+    """Return a number of shared memory."""
+    return gl.max(numbers.index(i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def _sequence(batch, lengths, numbers):
+    """Return (first query, queries, first key, keys)."""
     cu_q, cu_k, used = lengths
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
     first_q = 0
@@ -617,10 +730,16 @@ def _sequence(batch, lengths, numbers, LOWER_RIGHT: gl.constexpr):
         len_k = gl.load(cu_k + batch + 1) - first_k
     if used is not None:
         len_k = gl.load(used + batch)
+    return first_q, len_q, first_k, len_k
+
+
+@gluon.jit
+def _sides(len_q, len_k, numbers, LOWER_RIGHT: gl.constexpr):
+    """Return (low, high): query i sees the keys from i + low to i + high."""
     offset = 0
     if LOWER_RIGHT:
         offset = len_k - len_q
-    return first_q, len_q, first_k, len_k, offset - left, offset + right
+    return offset - numbers[5], offset + numbers[6]
 
 
 @gluon.jit

@@ -28,8 +28,13 @@ class Tiles(NamedTuple):
         stages: tiles of keys, and of values, held at once.
         q_stages: tiles of queries held at once.
         persistent: one program for each multiprocessor takes one tile of queries after another: `STATIC`, every
-            so-manieth, or `DYNAMIC`, the next that nobody has.
+            so-manieth, `DYNAMIC`, the next that nobody has, or `HANDED`, that one, found out where it is beforehand.
         own_out: the output has its own shared memory, so that the next queries are loaded while it is written.
+        words: probabilities go from one round to the next in words of two.
+        by_polynomial: one exponential in so many is, where nothing is masked; 0 for none.
+        softcap: `EACH` element has a reciprocal of its own, or it is `SHARED` by four.
+
+    For the last three, and `HANDED`, see `candidates`: nothing that is shipped has them.
     """
 
     consumers: int
@@ -38,9 +43,13 @@ class Tiles(NamedTuple):
     persistent: int = 0
     own_out: bool = False
     q_stages: int = 1
+    words: bool = False
+    softcap: int = 1
+    by_polynomial: int = 0
 
 
-STATIC, DYNAMIC = 1, 2
+STATIC, DYNAMIC, HANDED = 1, 2, 3
+EACH, SHARED = 1, 2
 
 FULL, BOUNDED = "full", "bounded"
 """Whether every query sees every key, or there is a side to what it sees (causal, windows)."""
@@ -105,9 +114,10 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         "out": New.contiguous(shape, params.query.dtype, 0.0 if packed else None),
         "lse": New.contiguous(problem.rows, torch.float32, -torch.inf if packed else None),
     }
-    if packed and tiles.persistent:  # sequences differ in length
+    if packed and tiles.persistent == STATIC:  # sequences differ in length
         tiles = tiles._replace(persistent=DYNAMIC)
-    if tiles.persistent == DYNAMIC:
+    counts = tiles.persistent in (DYNAMIC, HANDED)
+    if counts:
         new["counter"] = New.contiguous((1,), torch.int32, 0)
     lengths = (name if getattr(params, name) is not None else None for name in ("cu_seq_q", "cu_seq_k", "seqused_k"))
     rows = tiles.consumers * ROWS
@@ -124,11 +134,11 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         of_rows("value", params.value, tiles.block_n, size, packed=packed, ragged=ragged),
         of_rows("out", new["out"], ROWS, size, packed=packed, ragged=packed),
         *("lse", *lengths, "sinks" if params.sinks is not None else None),
-        "counter" if tiles.persistent == DYNAMIC else None,
+        "counter" if counts else None,
         *(problem.heads, problem.group, problem.rows[-1], problem.longest_k),
         rows_between_sequences(params.key) if dense_used else 0,
         *(left, right, count, columns, problem.section(columns) * problem.group, programs),
-        *_scales(params),
+        *_scales(params, tiles.softcap),
         BYTES_IN_ORDER,
     )
     registers, loader_registers, at_start = REGISTERS[tiles.consumers]
@@ -144,7 +154,9 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         HAS_LOW=flags["HAS_LOW"],
         HAS_HIGH=flags["HAS_HIGH"],
         NEGATE=params.scale < 0 and not params.softcap,
-        SOFTCAP=params.softcap > 0,
+        SOFTCAP=tiles.softcap if params.softcap > 0 else 0,
+        WORDS=tiles.words,
+        BY_POLYNOMIAL=tiles.by_polynomial,
         REGISTERS=registers,
         LOADER_REGISTERS=loader_registers,
         num_warps=4,
@@ -154,9 +166,9 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
     return Plan((Launch(forward_kernel, programs, arguments, compiled_in),), new, ("out", "lse"))
 
 
-def _scales(params: SDPAParams) -> tuple[float, float]:
-    """Return what logits (with softcap: its tanh), and products within the tanh are multiplied by."""
+def _scales(params: SDPAParams, way: int) -> tuple[float, float]:
+    """Return what logits (with softcap: its tanh, `SHARED`: half of it), and products within it are multiplied by."""
     scale, softcap = float(params.scale), float(params.softcap)
     if softcap > 0:
-        return softcap * log2(e), 2 * log2(e) * scale / softcap
+        return softcap * log2(e) * (2 if way == SHARED else 1), 2 * log2(e) * scale / softcap
     return abs(scale) * log2(e), 0.0
