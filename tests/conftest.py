@@ -27,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items.sort(key=_begins_first, reverse=True)
+
+
+def _begins_first(item: pytest.Item) -> bool:
+    """Whether it takes so long that whatever else is left would end before it."""
+    marker = item.get_closest_marker("slow")
+    return marker is not None and marker.kwargs.get("first", False)
 
 
 def pytest_collection_finish() -> None:

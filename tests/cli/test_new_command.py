@@ -107,7 +107,7 @@ def environment(tmp_path_factory):
 PROGRAMS = {"lent_pip": "pip._internal.cli.main", "lent_attnplug": "attnplug.cli", "lent_pytest": "pytest"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_new_package_installs_is_listed_and_passes_the_checks_and_its_own_tests(write, environment, flavour):
     if flavour == "triton":

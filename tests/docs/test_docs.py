@@ -6,11 +6,8 @@ import doctest
 import html
 import importlib
 import inspect
-import os
 import pkgutil
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -42,25 +39,6 @@ MODULES = [
 ]
 RUN = sorted(path.name for path in pages.DOCS.glob("*.md") if pages.blocks(path.name))
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-
-
-def build(site: Path, config: Path = ROOT / "mkdocs.yml") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site, "--config-file", config],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("docs") / "site"
-    done = build(folder)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @cache
@@ -116,7 +94,7 @@ def test_a_mistake_in_a_page_stops_the_build(tmp_path, line):
     nav = "[index.md, nowhere.md]" if line == "nav" else "[index.md]"
     config = tmp_path / "mkdocs.yml"
     config.write_text(f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nhooks: []\nextra_css: []\nnav: {nav}\n")
-    done = build(tmp_path / "site", config)
+    done = pages.build(tmp_path / "site", config)
     assert (done.returncode != 0 and "nowhere" in done.stderr) or "attnplug.nothing" in done.stderr, done.stderr
 
 

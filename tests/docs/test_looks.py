@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,26 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("looks") / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", folder, "--config-file", "mkdocs.yml"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def started() -> Iterator[Any]:
     with browser.browser() as found:
         yield found
-
-
-@needs_browser
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), LOOKS)
-def test_no_page_is_wider_than_its_window(started, site, width, scheme):
-    for page in sorted(site.rglob("*.html")):
-        with shown(started, page, width, scheme) as tab:
-            assert (page.name, overflow(tab), clipped(tab)) == (page.name, 0, [])
 
 
 # What scrolls sideways within a page, though the window is a desktop's.
@@ -52,10 +33,15 @@ _SCROLLS = """
 
 @needs_browser
 @pytest.mark.slow
-def test_on_a_desktop_code_and_tables_are_seen_whole(started, site):
+def test_no_page_is_wider_than_its_window_and_a_desktop_shows_code_and_tables_whole(started, site):
     for page in sorted(site.rglob("*.html")):
         with shown(started, page) as tab:
             assert (page.name, tab.evaluate(_SCROLLS)) == (page.name, [])
+            for width, scheme in LOOKS:
+                tab.set_viewport_size({"width": width, "height": 900})
+                tab.emulate_media(color_scheme=scheme)
+                assert tab.evaluate("innerWidth") == width
+                assert (page.name, width, scheme, overflow(tab), clipped(tab)) == (page.name, width, scheme, 0, [])
 
 
 @needs_browser

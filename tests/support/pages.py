@@ -65,6 +65,18 @@ class Block:
     line: int
 
 
+def build(site: Path, config: Path = DOCS.parent / "mkdocs.yml") -> subprocess.CompletedProcess[str]:
+    """Build a site where a warning is an error."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site, "--config-file", config],
+        cwd=DOCS.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def blocks(page: str) -> list[Block]:
     """Return the blocks of a page, named as `first-steps.md`."""
     text = (DOCS / page).read_text()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -41,12 +42,19 @@ def run_one(mutant: Mutant, check: str) -> Result:
     return result
 
 
-def mutants(function: Callable[..., None]) -> Callable[..., None]:
-    ids = [f"{mutant.kernel.__module__}.{mutant.name}" for mutant in all_mutants()]
-    return pytest.mark.parametrize("mutant", all_mutants(), ids=ids)(function)
+def case(mutant: Mutant, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(mutant, marks=marks, id=f"{mutant.kernel.__module__}.{mutant.name}")
 
 
-@mutants
+def is_quick(mutant: Mutant) -> bool:
+    return not all(CHECKS[check].full for check in mutant.checks)
+
+
+QUICK = [case(mutant) for mutant in all_mutants() if is_quick(mutant)]
+FULL = [case(mutant, pytest.mark.slow) for mutant in all_mutants() if not is_quick(mutant)]
+
+
+@pytest.mark.parametrize("mutant", [*QUICK, *FULL])
 def test_wrong_kernel_is_caught_by_the_checks_that_name_its_mistake(mutant: Mutant, record_property) -> None:
     assert all(made(check, mutant.dtype, "full") for check in mutant.checks)
     record_property("mutant", mutant.name)
@@ -56,11 +64,9 @@ def test_wrong_kernel_is_caught_by_the_checks_that_name_its_mistake(mutant: Muta
     assert not missed, f"{mutant.kernel.__doc__} Not noticed by {missed}"
 
 
-@mutants
+@pytest.mark.parametrize("mutant", QUICK)  # the line of a full check has the same form, and takes long
 def test_the_line_that_a_failure_ends_with_shows_it_again(mutant: Mutant, capsys: pytest.CaptureFixture[str]) -> None:
     check = min(mutant.checks, key=lambda check: CHECKS[check].full)
-    if CHECKS[check].full:
-        pytest.skip("takes long, and the checks that do not end in the same way")
     with registered(mutant.kernel()):
         line = run_one(mutant, check).reason.rpartition("again: ")[2]
         if ".check(" in line:

@@ -50,7 +50,7 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=True)
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's already")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_conformance_kit_passes_in_the_interpreter(dtype: str) -> None:
