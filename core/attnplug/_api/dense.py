@@ -16,8 +16,8 @@ from torch.overrides import handle_torch_function
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import Plan, is_deterministic
-from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer, holds
+from attnplug._dispatch.plans import is_deterministic
+from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, Chosen, answer, holds
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
 from attnplug._params import params_of
@@ -184,8 +184,8 @@ def scaled_dot_product_attention(
     ):
         quick: Any = answer(query, key, value, is_causal, enable_gqa)
         passes = quick is PASS or (quick is PASS_IF_ALIGNED and _are_aligned(query, key, value))
-        if type(quick) is Plan and holds(quick, query, key, value):
-            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
+        if type(quick) is Chosen and holds(quick, query, key, value):
+            return quick.plan.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
     # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
     if passes or (
@@ -194,7 +194,7 @@ def scaled_dot_product_attention(
         and return_lse is False
         and (state.torch_first if impl is None else type(impl) is str and impl == "torch")
         and (process.choices is None or impl is not None)
-        and not (state.watched or is_profiled())
+        and not (state.watched or (is_profiled() if tracing else _profiler_enabled()))
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and type(dropout_p) in NUMBERS
         and dropout_p < 1.0
@@ -206,6 +206,8 @@ def scaled_dot_product_attention(
     ):
         try:
             if scale is None and not enable_gqa:
+                if is_causal is False and dropout_p == 0.0:  # a number takes PyTorch 0.3 us to read
+                    return _torch_sdpa(query, key, value, attn_mask)
                 return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal)
             return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         except (RuntimeError, TypeError, ValueError):

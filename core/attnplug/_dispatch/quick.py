@@ -6,17 +6,17 @@ a call without mask, dropout and lse, outside any scope, whose keys and values h
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import CallFacts
 from attnplug._dispatch.measured import choice_of, tell
 from attnplug._dispatch.plans import KEPT, Plan, find, is_deterministic
-from attnplug._dispatch.recognised import PLAIN
+from attnplug._dispatch.recognised import PLAIN, comparison
 from attnplug._registry.registry import DEFAULT
 from attnplug._selection.state import when_started
 from attnplug._types import SDPAParams
@@ -24,10 +24,21 @@ from attnplug._types import SDPAParams
 PASS, PASS_IF_ALIGNED, ASK = "PyTorch's function", "the same if tensors are aligned", "the other routes"
 _answers: dict[tuple[Any, ...], Any] = {}
 _grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
+
+
+class Chosen(NamedTuple):
+    """The answer that a kernel runs: its plan, which has a `plain`, and what compares a call's tensors with its likes.
+
+    There is a comparison for each way in which tensors may be the same: of query and key, and of key and value.
+    """
+
+    plan: Plan
+    fits: dict[tuple[bool, bool], Callable[..., bool]]
 
 
 def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) -> Any:
-    """Return `PASS`, `PASS_IF_ALIGNED`, a plan with a `plain`, or `ASK`; 0.8 us.
+    """Return `PASS`, `PASS_IF_ALIGNED`, a `Chosen`, or `ASK`; 0.8 us.
 
     What is in the key was found to fit when its answer was kept. The number of keys is rounded, as in kinds of calls,
     so that a decode loop finds what is kept.
@@ -55,7 +66,9 @@ def answer(query: Any, key: Any, value: Any, is_causal: bool, enable_gqa: bool) 
         found = _answers.get(known)
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):  # no tensors, or symbolic sizes
         return ASK
-    return found or _found(known, query, key, value, is_causal, enable_gqa)
+    if type(found) is str or (found is not None and (query is key, key is value) in found.fits):
+        return found
+    return _found(known, query, key, value, is_causal, enable_gqa)
 
 
 def _found(known: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Any:
@@ -70,28 +83,29 @@ def _found(known: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, is
     if choice in (None, DEFAULT):
         found: Any = PASS if query.get_device() < 0 else PASS_IF_ALIGNED
     else:
-        found = find(None, facts, params)
-        if found is None:
+        plan = find(None, facts, params)
+        if plan is None:
             return ASK
-        if found.plain is None or found.decision.shape_dependent or is_deterministic():
+        if plan.plain is None or plan.decision.shape_dependent or is_deterministic():
             found = ASK
+        else:
+            fits, before = comparison((query, key, value)), _answers.get(known)
+            if fits is None:  # it may be another with other strides
+                return ASK
+            others = before.fits if type(before) is Chosen and before.plan is plan else {}
+            found = Chosen(plan, others | {(query is key, key is value): fits})
     if len(_answers) >= KEPT:
         _answers.clear()
     _answers[known] = found
     return found
 
 
-def holds(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a plan that is an answer holds now: what could not be in the key for want of time."""
-    dtype, device = query.dtype, query.device
-    alike = key.dtype is dtype and value.dtype is dtype and key.device == device and value.device == device
-    strided = query.layout is key.layout is value.layout is torch.strided
+def holds(chosen: Chosen, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a kernel that is an answer runs this call: what could not be in the key for want of time."""
     return (
-        alike
-        and strided
+        query.layout is key.layout is value.layout is _strided  # before the comparison: see `recognised`
         and not is_deterministic()
-        and not is_compiling()
-        and (query.is_contiguous() and key.is_contiguous() and value.is_contiguous())
+        and chosen.fits[query is key, key is value](query, key, value)
     )
 
 

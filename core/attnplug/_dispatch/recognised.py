@@ -104,20 +104,16 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     others, autocasts, exact = known.get(way, ()), any_autocast(), plan.decision.shape_dependent
     if (
-        _TensorGuards is None
-        or len(others) >= SEVERAL
+        len(others) >= SEVERAL
         or (exact and params.is_varlen)  # whose longest sequences count too
         or is_transformed()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
-        or not {*map(type, tensors)}.issubset(PLAIN)
-        or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
         or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))
     ):
         return
-    try:
-        fits = _comparison(tensors, exact, params.is_varlen)
-    except TypeError:  # a release whose guards take other arguments
+    fits = comparison(tensors, exact, params.is_varlen)
+    if fits is None:
         return
     square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None
     cast = (query.device.type, query.dtype) if autocasts else None
@@ -131,8 +127,15 @@ def _has_positions(params: SDPAParams) -> bool:
     return params.is_causal or params.window_size != OPEN_WINDOW
 
 
-def _comparison(tensors: tuple[Tensor, ...], exact: bool, packed: bool) -> Callable[..., bool]:
-    """Return what compares a call's tensors with these: all but batch, lengths, and the strides that depend on them."""
+def comparison(tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = False) -> Callable[..., bool] | None:
+    """Return what compares a call's tensors with these; None for tensors that are not recognised.
+
+    All is compared, unless `exact` but for batch, lengths, and the strides that depend on them. Those of queries, keys
+    and values must be strided, of at least two dimensions, and dense in the last, as these are.
+    """
+    dense = all(tensor.stride(-1) == 1 for tensor in tensors[:3])
+    if _TensorGuards is None or not dense or not {*map(type, tensors)}.issubset(PLAIN):
+        return None
     heads = -2 if packed else -3
     sizes: list[list[int | None]] = []
     strides: list[list[int | None]] = []
@@ -149,19 +152,22 @@ def _comparison(tensors: tuple[Tensor, ...], exact: bool, packed: bool) -> Calla
                 size[-1], stride[-1] = tensor.shape[-1], 1
         sizes.append(size)
         strides.append(stride)
+    try:
+        return _guards(tensors, sizes, strides)
+    except TypeError:  # a release whose guards take other arguments
+        return None
+
+
+def _guards(tensors: tuple[Tensor, ...], sizes: list[Any], strides: list[Any]) -> Callable[..., bool]:
+    """Return what compares tensors with these; PyTorch's guards refuse one that is given twice."""
     distinct = len({*map(id, tensors)})
     if distinct == len(tensors):
-        return _guards(tensors, sizes, strides)
+        return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     each = [_guards((tensor,), [size], [stride]) for tensor, size, stride in zip(tensors, sizes, strides, strict=True)]
     if distinct == 1:
         fits = each[0]
         return lambda query, key, value: query is key is value and fits(query)
     return lambda *given: all(fits(tensor) for fits, tensor in zip(each, given, strict=True))
-
-
-def _guards(tensors: tuple[Tensor, ...], sizes: Any, strides: Any) -> Callable[..., bool]:
-    """Return what compares tensors with these, none of which may be there twice."""
-    return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 when_started(lambda registry: registry.listeners.append(lambda _: known.clear()))
