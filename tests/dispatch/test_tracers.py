@@ -238,7 +238,7 @@ def test_an_opaque_kernel_is_an_operator_below_transforms_that_something_watches
 def test_flops_of_an_opaque_kernel_are_counted_as_pytorch_counts_attention(packed: bool) -> None:
     capabilities = attnplug.Capabilities(features=[attnplug.Feature.VARLEN] if packed else ())
     attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque(), backend=None, capabilities=capabilities))
-    query = (torch.randn(9, 2, 8) if packed else Q).requires_grad_()
+    query = (torch.randn(9, 2, 8) if packed else Q).clone().requires_grad_()
     starts = torch.tensor([0, 4, 9], dtype=torch.int32)
     with FlopCounterMode(display=False) as counter:
         if packed:

@@ -221,7 +221,7 @@ def scaled_dot_product_attention(
     if (
         not tracing
         and (plain or are_numbers(causal_variant, window_size, softcap, sinks, alibi_slopes, seqused_k))
-        and (process.choices is None or impl is not None)  # measured choices look at lengths
+        and (impl is not None or process.choices is None)  # measured choices look at lengths
         and (impl is None or type(impl) is str)
         and (is_causal is False or is_causal is True)
         and (enable_gqa is False or enable_gqa is True)

@@ -50,15 +50,17 @@ def recognise(
         return None
     try:  # the comparison in C ends the process at a tensor that has no sizes or strides: nested and sparse ones
         batch, _, queries, _ = query.shape
-        key_batch, _, keys, _ = key.shape
-        value_batch, _, values, _ = value.shape
+        key_shape, value_shape = key.shape, value.shape
+        key_batch, _, keys, _ = key_shape
+        if value_shape != key_shape and (len(value_shape) != 4 or value_shape[::2] != key_shape[::2]):
+            return None
         if not query.layout is key.layout is value.layout is _strided:
             return None
         if mask is not None and (mask.layout is not _strided or not _broadcasts(mask.shape, batch, queries, keys)):
             return None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
         return None
-    if batch == key_batch == value_batch > 0 and keys == values > 0 < queries:
+    if batch == key_batch > 0 and keys > 0 < queries:
         for fits, square, cast, plan in candidates:
             if (
                 (fits(query, key, value) if mask is None else fits(query, key, value, mask))
