@@ -237,7 +237,7 @@ def llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=16,
-        vocab_size=32, pad_token_id=0,
+        vocab_size=32, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
 
