@@ -67,7 +67,7 @@ def become(arguments: list[str], environment: dict[str, str], folder: str, files
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         if isinstance(leaving.code, str):
             sys.stderr.write(f"{leaving.code}\n")
-    except BaseException as error:
+    except BaseException as error:  # an interpreter, too, shows whatever ends its program
         at = error.__traceback__
         while at is not None and at.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
             at = at.tb_next

@@ -207,13 +207,15 @@ def varlen_attn(
 def _the_long_way(fields: dict[str, Any], impl: str | None, way: Hashable) -> Any:
     """Run a call that is not like one before it, or is traced, symbolic or sharded."""
     query, compiling = fields["query"], is_compiling()
-    if type(query) not in PLAIN and not compiling and is_symbolic(query):
-        del fields["causal_variant"]
-        return to_symbols(varlen_attn, fields, impl)
-    if type(query) not in PLAIN and is_sharded(query):
-        run = traced.varlen if compiling else eager.varlen
-        out, lse = run_sharded(prepare_varlen(SDPAParams(**fields)), lambda share: run(share, impl))
-    elif compiling:
+    if type(query) not in PLAIN:
+        if not compiling and is_symbolic(query):
+            del fields["causal_variant"]
+            return to_symbols(varlen_attn, fields, impl)
+        if is_sharded(query):
+            run = traced.varlen if compiling else eager.varlen
+            out, lse = run_sharded(prepare_varlen(SDPAParams(**fields)), lambda share: run(share, impl))
+            return (out, lse) if fields["return_lse"] else out
+    if compiling:
         out, lse = traced.varlen(SDPAParams(**fields), impl)
     else:
         out, lse = eager.varlen(params_of(fields), impl, way)

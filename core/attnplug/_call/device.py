@@ -66,7 +66,7 @@ def compute_capability(device: torch.device | str) -> Capability | None:
         True
     """
     device = as_device("device", device)
-    if device.type != "cuda" or torch.version.hip is not None:
+    if type_of(device) != "cuda" or torch.version.hip is not None:
         return None
     if _described.capability is not None:
         return _described.capability

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnplug._call.device import name_of_dtype
 from attnplug._call.facts import CallFacts
 from attnplug._call.requirements import features, needs_grad
 from attnplug._selection.choices import Kind, rounded_up
@@ -15,7 +16,7 @@ Problem = tuple[Any, ...]
 def problem_of(facts: CallFacts) -> Problem:
     """Return the kind of a call without its sizes, as `Kind.problem` has it."""
     return (
-        str(facts.dtype).removeprefix("torch."),
+        name_of_dtype(facts.dtype),
         facts.head_size,
         facts.value_head_size,
         facts.heads // max(facts.kv_heads, 1),

@@ -116,9 +116,7 @@ def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ..
         reasons += (
             f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({entry.name!r})",
         )
-    if kernel.lacks is not None:
-        reasons += kernel.missing(features(call))
-    return reasons + kernel.refusals(params)
+    return reasons + kernel.missing(features(call)) + kernel.refusals(params)
 
 
 def verdict_of(entry: Entry, call: CallFacts, params: SDPAParams) -> Verdict:

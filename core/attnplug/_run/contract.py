@@ -165,6 +165,7 @@ def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
     shape, dtype, device, size = query.shape, query.dtype, query.device, params.value.shape[-1]
     _check_output(name, "out", out, shape if size == shape[-1] else (*shape[:-1], size), dtype, device)
     if lse is not None or params.return_lse:
+        # `lse_shape` and `lse_dtype` say the same, and would read shape and dtype again
         rows = (shape[1], shape[0]) if params.cu_seq_q is not None else shape[:-1]
         _check_output(name, "lse", lse, rows, torch.float64 if dtype is torch.float64 else torch.float32, device)
 

@@ -50,8 +50,6 @@ def _backward(device_type: str) -> Any:
 
 def supports(params: SDPAParams) -> str | None:
     """Decline what FlashAttention-2's backward refuses, on GPUs whose multiprocessors have less shared memory."""
-    if params.query.is_cpu:
-        return None
     gpu, size = compute_capability(params.query.device), params.query.shape[-1]
     if gpu is None or not ((8, 6) <= gpu <= (8, 9) or gpu[0] == 12) or not params.needs_grad:
         return None

@@ -48,7 +48,7 @@ def attend(
 ) -> Any:
     """Return what `attention(*constants)` does, computed by a compiled kernel; if that cannot be, it warns."""
     given = (query, key, value, score_mod, block_mask)
-    function = _function_of(constants, *given)
+    function = _function_of(constants, given)
     if function is None:
         reason = f"it has compiled kernels for {MOST} kinds of calls, and this is another"
     else:
@@ -66,18 +66,14 @@ def attend(
 
 
 def _function_of(
-    constants: tuple[float, bool, bool],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_mod: Any,
-    block_mask: BlockMask | None,
+    constants: tuple[float, bool, bool], given: tuple[Tensor, Tensor, Tensor, Any, BlockMask | None]
 ) -> Attend | None:
     """Return the function for calls of this kind; None if there are too many kinds."""
+    *tensors, score_mod, block_mask = given
     kind = (
         constants,
         torch.is_grad_enabled(),
-        *((tensor.device, tensor.shape[1], tensor.shape[3], _form(tensor)) for tensor in (query, key, value)),
+        *((tensor.device, tensor.shape[1], tensor.shape[3], _form(tensor)) for tensor in tensors),
         _form_of_closure(score_mod),
         None if block_mask is None else (_form(block_mask.kv_indices), _form_of_closure(block_mask.mask_mod)),
     )
@@ -87,7 +83,7 @@ def _function_of(
         assert isinstance(made, FunctionType)
         # Dynamo counts by code object, and keeps which sizes have varied by name.
         made.__code__ = made.__code__.replace(co_name=f"flex_attention_of_kind_{len(_compiled)}")
-        varying = True if query.device.type == "cpu" else None
+        varying = True if given[0].device.type == "cpu" else None
         found = _compiled.setdefault(kind, torch.compile(made, fullgraph=True, dynamic=varying))
     return found
 
