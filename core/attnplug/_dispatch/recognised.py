@@ -75,14 +75,13 @@ def recognise(
     try:  # the comparison in C ends the process at a tensor that has no sizes or strides: nested and sparse ones
         if not query.layout is key.layout is value.layout is _strided:
             return None
-        if query.is_nested or key.is_nested or value.is_nested:
-            return None
         if mask is not None and (mask.layout is not _strided or mask.is_nested):
             return None
         for one in candidates:
             same = one.same
             if (
                 same is not None
+                and not (query.is_nested or key.is_nested or value.is_nested)
                 and (same(query, key, value) if mask is None else same(query, key, value, mask))
                 and (one.cast is None or one.is_cast())
             ):
