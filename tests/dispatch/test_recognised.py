@@ -386,6 +386,29 @@ def test_a_shape_dependent_kernel_is_asked_again_for_every_shape() -> None:
     assert [call.impl for call in calls] == ["even", "even", "even", "aten_math", "even", "aten_math", "even"]
 
 
+def test_decisions_by_length_do_not_pile_up() -> None:
+    """Where a kernel looks at lengths each has a decision; after some thousands the first ones are made again."""
+    asked: list[int] = []
+
+    class Asked(Opaque):
+        shape_dependent = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor, None]:
+            return params.query.clone(), None
+
+        @staticmethod
+        def supports(params: SDPAParams) -> None:
+            asked.append(params.key.shape[-2])
+
+    attnplug.register_impl(ImplSpec(name="asked", kernel=Asked, backend=None))
+    query, keys = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 5000, 8)
+    for length in (*range(1, 5001), 20):
+        attnplug.scaled_dot_product_attention(query, keys[:, :, :length], keys[:, :, :length], impl="asked")
+    assert asked.count(20) == 2
+    assert asked.count(5000) == 1
+
+
 def test_more_kinds_of_tensors_than_are_recognised_are_decided_as_well() -> None:
     for _ in range(3):
         for heads in range(1, 20):
