@@ -339,12 +339,15 @@ def _is_open(window: Any) -> bool:
     return type(window) is tuple and window == OPEN_WINDOW and type(window[0]) is int is type(window[1])
 
 
-def _are_aligned(*tensors: Tensor) -> bool:
+def _are_aligned(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether tensors start where CUDA kernels can load 16 bytes at once: PyTorch's fault at others.
 
     A trace has no storage to ask; Inductor copies inputs that are not aligned.
     """
-    return is_compiling() or all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
+    if is_compiling():
+        return True
+    starts = query.storage_offset() | key.storage_offset() | value.storage_offset()
+    return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
 
 
 def is_symbolic(query: Any) -> bool:
