@@ -20,7 +20,7 @@ SHAPE = (2, 2, 5, 8)
 
 
 class Saving:
-    """Saves its weights and its dropout mask for backward, one of them only sometimes."""
+    """Saves its weights and its dropout mask for backward, one of them only sometimes; its out lies in columns."""
 
     @staticmethod
     def forward(params: SDPAParams) -> tuple[Tensor | None, ...]:
@@ -30,7 +30,7 @@ class Saving:
         if params.dropout:
             keep = (torch.rand(weights.shape) >= params.dropout) / (1 - params.dropout)
         out = (weights if keep is None else weights * keep) @ value
-        return torch.from_numpy(out.numpy().copy()), torch.logsumexp(logits, -1), weights, keep
+        return torch.from_numpy(out.mT.numpy().copy()).mT, torch.logsumexp(logits, -1), weights, keep
 
     @staticmethod
     def backward(
