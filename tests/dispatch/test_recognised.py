@@ -19,6 +19,7 @@ from attnplug import CausalVariant, ImplSpec, SDPAParams
 torch.manual_seed(0)
 Q, K, V = torch.randn(3, 2, 4, 6, 8)
 MASK = torch.randn(2, 4, 6, 6)
+SQUARE = torch.randn(2, 4, 8, 8)
 HIDING = torch.zeros(6, 6).index_fill(0, torch.tensor([2, 5]), float("-inf"))
 
 
@@ -62,6 +63,7 @@ def nested(layout: torch.layout = torch.strided) -> Tensor:
 Change = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
 CHANGES: dict[str, Change] = {
     "nothing": lambda: ((Q, K, V), {}),
+    "a mask that is query, key and value": lambda: ((SQUARE, SQUARE, SQUARE), {"attn_mask": SQUARE}),
     "another batch": lambda: ((Q[:1], K[:1], V[:1]), {}),
     "other lengths": lambda: ((Q[:, :, :2], K[:, :, :5], V[:, :, :5]), {}),
     "a batch of keys alone": lambda: ((Q, K[:1], V[:1]), {}),
