@@ -162,6 +162,24 @@ def test_make_gpu_passes_the_part_on() -> None:
     assert "benchmarks/gpu.py --part conformance" in planned.stdout.replace("\\\n\t", "")
 
 
+def test_what_a_needed_module_imports_is_needed_too(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needed_by_nobody.py").write_text("import what_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [gpu.lacking(name) for name in ("json", "what_nobody_has", "needed_by_nobody")]
+    assert found == ["", "what_nobody_has", "what_nobody_has"]
+
+
+def test_figures_are_written_without_matplotlib(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    (figures,) = (each for each in gpu.parts(tmp_path, ["torch"]) if each.name == "kernels")
+    outputs = [Path(given).name for given in figures.command if given.startswith(str(tmp_path))]
+    assert outputs == ["kernels.json", "kernels.csv"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_what_it_needs() -> None:
     done = subprocess.run([forked.python(), str(SCRIPT)], capture_output=True, text=True, check=False)
