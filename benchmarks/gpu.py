@@ -141,17 +141,22 @@ def run(chosen: list[Part], folder: Path, limit: float = LIMIT) -> int:
                 continue
             print(f"\n=== {part.name}: {part.claim}, at most {min(part.limit, left):.0f} s", flush=True)
             began = time.monotonic()
-            ended = outcome(part, folder / f"{part.name}.txt", min(part.limit, left) - GRACE)
+            log, told = folder / f"{part.name}.txt", []
+            try:
+                ended = outcome(part, log, min(part.limit, left) - GRACE)
+                told = list(part.told(log))
+            except (OSError, ValueError) as error:  # a full disk, or results that are cut off in an odd place
+                ended = f"failed ({type(error).__name__}: {error})"
             good = good and ended == "done"
             lines.append(f"{part.name}: {ended} after {time.monotonic() - began:.0f} s, {part.claim}")
-            lines += [f"  {line}" for line in part.told(folder / f"{part.name}.txt")]
+            lines += [f"  {line}" for line in told]
     except KeyboardInterrupt:
         lines.append("interrupted")
         good = False
     finally:
         summary = "\n".join([*lines, f"{time.monotonic() - start:.0f} s in all; results are in {folder}"])
-        (folder / "summary.txt").write_text(summary + "\n")
         print(f"\n=== summary\n{summary}", flush=True)
+        (folder / "summary.txt").write_text(summary + "\n")
     return 0 if good else 1
 
 
@@ -197,7 +202,8 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 def told_by_checks(found: Path) -> Iterable[str]:
     """Say how many checks of each implementation passed, and which failed, why."""
-    results = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+    lines = found.read_text().splitlines(keepends=True) if found.exists() else []
+    results = [json.loads(line) for line in lines if line.endswith("\n")]
     counts: dict[str, Counter[str]] = {}
     for result in results:
         counts.setdefault(result["impl"], Counter())[result["status"]] += 1
