@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from attnplug._arguments import shown
+from attnplug._tracing import constant_in_traces
 
 Capability = tuple[int, int]
 
@@ -74,6 +75,19 @@ def compute_capability(device: torch.device | str) -> Capability | None:
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.get_device_capability(index) if index < torch.cuda.device_count() else None
+
+
+@constant_in_traces
+def is_blackwell(index: int) -> bool:
+    """Whether a CUDA device of this machine has compute capability 10 or 11."""
+    found = _blackwell.get(index)
+    if found is None:
+        capability = compute_capability(torch.device("cuda", index))
+        found = _blackwell[index] = capability is not None and capability[0] in (10, 11)
+    return found
+
+
+_blackwell: dict[int, bool] = {}
 
 
 def as_device(argument: str, value: Any) -> torch.device:
