@@ -201,6 +201,15 @@ def test_an_activation_falls_back_and_says_so_once_per_reason(register: Callable
         ran(dropout_p=0.1)
 
 
+def test_a_fallback_in_a_layer_of_pytorch_points_at_who_called_the_layer(register: Callable[..., None]) -> None:
+    register("plain_only_in_layers")
+    attnplug.activate_flash_attention_impl("plain_only_in_layers")
+    layer = torch.nn.MultiheadAttention(8, 2, dropout=0.1)
+    with pytest.warns(attnplug.FallbackWarning, match="dropout") as warned:
+        layer(Q[0], Q[0], Q[0], need_weights=False)
+    assert {each.filename for each in warned} == {__file__}
+
+
 def test_explain_gives_every_reason_for_every_implementation() -> None:
     query = torch.randn(1, 2, 4, 8, requires_grad=True)
     explanation = attnplug.explain(query, query, query, softcap=3.0, return_lse=True, impl=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -105,17 +106,37 @@ def test_a_choice_that_depends_on_the_deterministic_mode_is_asked_in_each(wanted
     assert ran_in == [wanted, wanted]
 
 
-def test_causal_calls_of_unequal_lengths_are_of_another_kind_without_a_recording_too():
-    """What ran is told by its bits: PyTorch's function has another order of summation than aten_math."""
-    first, case = torch.randn(2, 4, 64, 32), Case(batch=2, heads=4, queries=64, keys=64, head_size=32, causal=True)
-    with in_use(fastest((case, "aten_math"))), warnings.catch_warnings():
+BIG = Case(batch=2, heads=4, queries=64, keys=64, head_size=32)
+QKV = tuple(torch.randn(3, 2, 4, 64, 32))
+CAUSAL = {"is_causal": True}
+NARROW = QKV[2][..., :16].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("case", "impl", "measured", "other"),
+    [
+        (BIG.but(causal=True), "aten_math", (QKV, CAUSAL), ((QKV[0], *(each[:, :, :60] for each in QKV[1:])), CAUSAL)),
+        (BIG, "aten_math", (QKV, {}), ((QKV[0].clone().requires_grad_(), *QKV[1:]), {})),
+        (BIG.but(value_head_size=16), "math_ref", ((*QKV[:2], NARROW), {}), (QKV, {})),
+    ],
+    ids=["unequal lengths", "gradients", "values of another size"],
+)  # fmt: skip
+def test_kinds_are_told_apart_without_a_recording_too(case, impl, measured, other):
+    """What ran is told by its bits: each of these has another order of summation than PyTorch's function."""
+    attend = attnplug.scaled_dot_product_attention
+    with in_use(fastest((case, impl))), warnings.catch_warnings():
         warnings.simplefilter("ignore", ChoicesWarning)
-        for length, impl in ((64, "aten_math"), (60, "torch"), (64, "aten_math")):
-            key, value = torch.randn(2, 2, 4, length, 32)
-            out = attnplug.scaled_dot_product_attention(first, key, value, is_causal=True)
-            assert torch.equal(
-                out, attnplug.scaled_dot_product_attention(first, key, value, is_causal=True, impl=impl)
-            ), length
+        for (given, options), name in ((other, "torch"), (measured, impl)) * 2:
+            assert torch.equal(attend(*given, **options), attend(*given, **options, impl=name))
+
+
+def test_autocast_is_decided_by_the_dtype_that_kernels_get_without_a_recording_too():
+    attend = attnplug.scaled_dot_product_attention
+    with in_use(fastest((BIG.but(dtype="bfloat16"), "aten_math"))), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ChoicesWarning)
+        for around, impl in ((nullcontext(), "torch"), (torch.autocast("cpu", torch.bfloat16), "aten_math")) * 2:
+            with around:
+                assert torch.equal(attend(*QKV), attend(*QKV, impl=impl))
 
 
 def test_of_several_tables_that_hold_here_what_was_measured_last_counts():

@@ -74,7 +74,7 @@ def _names(variable: str, environ: Mapping[str, str]) -> tuple[str, ...]:
     names = [part.strip() for part in value.split(",")]
     if not all(names):
         raise ConfigError(f"{variable}: {value!r} has an empty name; write names separated by single commas")
-    return tuple(dict.fromkeys(names))
+    return tuple(names)
 
 
 def _switch(variable: str, environ: Mapping[str, str]) -> bool:

@@ -36,7 +36,6 @@ _UNKNOWN_HERE = re.compile(
 
 _lock = lock(DISCOVERY)
 _registry: Registry | None = None
-_failure: PluginError | None = None
 _filling = False
 
 
@@ -47,17 +46,15 @@ def get_registry() -> Registry:
     imported or a signal handler, is refused.
 
     Raises:
-        ConfigError: the environment means nothing; the next call tries again.
-        PluginError: a plugin is broken and `ATTNPLUG_STRICT` is set, now and at every later call; or it is asked for
-            while it is being filled.
+        ConfigError: the environment means nothing.
+        PluginError: a plugin is broken and `ATTNPLUG_STRICT` is set; or it is asked for while it is being filled. The
+            next call tries again.
     """
-    global _registry, _failure, _filling
+    global _registry, _filling
     if _registry is not None:
         return _registry
     with _lock:
         if _registry is None:
-            if _failure is not None:
-                raise PluginError(*_failure.args) from _failure.__cause__
             if _filling:
                 raise PluginError(
                     "attnplug is asked for its implementations while it loads the plugins; a plugin answers the hook "
@@ -66,9 +63,6 @@ def get_registry() -> Registry:
             _filling = True
             try:
                 _registry = _filled()
-            except PluginError as error:
-                _failure = error
-                raise
             finally:
                 _filling = False
         return _registry
