@@ -433,6 +433,7 @@ def test_what_a_plugin_prints_is_not_among_what_the_command_line_prints(site: Si
 def test_escapes_of_a_plugin_reach_no_terminal_and_what_is_long_is_cut(site: Site) -> None:
     raising = "raise ValueError('\\x1b[2J\\x1b]0;title\\x07\\x9b31m' + 'x' * 2_000_000)"
     site.install("fake-\x1b[31mred", {"loud": raising}, {"loud\x1b[5m": "loud"})
+    site.install("fake-blank", {"blank": "raise ValueError('a' + ' ' * 20_000 + 'b')"})
     kernel = "def forward(params): ...\ndef supports(params): return ['\\x1b[8m' + 'y' * 2_000_000, 'short\\r']\n"
     site.install("fake-quiet", {"quiet": plugin(spec("quiet")), "quiet_kernel": kernel})
     report = site.run(
@@ -447,6 +448,7 @@ def test_escapes_of_a_plugin_reach_no_terminal_and_what_is_long_is_cut(site: Sit
         assert len(text) < 5000
         assert all(line.isprintable() for line in text.split("\n")), text[:200]
     assert any("\\x1b[2J" in text and "(cut: 2,000,0" in text for text in report.texts)
+    assert any("(cut: 20,0" in text for text in report.texts)
     assert any("\\x1b[8m" in text and "short" in text for text in report.texts)
     assert any("fake-\\x1b[31mred" in text for text in report.texts)
 

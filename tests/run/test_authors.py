@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
@@ -196,6 +197,12 @@ def test_no_backward_runs_for_a_loss_that_sends_no_gradient(register: Callable[.
     for impl in ("aten_math", "mine"):
         Stopped.apply(attnplug.scaled_dot_product_attention(query, key, value, impl=impl)).sum().backward()
         assert query.grad is None and not ran
+
+    def traced(*tensors: Tensor) -> Any:
+        loss = Stopped.apply(attnplug.scaled_dot_product_attention(*tensors, impl="mine")).sum()
+        return torch.autograd.grad(loss, tensors, allow_unused=True), loss
+
+    assert "mine_backward" not in make_fx(traced)(query, key, value).code
 
 
 def test_second_derivatives_are_refused_unless_declared(register: Callable[..., None]) -> None:
