@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnplug
 from attnplug import SDPAParams
@@ -95,6 +97,34 @@ def test_torch_on_cuda_gets_a_form_that_its_kernels_take(name: str, dtype: str, 
     with mode, torch.no_grad():
         torch_sdpa.forward(params)
     assert_fits(on_cuda[0])
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Collects with what PyTorch's operator of FlashAttention-2 is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention.default:
+            options = kwargs or {}
+            dropout, is_causal, *_ = (*args[3:], *(0.0, False)[len(args) - 3 :])
+            self.given.append((*args[:3], None, dropout, is_causal, options["scale"]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["plain", *(name for name, call in BAD.items() if not call.mask), "dropout"])
+def test_aten_flash_on_cuda_takes_the_short_way_with_what_its_kernel_takes(name: str) -> None:
+    call = BAD.get(name, PLAIN).but(dtype="float16")
+    mode, calls = FakeTensorMode(), OperatorCalls()
+    params = faked(params_of(call, dropout=1.0 if name == "dropout" else 0.0), mode)
+    tensors = params.query, params.key, params.value
+    with torch.no_grad(), mode, calls:
+        out, lse = aten_flash.plain(*tensors, None, params.dropout, params.is_causal, params.scale, False)
+    assert out.shape == params.query.shape and lse.shape == params.query.shape[:-1]
+    assert_fits(calls.given[0])
+    assert name != "plain" or all(map(operator.is_, calls.given[0], tensors))
 
 
 def test_everything_dropped_becomes_values_of_zero_on_cuda(on_cuda: list[tuple[Any, ...]]) -> None:
@@ -218,8 +248,8 @@ def test_single_queries_of_blackwell_do_not_go_straight_to_pytorch(
     monkeypatch.setattr(dense, "_torch_sdpa", lambda query, *others: straight.append(query) or query)
     with FakeTensorMode():
         query, key = (torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for length in (1, 64))
-        for blackwell, expected in ((False, (1, 0)), (True, (1, 1))):
-            monkeypatch.setattr(dense, "is_blackwell", lambda index, answer=blackwell: answer)
+        for errs, expected in ((False, (1, 0)), (True, (1, 1))):
+            monkeypatch.setattr(dense, "errs_in_decoding", lambda index, answer=errs: answer)
             attend(query, key, key, impl=impl)
             assert (len(straight), len(on_cuda)) == expected
     assert on_cuda[0][0].shape[-2] == 2

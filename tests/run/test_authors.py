@@ -234,8 +234,10 @@ def test_a_broadcast_mask_gets_a_gradient_of_its_own_shape(register: Callable[..
             mask = params.attn_mask.detach().expand(*params.query.shape[:3], -1).clone().requires_grad_()
             with torch.enable_grad():
                 out, _ = Masked.forward(SDPAParams(*leaves, mask, scale=params.scale))
-            return torch.autograd.grad(out, [*leaves, mask], grad_out)
+            *grads, of_mask = torch.autograd.grad(out, [*leaves, mask], grad_out)
+            return *grads, of_mask.to(dtype)
 
+    dtype = torch.float64
     register("masked", Masked, Feature.ADDITIVE_MASK, Feature.MASK_GRADIENT)
     query, key, value = inputs()
     mask = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -244,6 +246,10 @@ def test_a_broadcast_mask_gets_a_gradient_of_its_own_shape(register: Callable[..
         return attnplug.scaled_dot_product_attention(*tensors, impl="masked")
 
     assert torch.autograd.gradcheck(call, (query, key, value, mask))
+    (expected,) = torch.autograd.grad(call(query, key, value, mask).sum(), mask)
+    dtype = torch.float32  # what the kernel summed in need not be the mask's own
+    (found,) = torch.autograd.grad(call(query, key, value, mask).sum(), mask)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_path_may_name_a_module_or_something_in_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

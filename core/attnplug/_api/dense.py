@@ -13,7 +13,7 @@ from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under th
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
-from attnplug._call.device import is_blackwell
+from attnplug._call.device import errs_in_decoding
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
@@ -341,15 +341,17 @@ def _is_open(window: Any) -> bool:
 
 
 def _fit_cuda(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's CUDA kernels get such tensors right: `torch` rewrites single queries of Blackwell.
+    """Whether PyTorch's CUDA kernels get such tensors right: `torch` rewrites single queries where cuDNN errs.
 
     They load 16 bytes at once, and fault where a tensor does not start at a multiple of it. A trace has no storage to
     ask; Inductor copies inputs that are not aligned.
     """
-    if query.shape[-2] == 1 and is_blackwell(query.get_device()):
+    if query.shape[-2] == 1 and errs_in_decoding(query.get_device()):
         return False
-    tensors = (query, key, value)
-    return is_compiling() or all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
+    if is_compiling():
+        return True
+    starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]  # no symbols
+    return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
 
 
 def is_symbolic(query: Any) -> bool:

@@ -78,16 +78,17 @@ def compute_capability(device: torch.device | str) -> Capability | None:
 
 
 @constant_in_traces
-def is_blackwell(index: int) -> bool:
-    """Whether a CUDA device of this machine has compute capability 10 or 11."""
-    found = _blackwell.get(index)
+def errs_in_decoding(index: int) -> bool:
+    """Whether the cuDNN of a CUDA device of this machine may get single queries wrong: see `builtin.faults`."""
+    found = _errs_in_decoding.get(index)
     if found is None:
-        capability = compute_capability(torch.device("cuda", index))
-        found = _blackwell[index] = capability is not None and capability[0] in (10, 11)
+        capability, cudnn = compute_capability(torch.device("cuda", index)), torch.backends.cudnn.version() or 0
+        found = capability is not None and capability[0] in (10, 11) and cudnn <= 92500
+        _errs_in_decoding[index] = found
     return found
 
 
-_blackwell: dict[int, bool] = {}
+_errs_in_decoding: dict[int, bool] = {}
 
 
 def as_device(argument: str, value: Any) -> torch.device:

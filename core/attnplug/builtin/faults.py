@@ -135,14 +135,13 @@ def _is_misaligned(params: SDPAParams) -> bool:
 def is_aligned(tensor: Tensor) -> bool:
     """Whether the widest loads can read the rows of a tensor: their numbers are dense, and each starts aligned."""
     elements = ALIGNMENT // tensor.element_size()
-    *sizes, last = tensor.shape
+    if tensor.storage_offset() % elements:
+        return False
     *strides, step = tensor.stride()
-    rows = zip(sizes, strides, strict=True)
-    return (
-        _starts_aligned(tensor)
-        and (step == 1 or last == 1)
-        and all(stride % elements == 0 for size, stride in rows if size != 1)
-    )
+    for at, stride in enumerate(strides):
+        if stride % elements and tensor.shape[at] != 1:
+            return False
+    return step == 1 or tensor.shape[-1] == 1
 
 
 def _starts_aligned(tensor: Tensor) -> bool:
