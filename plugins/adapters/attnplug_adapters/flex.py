@@ -10,6 +10,7 @@ On CPU it has neither a backward nor, compiled, an lse, which sinks are made fro
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from operator import index
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     """Return `out` and, if it is asked for, `lse`."""
+    if flex_mods.has_constant_sizes(params.query.device):
+        _make_sizes_constant(params)
     positions = flex_mods.Positions.of(params)
     query, key, value = flex_mods.dense(params, positions)
     wants_lse = params.return_lse or params.sinks is not None
@@ -52,6 +55,19 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     if params.is_varlen:
         out, lse = out[0].transpose(0, 1), None if lse is None else lse[0]
     return out, lse if params.return_lse else None
+
+
+def _make_sizes_constant(params: SDPAParams) -> None:
+    """Have Dynamo compile the caller's graph for these sizes alone.
+
+    For sizes that vary, what Inductor generates for a CPU in PyTorch 2.13 does not compile: its template renames its
+    own sizes in the text of a kernel, `ku1` in `ku12` too (`CppFlexAttentionTemplate.modification`). Dynamo guards the
+    value of what is an index.
+    """
+    for tensor in vars(params).values():
+        if isinstance(tensor, Tensor):
+            for size in tensor.shape:
+                index(size)
 
 
 def _with_sinks(out: Tensor, lse: Any, sinks: Tensor) -> tuple[Tensor, Tensor]:

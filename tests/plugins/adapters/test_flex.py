@@ -202,3 +202,26 @@ def test_masked_calls_of_many_sizes_run_on_the_cpu() -> None:
         mask[0, ..., -3:] = False
         out = attnplug.scaled_dot_product_attention(query, key, value, mask, impl="flex")
         torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, key, value, mask))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": True}, {"softcap": 5.0, "window_size": (4, 2)}, {"attn_mask": "boolean"}, {"attn_mask": "floating"}],
+    ids=str,
+)
+def test_a_compiled_model_takes_calls_of_several_sizes_on_the_cpu(options: dict[str, Any]) -> None:
+    """For sizes that vary, and for tensors that the graph computes, Inductor's code for a CPU does not compile."""
+
+    def model(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, impl: str) -> torch.Tensor:
+        masks = {"boolean": mask, "floating": mask.to(query.dtype)}
+        given = {name: masks.get(value, value) for name, value in options.items()}
+        return attnplug.scaled_dot_product_attention(query, key, key, **given, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    for batch, queries, keys in ((2, 20, 20), (3, 37, 50)):
+        query, key = torch.randn(batch, 4, queries, 16), torch.randn(batch, 4, keys, 16)
+        mask = torch.rand(batch, 1, 1, keys) < 0.8
+        torch.testing.assert_close(compiled(query, key, mask, "flex"), model(query, key, mask, "math_ref"))
+    torch._dynamo.reset()
