@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -21,7 +20,6 @@ from attnplug import SDPAParams
 from attnplug_adapters import convert
 
 Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Numbers = Tensor | tuple[float, ...]
 _FAR = 2**30
 _ROOM = 128
 
@@ -141,7 +139,7 @@ def score_mod(params: SDPAParams, positions: Positions) -> Any:
     return reduce(_then, parts) if parts else None
 
 
-def band_mod(limits: Numbers) -> Mod:
+def band_mod(limits: Tensor) -> Mod:
     """Return the mask of a band, `limits[0] <= j - i <= limits[1]`."""
 
     def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -150,16 +148,14 @@ def band_mod(limits: Numbers) -> Mod:
     return band
 
 
-def ends(offset: int, band: tuple[int, int], device: torch.device) -> Numbers:
+def ends(offset: int, band: tuple[int, int], device: torch.device) -> Tensor:
     """Return the least and the largest `j - i` that a band sees."""
     left, right = band
     return numbers((offset - left if left >= 0 else -_FAR, offset + right if right >= 0 else _FAR), device)
 
 
-def numbers(values: tuple[float, ...], device: torch.device) -> Numbers:
-    """Return numbers as a tensor, which a compiled kernel takes as an argument; as they are for a graph of one size."""
-    if has_constant_sizes(device):
-        return values
+def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a tensor, which a compiled kernel takes as an argument."""
     return torch.tensor(values, device=device) if is_watched() else _kept(values, device)
 
 
@@ -180,24 +176,10 @@ def held(tensor: Tensor, lengths: int) -> Tensor:
     On a CPU its sizes are constants of a kernel: there they are rounded up to powers of two, so that kernels are few.
     """
     if not is_constant(tensor.device):
-        return in_memory(tensor)
+        return tensor
     sizes = _rounded(tuple(tensor.shape), lengths)
     missing = [(0, size - have) for size, have in zip(sizes, tensor.shape, strict=True)]
     return _constant(pad(tensor, [side for sides in reversed(missing) for side in sides]))
-
-
-def has_constant_sizes(device: torch.device) -> bool:
-    """Whether a graph of Dynamo is for a CPU, for which `flex_attention` compiles with constant sizes alone."""
-    return device.type == "cpu" and is_dynamo_compiling() and not is_exporting()
-
-
-def in_memory(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor, to which Inductor must write it.
-
-    For a CPU, PyTorch 2.13 compiles no function that looks up what the graph has computed but not written
-    (`lower_cpu` takes it before `maybe_realize` has written it, and fails with `NoValidChoicesError`).
-    """
-    return tensor.as_strided(tensor.shape, tensor.stride()) if has_constant_sizes(tensor.device) else tensor
 
 
 def is_constant(device: torch.device) -> bool:
@@ -224,7 +206,7 @@ def _rounded(sizes: tuple[int, ...], lengths: int) -> tuple[int, ...]:
     )
 
 
-def _from_diagonal(offset: Numbers) -> Mod:
+def _from_diagonal(offset: Tensor) -> Mod:
     def distance(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j - i - offset[0]
 
@@ -256,7 +238,7 @@ def _slope(slopes: Tensor, positions: Positions) -> Mod:
     return lambda b, h, i, j: slopes[sequences[i], h]
 
 
-def _capped(softcap: Numbers) -> Any:
+def _capped(softcap: Tensor) -> Any:
     def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return softcap[0] * torch.tanh(logit / softcap[0])
 
@@ -300,7 +282,7 @@ def _used(used: Tensor) -> Mod:
     return exists
 
 
-def _within(distance: Mod, limits: Numbers) -> Mod:
+def _within(distance: Mod, limits: Tensor) -> Mod:
     def within(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         found = distance(b, h, i, j)
         return (found >= limits[0]) & (found <= limits[1])
@@ -329,5 +311,5 @@ def _full(params: SDPAParams) -> Tensor:
     batch, heads, queries, _ = params.query.shape
     sizes = (batch, heads, queries, params.key.shape[2])
     if not is_constant(mask.device):
-        return in_memory(mask).expand(sizes)
+        return mask.expand(sizes)
     return _constant(held(mask, 2).expand(_rounded(sizes, 2)))
