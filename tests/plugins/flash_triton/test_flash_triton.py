@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
+import attnplug_flash_triton
 import forked
 
 pytest.importorskip("triton")
@@ -125,6 +126,16 @@ def test_explain_says_which_kernels_run_and_why(
     assert found.chosen == "flash_triton"
     assert list(found.candidates[0].notes[: len(said)]) == said
     assert len(found.candidates[0].notes) == (2 if said else 0)
+
+
+def test_on_a_gpu_it_comes_before_the_older_kernels_and_in_the_interpreter_behind_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = next(record.priority for record in attnplug.list_impls() if record.name == "aten_flash")
+    for interpreted in ("", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        (spec,) = attnplug_flash_triton.attnplug_register_impls()
+        assert (spec.priority > older) is not bool(interpreted)
 
 
 @pytest.mark.parametrize(
