@@ -26,6 +26,7 @@ RELEASED = "        mbarrier.arrive(q_empty.index(stage), count=1)\n"
 ASKED = "        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n"
 KEYS_RELEASED = "        mbarrier.arrive(k_empty.index(of_k), count=1)\n"
 STORED = "            store_wait(0)\n"
+WRITTEN = "    store_tile(desc, at, buf.reshape(desc.block_type.shape))\n"
 FREE = "            mbarrier.wait({}_empty.index(stage), phase)\n"
 
 Changes = tuple[tuple[str, str], ...]
@@ -81,7 +82,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
         FUSED,
         (("            store_wait(0)\n            dq_bufs", "            dq_bufs"),),
     ),
-    "no wait for the last store": (FUSED, (("    store_wait(0)\n\n\n", "\n\n"),)),
+    "no wait for the last store": (FUSED, ((WRITTEN + "    store_wait(0)\n", WRITTEN),)),
     "no fence before a store": (
         FUSED,
         ((".store(gradient.to(desc.dtype))\n    fence_async_shared()\n", ".store(gradient.to(desc.dtype))\n"),),
@@ -142,7 +143,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
     ),
     "results in a buffer that products still read": (
         WIDE,
-        (("    _store(k_bufs.index(0), dv,", "    _store(v_bufs.index(0), dv,"),),
+        (("    store_gradient(k_bufs.index(0), dv,", "    store_gradient(v_bufs.index(0), dv,"),),
     ),
     "queries released before dK": (WIDE, ((WAITED + RELEASED, RELEASED + WAITED),)),
 }
