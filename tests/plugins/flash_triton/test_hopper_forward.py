@@ -38,8 +38,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "more queries than keys": dict(queries=300, keys=100, is_causal=True, lower_right=True),
     "window": dict(window=(50, 20), lower_right=True),
     "wide window": dict(queries=300, keys=500, window=(260, -1), lower_right=True, is_causal=True),
-    "left side": dict(window=(70, -1)),
-    "right side": dict(window=(-1, 30)),
+    "left side": dict(window=(62, -1)),  # hides one key from one row of a tile; so does the next
+    "right side": dict(window=(-1, 62)),
+    "neighbours": dict(queries=300, window=(1, 1)),  # one row sees one key of a tile
     "softcap": dict(softcap=2.0),
     "softcap, negative scale": dict(softcap=2.0, scale=-0.3),
     "sinks": dict(sinks=True, is_causal=True),
@@ -138,6 +139,24 @@ PLANTED = {
         "    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)\n    mbarrier.wait(v_full",
         "    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)\n"
         "    mbarrier.arrive(k_empty.index(at_k), count=1)\n    mbarrier.wait(v_full",
+    ),
+    "values are released before they are multiplied": (
+        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n    mbarrier.arrive(v_empty.index(at_v)",
+        "    mbarrier.arrive(v_empty.index(at_v), count=1)\n"
+        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n    mbarrier.arrive(v_empty.index(at_v), pred=False",
+    ),
+    "the last values are not waited for": ("    mbarrier.wait(v_full.index(at), (last // STAGES) & 1)\n", ""),
+    "queries are not waited for": ("    mbarrier.wait(q_full.index(at_q), (turn // Q_STAGES) & 1)\n", ""),
+    "queries are not released": ("    if OWN_OUT:\n        mbarrier.arrive(q_empty.index(at_q), count=1)\n", ""),
+    "keys are free as soon as one warpgroup says so": (
+        "(k_empty.index(i), count=CONSUMERS)",
+        "(k_empty.index(i), count=1)",
+    ),
+    "the number of the next tile is told before it is there": (
+        "            next_tiles.index(slot).store(gl.full([1], after, gl.int32, layout))\n"
+        "            mbarrier.arrive(next_full.index(slot), count=1)\n",
+        "            mbarrier.arrive(next_full.index(slot), count=1)\n"
+        "            next_tiles.index(slot).store(gl.full([1], after, gl.int32, layout))\n",
     ),
     "the loading warp does not wait for free buffers": (
         "    mbarrier.wait(empty.index(at), ((place // STAGES) & 1) ^ 1)\n",
