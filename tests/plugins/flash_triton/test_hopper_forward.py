@@ -143,7 +143,8 @@ PLANTED = {
     "values are released before they are multiplied": (
         "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n    mbarrier.arrive(v_empty.index(at_v)",
         "    mbarrier.arrive(v_empty.index(at_v), count=1)\n"
-        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n    mbarrier.arrive(v_empty.index(at_v), pred=False",
+        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n"
+        "    mbarrier.arrive(v_empty.index(at_v), pred=False",
     ),
     "the last values are not waited for": ("    mbarrier.wait(v_full.index(at), (last // STAGES) & 1)\n", ""),
     "queries are not waited for": ("    mbarrier.wait(q_full.index(at_q), (turn // Q_STAGES) & 1)\n", ""),
@@ -204,10 +205,10 @@ PLANTED_IN_CANDIDATES = {
         "    layout",
     ),
     "where a tile is, is released before it is read": (
-        "            where = _handed(turn, next, lengths, numbers, 4)\n"
-        "            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)\n",
-        "            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)\n"
-        "            where = _handed(turn, next, lengths, numbers, 4)\n",
+        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n"
+        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n",
+        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n"
+        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n",
     ),
     "where the next tile is, is told with this one's turn": (
         '_hand_on(numbers[10] + gl.atomic_add(next[3], 1, sem="relaxed"), turn + 1,',
