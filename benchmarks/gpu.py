@@ -9,6 +9,7 @@ down to what can be seen there: that it starts, and that its results and summary
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -112,7 +113,8 @@ def figures(folder: Path, implementations: list[str], device: list[str], rehears
     """Return the part that times every fast implementation in the cases of `attnplug bench --set kernels`."""
     ours = [name for name in implementations if name not in ("aten_math", "math_ref")]
     seconds = ["--seconds", "0.001", "--tiny"] if rehearsal else ["--seconds", "0.05"]
-    outputs = [argument for kind in ("json", "csv", "png") for argument in ("-o", str(folder / f"kernels.{kind}"))]
+    kinds = ("json", "csv", *(("png",) if importlib.util.find_spec("matplotlib") else ()))
+    outputs = [argument for kind in kinds for argument in ("-o", str(folder / f"kernels.{kind}"))]
     bench = [sys.executable, "-m", "attnplug", "bench", "--set", "kernels", *device, *seconds]
     return Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 45.0, told_last)
 
@@ -139,17 +141,22 @@ def run(chosen: list[Part], folder: Path, limit: float = LIMIT) -> int:
                 continue
             print(f"\n=== {part.name}: {part.claim}, at most {min(part.limit, left):.0f} s", flush=True)
             began = time.monotonic()
-            ended = outcome(part, folder / f"{part.name}.txt", min(part.limit, left) - GRACE)
+            log, told = folder / f"{part.name}.txt", []
+            try:
+                ended = outcome(part, log, min(part.limit, left) - GRACE)
+                told = list(part.told(log))
+            except (OSError, ValueError) as error:  # a full disk, or results that are cut off in an odd place
+                ended = f"failed ({type(error).__name__}: {error})"
             good = good and ended == "done"
             lines.append(f"{part.name}: {ended} after {time.monotonic() - began:.0f} s, {part.claim}")
-            lines += [f"  {line}" for line in part.told(folder / f"{part.name}.txt")]
+            lines += [f"  {line}" for line in told]
     except KeyboardInterrupt:
         lines.append("interrupted")
         good = False
     finally:
         summary = "\n".join([*lines, f"{time.monotonic() - start:.0f} s in all; results are in {folder}"])
-        (folder / "summary.txt").write_text(summary + "\n")
         print(f"\n=== summary\n{summary}", flush=True)
+        (folder / "summary.txt").write_text(summary + "\n")
     return 0 if good else 1
 
 
@@ -195,7 +202,8 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 def told_by_checks(found: Path) -> Iterable[str]:
     """Say how many checks of each implementation passed, and which failed, why."""
-    results = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+    lines = found.read_text().splitlines(keepends=True) if found.exists() else []
+    results = [json.loads(line) for line in lines if line.endswith("\n")]
     counts: dict[str, Counter[str]] = {}
     for result in results:
         counts.setdefault(result["impl"], Counter())[result["status"]] += 1
@@ -246,7 +254,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
 
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := sorted({name for each in NEEDED if (name := lacking(each))}):
         parser.exit(1, f"needs {', '.join(missing)}: carry their wheels in a folder, and make gpu WHEELS=folder\n")
     import torch
 
@@ -276,6 +284,15 @@ def main() -> int:
     wanted = arguments.part or [part.name for part in everything if not part.by_name]
     chosen = [part for part in everything if part.name in wanted]
     return run(chosen, folder, arguments.limit * (SLOWER if arguments.rehearse else 1))
+
+
+def lacking(module: str) -> str:
+    """Return what has to be installed before a module can be imported, itself or what it imports, or nothing."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return error.name or module
+    return ""
 
 
 NEEDED = ("pluggy", "importlib_metadata", "numpy", "pytest", "hypothesis")

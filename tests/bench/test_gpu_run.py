@@ -67,6 +67,32 @@ def test_a_part_that_fails_does_not_keep_the_others_from_running(gpu: ModuleType
     assert gpu.run(chosen[1:], tmp_path) == 0
 
 
+@pytest.mark.parametrize("error", [OSError("No space left on device"), ValueError("no JSON")])
+def test_a_part_whose_results_cannot_be_kept_or_read_does_not_keep_the_others_from_running(
+    gpu: ModuleType, tmp_path: Path, error: Exception
+) -> None:
+    def told(log: Path) -> list[str]:
+        raise error
+
+    chosen = [
+        dataclasses.replace(part(gpu, "bad", "print(1)"), told=told),
+        part(gpu, "good", "print('all is well')"),
+    ]
+    assert gpu.run(chosen, tmp_path) == 1
+    summary = (tmp_path / "summary.txt").read_text()
+    assert f"bad: failed ({type(error).__name__}: {error}) after" in summary
+    assert "  all is well" in summary
+
+
+def test_an_interrupt_ends_the_part_and_the_summary_has_what_came_before(gpu: ModuleType, tmp_path: Path) -> None:
+    program = "import os, signal, time; print('begun'); os.kill(os.getppid(), signal.{}); time.sleep(600)"
+    for name in ("SIGINT", "SIGTERM"):
+        chosen = [part(gpu, "good", "print('all is well')"), part(gpu, "asks", program.format(name))]
+        assert gpu.run(chosen, tmp_path) == 1
+        summary = (tmp_path / "summary.txt").read_text()
+        assert "  all is well" in summary and "\ninterrupted\n" in summary
+
+
 def test_what_there_is_no_time_for_is_said_to_be_not_run(gpu: ModuleType, tmp_path: Path) -> None:
     assert gpu.run([part(gpu, "late", "print(1)")], tmp_path, limit=1.0) == 1
     assert "late: not run, the 1 s of the whole are over" in (tmp_path / "summary.txt").read_text()
@@ -75,7 +101,7 @@ def test_what_there_is_no_time_for_is_said_to_be_not_run(gpu: ModuleType, tmp_pa
 def test_checks_are_summed_up_from_a_file_that_may_be_cut_off(gpu: ModuleType, tmp_path: Path) -> None:
     result = {"impl": "mine", "check": "check_values", "dtype": "float32", "status": "passed", "reason": ""}
     fault = {**result, "check": "check_lse", "status": "failed", "reason": "ended its process: SIGSEGV\nmore"}
-    (tmp_path / "found.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (result, fault)))
+    (tmp_path / "found.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (result, fault)) + '{"impl":')
     told = list(gpu.told_by_checks(tmp_path / "found.jsonl"))
     assert told == ["mine: 1 passed, 1 failed", "FAILED mine check_lse[float32]: ended its process: SIGSEGV"]
     assert list(gpu.told_by_checks(tmp_path / "nothing.jsonl")) == []
@@ -160,6 +186,24 @@ def test_make_gpu_passes_the_part_on() -> None:
     command = ["make", "-n", "gpu", "PART=conformance"]
     planned = subprocess.run(command, check=True, cwd=SCRIPT.parents[1], capture_output=True, text=True)
     assert "benchmarks/gpu.py --part conformance" in planned.stdout.replace("\\\n\t", "")
+
+
+def test_what_a_needed_module_imports_is_needed_too(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needed_by_nobody.py").write_text("import what_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [gpu.lacking(name) for name in ("json", "what_nobody_has", "needed_by_nobody")]
+    assert found == ["", "what_nobody_has", "what_nobody_has"]
+
+
+def test_figures_are_written_without_matplotlib(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    (figures,) = (each for each in gpu.parts(tmp_path, ["torch"]) if each.name == "kernels")
+    outputs = [Path(given).name for given in figures.command if given.startswith(str(tmp_path))]
+    assert outputs == ["kernels.json", "kernels.csv"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -115,7 +115,7 @@ def test_a_right_kernel_agrees_with_the_samples_of_a_large_case(causal, lengths)
         large.but(causal_variant=variant, mask=mask)
         for variant, mask in (("UPPER_LEFT", "boolean"), ("LOWER_RIGHT", ""))
     ]
-    records = bench.run(cases, ["math_ref"], baseline="math_ref", caches=["warm"], seconds=1e-9)
+    records = bench.run(iter(cases), iter(["math_ref"]), baseline="math_ref", caches=iter(["warm"]), seconds=1e-9)
     assert [(record.correct, record.reason) for record in records] == [(True, "")] * 2
 
 

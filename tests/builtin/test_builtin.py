@@ -231,6 +231,11 @@ def test_autocast_casts_as_it_does_for_pytorch_s_function(impl: str, dtype: torc
     torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
     grads = torch.autograd.grad(out.sum(), (query, key, value))
     assert all(grad.dtype == torch.float32 for grad in grads)
+    with torch.autocast("cpu", dtype):  # which leaves float64 alone
+        out = attnplug.scaled_dot_product_attention(query.double(), key.double(), value.double(), impl=impl)
+        expected = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert out.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (1, 0, 3, 8), (1, 2, 0, 8)])

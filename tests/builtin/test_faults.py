@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnplug
 from attnplug import SDPAParams
-from attnplug.builtin import aten_flash, torch_sdpa
+from attnplug._api import dense
+from attnplug.builtin import aten_flash, faults, torch_sdpa
 from attnplug.testing import Call, assert_right
 
 attend = attnplug.scaled_dot_product_attention
@@ -95,6 +99,34 @@ def test_torch_on_cuda_gets_a_form_that_its_kernels_take(name: str, dtype: str, 
     assert_fits(on_cuda[0])
 
 
+class OperatorCalls(TorchDispatchMode):
+    """Collects with what PyTorch's operator of FlashAttention-2 is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention.default:
+            options = kwargs or {}
+            dropout, is_causal, *_ = (*args[3:], *(0.0, False)[len(args) - 3 :])
+            self.given.append((*args[:3], None, dropout, is_causal, options["scale"]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["plain", *(name for name, call in BAD.items() if not call.mask), "dropout"])
+def test_aten_flash_on_cuda_takes_the_short_way_with_what_its_kernel_takes(name: str) -> None:
+    call = BAD.get(name, PLAIN).but(dtype="float16")
+    mode, calls = FakeTensorMode(), OperatorCalls()
+    params = faked(params_of(call, dropout=1.0 if name == "dropout" else 0.0), mode)
+    tensors = params.query, params.key, params.value
+    with torch.no_grad(), mode, calls:
+        out, lse = aten_flash.plain(*tensors, None, params.dropout, params.is_causal, params.scale, False)
+    assert out.shape == params.query.shape and lse.shape == params.query.shape[:-1]
+    assert_fits(calls.given[0])
+    assert name != "plain" or all(map(operator.is_, calls.given[0], tensors))
+
+
 def test_everything_dropped_becomes_values_of_zero_on_cuda(on_cuda: list[tuple[Any, ...]]) -> None:
     mode = FakeTensorMode()
     params = faked(params_of(PLAIN, dropout=1.0), mode)
@@ -139,6 +171,110 @@ def test_what_is_rewritten_for_cuda_means_the_same(name: str) -> None:
     assert_fits((params.query, params.key, params.value, params.attn_mask, 0.0, params.is_causal, params.scale))
     out, _ = torch_sdpa.forward(params)
     assert_right({**inputs.arguments, "scale": call.scale or 0.25}, out)
+
+
+def gpu_and_cudnn(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: int | None) -> None:
+    monkeypatch.setattr(faults, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+
+
+def given_on_cuda(call: Call, on_cuda: list[tuple[Any, ...]], requires_grad: bool = True) -> tuple[Any, ...]:
+    """Return what reaches PyTorch's function of a call on a CUDA device."""
+    params, mode = params_of(call), FakeTensorMode()
+    params = faked(params, mode)
+    with mode:
+        torch_sdpa.forward(dataclasses.replace(params, query=params.query.requires_grad_(requires_grad)))
+    return on_cuda.pop()
+
+
+LOST = PLAIN.but(keys=192, mask="boolean", dtype="bfloat16")
+"""A call whose gradient is NaN with the cuDNN that PyTorch prefers on Hopper."""
+
+
+@pytest.mark.parametrize("mask", ["boolean", "additive"])
+@pytest.mark.parametrize("mask_dims", ["bhqk", "11qk", "b11k", "bhq1"])
+def test_no_gradient_of_a_mask_and_64_keys_more_than_a_multiple_of_128_reaches_cudnn_on_hopper(
+    mask: str, mask_dims: str, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_and_cudnn(monkeypatch, (9, 0), 91900)
+    query, key, value, given_mask, *rest = given_on_cuda(LOST.but(mask=mask, mask_dims=mask_dims), on_cuda)
+    assert_fits((query, key, value, given_mask, *rest))
+    assert key.shape[-2] == value.shape[-2] == given_mask.shape[-1] == 200
+
+
+@pytest.mark.parametrize(
+    ("call", "capability", "version", "requires_grad"),
+    [
+        (LOST, (9, 0), 92600, True),
+        (LOST, (8, 0), 91900, True),
+        (LOST, (9, 0), 91900, False),
+        (LOST, (9, 0), None, True),
+        (LOST.but(keys=256), (9, 0), 91900, True),
+        (LOST.but(mask=""), (9, 0), 91900, True),
+    ],
+    ids=["a later cuDNN", "another GPU", "no gradient", "no cuDNN", "other keys", "no mask"],
+)
+def test_others_keep_their_keys(
+    call: Call,
+    capability: tuple[int, int],
+    version: int | None,
+    requires_grad: bool,
+    on_cuda: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu_and_cudnn(monkeypatch, capability, version)
+    assert given_on_cuda(call, on_cuda, requires_grad)[1].shape[-2] == call.keys
+
+
+@pytest.mark.parametrize("call", [PLAIN.but(queries=1), PLAIN.but(queries=1, mask="additive", mask_dims="b1qk")])
+def test_single_queries_are_given_twice_where_cudnn_gets_them_wrong(
+    call: Call, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = call.but(dtype="bfloat16")
+    for capability, version, queries in (((10, 0), 91900, 2), ((11, 0), 92500, 2), ((10, 0), 92501, 1)):
+        gpu_and_cudnn(monkeypatch, capability, version)
+        query, _, _, mask, *_ = given_on_cuda(call, on_cuda, requires_grad=False)
+        assert query.shape[-2] == queries and (mask is None or mask.shape[-2] == queries)
+    gpu_and_cudnn(monkeypatch, (10, 0), 92401)
+    assert given_on_cuda(call, on_cuda, requires_grad=False)[0].shape[-2] == 1
+
+
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_single_queries_of_blackwell_do_not_go_straight_to_pytorch(
+    impl: str | None, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight: list[Tensor] = []
+    gpu_and_cudnn(monkeypatch, (10, 0), 91900)
+    monkeypatch.setattr(dense, "_torch_sdpa", lambda query, *others: straight.append(query) or query)
+    with FakeTensorMode():
+        query, key = (torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for length in (1, 64))
+        for errs, expected in ((False, (1, 0)), (True, (1, 1))):
+            monkeypatch.setattr(dense, "errs_in_decoding", lambda index, answer=errs: answer)
+            attend(query, key, key, impl=impl)
+            assert (len(straight), len(on_cuda)) == expected
+    assert on_cuda[0][0].shape[-2] == 2
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", ["", "boolean", "additive"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_keys_and_a_query_that_are_added_change_nothing(
+    queries: int, mask: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = PLAIN.but(queries=queries, keys=64, mask=mask, is_causal=is_causal and not mask, dtype="bfloat16")
+    call = call.but(gradients=("query", "key", "value"))
+    inputs = call.make()
+    arguments, leaves = call.with_leaves(inputs)
+    added = [each for each in torch_sdpa.OF_SDPA.all if each.seen.partition(", ")[2].startswith("cuDNN")]
+    everywhere = [dataclasses.replace(each, device=None) for each in added]
+    monkeypatch.setattr(faults, "_cudnn_on", lambda device: ((9, 0) if queries > 1 else (10, 0), 91900))
+    monkeypatch.setattr(torch_sdpa, "OF_SDPA", faults.Faults(*everywhere))
+    params = SDPAParams(**{"scale": 0.25, **{name: given for name, given in arguments.items() if name != "dropout_p"}})
+    assert len(everywhere) == 2
+    assert any(each.concerns(params) for each in everywhere) is (queries == 1 or mask != "")
+    out, _ = torch_sdpa.forward(params)
+    gradients = call.backward(inputs, out, None, leaves)
+    assert_right({**inputs.arguments, "scale": 0.25}, out.detach(), gradients=gradients, grad_out=inputs.grad_out)
 
 
 def test_values_of_zero_give_zero_and_gradients_of_zero_whatever_the_values_were() -> None:
@@ -208,6 +344,20 @@ def test_dropout_of_everything_is_zero_on_cuda(impl: str | None, dtype: torch.dt
     out = attend(*leaves, dropout_p=1.0, impl=impl)
     for tensor in (out, *torch.autograd.grad(out, leaves, torch.randn_like(out))):
         assert bool((tensor == 0).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", [None, "torch", "cudnn"])
+@pytest.mark.parametrize("keys", [64, 704])
+def test_gradients_of_logits_far_below_zero_are_finite_on_cuda(impl: str | None, keys: int) -> None:
+    query, key, value = torch.randn(3, 1, 1, keys, 64, device="cuda", dtype=torch.bfloat16) * 0.1
+    query[..., 0], key[..., 0] = 1.0, -120 * math.sqrt(64)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    mask = torch.ones(keys, keys, dtype=torch.bool, device="cuda").tril()
+    if impl is not None and not (verdict := attnplug.can_use_impl(impl, SDPAParams(*leaves, attn_mask=mask))):
+        pytest.skip("; ".join(verdict.reasons))
+    out = attend(*leaves, attn_mask=mask, impl=impl)
+    assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(out, leaves, torch.randn_like(out)))
 
 
 @pytest.mark.gpu

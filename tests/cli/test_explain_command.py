@@ -32,6 +32,7 @@ ASKS = {
     "--sinks": {F.SINKS},
     "--sinks-grad": {F.SINKS, F.SINKS_GRADIENT},
     "--alibi": {F.ALIBI},
+    "--alibi --key 1,8,256,64": {F.ALIBI, F.UPPER_LEFT},
     "--lse": {F.LSE},
     "--seqused": {F.SEQUSED_K},
     "--causal --seqused": {F.CAUSAL, F.SEQUSED_K, F.UPPER_LEFT},

@@ -19,6 +19,7 @@ from attnplug import CausalVariant, ImplSpec, SDPAParams
 torch.manual_seed(0)
 Q, K, V = torch.randn(3, 2, 4, 6, 8)
 MASK = torch.randn(2, 4, 6, 6)
+SQUARE = torch.randn(2, 4, 8, 8)
 HIDING = torch.zeros(6, 6).index_fill(0, torch.tensor([2, 5]), float("-inf"))
 
 
@@ -62,6 +63,7 @@ def nested(layout: torch.layout = torch.strided) -> Tensor:
 Change = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
 CHANGES: dict[str, Change] = {
     "nothing": lambda: ((Q, K, V), {}),
+    "a mask that is query, key and value": lambda: ((SQUARE, SQUARE, SQUARE), {"attn_mask": SQUARE}),
     "another batch": lambda: ((Q[:1], K[:1], V[:1]), {}),
     "other lengths": lambda: ((Q[:, :, :2], K[:, :, :5], V[:, :, :5]), {}),
     "a batch of keys alone": lambda: ((Q, K[:1], V[:1]), {}),
@@ -382,6 +384,29 @@ def test_a_shape_dependent_kernel_is_asked_again_for_every_shape() -> None:
             attnplug.scaled_dot_product_attention(Q, K[:, :, :length], V[:, :, :length])
     attnplug.unregister_impl("even")
     assert [call.impl for call in calls] == ["even", "even", "even", "aten_math", "even", "aten_math", "even"]
+
+
+def test_decisions_by_length_do_not_pile_up() -> None:
+    """Where a kernel looks at lengths each has a decision; after some thousands the first ones are made again."""
+    asked: list[int] = []
+
+    class Asked(Opaque):
+        shape_dependent = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor, None]:
+            return params.query.clone(), None
+
+        @staticmethod
+        def supports(params: SDPAParams) -> None:
+            asked.append(params.key.shape[-2])
+
+    attnplug.register_impl(ImplSpec(name="asked", kernel=Asked, backend=None))
+    query, keys = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 5000, 8)
+    for length in (*range(1, 5001), 20):
+        attnplug.scaled_dot_product_attention(query, keys[:, :, :length], keys[:, :, :length], impl="asked")
+    assert asked.count(20) == 2
+    assert asked.count(5000) == 1
 
 
 def test_more_kinds_of_tensors_than_are_recognised_are_decided_as_well() -> None:

@@ -131,6 +131,8 @@ def test_the_queries_dtype_is_that_of_autocast_and_a_checkpoint_repeats_the_choi
 
 def test_a_scope_chooses_and_a_recording_tells_the_kernel_of_the_blocks(world: Worlds) -> None:
     assert world(2).run(ranks_do.recorded) == [["aten_flash"]] * 2
+    chosen = ["indeterministic", "aten_flash", "indeterministic"]
+    assert world(2).run(ranks_do.recorded_under_a_flag) == [chosen] * 2
 
 
 @pytest.mark.slow

@@ -91,13 +91,23 @@ class ThroughWhichTracesSee:
     forward = MadeOfPyTorchs.forward
 
 
-@pytest.mark.parametrize("kernel", [MadeOfPyTorchs, ThroughWhichTracesSee])
+class AfterAnothersKernel(MadeOfPyTorchs):
+    """A kernel that first calls another plugin's, by attnplug's function, and then PyTorch's own attention."""
+
+    @staticmethod
+    def forward(params: SDPAParams) -> tuple[Tensor, None]:
+        attnplug.scaled_dot_product_attention(params.query, params.key, params.value, impl="another")
+        return MadeOfPyTorchs.forward(params)
+
+
+@pytest.mark.parametrize("kernel", [MadeOfPyTorchs, ThroughWhichTracesSee, AfterAnothersKernel])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_kernel_may_be_made_of_pytorch_s_attention(
     register: Callable[..., None], kernel: Any, compiled: bool
 ) -> None:
     query = inputs()[0]
     (expected,) = torch.autograd.grad(F.scaled_dot_product_attention(query, query, query).sum() * 2, query)
+    register("another", forward)
     register("mine", kernel)
     attnplug.activate_flash_attention_impl("mine")
 
@@ -107,7 +117,7 @@ def test_a_kernel_may_be_made_of_pytorch_s_attention(
     function = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiled else attend
     with attnplug.record() as calls:
         (found,) = torch.autograd.grad(function(query).sum(), query)
-    assert [call.impl for call in calls] == ["mine"]
+    assert [call.impl for call in calls if call.impl != "another"] == ["mine"]
     torch.testing.assert_close(found, expected)
 
 
@@ -224,8 +234,10 @@ def test_a_broadcast_mask_gets_a_gradient_of_its_own_shape(register: Callable[..
             mask = params.attn_mask.detach().expand(*params.query.shape[:3], -1).clone().requires_grad_()
             with torch.enable_grad():
                 out, _ = Masked.forward(SDPAParams(*leaves, mask, scale=params.scale))
-            return torch.autograd.grad(out, [*leaves, mask], grad_out)
+            *grads, of_mask = torch.autograd.grad(out, [*leaves, mask], grad_out)
+            return *grads, of_mask.to(dtype)
 
+    dtype = torch.float64
     register("masked", Masked, Feature.ADDITIVE_MASK, Feature.MASK_GRADIENT)
     query, key, value = inputs()
     mask = torch.randn(4, dtype=torch.float64, requires_grad=True)
@@ -234,6 +246,10 @@ def test_a_broadcast_mask_gets_a_gradient_of_its_own_shape(register: Callable[..
         return attnplug.scaled_dot_product_attention(*tensors, impl="masked")
 
     assert torch.autograd.gradcheck(call, (query, key, value, mask))
+    (expected,) = torch.autograd.grad(call(query, key, value, mask).sum(), mask)
+    dtype = torch.float32  # what the kernel summed in need not be the mask's own
+    (found,) = torch.autograd.grad(call(query, key, value, mask).sum(), mask)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_path_may_name_a_module_or_something_in_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +268,7 @@ def test_a_path_may_name_a_module_or_something_in_it(tmp_path: Any, monkeypatch:
 
 def test_a_feature_that_does_not_exist_is_an_error_with_the_closest_one() -> None:
     with pytest.raises(AttributeError, match="Feature of attnplug .* has no 'CAUSL'; did you mean 'CAUSAL'"):
-        Feature.CAUSL  # noqa: B018
+        Feature.CAUSL  # noqa: B018, raises
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attnplug
@@ -20,7 +21,7 @@ SHAPE = (2, 2, 5, 8)
 
 
 class Saving:
-    """Saves its weights and its dropout mask for backward, one of them only sometimes."""
+    """Saves its weights and its dropout mask for backward, one of them only sometimes; its out lies in columns."""
 
     @staticmethod
     def forward(params: SDPAParams) -> tuple[Tensor | None, ...]:
@@ -30,7 +31,7 @@ class Saving:
         if params.dropout:
             keep = (torch.rand(weights.shape) >= params.dropout) / (1 - params.dropout)
         out = (weights if keep is None else weights * keep) @ value
-        return torch.from_numpy(out.numpy().copy()), torch.logsumexp(logits, -1), weights, keep
+        return torch.from_numpy(out.mT.numpy().copy()).mT, torch.logsumexp(logits, -1), weights, keep
 
     @staticmethod
     def backward(
@@ -106,6 +107,39 @@ def test_lengths_may_change_without_a_description() -> None:
         (theirs,) = torch.autograd.grad(attend(query, query, query).square().sum(), query)
         (ours,) = torch.autograd.grad(compiled(query, query, query).square().sum(), query)
         torch.testing.assert_close(ours, theirs)
+
+
+class SavesWork(Saving):
+    """Its gradients are the very tensors that it was given."""
+
+    @staticmethod
+    def backward(params: SDPAParams, grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return grad_out, params.key, grad_out.view(grad_out.shape)
+
+
+def test_a_graph_gets_gradients_in_memory_of_their_own() -> None:
+    """It may reuse the memory of what an operator was given, and of each of its results."""
+    attnplug.register_impl(ImplSpec(name="saves_work", kernel=SavesWork, backend=None))
+    seen: list[tuple[set[int], list[int]]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if str(func).startswith("attnplug.saves_work_backward"):
+                given = {tensor.data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+                seen.append((given, [tensor.data_ptr() for tensor in out]))
+            return out
+
+    leaves = [torch.randn(SHAPE, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(SHAPE)
+    with Watch():
+        out = attnplug.scaled_dot_product_attention(*leaves, impl="saves_work")
+        found = torch.autograd.grad(out, leaves, grad)
+    ((given, returned),) = seen
+    assert len(set(returned)) == 3
+    assert given.isdisjoint(returned)
+    for gradient, expected in zip(found, (grad, leaves[1].detach(), grad), strict=True):
+        assert torch.equal(gradient, expected)
 
 
 def test_the_operator_passes_opcheck_with_dropout() -> None:

@@ -21,7 +21,7 @@ from cuda_kernels_emulated import Cudnn, CudnnSequences, Cutlass
 from reference import attention
 
 plugin = pytest.importorskip("attnplug_efficient_cuda", reason="attnplug-efficient-cuda is not installed")
-from attnplug_efficient_cuda import cudnn, efficient, operators  # noqa: E402
+from attnplug_efficient_cuda import cudnn, efficient, operators
 
 INF = float("inf")
 UPPER_LEFT, LOWER_RIGHT = CausalVariant.UPPER_LEFT, CausalVariant.LOWER_RIGHT

@@ -220,14 +220,21 @@ def _formula(params: SDPAParams) -> Any:
     return out.to(params.query.dtype), lse, logits, group
 
 
+class Indeterministic(Opaque):
+    """Declines while PyTorch's flag of deterministic algorithms is set, which no tensor of the call shows."""
+
+    def supports(self, params: SDPAParams) -> str:
+        return "is not deterministic" if torch.are_deterministic_algorithms_enabled() else ""
+
+
 def register(name: str) -> None:
     """Register one of the kernels above in this process, if it is not there."""
     if name not in attnplug.list_flash_attention_impls():
         features = (Feature.LSE, Feature.GQA, Feature.CAUSAL)
-        kernel = {"opaque": Opaque, "own_statistics": OwnStatistics}[name]()
+        kernels = {"opaque": Opaque, "own_statistics": OwnStatistics, "indeterministic": Indeterministic}
         capabilities = Capabilities(dtypes=("float32", "bfloat16"), features=features)
         attnplug.register_impl(
-            ImplSpec(name=name, kernel=kernel, backend=SDPBackend.FLASH_ATTENTION, capabilities=capabilities)
+            ImplSpec(name=name, kernel=kernels[name](), backend=SDPBackend.FLASH_ATTENTION, capabilities=capabilities)
         )
 
 
@@ -269,6 +276,16 @@ def compiled(method: str) -> None:
 def recorded() -> list[str]:
     with attnplug.sdpa_kernel("aten_flash"), attnplug.record() as calls:
         dense(is_causal=True)
+    return [call.impl for call in calls]
+
+
+def recorded_under_a_flag() -> list[str]:
+    """Return what runs without the flag of deterministic algorithms, with it, and without it again."""
+    register("indeterministic")
+    with attnplug.sdpa_kernel(["indeterministic", "aten_flash"], set_priority=True), attnplug.record() as calls:
+        for flag in (False, True, False):
+            torch.use_deterministic_algorithms(flag)
+            dense(is_causal=True)
     return [call.impl for call in calls]
 
 

@@ -189,3 +189,13 @@ def test_assert_right_takes_any_call(impl: str) -> None:
         assert_right(arguments, out.detach(), gradients=wrong, grad_out=grad)
     with pytest.raises(CheckFailure, match="out: largest error"):
         assert_right({**arguments, "causal_variant": CausalVariant.UPPER_LEFT, "scale": 2.0}, out.detach())
+
+
+def test_two_units_in_the_last_place_are_allowed_and_no_more() -> None:
+    """One key of values 1, which any order of rounding gives exactly: in bfloat16, 1 + 0.3 - 0.3 is 2**-8 off."""
+    one = torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)
+    assert ((one + 0.3 - 0.3 - one).abs() == 2.0**-8).all()
+    arguments = {"query": one, "key": one, "value": one}
+    assert_right(arguments, one + 2 * 2.0**-8)
+    with pytest.raises(CheckFailure, match="out: largest error"):
+        assert_right(arguments, one + 4 * 2.0**-8)

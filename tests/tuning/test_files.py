@@ -23,6 +23,7 @@ def test_saved_choices_are_read_back(tmp_path):
     path = choices.save(tmp_path / "new" / "choices.json")
     assert Choices.load(path) == choices and str(Choices.load(path)) == str(choices)
     assert json.loads(path.read_text())["format"] == 1
+    assert path.stat().st_mode & 0o444 == 0o444  # for others to read
     assert len(choices) == len(list(choices)) == 2
 
 

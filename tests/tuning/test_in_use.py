@@ -54,6 +54,30 @@ def test_without_a_recording_the_same_runs():
     assert ran_with == [(1, 2, length, 8) for length in (16, 12, 16)]
 
 
+def test_a_choice_that_declines_some_lengths_is_asked_about_each():
+    """Lengths of one kind, without a recording: 15 falls to PyTorch's function, and must not take 16 along."""
+    ran_with = []
+
+    class Even:
+        shape_dependent = True
+
+        @staticmethod
+        def supports(params):
+            return "an odd number of keys" if params.key.shape[2] % 2 else None
+
+        @staticmethod
+        def forward(params):
+            ran_with.append(params.key.shape[2])
+            return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+    attnplug.register_impl(ImplSpec(name="even", kernel=Even, backend=None))
+    with in_use(fastest((CASE, "even"))), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        for length in (15, 15, 16, 15, 16, 14):
+            attnplug.scaled_dot_product_attention(query, keys(length), keys(length))
+    assert ran_with == [16, 16, 14]
+
+
 def test_who_decides_is_stronger_in_the_order_of_the_documentation(monkeypatch):
     attention = attnplug.scaled_dot_product_attention
     with in_use(fastest((CASE, "aten_math"))):

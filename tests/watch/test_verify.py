@@ -369,3 +369,39 @@ def test_a_quantized_kernel_is_held_to_its_own_rule() -> None:
     with attnplug.verify(1.0, on_mismatch="raise") as watched:
         attnplug.scaled_dot_product_attention(*tensors(), impl="rounded")
     assert watched.results == 1
+
+
+def test_a_verification_may_end_while_it_compares() -> None:
+    running: list[attnplug.verify] = []
+
+    class Ending(Formula):
+        @classmethod
+        def forward(cls, params: attnplug.SDPAParams) -> tuple[Any, ...]:
+            running.pop().stop()
+            return super().forward(params)
+
+    watched = attnplug.verify(1.0, reference=register(Ending)).start()
+    running.append(watched)
+    query, key, value = tensors()
+    for _ in range(2):
+        attnplug.scaled_dot_product_attention(query, key, value)
+    assert (watched.calls, watched.results) == (1, 1)
+
+
+def test_each_module_has_its_own_warning() -> None:
+    impl = register(WrongOut)
+
+    class First(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return attnplug.scaled_dot_product_attention(*given)
+
+    class Second(First):
+        pass
+
+    with attnplug.verify(1.0):
+        for module in (First(), Second()):
+            handle = attnplug.bind(module, impl)
+            with pytest.warns(MismatchWarning, match=f"in {type(module).__name__},") as caught:
+                _ = [module(*tensors(9)) for _ in range(2)]
+            assert len(caught) == 1
+            handle.remove()

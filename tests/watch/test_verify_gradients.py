@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attnplug
-from attnplug import MismatchError
-from spoiled_kernels import Formula, WrongGradient, register, tensors
+from attnplug import MismatchError, MismatchWarning
+from spoiled_kernels import Formula, WrongGradient, WrongOut, register, tensors
 
 attend: Any = attnplug.scaled_dot_product_attention
 
@@ -39,6 +39,19 @@ def test_a_wrong_gradient_is_found_in_backward() -> None:
         loss.backward()
     (mismatch,) = watched.mismatches
     assert (mismatch.name, "gradients=('query', 'key', 'value')" in mismatch.call) == ("key", True)
+
+
+def test_a_warning_of_wrong_results_is_none_of_wrong_gradients() -> None:
+    class Wrong(WrongOut, WrongGradient):
+        pass
+
+    impl = register(Wrong)
+    given = tensors(17, requires_grad=True)
+    with attnplug.verify(1.0):
+        with pytest.warns(MismatchWarning, match="out: largest error"):
+            loss = attend(*given, impl=impl).sum()
+        with pytest.warns(MismatchWarning, match="gradient of key"):
+            loss.backward()
 
 
 def test_an_implementation_that_loses_a_gradient_is_found() -> None:

@@ -146,7 +146,7 @@ class Expected:
         if not leaves:
             return {}
         if self.grad_out is None:
-            raise ValueError("grad_out: needed where gradients are wanted")
+            raise ValueError("grad_out: expected the gradient of out that gradients were computed from, got None")
         outputs, grads = [out], [self.grad_out.to(out.dtype)]
         if self.grad_lse is not None:
             if lse is None:

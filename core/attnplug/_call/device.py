@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from attnplug._arguments import shown
+from attnplug._tracing import constant_in_traces
 
 Capability = tuple[int, int]
 
@@ -74,6 +75,20 @@ def compute_capability(device: torch.device | str) -> Capability | None:
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.get_device_capability(index) if index < torch.cuda.device_count() else None
+
+
+@constant_in_traces
+def errs_in_decoding(index: int) -> bool:
+    """Whether the cuDNN of a CUDA device of this machine may get single queries wrong: see `builtin.faults`."""
+    found = _errs_in_decoding.get(index)
+    if found is None:
+        capability, cudnn = compute_capability(torch.device("cuda", index)), torch.backends.cudnn.version() or 0
+        found = capability is not None and capability[0] in (10, 11) and cudnn <= 92500
+        _errs_in_decoding[index] = found
+    return found
+
+
+_errs_in_decoding: dict[int, bool] = {}
 
 
 def as_device(argument: str, value: Any) -> torch.device:

@@ -142,7 +142,7 @@ class Operator:
             grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
         if thread.state.watched == WATCHED_TENSORS:
             self._tell(params_from(arguments), dict(zip(DIFFERENTIABLE, grads, strict=True)), grad_out, grad_lse)
-        return [_fresh(grad, tensors) for grad in grads if grad is not None]
+        return _fresh([grad for grad in grads if grad is not None], (*tensors, grad_out, grad_lse, out, lse, *saved))
 
     def _tell(self, params: SDPAParams, grads: dict[str, Any], grad_out: Any, grad_lse: Any) -> None:
         """Tell those who watch of a backward."""
@@ -319,9 +319,15 @@ class _Namespace(torch._ops._OpNamespace):
 setattr(torch.ops, "attnplug", _Namespace("attnplug"))  # noqa: B010  (a module to type checkers)
 
 
-def _fresh(grad: Tensor, tensors: tuple[Any, ...]) -> Tensor:
-    """Return a contiguous gradient that is none of the inputs: what the fake kernel promises."""
-    return grad.clone() if any(grad is tensor for tensor in tensors) else grad.contiguous()
+def _fresh(grads: list[Tensor], given: Given) -> list[Tensor]:
+    """Return contiguous gradients, none of which is another or an input: a graph reuses memory as if they were not."""
+    taken = {tensor.data_ptr() for tensor in given if tensor is not None}
+    found = []
+    for grad in grads:
+        grad = grad.contiguous()
+        found.append(grad.clone() if grad.data_ptr() in taken else grad)
+        taken.add(grad.data_ptr())
+    return found
 
 
 def _no_lse(call: KernelCall, tensors: tuple[Any, ...]) -> Tensor:

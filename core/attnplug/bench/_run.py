@@ -58,8 +58,8 @@ def run(
         [('torch', True), ('aten_math', True)]
     """
     names = _impls(impls, baseline)
-    states = as_list("caches", caches, f"some of {CACHES}")
-    if not states or not all(state in CACHES for state in states):
+    caches = as_list("caches", caches, f"some of {CACHES}")
+    if not caches or not all(state in CACHES for state in caches):
         raise BenchError(f"caches: expected some of {CACHES}, got {caches!r}")
     expect("tiny", tiny, bool, "a bool")
     if not as_float("seconds", seconds, "a time") > 0:
@@ -98,7 +98,7 @@ def run(
         ceilings=tuple(ceilings.values()),
         baseline=baseline,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        settings={"caches": list(caches), "seconds": seconds, "tiny": tiny},
+        settings={"caches": caches, "seconds": seconds, "tiny": tiny},
         noise=watch.found(),
         missing=tuple(case.name for case in cases if case not in complete),
     )

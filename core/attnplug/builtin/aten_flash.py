@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
-from attnplug.builtin.faults import OF_FLASH
+from attnplug.builtin.faults import OF_FLASH, is_aligned
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
 
@@ -99,11 +99,14 @@ def plain(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor]:
     """Do what `forward` does, at once where the operator takes the tensors as they are."""
-    if attn_mask is None and query.is_cpu:
-        if scale is None:
+    if attn_mask is None and (scale is None or scale > 0.0):
+        if query.is_cpu:
+            if scale is not None:
+                return _flash_cpu(query, key, value, 0.0, is_causal, scale=scale)
             return _flash_cpu(query, key, value, 0.0, True) if is_causal else _flash_cpu(query, key, value)
-        if scale > 0.0:
-            return _flash_cpu(query, key, value, 0.0, is_causal, scale=scale)
+        if dropout < 1.0 and is_aligned(query) and is_aligned(key) and is_aligned(value):
+            out, lse, *_ = _flash_cuda(query, key, value, dropout, is_causal, scale=scale)
+            return out, lse
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
     if attn_mask is not None and attn_mask.dim() < 4:

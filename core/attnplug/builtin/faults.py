@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from attnplug import SDPAParams
+from attnplug import SDPAParams, compute_capability
 from attnplug.builtin.masks import as_wide
 
 KINDS = ("cpu", "cuda")
+HALF = (torch.float16, torch.bfloat16)
 ALIGNMENT = 16
 """Bytes of the widest load of CUDA kernels: tensors, and their rows, must start at a multiple of it."""
 
@@ -81,7 +83,7 @@ def _drops_everything(params: SDPAParams) -> bool:
 
 def _has_half_queries_and_a_float32_mask(params: SDPAParams) -> bool:
     mask = params.attn_mask
-    return mask is not None and mask.dtype is torch.float32 and params.query.dtype in (torch.float16, torch.bfloat16)
+    return mask is not None and mask.dtype is torch.float32 and params.query.dtype in HALF
 
 
 def _has_double_queries_and_a_float32_mask(params: SDPAParams) -> bool:
@@ -98,6 +100,30 @@ def _has_a_mask_whose_rows_are_not_dense(params: SDPAParams) -> bool:
     return mask is not None and (mask.shape[-1] != params.key.shape[-2] or mask.stride(-1) != 1)
 
 
+def _has_gradients_that_cudnn_loses(params: SDPAParams) -> bool:
+    if params.attn_mask is None or params.query.dtype not in HALF or not params.needs_grad:
+        return False
+    capability, version = _cudnn_on(params.query.device)
+    return capability == (9, 0) and 0 < version < 92600 and params.key.shape[-2] % 128 == 64
+
+
+def _decodes_where_cudnn_errs(params: SDPAParams) -> bool:
+    if params.query.is_nested or params.query.dtype not in HALF or params.query.shape[-2] != 1:
+        return False
+    capability, version = _cudnn_on(params.query.device)
+    blackwell = capability is not None and capability[0] in (10, 11)
+    return blackwell and 91900 <= version <= 92500 and version != 92401
+
+
+def _cudnn_on(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    """Return the compute capability of a device and the version of cuDNN, 0 where there is none."""
+    return compute_capability(device), torch.backends.cudnn.version() or 0
+
+
+# What `torch.compiler.assume_constant_result` does, which would import Dynamo: a trace cannot ask cuDNN.
+_cudnn_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_misaligned(params: SDPAParams) -> bool:
     if params.query.is_nested:
         return False
@@ -109,14 +135,13 @@ def _is_misaligned(params: SDPAParams) -> bool:
 def is_aligned(tensor: Tensor) -> bool:
     """Whether the widest loads can read the rows of a tensor: their numbers are dense, and each starts aligned."""
     elements = ALIGNMENT // tensor.element_size()
-    *sizes, last = tensor.shape
+    if tensor.storage_offset() % elements:
+        return False
     *strides, step = tensor.stride()
-    rows = zip(sizes, strides, strict=True)
-    return (
-        _starts_aligned(tensor)
-        and (step == 1 or last == 1)
-        and all(stride % elements == 0 for size, stride in rows if size != 1)
-    )
+    for at, stride in enumerate(strides):
+        if stride % elements and tensor.shape[at] != 1:
+            return False
+    return step == 1 or tensor.shape[-1] == 1
 
 
 def _starts_aligned(tensor: Tensor) -> bool:
@@ -151,6 +176,22 @@ def _with_a_mask_of_two_dimensions(params: SDPAParams) -> SDPAParams:
 def _with_a_mask_of_dense_rows(params: SDPAParams) -> SDPAParams:
     mask = params.attn_mask
     return replace(params, attn_mask=_copied(mask.expand(*mask.shape[:-1], params.key.shape[-2]), False))
+
+
+def _with_hidden_keys(params: SDPAParams) -> SDPAParams:
+    """Return a call with eight keys more, which the mask hides from each query."""
+    mask = params.attn_mask
+    hidden = False if mask.dtype is torch.bool else float("-inf")
+    key, value = (pad(tensor, (0, 0, 0, 8)) for tensor in (params.key, params.value))
+    return replace(params, key=key, value=value, attn_mask=pad(mask, (0, 8), value=hidden))
+
+
+def _with_a_second_query(params: SDPAParams) -> SDPAParams:
+    """Return a call with the one query twice; what calls PyTorch takes the first row of its result."""
+    mask = params.attn_mask
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-2], 2, mask.shape[-1])
+    return replace(params, query=torch.cat([params.query] * 2, -2), attn_mask=mask)
 
 
 def _aligned(params: SDPAParams) -> SDPAParams:
@@ -218,6 +259,21 @@ OF_SDPA = Faults(
         "cuda",
         _has_a_mask_whose_rows_are_not_dense,
         _with_a_mask_of_dense_rows,
+    ),
+    Fault(
+        "PyTorch's function prefers cuDNN on Hopper, whose backward gives NaN with an attn_mask, 64 keys more than a "
+        "multiple of 128, and logits far below zero (pytorch#196678)",
+        "2.11.0 to 2.15.0, cuDNN before 9.26",
+        "cuda",
+        _has_gradients_that_cudnn_loses,
+        _with_hidden_keys,
+    ),
+    Fault(
+        "PyTorch's function prefers cuDNN on Blackwell, which gets single queries wrong (pytorch#193893)",
+        "2.11.0 to 2.13.0, cuDNN 9.19 to 9.25.0",
+        "cuda",
+        _decodes_where_cudnn_errs,
+        _with_a_second_query,
     ),
     MISALIGNED,
 )

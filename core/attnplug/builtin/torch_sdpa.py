@@ -29,9 +29,12 @@ def supports(params: SDPAParams) -> tuple[str, ...]:
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call PyTorch's function; it gives no lse."""
-    params = OF_SDPA.mended(params)
-    arguments = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
-    return sdpa(*arguments, scale=params.scale, enable_gqa=params.enable_gqa), None
+    mended = OF_SDPA.mended(params)
+    arguments = mended.query, mended.key, mended.value, mended.attn_mask, mended.dropout, mended.is_causal
+    out = sdpa(*arguments, scale=mended.scale, enable_gqa=mended.enable_gqa)
+    if mended.query is not params.query and not params.query.is_nested:
+        out = out.narrow(-2, 0, params.query.shape[-2])  # a query may have been added
+    return out, None
 
 
 def plain(

@@ -18,7 +18,9 @@ from torch.nn.functional import pad
 from attnplug import SDPAParams
 
 READ_BYTES = 16
-INT32 = 2**31
+INT32, UINT32 = 2**31, 2**32
+SHORT_OFFSETS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Whether forward counts with 32 bits where a row of a mask starts (pytorch#187227)."""
 
 
 def step(dtype: torch.dtype) -> int:
@@ -138,7 +140,11 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor | None:
-    """Return `mask` as the kernel's bias, expanded to `shape = (b, h, Sq, Sk)` without copying where that can be."""
+    """Return `mask` as the kernel's bias, expanded to `shape = (b, h, Sq, Sk)` without copying where that can be.
+
+    Raises:
+        ValueError: rows start further behind the first one than this release of PyTorch counts.
+    """
     if mask is None:
         return None
     tensor = additive(mask.detach(), dtype)
@@ -151,7 +157,13 @@ def bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, in
         missing = -keys % READ_BYTES
         rows = pad(tensor, (0, missing)) if missing else tensor.clone(memory_format=torch.contiguous_format)
         tensor = first(rows, keys)
-    return tensor.expand(shape)
+    expanded = tensor.expand(shape)
+    if SHORT_OFFSETS and (shape[2] - 1) * expanded.stride(2) >= UINT32:
+        raise ValueError(
+            f"efficient_cuda: PyTorch {torch.__version__} reads the rows of an attn_mask of {shape[2]} x {keys} numbers "
+            f"wrongly behind the first 2^32 numbers (pytorch#187227, until 2.13); use another implementation for this call"
+        )
+    return expanded
 
 
 @dataclass(frozen=True)

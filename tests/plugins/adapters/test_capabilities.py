@@ -13,13 +13,13 @@ import attnplug
 from adapters_on_standins import standin
 
 attnplug_adapters = pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
-from attnplug_adapters import specs  # noqa: E402
-from attnplug_adapters.flash_attn2 import FlashAttn2  # noqa: E402
-from attnplug_adapters.flash_attn3 import FlashAttn3  # noqa: E402
-from attnplug_adapters.flash_attn4 import FlashAttn4  # noqa: E402
-from attnplug_adapters.flashinfer import FlashInfer  # noqa: E402
-from attnplug_adapters.sage_attention import SageAttention  # noqa: E402
-from attnplug_adapters.xformers import XFormers  # noqa: E402
+from attnplug_adapters import specs
+from attnplug_adapters.flash_attn2 import FlashAttn2
+from attnplug_adapters.flash_attn3 import FlashAttn3
+from attnplug_adapters.flash_attn4 import FlashAttn4
+from attnplug_adapters.flashinfer import FlashInfer
+from attnplug_adapters.sage_attention import SageAttention
+from attnplug_adapters.xformers import XFormers
 
 Gpu = tuple[int, int]
 LOWER_RIGHT = attnplug.CausalVariant.LOWER_RIGHT

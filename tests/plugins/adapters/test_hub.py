@@ -13,9 +13,9 @@ import attnplug
 from adapters_on_standins import on_cpu, standin
 
 attnplug_adapters = pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
-from attnplug_adapters import hub_pins  # noqa: E402
-from attnplug_adapters.hub_kernels import Hub  # noqa: E402
-from attnplug_adapters.hub_pins import Pinned, hub_spec  # noqa: E402
+from attnplug_adapters import hub_pins
+from attnplug_adapters.hub_kernels import Hub
+from attnplug_adapters.hub_pins import Pinned, hub_spec
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 

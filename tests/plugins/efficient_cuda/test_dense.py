@@ -164,6 +164,20 @@ def test_dropout_beyond_what_the_kernel_can_number_is_an_error_of_its_own() -> N
             efficient.forward(params)
 
 
+@pytest.mark.parametrize("short", [True, False])
+def test_a_mask_whose_rows_this_pytorch_cannot_count_is_an_error(monkeypatch: pytest.MonkeyPatch, short: bool) -> None:
+    monkeypatch.setattr(layout, "SHORT_OFFSETS", short)
+    for rows, keys, wrong in ((2**16 + 1, 2**16, True), (2**16, 2**16, False), (1, 2**33, False)):
+        with FakeTensorMode():
+            mask = torch.empty(1, 1, rows, keys, dtype=torch.float16)
+            shape = (2, 3, 2**16 + 1 if rows == 1 else rows, keys)
+            if short and wrong:
+                with pytest.raises(ValueError, match=r"wrongly behind the first 2\^32 numbers .* use another"):
+                    layout.bias(mask, torch.float16, shape)
+            else:
+                assert layout.bias(mask, torch.float16, shape).shape == shape
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_keys_are_split_unless_determinism_is_asked_for(
     cutlass: Cutlass, monkeypatch: pytest.MonkeyPatch, deterministic: bool

@@ -18,9 +18,9 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from attnplug_flash_triton import config, cost  # noqa: E402
-from attnplug_flash_triton.config import Cell, Tiles  # noqa: E402
-from attnplug_flash_triton.problem import Machine  # noqa: E402
+from attnplug_flash_triton import config, cost
+from attnplug_flash_triton.config import Cell, Tiles
+from attnplug_flash_triton.problem import Machine
 
 ENTRIES = [
     pytest.param(architecture, kernel, precision, id=f"{architecture}-{kernel}-{precision}")

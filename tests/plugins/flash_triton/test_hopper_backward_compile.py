@@ -19,9 +19,9 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from attnplug_flash_triton import cost  # noqa: E402
-from attnplug_flash_triton.config import SHARED_MEMORY  # noqa: E402
-from hopper_gradients import Call, call, plan_of  # noqa: E402
+from attnplug_flash_triton import cost
+from attnplug_flash_triton.config import SHARED_MEMORY
+from hopper_gradients import Call, call, plan_of
 
 SPILLED = 160
 """Bytes of a thread, of masked tiles and of the places of results. For how many the assembler finds no register differs

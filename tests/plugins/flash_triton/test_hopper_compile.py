@@ -21,13 +21,13 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from attnplug import SDPAParams  # noqa: E402
-from attnplug_flash_triton import cost, impl  # noqa: E402
-from attnplug_flash_triton.hopper import outputs  # noqa: E402
-from attnplug_flash_triton.hopper.candidates import CANDIDATES, Candidate  # noqa: E402
-from attnplug_flash_triton.plans import Plan  # noqa: E402
-from attnplug_flash_triton.problem import Machine, read  # noqa: E402
-from hopper_gradients import call  # noqa: E402
+from attnplug import SDPAParams
+from attnplug_flash_triton import cost, impl
+from attnplug_flash_triton.hopper import outputs
+from attnplug_flash_triton.hopper.candidates import CANDIDATES, Candidate
+from attnplug_flash_triton.plans import Plan
+from attnplug_flash_triton.problem import Machine, read
+from hopper_gradients import call
 
 BEFORE_ROUNDS = 128
 """Bytes of one thread that may be spilled where it costs next to nothing."""

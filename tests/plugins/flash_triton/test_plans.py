@@ -18,17 +18,17 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia import driver as nvidia  # noqa: E402
-from triton.experimental import gluon  # noqa: E402
-from triton.experimental.gluon import language as gl  # noqa: E402
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma  # noqa: E402
-from triton.runtime import driver  # noqa: E402
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.runtime import driver
 
-from attnplug import CausalVariant, SDPAParams  # noqa: E402
-from attnplug_flash_triton import config, impl, plans  # noqa: E402
-from attnplug_flash_triton.problem import Machine  # noqa: E402
+from attnplug import CausalVariant, SDPAParams
+from attnplug_flash_triton import config, impl, plans
+from attnplug_flash_triton.problem import Machine
 
 HOPPER = Machine("sm_90", 132)
 

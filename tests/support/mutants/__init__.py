@@ -43,7 +43,7 @@ def wrong(*checks: str, dtype: str = "float32") -> Callable[[type[Kernel]], type
 
 def all_mutants() -> list[Mutant]:
     """Return every mutant."""
-    from mutants import (  # noqa: F401
+    from mutants import (  # noqa: F401, each registers its mutants
         compiling,
         dropout,
         gradients,
