@@ -241,6 +241,8 @@ def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:
         (dict(size=100), "query: head size 100 is not a multiple of 8"),
         (dict(attn_mask=torch.ones(1, 1, 80, 80, dtype=torch.bool)), "has no attn_mask"),
         (dict(alibi_slopes=torch.ones(2)), "has no alibi_slopes"),
+        (dict(block_table=torch.zeros(1, 8, dtype=torch.int32)), "has no block_table"),
+        (dict(value=torch.zeros(1, 2, 80, 20).half()), "value: head size 20 is not a multiple of 8"),
         (dict(dropout=0.1), "has no dropout"),
         (dict(scale=0.0), "has no scale of 0, by which hidden logits would be NaN"),
     ],
@@ -249,7 +251,7 @@ def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:
 def test_what_runs_on_the_plain_kernel_says_why(change: dict[str, Any], reason: str) -> None:
     size, dtype = change.pop("size", 64), change.pop("dtype", torch.bfloat16)
     query, key, value = (torch.zeros(1, 2, 80, size, dtype=dtype) for _ in range(3))
-    params = replace(call().params, query=query, key=key, value=value, **change)
+    params = replace(call().params, **dict(query=query, key=key, value=value) | change)
     assert reason in choose.reasons_forward(params)
     assert choose.reasons_forward(call().params) == []
 
