@@ -205,6 +205,7 @@ def test_who_raises_while_being_timed_is_a_record_and_the_others_go_on(register)
     report = bench.run(TINY, ["torch", register("tired", tired)], seconds=0.002)
     assert [record.status for record in report] == ["ran", "failed"]
     assert "no more" in report.records[1].reason
+    assert report.records[1].correct is None and report.records[1].memory is None
 
 
 def test_who_runs_out_of_memory_is_a_record_and_the_others_go_on(register):
@@ -311,6 +312,13 @@ def test_percentiles_are_those_of_the_samples():
     timing = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0], calls=7)
     assert (timing.median, timing.p20, timing.p80, timing.samples, timing.calls) == (3.5, 2.0, 5.0, 6, 7)
     assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_times_are_level_within_what_either_would_differ_by_if_measured_again():
+    first, second = Timing(1.0, 1.0, 1.0, 9), Timing(1.05, 1.05, 1.05, 9)
+    assert not second.level(first)
+    assert second.level(first, noise=0.1)
+    assert second.level(replace(first, again=0.1)) and replace(second, again=0.1).level(first)
 
 
 def test_a_time_is_that_of_one_call_however_many_a_sample_has(ticking, register):

@@ -120,6 +120,19 @@ def test_several_implementations_are_checked_in_workers_and_results_written_as_t
     ]
 
 
+def test_results_can_be_read_while_checks_are_still_made(cli, register, tmp_path):
+    written, read = tmp_path / "found.jsonl", [""]
+
+    def forward(params):
+        read.append(written.read_text())
+        return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+    register(name="reader", kernel=forward)
+    asked = ("--device", "cpu", "--dtype", "float32", "--only", "check_scale", "--only", "check_values")
+    assert cli("check", "reader", *asked, "--output", str(written)).status == 0
+    assert len(read[-1].splitlines()) == 1 and len(written.read_text().splitlines()) == 2
+
+
 def test_output_into_a_folder_that_does_not_exist_is_an_error_before_work_begins(cli, tmp_path):
     done = cli("check", "torch", "--output", str(tmp_path / "nowhere" / "found.jsonl"))
     assert (done.status, done.out) == (2, "")

@@ -28,6 +28,14 @@ def test_a_missing_library_comes_with_the_command_that_brings_it(cli, register):
     assert "  rocket: needs absent_module, not installed\n      pip install rocket-fuel\n" in text
 
 
+def test_a_kernel_that_cannot_run_here_is_not_imported(cli, register, tmp_path, monkeypatch):
+    (tmp_path / "needs_rocket.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    register(name="rocket", kernel="needs_rocket.kernel", requires=("absent_module",))
+    assert finding(cli("doctor", "--json").data, "rocket")["status"] == "unavailable"
+    assert cli("doctor").status == 0
+
+
 def test_every_implementation_is_either_available_or_found(cli):
     data = cli("doctor", "--json").data
     names = {record.name for record in attnplug.list_impls()}

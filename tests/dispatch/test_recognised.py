@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 import attnplug
@@ -250,6 +251,7 @@ PACKED: dict[str, Change] = {
     "fewer tokens": packed(TOKENS[:7], TOKENS[:7], TOKENS[:7], row(0, 4, 7), row(0, 4, 7)),
     "more sequences": packed(TOKENS, TOKENS, TOKENS, row(0, 4, 6, 9), row(0, 4, 6, 9)),
     "no tokens": packed(TOKENS[:0], TOKENS[:0], TOKENS[:0], row(0, 0), row(0, 0)),
+    "no keys": packed(TOKENS, TOKENS[:0], TOKENS[:0], STARTS, row(0, 0, 0), 5, 0),
     "no sequences": packed(TOKENS, TOKENS, TOKENS, row(0), row(0)),
     "fewer values than keys": packed(TOKENS, TOKENS, TOKENS[:8]),
     "fewer heads": packed(TOKENS[:, :2], TOKENS[:, :2], TOKENS[:, :2]),
@@ -306,6 +308,22 @@ def test_packed_sequences_after_others_are_decided_as_they_are_alone(change: str
         assert_same(outcome(PACKED[name], impl, attnplug.varlen_attn), expected[name])
 
 
+def test_packed_sequences_without_keys_reach_no_kernel() -> None:
+    lengths = []
+
+    def forward(params: SDPAParams) -> tuple[Tensor, None]:
+        lengths.append(params.key.shape[0])
+        return params.query.clone(), None
+
+    packed_alone = attnplug.Capabilities(features=(attnplug.Feature.VARLEN,), dense=False)
+    attnplug.register_impl(ImplSpec(name="counts", kernel=forward, backend=None, capabilities=packed_alone))
+    for keys, starts in ((9, STARTS), (9, STARTS), (9, STARTS), (0, row(0, 0, 0))):
+        given = TOKENS, TOKENS[:keys], TOKENS[:keys]
+        out = attnplug.varlen_attn(*given, STARTS, starts, 5, 5, impl="counts")
+    attnplug.unregister_impl("counts")
+    assert lengths == [9, 9, 9] and not out.any()
+
+
 AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast to another dtype": lambda: torch.autocast("cpu", torch.float16),
@@ -352,6 +370,16 @@ def test_transforms_see_through_calls_that_were_made_before(impl: str) -> None:
     query = Q.clone().requires_grad_()
     attend(query, K, V, impl=impl).sum().backward()
     torch.testing.assert_close(gradient, query.grad)
+
+
+def test_a_dual_tensor_is_seen_after_calls_of_plain_ones() -> None:
+    """No dispatch key tells the two apart."""
+    attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque, backend=None))
+    for _ in range(3):
+        attnplug.scaled_dot_product_attention(Q, K, V, impl="opaque")
+    with forward_ad.dual_level(), pytest.raises(attnplug.GradientError, match="has no forward-mode derivatives"):
+        attnplug.scaled_dot_product_attention(forward_ad.make_dual(Q, Q), K, V, impl="opaque")
+    attnplug.unregister_impl("opaque")
 
 
 def test_a_decode_loop_decides_once_wherever_its_lengths_are_equal() -> None:

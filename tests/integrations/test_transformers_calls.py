@@ -108,6 +108,8 @@ def test_a_window_without_a_mask_is_applied() -> None:
 def test_a_window_without_a_mask_is_refused_where_its_two_sides_are_not_known() -> None:
     with pytest.raises(ValueError, match="sliding_window=2: needs an attention_mask"):
         bridge.attention_forward(layer(is_causal=False), *heads(6, 6), None, sliding_window=2)
+    found, _ = bridge.attention_forward(layer(is_causal=False), *heads(6, 6), None, sliding_window=6)  # hides nothing
+    torch.testing.assert_close(found, formula(*heads(6, 6), torch.ones(6, 6, dtype=torch.bool)))
 
 
 def test_the_output_has_heads_behind_tokens_and_is_contiguous() -> None:

@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from attnplug import parallel
+import attnplug
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, parallel
 from attnplug.parallel._plan import Layout, steps
 from attnplug.parallel._ranges import Block, Range, parts_of, total
+from spoiled_kernels import Formula
 
 SIDES = st.integers(-1, 40)
 
@@ -180,6 +183,69 @@ def check_order(found: list[Schedule]) -> None:
                 if done[rank] < len(found[rank].batches):
                     waiting[rank] = set(found[rank].batches[done[rank]])
     assert done == [len(schedule.batches) for schedule in found], "ranks wait for each other"
+
+
+class EqualLengths(Formula):
+    shape_dependent = True
+
+    @staticmethod
+    def supports(params: SDPAParams) -> str:
+        return "" if params.query.shape[2] == params.key.shape[2] else "takes equal lengths alone"
+
+
+class OwnStatisticsOfSoftcap:
+    """Its backward computes from the out and lse that it is given, but for calls with softcap."""
+
+    @staticmethod
+    def logits(params: SDPAParams) -> Tensor:
+        logits = params.scale * params.query @ params.key.mT
+        return params.softcap * torch.tanh(logits / params.softcap) if params.softcap else logits
+
+    @classmethod
+    def forward(cls, params: SDPAParams) -> tuple[Tensor, Tensor]:
+        logits = cls.logits(params)
+        return torch.softmax(logits, -1) @ params.value, torch.logsumexp(logits, -1)
+
+    @classmethod
+    def backward(cls, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor) -> Any:
+        if params.softcap:
+            out, lse = cls.forward(params)
+        logits = cls.logits(params)
+        weights = torch.exp(logits - lse[..., None])
+        of_logits = params.scale * weights * (grad_out @ params.value.mT - (grad_out * out).sum(-1, keepdim=True))
+        if params.softcap:
+            of_logits = of_logits * (1 - (logits / params.softcap) ** 2)
+        return of_logits @ params.key, of_logits.mT @ params.query, weights.mT @ grad_out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "taken", "declined", "reason"),
+    [
+        (EqualLengths, {"length": 16}, {"length": 13}, "takes equal lengths alone"),
+        (OwnStatisticsOfSoftcap, {}, {"softcap": 2.0}, "its backward computes out and lse anew"),
+    ],
+)
+def test_a_kernel_that_cannot_compute_each_block_of_each_rank_is_declined_before_any_message(
+    monkeypatch: pytest.MonkeyPatch, kernel: Any, taken: dict[str, Any], declined: dict[str, Any], reason: str
+) -> None:
+    features = (Feature.LSE, Feature.SOFTCAP)
+    spec = ImplSpec(name="mine", kernel=kernel, backend=None, capabilities=Capabilities(features=features))
+
+    def attend(group: Any, **arguments: Any) -> None:
+        whole = torch.ones(1, 1, arguments.get("length", 16), 2)
+        part = parallel.shard_sequence(whole, group=group).requires_grad_(kernel is OwnStatisticsOfSoftcap)
+        parallel.ring_attention(part, part, part, group=group, impl="mine", **arguments)
+
+    def attend_declined(group: Any) -> None:
+        with pytest.raises(attnplug.NoImplementationError, match=reason):
+            attend(group, **declined)
+
+    attnplug.register_impl(spec)
+    try:
+        assert all(schedule.batches for schedule in schedules(2, lambda group: attend(group, **taken), monkeypatch))
+        assert not any(schedule.batches for schedule in schedules(2, attend_declined, monkeypatch))
+    finally:
+        attnplug.unregister_impl("mine")
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -144,6 +145,57 @@ def test_lse_gradients_are_refused_unless_declared(register: Callable[..., None]
     out, lse = attnplug.scaled_dot_product_attention(*inputs(), return_lse=True, impl="mine")
     with pytest.raises(attnplug.GradientError, match="'mine' gives no gradient through lse"):
         (out.sum() + lse.sum()).backward()
+
+
+def test_an_lse_that_is_kept_keeps_nothing_else_of_the_call(register: Callable[..., None]) -> None:
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor) -> Tensor:
+            nodes.append(weakref.ref(ctx))
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    class Composite:
+        composite = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
+            logits = Kept.apply(params.scale * params.query @ params.key.mT)
+            return torch.softmax(logits, -1) @ params.value, torch.logsumexp(logits, -1)
+
+    nodes: list[Any] = []
+    register("mine", Composite, Feature.LSE)
+    out, lse = attnplug.scaled_dot_product_attention(*inputs(), return_lse=True, impl="mine")
+    assert lse.requires_grad and nodes[0]() is not None
+    del out
+    assert nodes[0]() is None
+
+
+def test_no_backward_runs_for_a_loss_that_sends_no_gradient(register: Callable[..., None]) -> None:
+    class Stopped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, out: Tensor) -> Tensor:
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    class Counted(WithBackward):
+        @staticmethod
+        def backward(*given: Any) -> Any:
+            ran.append(given)
+            return WithBackward.backward(*given)
+
+    ran: list[Any] = []
+    register("mine", Counted)
+    query, key, value = inputs()
+    for impl in ("aten_math", "mine"):
+        Stopped.apply(attnplug.scaled_dot_product_attention(query, key, value, impl=impl)).sum().backward()
+        assert query.grad is None and not ran
 
 
 def test_second_derivatives_are_refused_unless_declared(register: Callable[..., None]) -> None:

@@ -117,6 +117,13 @@ def test_wrong_result_is_an_error_that_names_the_implementation(register: Any, n
     assert_others_work()
 
 
+def test_an_lse_that_nobody_asked_for_is_checked_too(register: Any) -> None:
+    """Backward is given it."""
+    register("wrong", lambda params: (formula(params)[0], formula(params)[1].mT))
+    with pytest.raises(KernelError, match=r"'wrong'.*lse .*got \(1, 5, 2\)"):
+        attnplug.scaled_dot_product_attention(*inputs(), impl="wrong")
+
+
 @pytest.mark.parametrize("kind", [{"composite": True}, {"backward": no_backward_yet}])
 @pytest.mark.parametrize("name", WRONG_RESULTS)
 def test_wrong_result_is_an_error_when_gradients_are_wanted(register: Any, name: str, kind: dict[str, Any]) -> None:

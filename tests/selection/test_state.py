@@ -282,6 +282,23 @@ def test_a_model_that_is_itself_bound_can_be_compiled(bind: Any, order: str) -> 
     torch._dynamo.reset()
 
 
+def test_a_compiled_model_sees_what_inside_it_is_bound_and_let_go(bind: Any) -> None:
+    torch._dynamo.reset()
+    model, hidden = nn.Sequential(Attention(), nn.Identity()), torch.randn(1, 4, 8)
+    with attnplug.patch_torch():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        found = [ran(lambda: compiled(hidden))]
+        handles = []
+        for impl in ("aten_math", "aten_flash"):
+            handles.append(bind(model[0], impl))
+            found.append(ran(lambda: compiled(hidden)))
+        for handle in reversed(handles):
+            handle.remove()
+            found.append(ran(lambda: compiled(hidden)))
+    assert found == [["torch"], ["aten_math"], ["aten_flash"], ["aten_math"], ["torch"]]
+    torch._dynamo.reset()
+
+
 def test_a_compiled_copy_carries_its_binding(bind: Any) -> None:
     torch._dynamo.reset()
     model, hidden = Attention(), torch.randn(1, 4, 8)

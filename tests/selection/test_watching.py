@@ -150,13 +150,13 @@ def test_a_call_knows_the_bound_module_that_it_is_made_in() -> None:
             return attend(query, query, query)
 
     inner, outer = Block(), nn.Sequential(nn.Identity())
-    outer.append(inner)
+    outer.extend([inner, Block()])
     handles = attnplug.bind(inner, "aten_math"), attnplug.bind(outer, "aten_flash")
     with attnplug.record() as calls:
         outer(Q), attend(Q, Q, Q)
     for handle in handles:
         handle.remove()
-    assert [call.module for call in calls] == ["Block", ""]
+    assert [call.module for call in calls] == ["Block", "Sequential", ""]
 
 
 @pytest.mark.parametrize(("backend", "impl"), [("eager", "torch"), ("aot_eager", "aten_math"), ("inductor", "opaque")])

@@ -372,6 +372,11 @@ class FirstSequenceOfMasks(Kernel):
         return super().mask_of(params, 0, keys)
 
 
+class HalvedGradientOfSinks(Kernel):
+    def joined_sinks(self, parts):
+        return super().joined_sinks(parts) / 2
+
+
 class LseOfVisibleRowsIsShifted(Kernel):
     def lse(self, params, top, total):
         return super().lse(params, top, total) + 0.01
@@ -388,6 +393,11 @@ class LseOfVisibleRowsIsShifted(Kernel):
 )
 def test_a_known_mistake_of_gradients_masks_and_blind_rows_gets_a_hint(register, kernel, check, hint):
     assert hint in result_of(register(kernel()), check).reason
+
+
+def test_a_wrong_gradient_of_sinks_is_compared_with_no_call_that_has_none(register):
+    reason = result_of(register(HalvedGradientOfSinks()), "check_lse_gradient_of_sinks").reason
+    assert "gradient of sinks: largest error" in reason
 
 
 def test_an_lse_that_is_wrong_where_keys_are_seen_gets_no_hint_about_rows_that_see_none(register):

@@ -191,6 +191,16 @@ def test_assert_right_takes_any_call(impl: str) -> None:
         assert_right({**arguments, "causal_variant": CausalVariant.UPPER_LEFT, "scale": 2.0}, out.detach())
 
 
+def test_autocast_around_a_judgement_allows_no_more() -> None:
+    query, key, value = torch.randn(3, 1, 2, 16, 8)
+    arguments = {"query": query, "key": key, "value": value}
+    out = attnplug.scaled_dot_product_attention(**arguments, impl="aten_math")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_right(arguments, out)
+        with pytest.raises(CheckFailure, match="out: largest error"):
+            assert_right(arguments, out * 1.0001)
+
+
 def test_two_units_in_the_last_place_are_allowed_and_no_more() -> None:
     """One key of values 1, which any order of rounding gives exactly: in bfloat16, 1 + 0.3 - 0.3 is 2**-8 off."""
     one = torch.ones(1, 1, 1, 8, dtype=torch.bfloat16)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,20 @@ def test_saving_adds_to_what_is_there_and_what_was_measured_last_counts(tmp_path
     fastest((CASE, "aten_flash"), (CASE.but(queries=256), "aten_flash")).save(path)
     found = {choice.kind.queries: choice.impl for choice in Choices.load(path)}
     assert found == {8: "aten_flash", 64: "aten_math", 256: "aten_flash"}
+
+
+def test_of_one_kind_what_was_measured_last_counts_in_whichever_order_they_come():
+    older, newer = (
+        Choices(
+            tuple(replace(table, choices=tuple(replace(one, created=day) for one in table.choices)) for table in each)
+        )
+        for day, each in (
+            ("2026-01-01", fastest((CASE, "aten_math")).tables),
+            ("2026-01-02", fastest((CASE, "aten_flash")).tables),
+        )
+    )
+    for both in (older | newer, newer | older):
+        assert [choice.impl for choice in both] == ["aten_flash"]
 
 
 def test_tables_of_other_machines_stay_beside_each_other(tmp_path):
@@ -89,6 +104,20 @@ def test_a_place_that_cannot_be_written_is_an_error_that_says_where_else(tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(ChoicesError, match="cannot be written .* choose another place: attnplug tune -o FILE"):
         fastest((CASE, "aten_math")).save(tmp_path / "file" / "choices.json")
+
+
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch):
+    path = fastest((CASE, "aten_math")).save(tmp_path / "choices.json")
+    before = {each.name for each in tmp_path.iterdir()}
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(ChoicesError, match="cannot be written .*No space left on device"):
+        fastest((CASE, "aten_flash")).save(path)
+    assert {each.name for each in tmp_path.iterdir()} == before
+    assert [choice.impl for choice in Choices.load(path)] == ["aten_math"]
 
 
 def test_a_link_keeps_leading_to_the_file_and_a_device_or_folder_is_an_error(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,57 @@ def test_a_choice_that_declines_some_lengths_is_asked_about_each():
     assert ran_with == [16, 16, 14]
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_choice_that_depends_on_the_deterministic_mode_is_asked_in_each(wanted):
+    ran_in = []
+
+    class Picky:
+        @staticmethod
+        def supports(params):
+            return "" if torch.are_deterministic_algorithms_enabled() is wanted else "not in this mode"
+
+        @staticmethod
+        def forward(params):
+            ran_in.append(torch.are_deterministic_algorithms_enabled())
+            return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+    attnplug.register_impl(ImplSpec(name="picky", kernel=Picky, backend=None))
+    try:
+        with in_use(fastest((CASE, "picky"))), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FallbackWarning)
+            for mode in (not wanted, wanted, not wanted, wanted):
+                torch.use_deterministic_algorithms(mode)
+                attnplug.scaled_dot_product_attention(query, keys(16), keys(16))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert ran_in == [wanted, wanted]
+
+
+def test_causal_calls_of_unequal_lengths_are_of_another_kind_without_a_recording_too():
+    """What ran is told by its bits: PyTorch's function has another order of summation than aten_math."""
+    first, case = torch.randn(2, 4, 64, 32), Case(batch=2, heads=4, queries=64, keys=64, head_size=32, causal=True)
+    with in_use(fastest((case, "aten_math"))), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ChoicesWarning)
+        for length, impl in ((64, "aten_math"), (60, "torch"), (64, "aten_math")):
+            key, value = torch.randn(2, 2, 4, length, 32)
+            out = attnplug.scaled_dot_product_attention(first, key, value, is_causal=True)
+            assert torch.equal(
+                out, attnplug.scaled_dot_product_attention(first, key, value, is_causal=True, impl=impl)
+            ), length
+
+
+def test_of_several_tables_that_hold_here_what_was_measured_last_counts():
+    def measured(impl, day, **versions):
+        (table,) = fastest((CASE, impl)).tables
+        choices = tuple(replace(one, created=day) for one in table.choices)
+        return replace(table, versions={**table.versions, **versions}, choices=choices)
+
+    older, newer = measured("aten_math", "2026-01-01"), measured("aten_flash", "2026-01-02", **{"gone-kernels": "1.0"})
+    for tables in ((older, newer), (newer, older)):
+        with in_use(attnplug.Choices(tables)):
+            assert ran() == "aten_flash"
+
+
 def test_who_decides_is_stronger_in_the_order_of_the_documentation(monkeypatch):
     attention = attnplug.scaled_dot_product_attention
     with in_use(fastest((CASE, "aten_math"))):
@@ -105,7 +157,7 @@ def test_the_families_that_pytorchs_own_scope_enables_bound_the_choice():
 def test_a_call_of_another_kind_runs_in_the_default_order_with_the_reason_and_one_warning():
     with in_use(fastest((CASE, "aten_math"))):
         with pytest.warns(ChoicesWarning) as warned:
-            assert [ran(length=length) for length in (17, 33, 17)] == ["torch"] * 3
+            assert [ran(length=length) for length in (17, 33, 8, 17)] == ["torch"] * 4
         explained = attnplug.explain(query, keys(17), keys(17))
     assert explained.chosen == "torch"
     assert explained.measured.startswith(

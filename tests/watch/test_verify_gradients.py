@@ -193,6 +193,36 @@ def test_second_derivatives_are_right_and_no_alarm() -> None:
     assert watched.gradients >= 1
 
 
+def test_a_gradient_in_the_loss_is_a_reason_and_no_alarm() -> None:
+    query, key, value = tensors(requires_grad=True)
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        out = attend(query, key, value, impl="math_ref")
+        (gradient,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+        (out.sum() + gradient.square().sum()).backward()
+    assert watched.gradients == 1
+    assert list(watched.skipped) == ["gradients: of a call that was differentiated with create_graph=True before"]
+
+
+def test_a_backward_that_failed_leaves_nothing_to_the_next_one() -> None:
+    class FailsOnce(Formula):
+        failed = False
+
+        @classmethod
+        def backward(cls, *given: Any) -> tuple[Tensor, ...]:
+            if not cls.failed:
+                cls.failed = True
+                raise torch.OutOfMemoryError("of the test")
+            return super().backward(*given)
+
+    impl = register(FailsOnce)
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        out, lse = attend(*tensors(requires_grad=True), return_lse=True, impl=impl)
+        with pytest.raises(torch.OutOfMemoryError):
+            (out.sum() + lse.sum()).backward(retain_graph=True)
+        out.sum().backward()
+    assert watched.gradients == 1
+
+
 def test_memory_of_a_sampled_call_goes_with_its_graph() -> None:
     import gc
     import weakref

@@ -42,7 +42,6 @@ class BindingHandle:
                 del module.__dict__[_BLOCKS]
                 if _Bound in type(module).__bases__:  # else somebody has derived another class from it since
                     module.__class__ = type(module).__bases__[1]
-        start().changed()
 
     def __repr__(self) -> str:
         module = self._module()
@@ -58,6 +57,9 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     Calls of `torch.nn.functional.scaled_dot_product_attention` follow while `patch_torch()`, or an
     activation, is in place. Of several bindings of one module the last one counts. Copies of the module, and what
     `torch.load` makes of it, are bound too.
+
+    Modules inside a compiled one may be bound, and their bindings removed, at any time. What is itself given to
+    `torch.compile` is bound before: PyTorch keeps the forward that it was given.
 
     While a module is bound, its class is derived from the one that it had, and has the same name.
 
@@ -86,7 +88,6 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
         module.__dict__[_BLOCKS] = (*module.__dict__.get(_BLOCKS, ()), block)
         _give_class(module)
         handle = BindingHandle(module, block)
-    start().changed()  # compiled code has a guard on the registry's generation, whatever else it looks at
     return handle
 
 

@@ -53,7 +53,7 @@ def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
 def varlen(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
     """Run one variable-length call. What its lengths may have wrong is checked each time."""
     if any_autocast():
-        params, way = autocasted(params), None
+        params = autocasted(params)
     _, plan = _kept(params, impl)
     if plan is not None and check_lengths(params) > 0:
         if way is not None:

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             written = None
             if arguments.output is not None:
-                written = stack.enter_context(arguments.output.open("w", encoding="utf-8"))
+                written = stack.enter_context(arguments.output.open("w", buffering=1, encoding="utf-8"))
             reports = check_impls(
                 usable,
                 device=arguments.device,
@@ -152,4 +152,3 @@ def _found(written: TextIO | None, name: str, result: Result) -> None:
         print(f"\r\x1b[K{name} {result.label}: {result.status}", end="", file=sys.stderr, flush=True)
     if written is not None:
         written.write(json.dumps({"impl": name, **asdict(result)}) + "\n")
-        written.flush()

@@ -86,15 +86,19 @@ class Share:
             return [self._example(query, key, value, block) for block in kinds(self.layout)]
 
     def _example(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> SDPAParams:
-        dim = 0 if self.is_varlen else 2
-        queries = min(size(block.queries), query.shape[dim])
-        keys = min(size(block.keys), key.shape[dim])
-        if size(block.queries) == size(block.keys):
-            queries = keys = min(queries, keys)
+        queries, keys = size(block.queries), size(block.keys)
         same = replace(block, queries=(0, queries), keys=(0, keys), lengths=(queries,) if block.lengths else ())
         used = None if self.params.seqused_k is None else self.params.seqused_k.clamp(max=keys)
-        rows, columns = (0, queries), (0, keys)
-        return self.block(same, self.rows(query, rows), self.rows(key, columns), self.rows(value, columns), used)
+        query = self._of_length(query, queries)
+        return self.block(same, query, self._of_length(key, keys), self._of_length(value, keys), used)
+
+    def _of_length(self, tensor: Tensor, length: int) -> Tensor:
+        """Return so many rows; where another rank has more than this one, of no particular values."""
+        dim = 0 if self.is_varlen else 2
+        if length <= tensor.shape[dim]:
+            return self.rows(tensor, (0, length))
+        shape = (*tensor.shape[:dim], length, *tensor.shape[dim + 1 :])
+        return tensor.new_empty(shape).requires_grad_(tensor.requires_grad)
 
     def block(self, block: Block, query: Tensor, key: Tensor, value: Tensor, used: Tensor | None = None) -> SDPAParams:
         """Return the call of one block, whose tensors are given."""
