@@ -36,7 +36,7 @@ lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 
 # A machine with a GPU may have no network: this is installed beside the Python that has torch, from here alone, and from
 # a folder of wheels: what that Python lacks, with all that it requires (`pip download importlib-metadata platformdirs`),
-# ptxas 13.1 (nvidia-cuda-nvcc), and peers.
+# pytest-xdist, without which the tests run one after the other, ptxas 13.1 (nvidia-cuda-nvcc), and peers.
 SITE := build/gpu
 gpu:  ## everything that needs a GPU, with the Python that has torch, in under 8 minutes; PART=conformance for one part
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target $(SITE) . $(PLUGINS) \

@@ -42,6 +42,11 @@ class Exits(Faulty):
         os._exit(3)
 
 
+class Quits(Faulty):
+    def fault(self) -> None:
+        sys.exit()
+
+
 class Hangs(Faulty):
     def fault(self) -> None:
         time.sleep(600)
@@ -75,6 +80,6 @@ class Prints(Faulty):
         os.write(1, b"and one past Python")
 
 
-crashes, exits, hangs, loses, loses_later, prints = (
-    kind() for kind in (Crashes, Exits, Hangs, LosesTheDevice, LosesTheDeviceLater, Prints)
+crashes, exits, quits, hangs, loses, loses_later, prints = (
+    kind() for kind in (Crashes, Exits, Quits, Hangs, LosesTheDevice, LosesTheDeviceLater, Prints)
 )

@@ -52,21 +52,27 @@ def call(
     lengths: tuple[tuple[int, int], ...] | None = None,
     grad_lse: bool = False,
     heads_last: bool = False,
+    apart: float = 0.0,
 ) -> Call:
     """Return a call; `lengths` has the numbers of queries and keys of each sequence of a call of variable length.
 
-    Keys and values that are not used hold NaN.
+    Keys and values that are not used hold NaN. Elements of queries are about `apart`, and those of keys `-apart`.
     """
     size_v, scale = size_v or size, size**-0.5 if scale is None else scale
     pairs = lengths or [(queries, keys)] * len(used or (0,))
     random = torch.Generator().manual_seed(3)
     parts = [
         tuple(
-            torch.randn(head, length, columns, generator=random, dtype=torch.float64).requires_grad_()
+            torch.randn(head, length, columns, generator=random, dtype=torch.float64)
             for head, length, columns in ((heads[0], q, size), (heads[1], k, size), (heads[1], k, size_v))
         )
         for q, k in pairs
     ]
+    for q_part, k_part, v_part in parts:
+        q_part += apart
+        k_part -= apart
+        for part in (q_part, k_part, v_part):
+            part.requires_grad_()
     sink = torch.linspace(-1, 2, heads[0], dtype=torch.float64) if sinks else None
     outs, lses, grads_out, grads_lse = [], [], [], []
     for i, (q, k, v) in enumerate(parts):

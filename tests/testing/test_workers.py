@@ -18,7 +18,7 @@ from attnplug.testing import Report, Result, check_impl, check_impls
 from faulty import WORDS
 
 CHECKS = ("check_values", "check_scale", "check_batches_and_heads")
-KERNELS = ("crashes", "exits", "hangs", "loses", "loses_later", "prints")
+KERNELS = ("crashes", "exits", "quits", "hangs", "loses", "loses_later", "prints")
 TIMEOUT = 6.0
 
 
@@ -82,6 +82,7 @@ def test_a_crash_costs_one_check_which_names_the_signal_and_shows_what_was_said(
 
 def test_an_exit_costs_one_check(reports: dict[str, Report]) -> None:
     assert "ended its process: exit status 3" in the_failure(reports["exits"]).reason
+    assert "ended its process: exit status 0" in the_failure(reports["quits"]).reason
 
 
 def test_a_lost_device_costs_one_check_with_the_words_of_the_driver(reports: dict[str, Report]) -> None:

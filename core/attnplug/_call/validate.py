@@ -169,7 +169,8 @@ def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int,
             raise ValueError(f"sinks: expected shape ({heads},), one logit a query head, got {shape(params.sinks)}")
     if params.alibi_slopes is not None:
         _floating("alibi_slopes", params.alibi_slopes, device)
-        if tuple(params.alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        found = tuple(params.alibi_slopes.shape)
+        if not (found == (heads,) or found == (batch, heads)):  # Dynamo takes no symbolic size for `in`
             raise ValueError(
                 f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {shape(params.alibi_slopes)}"
             )

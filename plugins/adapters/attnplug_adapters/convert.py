@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnplug import CausalVariant, SDPAParams, compute_capability
+from attnplug import CausalVariant, SDPAParams
 
 MINUS_INFINITY = float("-inf")
 OPEN = (-1, -1)
@@ -233,11 +233,3 @@ def sum_heads(grad: Tensor, kv_heads: int, dim: int = 2) -> Tensor:
     if grad.shape[dim] == kv_heads:
         return grad
     return grad.unflatten(dim, (kv_heads, -1)).sum(dim + 1)
-
-
-def is_here(device: torch.device) -> bool:
-    """Whether the GPU that is asked about is the one that `device` stands for on this machine."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return index < torch.cuda.device_count() and torch.cuda.get_device_capability(index) == compute_capability(device)

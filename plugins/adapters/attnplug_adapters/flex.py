@@ -44,14 +44,40 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     # A trace gets flex_attention itself, for its own graph; a kernel would read fake tensors, which have no memory.
     traced = flex_mods.is_watched() or isinstance(query, FakeTensor)
     attend = flex_kinds.attention(*constants) if traced else partial(flex_kinds.attend, constants)
+    score_mod = flex_mods.score_mod(params, positions)
+    if traced and query.device.type == "cpu" and not wants_lse:
+        mask_mod = flex_mods.mask_mod(params, positions)
+        if score_mod is not None or mask_mod is not None:
+            out = _in_operators(params.scale, query, key, value, score_mod, mask_mod)
+            return out[0].transpose(0, 1) if params.is_varlen else out, None
     blocks = _block_mask(params, positions, query.shape[2], key.shape[2])
-    returned = attend(query, key, value, flex_mods.score_mod(params, positions), blocks)
+    returned = attend(query, key, value, score_mod, blocks)
     out, lse = (returned[0], returned[1].lse) if wants_lse else (returned, None)
     if params.sinks is not None:
         out, lse = _with_sinks(out, lse, params.sinks)
     if params.is_varlen:
         out, lse = out[0].transpose(0, 1), None if lse is None else lse[0]
     return out, lse if params.return_lse else None
+
+
+def _in_operators(scale: Any, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask_mod: Any) -> Tensor:
+    """Return what flex_attention does, as operators, with the scores of all queries and keys in memory.
+
+    For a CPU, PyTorch 2.13 does not compile a flex_attention whose functions look up what the graph computes, which
+    `lower_cpu` takes before it is written (`NoValidChoicesError`), or has sizes that vary: `CppFlexAttentionTemplate`
+    renames its own sizes in the text of a kernel, `ku1` in `ku12` too.
+    """
+    heads = query.shape[1]
+    key, value = (convert.spread_heads(tensor, heads, 1).float() for tensor in (key, value))
+    scores = query.float() @ key.transpose(-1, -2) * scale
+    places = [torch.arange(size, device=query.device) for size in scores.shape]
+    indices = [place.view(-1, *(1,) * (3 - dim)) for dim, place in enumerate(places)]
+    if score_mod is not None:
+        scores = score_mod(scores, *indices)
+    if mask_mod is not None:
+        scores = scores.masked_fill(~mask_mod(*indices), convert.MINUS_INFINITY)
+    blind = (scores == convert.MINUS_INFINITY).all(-1, keepdim=True)
+    return (scores.softmax(-1).masked_fill(blind, 0.0) @ value).to(query.dtype)
 
 
 def _with_sinks(out: Tensor, lse: Any, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,15 +68,18 @@ def hub(
     if faults := adapter.unavailable():
         raise attnplug.PluginError(f"{repository}: {'; '.join(faults)}")
     name = name or f"hub.{pinned.library}"
-    attnplug.register_impl(
-        ImplSpec(
-            name=name,
-            kernel=adapter,
-            backend=SDPBackend.FLASH_ATTENTION,
-            capabilities=hub_pins.CAPABILITIES[pinned.library],
-            priority=-37,
-        )
+    spec = ImplSpec(
+        name=name,
+        kernel=adapter,
+        backend=SDPBackend.FLASH_ATTENTION,
+        capabilities=hub_pins.CAPABILITIES[pinned.library],
+        priority=-37,
     )
+    try:
+        attnplug.register_impl(spec)
+    except attnplug.DuplicateImplementationError as error:
+        way_out = f"give this one another name with name=, or call unregister_impl({name!r}) first"
+        raise attnplug.DuplicateImplementationError(name, error.owner, error.claimant, way_out) from error
     return name
 
 

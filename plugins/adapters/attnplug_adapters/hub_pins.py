@@ -39,7 +39,7 @@ class Pinned:
 
         Raises:
             TypeError: an argument is of another type.
-            ValueError: it is of no known library, or not pinned.
+            ValueError: it is of no known library, not pinned, or pinned to a version below 1.
         """
         if not isinstance(repository, str):
             raise TypeError(
@@ -47,6 +47,8 @@ class Pinned:
             )
         if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
             raise TypeError(f"version: expected an integer, as the Hub counts them, got {version!r}")
+        if version is not None and version < 1:
+            raise ValueError(f"version: expected an integer from 1 on, as the Hub counts them, got {version}")
         if revision is not None and not isinstance(revision, str):
             raise TypeError(f"revision: expected the hash of a commit as a string, got {revision!r}")
         pinned = cls(repository, version, revision)

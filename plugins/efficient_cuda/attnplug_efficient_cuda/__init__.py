@@ -64,7 +64,7 @@ _CUDNN_DENSE = Capabilities(
 
 @hookimpl
 def attnplug_register_impls() -> list[ImplSpec]:
-    """Return both implementations, behind those of the core until there are measurements."""
+    """Return both implementations."""
     return [
         ImplSpec(
             name="efficient_cuda",

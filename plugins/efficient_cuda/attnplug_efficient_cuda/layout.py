@@ -160,8 +160,8 @@ def bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, in
     expanded = tensor.expand(shape)
     if SHORT_OFFSETS and (shape[2] - 1) * expanded.stride(2) >= UINT32:
         raise ValueError(
-            f"efficient_cuda: PyTorch {torch.__version__} reads the rows of an attn_mask of {shape[2]} x {keys} numbers "
-            f"wrongly behind the first 2^32 numbers (pytorch#187227, until 2.13); use another implementation for this call"
+            f"efficient_cuda: PyTorch {torch.__version__} reads the rows of an attn_mask of {shape[2]} x {keys} "
+            f"numbers wrongly behind the first 2^32 (pytorch#187227, until 2.13); use another implementation"
         )
     return expanded
 

@@ -59,9 +59,9 @@ def notes(params: SDPAParams) -> list[str]:
     kinds = {"forward": choose.reasons_forward(params)}
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (params.query, params.key, params.value)):
         kinds["backward"] = choose.reasons_backward(params)
+    own = f"Hopper's own kernels{choose.remark()}"
     return [
-        f"{kind} runs on "
-        + (f"the plain kernels, not on Hopper's own: {', '.join(reasons)}" if reasons else "Hopper's own kernels")
+        f"{kind} runs on " + (f"the plain kernels, not on Hopper's own: {', '.join(reasons)}" if reasons else own)
         for kind, reasons in kinds.items()
     ]
 

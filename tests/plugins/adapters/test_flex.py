@@ -178,10 +178,10 @@ def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:
 
     @torch.compile(backend=counter, fullgraph=True)
     def model(query: torch.Tensor) -> torch.Tensor:
-        return attnplug.scaled_dot_product_attention(query, query, query, is_causal=True, impl="flex") * 2
+        return attnplug.scaled_dot_product_attention(query, query, query, impl="flex") * 2
 
     query = torch.randn(1, 2, 24, 16)
-    expected = 2 * torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    expected = 2 * torch.nn.functional.scaled_dot_product_attention(query, query, query)
     torch.testing.assert_close(model(query), expected)
     assert counter.frame_count == 1
     assert "flex_attention" in str(counter.graphs[0].graph) and "attnplug" not in str(counter.graphs[0].graph)
@@ -202,3 +202,41 @@ def test_masked_calls_of_many_sizes_run_on_the_cpu() -> None:
         mask[0, ..., -3:] = False
         out = attnplug.scaled_dot_product_attention(query, key, value, mask, impl="flex")
         torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, key, value, mask))
+
+
+LOWER_RIGHT_OF_USED = {"is_causal": True, "causal_variant": CausalVariant.LOWER_RIGHT, "seqused_k": "used"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"softcap": 5.0, "window_size": (4, 2)},
+        {"alibi_slopes": "slopes"},
+        {"attn_mask": "boolean"},
+        {"attn_mask": "floating"},
+        LOWER_RIGHT_OF_USED,
+    ],
+    ids=str,
+)
+def test_a_compiled_model_takes_calls_of_several_sizes_on_the_cpu(options: dict[str, Any]) -> None:
+    """PyTorch 2.13 compiles no flex_attention for a CPU with sizes that vary, or with what the graph computes."""
+
+    def model(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, used: torch.Tensor, impl: str) -> Any:
+        floating = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), float("-inf"))
+        tensors = {"boolean": mask, "floating": floating, "slopes": torch.ones(4), "used": used}
+        given = {
+            name: tensors.get(value, value) if isinstance(value, str) else value for name, value in options.items()
+        }
+        return attnplug.scaled_dot_product_attention(query, key, key, **given, enable_gqa=True, impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    for batch, queries, keys in ((2, 20, 20), (3, 37, 50)):
+        query, key = torch.randn(batch, 4, queries, 16), torch.randn(batch, 2, keys, 16)
+        mask, used = torch.rand(batch, 1, queries, keys) < 0.8, torch.randint(1, keys, (batch,), dtype=torch.int32)
+        mask[0, 0, 0] = False  # a query that sees no key
+        given = (query, key, mask, used)
+        torch.testing.assert_close(compiled(*given, "flex"), model(*given, "math_ref"))
+    torch._dynamo.reset()

@@ -74,11 +74,19 @@ def test_several_kernels_may_be_there_at_once(fake_hub: FakeHub) -> None:
     assert fake_hub.asked[1] == {"repo_id": "mine/flash-attn2", "revision": COMMIT, "version": None, "trust": True}
 
 
+def test_two_versions_of_one_repository_need_names(fake_hub: FakeHub) -> None:
+    attnplug_adapters.hub("kernels-community/flash-attn2", version=1)
+    with pytest.raises(attnplug.DuplicateImplementationError, match="hub.flash-attn2.*name="):
+        attnplug_adapters.hub("kernels-community/flash-attn2", version=2)
+    attnplug_adapters.hub("kernels-community/flash-attn2", version=2, name="second")
+
+
 @pytest.mark.parametrize(
     ("repository", "pin", "message"),
     [
         ("kernels-community/flash-attn2", {}, "give one of them"),
         ("kernels-community/flash-attn2", {"version": 1, "revision": COMMIT}, "give one of them"),
+        ("kernels-community/flash-attn2", {"version": 0}, "from 1 on"),
         ("kernels-community/flash-attn2", {"revision": "main"}, "40 hexadecimal digits"),
         ("kernels-community/relu", {"version": 1}, "expected owner/name with the name one of flash-attn2"),
         ("flash-attn2", {"version": 1}, "expected owner/name"),

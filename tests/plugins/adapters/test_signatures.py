@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from attnplug_adapters import flash_attn2, flash_attn3, flash_attn4, flashinfer,
 from attnplug_adapters.library import Adapter, differences, fits
 
 RECORDED = Path(libraries.__file__).with_name("signatures.json")
+PAGES = Path(__file__).parents[3] / "docs" / "adapters"
 RELEASES: dict[str, dict[str, str]] = json.loads(RECORDED.read_text())
 TOO_OLD = {"hub 0.13.0": RELEASES.pop("hub 0.13.0")}
 INTERFACES: dict[str, tuple[type, ...]] = {
@@ -79,6 +81,19 @@ def test_the_stand_ins_have_the_signatures_of_the_release_that_they_stand_for(na
         found = inspect.signature(getattr(standin(name), called))
         bare = [parameter.replace(annotation=parameter.empty) for parameter in found.parameters.values()]
         assert bare == list(inspect.signature(function(text)).parameters.values())
+
+
+@pytest.mark.parametrize("name", ["flash_attn2", "flashinfer", "xformers", "hub"])
+def test_page_and_module_name_the_releases_whose_signatures_are_recorded(name: str) -> None:
+    recorded = [release.split()[1] for release in RELEASES if release.startswith(f"{name} ")]
+    module = (
+        hub_kernels if name == "hub" else {"flash_attn2": flash_attn2, "flashinfer": flashinfer}.get(name, xformers)
+    )
+    for text in (str(module.__doc__), (PAGES / f"{name}.md").read_text()):
+        written = re.search(r"Written for (?:[^\d.]* )?(\d[\w.]*?) to (\d[\w.]*\w)", text)
+        assert written is not None
+        oldest, newest = written.groups()
+        assert recorded[0].startswith(oldest) and recorded[-1].startswith(newest)
 
 
 class Library:

@@ -76,10 +76,17 @@ def without(name: str) -> Callable[..., Any]:
     """A forward that drops an argument of the call."""
 
     def forward(self: Any, params: Any) -> Any:
-        neutral = {"softcap": 0.0, "alibi_slopes": None, "sinks": None, "seqused_k": None, "scale": 1.0}
+        neutral = {"softcap": 0.0, "alibi_slopes": None, "sinks": None, "seqused_k": None, "scale": 1.0, "dropout": 0.0}
+        neutral |= {"window_size": (-1, -1), "is_causal": False}
         return RIGHT_FORWARD[type(self)](self, replace(params, **{name: neutral[name]}))
 
     return forward
+
+
+def with_the_scale_of_the_padded_size(self: Any, params: Any) -> Any:
+    size = params.query.shape[-1]
+    scale = params.scale * (size / convert.rounded_up(size, 8)) ** 0.5
+    return RIGHT_FORWARD[type(self)](self, replace(params, scale=scale))
 
 
 def without_lse_gradient(self: Any, params: Any, grad_out: Any, grad_lse: Any, *saved: Any) -> Any:
@@ -136,6 +143,16 @@ MISTAKES = [
     Mistake("softcap swallowed", FlashAttn2, "check_softcap", (FlashAttn2, "forward"), without("softcap")),
     Mistake("slopes swallowed", FlashAttn2, "check_alibi", (FlashAttn2, "forward"), without("alibi_slopes")),
     Mistake("scale swallowed", FlashAttn2, "check_scale", (FlashAttn2, "forward"), without("scale")),
+    Mistake("window swallowed", FlashAttn2, "check_window", (FlashAttn2, "forward"), without("window_size")),
+    Mistake("causal mask swallowed", FlashAttn2, "check_causal", (FlashAttn2, "forward"), without("is_causal")),
+    Mistake("dropout swallowed", FlashAttn2, "check_dropout_probability", (FlashAttn2, "forward"), without("dropout")),
+    Mistake(
+        "the scale of the padded head size",
+        FlashAttn2,
+        "check_head_sizes",
+        (FlashAttn2, "forward"),
+        with_the_scale_of_the_padded_size,
+    ),
     Mistake("lower right taken for upper left", FlashAttn2, "check_causal_upper_left", declares=Feature.UPPER_LEFT),
     Mistake("-1 for an open window", FlashAttn4, "check_window", (flash_attn4, "_open_as_none"), same),
     Mistake("sinks swallowed", FlashAttn4, "check_sinks", (FlashAttn4, "forward"), without("sinks")),

@@ -19,9 +19,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
+import attnplug_flash_triton
 import forked
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
@@ -96,6 +97,7 @@ def test_a_gpu_that_is_too_old_is_declined_with_what_it_lacks() -> None:
     assert reasons == ("needs compute capability 8.0 or later, found 7.5",)
 
 
+RELEASE = ".".join(triton.__version__.split(".")[:2])
 OWN, PLAIN = "forward runs on Hopper's own kernels", "forward runs on the plain kernels, not on Hopper's own: "
 
 
@@ -105,6 +107,7 @@ OWN, PLAIN = "forward runs on Hopper's own kernels", "forward runs on the plain 
         ((9, 0), "", {}, [OWN, OWN.replace("forward", "backward")]),
         ((9, 0), "", {"dropout_p": 0.1}, [f"{PLAIN}has no dropout"]),
         ((9, 0), "0", {}, [f"{PLAIN}FLASH_TRITON_HOPPER=0 keeps Hopper's own kernels from running"]),
+        ((9, 0), "another Triton", {}, [f"{OWN}, proven with Triton 3.0; this is {RELEASE}"]),
         ((9, 0), "unproven", {}, [f"{PLAIN}forward is not yet proven on sm_90; FLASH_TRITON_HOPPER=1 uses it"]),
         ((8, 0), "", {}, []),
     ],
@@ -117,6 +120,7 @@ def test_explain_says_which_kernels_run_and_why(
 
     monkeypatch.setattr(toolchain, "reasons", lambda device: [])
     monkeypatch.setenv("FLASH_TRITON_HOPPER", wish if wish == "0" else "")
+    monkeypatch.setattr(choose, "PROVEN_WITH", "3.0" if wish == "another Triton" else RELEASE)
     if wish == "unproven":
         monkeypatch.setattr(choose, "PROVEN", ())
     with FakeTensorMode():
@@ -125,6 +129,16 @@ def test_explain_says_which_kernels_run_and_why(
     assert found.chosen == "flash_triton"
     assert list(found.candidates[0].notes[: len(said)]) == said
     assert len(found.candidates[0].notes) == (2 if said else 0)
+
+
+def test_on_a_gpu_it_comes_before_the_older_kernels_and_in_the_interpreter_behind_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = next(record.priority for record in attnplug.list_impls() if record.name == "aten_flash")
+    for interpreted in ("", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        (spec,) = attnplug_flash_triton.attnplug_register_impls()
+        assert (spec.priority > older) is not bool(interpreted)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ RELEASED = "        mbarrier.arrive(q_empty.index(stage), count=1)\n"
 ASKED = "        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n"
 KEYS_RELEASED = "        mbarrier.arrive(k_empty.index(of_k), count=1)\n"
 STORED = "            store_wait(0)\n"
+WRITTEN = "    store_tile(desc, at, buf.reshape(desc.block_type.shape))\n"
 FREE = "            mbarrier.wait({}_empty.index(stage), phase)\n"
 
 Changes = tuple[tuple[str, str], ...]
@@ -81,7 +82,7 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
         FUSED,
         (("            store_wait(0)\n            dq_bufs", "            dq_bufs"),),
     ),
-    "no wait for the last store": (FUSED, (("    store_wait(0)\n\n\n", "\n\n"),)),
+    "no wait for the last store": (FUSED, ((WRITTEN + "    store_wait(0)\n", WRITTEN),)),
     "no fence before a store": (
         FUSED,
         ((".store(gradient.to(desc.dtype))\n    fence_async_shared()\n", ".store(gradient.to(desc.dtype))\n"),),
@@ -108,8 +109,39 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
             ),
         ),
     ),
+    "dS not announced": (FUSED, (("            mbarrier.arrive(ds_full.index(turn * 2 + MINE), count=1)\n", ""),)),
+    "no fence before dQ is added": (
+        FUSED,
+        (("(_in_order_of_registers(dq))\n            fence_async_shared()\n", "(_in_order_of_registers(dq))\n"),),
+    ),
+    "both halves of dQ in one buffer": (FUSED, (("dq_bufs.index(MINE)", "dq_bufs.index(0)"),)),
+    "fewer keys expected than arrive": (
+        FUSED,
+        (("mbarrier.expect(kv_full, 2 * GROUPS *", "mbarrier.expect(kv_full, 2 *"),),
+    ),
+    "queries free as soon as one warpgroup says so": (FUSED, (("barriers(STAGES, 2)", "barriers(STAGES, 1)"),)),
     "the wrong half of dQ": (FUSED, (("slice(MINE * 64, 64, 1)", "slice(OTHER * 64, 64, 1)"),)),
     "one key too few": (dict(FUSED, is_causal=True), (("keys <= queries + high", "keys < queries + high"),)),
+    "one query too few": (
+        dict(FUSED, queries=300, window=(1, 1)),
+        (("gl.minimum(first_key + KEYS, len_k) - low", "gl.minimum(first_key + KEYS, len_k) - low - 1"),),
+    ),
+    "a tile with one hidden key taken for a whole one": (
+        dict(FUSED, window=(-1, 62)),
+        (("first_query + high < first_key + KEYS - 1", "first_query + high < first_key + KEYS - 2"),),
+    ),
+    "keys that do not exist not hidden": (
+        dict(FUSED, apart=4.0),
+        (("edge = first_key + KEYS > len_k\n", "edge = first_key > len_k\n"),),
+    ),
+    "no derivative of the softcap": (
+        dict(FUSED, softcap=2.0),
+        (("            words = packed(p32 * slope, dtype)\n", "            words = words\n"),),
+    ),
+    "the other phase of the next keys": (
+        DETERMINISTIC,
+        (("k_full.index(next_k), ((i + 1) // K_STAGES) & 1", "k_full.index(next_k), (i // K_STAGES) & 1"),),
+    ),
     "no wait for values of the next tile": (
         DETERMINISTIC,
         (("        mbarrier.wait(v_full.index(next_v), ((i + 1) // V_STAGES) & 1, pred=i + 1 < total)\n", ""),),
@@ -136,13 +168,23 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
         WIDE,
         ((WAITED + RELEASED, WAITED), (ASKED, RELEASED + ASKED)),
     ),
+    "probabilities announced before they are stored": (
+        WIDE,
+        (
+            ("        mbarrier.arrive(p_full.index(turn), count=1)\n", ""),
+            (
+                "        # The probabilities of two",
+                "        mbarrier.arrive(p_full.index(turn), count=1)\n        # The probabilities of two",
+            ),
+        ),
+    ),
     "probabilities read before they are written": (
         WIDE,
         (("        mbarrier.wait(p_full.index(turn), (i >> 1) & 1)\n", ""),),
     ),
     "results in a buffer that products still read": (
         WIDE,
-        (("    _store(k_bufs.index(0), dv,", "    _store(v_bufs.index(0), dv,"),),
+        (("    store_gradient(k_bufs.index(0), dv,", "    store_gradient(v_bufs.index(0), dv,"),),
     ),
     "queries released before dK": (WIDE, ((WAITED + RELEASED, RELEASED + WAITED),)),
 }
@@ -153,10 +195,10 @@ def test_what_is_planted_is_found(name: str, tmp_path: Path, monkeypatch: pytest
     arguments, changes = PLANTED[name]
     made = call(**arguments)
     deterministic = arguments is DETERMINISTIC
-    assert error(made, plan_of(made, deterministic=deterministic), seed=1) < 1e-5
+    assert error(made, plan_of(made, deterministic=deterministic), seed=1) < 1e-4
     monkeypatch.setattr(gradients, "kernels", mutant(backward, tmp_path, *changes))
     try:
-        found = error(made, plan_of(made, deterministic=deterministic), seed=1) > 1e-5
+        found = error(made, plan_of(made, deterministic=deterministic), seed=1) > 1e-4
     except Fault:
         found = True
     assert found

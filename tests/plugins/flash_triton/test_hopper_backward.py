@@ -37,8 +37,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "lower right": dict(is_causal=True, lower_right=True),
     "more queries than keys": dict(queries=300, keys=100, is_causal=True, lower_right=True),
     "window": dict(window=(50, 20), lower_right=True),
-    "left side": dict(window=(70, -1)),
-    "right side": dict(window=(-1, 30)),
+    "left side": dict(window=(62, -1)),  # hides one key from one row of a tile; so does the next
+    "right side": dict(window=(-1, 62)),
+    "neighbours": dict(queries=300, window=(1, 1)),  # one row sees one key of a tile
     "softcap": dict(softcap=2.0),
     "softcap, causal": dict(softcap=2.0, is_causal=True),
     "sinks": dict(sinks=True, is_causal=True),
@@ -47,11 +48,12 @@ CALLS: dict[str, dict[str, Any]] = {
     "negative scale": dict(scale=-0.2),
     "scale 0": dict(scale=0.0),
     "gradient of lse": dict(grad_lse=True),
+    "logits far below 0": dict(apart=4.0),
     "heads last": dict(heads_last=True),
 }
 QUICK = [
     *((64, False, name) for name in CALLS),
-    *((64, True, name) for name in ("full", "lower right", "used keys", "variable length")),
+    *((64, True, name) for name in ("full", "lower right", "neighbours", "used keys", "variable length")),
     *((128, deterministic, "window") for deterministic in (False, True)),
     *((256, False, name) for name in ("lower right", "softcap, causal")),
 ]

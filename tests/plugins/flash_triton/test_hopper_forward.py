@@ -38,8 +38,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "more queries than keys": dict(queries=300, keys=100, is_causal=True, lower_right=True),
     "window": dict(window=(50, 20), lower_right=True),
     "wide window": dict(queries=300, keys=500, window=(260, -1), lower_right=True, is_causal=True),
-    "left side": dict(window=(70, -1)),
-    "right side": dict(window=(-1, 30)),
+    "left side": dict(window=(62, -1)),  # hides one key from one row of a tile; so does the next
+    "right side": dict(window=(-1, 62)),
+    "neighbours": dict(queries=300, window=(1, 1)),  # one row sees one key of a tile
     "softcap": dict(softcap=2.0),
     "softcap, negative scale": dict(softcap=2.0, scale=-0.3),
     "sinks": dict(sinks=True, is_causal=True),
@@ -139,6 +140,25 @@ PLANTED = {
         "    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)\n"
         "    mbarrier.arrive(k_empty.index(at_k), count=1)\n    mbarrier.wait(v_full",
     ),
+    "values are released before they are multiplied": (
+        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n    mbarrier.arrive(v_empty.index(at_v)",
+        "    mbarrier.arrive(v_empty.index(at_v), count=1)\n"
+        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n"
+        "    mbarrier.arrive(v_empty.index(at_v), pred=False",
+    ),
+    "the last values are not waited for": ("    mbarrier.wait(v_full.index(at), (last // STAGES) & 1)\n", ""),
+    "queries are not waited for": ("    mbarrier.wait(q_full.index(at_q), (turn // Q_STAGES) & 1)\n", ""),
+    "queries are not released": ("    if OWN_OUT:\n        mbarrier.arrive(q_empty.index(at_q), count=1)\n", ""),
+    "keys are free as soon as one warpgroup says so": (
+        "(k_empty.index(i), count=CONSUMERS)",
+        "(k_empty.index(i), count=1)",
+    ),
+    "the number of the next tile is told before it is there": (
+        "            next_tiles.index(slot).store(gl.full([1], after, gl.int32, layout))\n"
+        "            mbarrier.arrive(next_full.index(slot), count=1)\n",
+        "            mbarrier.arrive(next_full.index(slot), count=1)\n"
+        "            next_tiles.index(slot).store(gl.full([1], after, gl.int32, layout))\n",
+    ),
     "the loading warp does not wait for free buffers": (
         "    mbarrier.wait(empty.index(at), ((place // STAGES) & 1) ^ 1)\n",
         "",
@@ -185,10 +205,10 @@ PLANTED_IN_CANDIDATES = {
         "    layout",
     ),
     "where a tile is, is released before it is read": (
-        "            where = _handed(turn, next, lengths, numbers, 4)\n"
-        "            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)\n",
-        "            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)\n"
-        "            where = _handed(turn, next, lengths, numbers, 4)\n",
+        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n"
+        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n",
+        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n"
+        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n",
     ),
     "where the next tile is, is told with this one's turn": (
         '_hand_on(numbers[10] + gl.atomic_add(next[3], 1, sem="relaxed"), turn + 1,',
@@ -221,6 +241,8 @@ def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:
         (dict(size=100), "query: head size 100 is not a multiple of 8"),
         (dict(attn_mask=torch.ones(1, 1, 80, 80, dtype=torch.bool)), "has no attn_mask"),
         (dict(alibi_slopes=torch.ones(2)), "has no alibi_slopes"),
+        (dict(block_table=torch.zeros(1, 8, dtype=torch.int32)), "has no block_table"),
+        (dict(value=torch.zeros(1, 2, 80, 20).half()), "value: head size 20 is not a multiple of 8"),
         (dict(dropout=0.1), "has no dropout"),
         (dict(scale=0.0), "has no scale of 0, by which hidden logits would be NaN"),
     ],
@@ -229,7 +251,7 @@ def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:
 def test_what_runs_on_the_plain_kernel_says_why(change: dict[str, Any], reason: str) -> None:
     size, dtype = change.pop("size", 64), change.pop("dtype", torch.bfloat16)
     query, key, value = (torch.zeros(1, 2, 80, size, dtype=dtype) for _ in range(3))
-    params = replace(call().params, query=query, key=key, value=value, **change)
+    params = replace(call().params, **dict(query=query, key=key, value=value) | change)
     assert reason in choose.reasons_forward(params)
     assert choose.reasons_forward(call().params) == []
 

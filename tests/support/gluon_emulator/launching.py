@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -82,22 +83,39 @@ class _Later:
 
 
 def mutant(module: types.ModuleType, folder: Path, *changes: tuple[str, str]) -> types.ModuleType:
-    """Return a module like `module`, in whose source each first text, which must be there, is replaced by the second.
+    """Return a module or package like `module`, in whose source each first text is replaced by the second.
 
     Args:
-        folder: where the source is written, since Triton reads it from a file.
+        folder: where the source is written, since Triton reads it from a file. It must have no mutant yet.
+        changes: of texts that are there, in whatever module of a package.
     """
-    source = inspect.getsource(module)
+    name = f"mutant_of_{module.__name__.rpartition('.')[2]}"
+    origin = Path(inspect.getfile(module))
+    files = sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]
+    sources = {path: path.read_text() for path in files}
     for old, new in changes:
-        if source.count(old) == 0:
+        if not any(old in source for source in sources.values()):
             raise ValueError(f"{module.__name__} has no {old!r}")
-        source = source.replace(old, new)
-    path = folder / f"mutant_of_{module.__name__.rpartition('.')[2]}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+        sources = {path: source.replace(old, new) for path, source in sources.items()}
+    if files == [origin]:
+        made = folder / f"{name}.py"
+        made.write_text(sources[origin])
+    else:
+        made = folder / name / "__init__.py"
+        made.parent.mkdir()
+        for path, source in sources.items():
+            (made.parent / path.name).write_text(source.replace(f"from {module.__name__}.", f"from {name}."))
+    return _imported(name, made)
+
+
+def _imported(name: str, path: Path) -> types.ModuleType:
+    """Import a module or package from its file, with none of its name kept from before."""
+    for old in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+        del sys.modules[old]
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
 

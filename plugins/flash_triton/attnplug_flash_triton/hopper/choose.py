@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import triton
 from torch import Tensor
 
 from attnplug import SDPAParams
@@ -20,6 +21,8 @@ VARIABLE = "FLASH_TRITON_HOPPER"
 FORWARD, BACKWARD = "forward", "backward"
 PROVEN = (FORWARD, BACKWARD)
 """What has been run on an H100 with this code: right, exact where it can be, and equal on repeated runs."""
+PROVEN_WITH = "3.6"
+"""The release of Triton with which it was; another makes other machine code of the same source."""
 
 
 def forward(params: SDPAParams, machine: Machine) -> Plan:
@@ -49,6 +52,12 @@ def reasons_forward(params: SDPAParams) -> list[str]:
 def reasons_backward(params: SDPAParams, grad_out: Tensor | None = None) -> list[str]:
     """Return why the plain kernels run backward of a call, with `grad_out` if it is there; none if Hopper's own do."""
     return _kept_out(BACKWARD) or gradients.reasons(params, grad_out)
+
+
+def remark() -> str:
+    """Return what is to be said of Hopper's own kernels where another Triton compiles them than that of the proof."""
+    release = ".".join(triton.__version__.split(".")[:2])
+    return "" if release == PROVEN_WITH else f", proven with Triton {PROVEN_WITH}; this is {release}"
 
 
 def _kept_out(kernels: str) -> list[str]:

@@ -323,9 +323,8 @@ def _attend(
         while at < tiles * columns:
             for _ in range(_is_there(at, lengths, numbers, M, HAS_HIGH)):
                 done = _attend_tile(
-                    _where(at, lengths, numbers, M, HAS_HIGH), turn, done,
-                    shared, lse, sinks, scale, inner_scale, in_order,
-                    CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                    at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                    CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT,
                     OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
                 )  # fmt: skip
                 turn += 1
@@ -337,20 +336,17 @@ def _attend(
     elif PERSISTENT == HANDED:
         turn = 0
         while _is_handed(turn, next, 4):
-            where = _handed(turn, next, lengths, numbers, 4)
-            mbarrier.arrive(next_empty.index(turn % AHEAD), count=1)
             done = _attend_tile(
-                where, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
-                CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                None, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT,
                 OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
             )  # fmt: skip
             turn += 1
     else:
         for turn in range(_turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)):
             done = _attend_tile(
-                _where(gl.program_id(0) + turn * programs, lengths, numbers, M, HAS_HIGH), turn, done,
-                shared, lse, sinks, scale, inner_scale, in_order,
-                CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES,
+                gl.program_id(0) + turn * programs, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+                CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT,
                 OWN_OUT, RAGGED_Q, LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, BY_POLYNOMIAL,
             )  # fmt: skip
     store_wait(0)
@@ -358,14 +354,17 @@ def _attend(
 
 @gluon.jit
 def _attend_tile(
-    where, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
+    at, turn, done, shared, lse, sinks, scale, inner_scale, in_order,
     CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PERSISTENT: gl.constexpr,
     OWN_OUT: gl.constexpr, RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr, BY_POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
-    """Compute 64 rows of one tile, the `turn`-th of this program, before which there were `done` tiles of keys."""
+    """Compute 64 rows of tile number `at`, this program's `turn`-th, before which there were `done` tiles of keys.
+
+    Where the tile is, is worked out here and not before: ptxas makes other machine code of another order.
+    """
     descs, buffers, full, empty, next, lengths, numbers = shared
     q_desc, k_desc, v_desc, o_desc = descs
     q_bufs, k_bufs, v_bufs, o_bufs = buffers
@@ -381,7 +380,11 @@ def _attend_tile(
     q = q_bufs.index(at_q).reshape([WARPGROUP, SIZE])
     rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
 
-    tile_row, batch, head, first_q, len_q, first_k, len_k = where
+    if PERSISTENT == HANDED:
+        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)
+        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)
+    else:
+        tile_row, batch, head, first_q, len_q, first_k, len_k = _where(at, lengths, numbers, M, HAS_HIGH)
     low, high = _sides(len_q, len_k, numbers, LOWER_RIGHT)
     begin_all, end_all = _span(
         tile_row, gl.minimum(tile_row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH

@@ -88,8 +88,6 @@ def reasons(params: SDPAParams) -> list[str]:
     if params.scale == 0:
         found.append("has no scale of 0, by which hidden logits would be NaN")
     found += filter(None, (why_not(name, getattr(params, name)) for name in ("query", "key", "value")))
-    if value.shape[-1] * value.element_size() % 16:
-        found.append(f"value head size {value.shape[-1]} is not a multiple of {16 // value.element_size()}")
     if params.seqused_k is not None and not params.is_varlen and not found:
         between = {rows_between_sequences(tensor) for tensor in (key, value)}
         if len(between) > 1 or None in between:
