@@ -56,8 +56,10 @@ def call(
 ) -> Call:
     """Return a call; `lengths` has the numbers of queries and keys of each sequence of a call of variable length.
 
-    Keys and values that are not used hold NaN. Elements of queries are about `apart`, and those of keys `-apart`.
+    Keys and values that are not used hold NaN. At head size 64 elements of queries are about `apart`, and those of keys
+    `-apart`; at others as far apart that logits, whose rounding grows with them, are as far below 0.
     """
+    apart *= (64 / size) ** 0.25
     size_v, scale = size_v or size, size**-0.5 if scale is None else scale
     pairs = lengths or [(queries, keys)] * len(used or (0,))
     random = torch.Generator().manual_seed(3)
