@@ -131,7 +131,8 @@ def run(chosen: list[Part], folder: Path, limit: float = LIMIT) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     lines, good = [], True
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for sent in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first, and so would its parts
+        signal.signal(sent, signal.default_int_handler)
     try:
         for part in chosen:
             left = limit - (time.monotonic() - start)
