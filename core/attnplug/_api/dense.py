@@ -350,7 +350,8 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if is_compiling():
         return True
-    starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]  # no symbols
+    # Outside a trace no offset is a symbol, as its type would allow.
+    starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
 
 

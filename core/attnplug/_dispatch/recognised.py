@@ -53,10 +53,6 @@ class Known:
     cast: tuple[str, torch.dtype] | None
     plan: Plan
 
-    def is_cast(self) -> bool:
-        """Whether autocast, if it is on, casts to what it must."""
-        return self.cast is None or _autocast_dtype(self.cast[0]) is self.cast[1]
-
 
 known: dict[Hashable, tuple[Known, ...]] = {}
 """By who decides and how the function is called. Emptied when the registry changes; what another thread adds just then
@@ -84,7 +80,7 @@ def recognise(
                 same is not None
                 and not (query.is_nested or key.is_nested or value.is_nested)
                 and (same(query, key, value) if mask is None else same(query, key, value, mask))
-                and (one.cast is None or one.is_cast())
+                and (one.cast is None or _is_cast(one.cast))
             ):
                 return one.plan
             if alike is None:
@@ -102,13 +98,18 @@ def recognise(
             if (
                 (alike(query, key, value) if mask is None else alike(query, key, value, mask))
                 and (one.square is None or one.square is (queries == keys))
-                and (one.cast is None or one.is_cast())
+                and (one.cast is None or _is_cast(one.cast))
             ):
                 one.same = None
                 return one.plan
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
         return None
     return None
+
+
+def _is_cast(cast: tuple[str, torch.dtype]) -> bool:
+    """Whether autocast casts to this dtype on this type of device."""
+    return _autocast_dtype(cast[0]) is cast[1]
 
 
 def _broadcasts(shape: torch.Size, batch: int, queries: int, keys: int) -> bool:

@@ -134,9 +134,9 @@ def _is_misaligned(params: SDPAParams) -> bool:
 
 def is_aligned(tensor: Tensor) -> bool:
     """Whether the widest loads can read the rows of a tensor: their numbers are dense, and each starts aligned."""
-    elements = ALIGNMENT // tensor.element_size()
-    if tensor.storage_offset() % elements:
+    if not _starts_aligned(tensor):
         return False
+    elements = ALIGNMENT // tensor.element_size()
     *strides, step = tensor.stride()
     for at, stride in enumerate(strides):
         if stride % elements and tensor.shape[at] != 1:
