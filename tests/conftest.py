@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -43,6 +43,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture
+def on_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Say which kinds of devices this machine has. No public name can: a program lives with what is there."""
+    return lambda *found: monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: frozenset(found))
 
 
 @pytest.fixture(autouse=True)

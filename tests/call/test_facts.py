@@ -1,4 +1,8 @@
-"""The one description of a call: its inverse, and that equal facts mean equal decisions, eager and compiled."""
+"""The one description of a call: its inverse, and that equal facts mean equal decisions, eager and compiled.
+
+The facts and their inverse are private, and everything rests on them, so the first test is of them; the others claim
+what users see.
+"""
 
 from __future__ import annotations
 

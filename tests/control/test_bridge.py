@@ -397,8 +397,8 @@ def test_providers_of_pytorch_s_registry_appear_and_can_be_activated() -> None:
     assert theirs.current_flash_attention_impl() is None and provider.removed == 1
 
 
-def test_what_pytorch_has_built_in_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: frozenset({"cpu", "cuda"}))
+def test_what_pytorch_has_built_in_says_what_it_needs(on_devices: Callable[..., None]) -> None:
+    on_devices("cpu", "cuda")
     records = {record.name: record for record in attnplug.list_impls()}
     assert records["FA3"].reason.startswith("needs flash_attn_interface, not installed (pip install ")
     assert records["FA4"].reason == "needs flash_attn.cute, not installed (pip install --pre flash-attn-4)"

@@ -1,4 +1,7 @@
-"""Activation is all or nothing, forks get free locks, and both registries say the same."""
+"""Activation is all or nothing, forks get free locks, and both registries say the same.
+
+A failure halfway is planted in the private steps of an activation: from outside, there is none to provoke.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The environment variables do what they say; a value that means nothing is an error naming the variable.
 
-Each case runs in a new interpreter, because the environment is read once.
+Each case runs in a new interpreter, because the environment is read once. That nothing watches calls has no public
+name, and is read where watchers are kept.
 """
 
 from __future__ import annotations

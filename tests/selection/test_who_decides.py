@@ -1,6 +1,7 @@
 """Installing a package takes no call away from what ran before: `torch`, attnplug's own, then everybody else's.
 
-Each case runs in a new interpreter that finds fake installed distributions.
+Each case runs in a new interpreter that finds fake installed distributions. What errors know of plugins that are not
+installed is a private catalogue, which is held against the plugins themselves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What the ranks of a world do in tests of `attnplug.parallel`: a call on parts, held against the call on one rank."""
+"""What the ranks of a world do in tests of `attnplug.parallel`: a call on parts, held against the call on one rank.
+
+With dropout, what is right depends on what was dropped, which `assert_right` does not take: there the private rule
+behind it is asked.
+"""
 
 from __future__ import annotations
 

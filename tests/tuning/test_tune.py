@@ -102,21 +102,24 @@ def test_torch_is_always_measured_and_others_only_if_they_are_named(register):
         attnplug.tune([CASE], ["torhc"])
 
 
-def test_a_kernel_that_quantizes_is_a_candidate_only_if_it_is_named(ticking, register):
-    ran = []
+def test_a_kernel_that_quantizes_is_a_candidate_only_if_it_is_named(register):
+    def steps(impls):
+        """Return how many there are to be, of which the first is interrupted."""
+        found = []
 
-    def forward(params):
-        ran.append(1)
-        return ticking.taking(1.0)(params)
+        def interrupt(step, done, total):
+            found.append(total)
+            raise KeyboardInterrupt
 
-    register("rounded", forward, capabilities=Capabilities(quantized=True, devices=("cpu",)))
-    names = ["torch", "aten_math"]
-    for record in attnplug.list_impls():
-        if record.name not in (*names, "rounded") and record.status == "available":
-            names.append(record.name)
-    from attnplug.tuning._tune import _candidates
+        attnplug.tune([CASE], impls, progress=interrupt, **QUICK)
+        return found[0]
 
-    assert "rounded" not in _candidates(None) and "rounded" in _candidates(["rounded"]) and not ran
+    before = steps(None)
+    rounded = register("rounded", zeros, capabilities=Capabilities(quantized=True, devices=("cpu",)))
+    assert steps(None) == before
+    assert steps([rounded]) == steps(["aten_math"])
+    register("exact", zeros)
+    assert steps(None) == before + 1
 
 
 def test_an_interruption_keeps_the_kinds_that_are_complete():
