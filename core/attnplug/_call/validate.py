@@ -198,7 +198,7 @@ def _has_sizes(tensor: Tensor, wanted: tuple[int | None, ...]) -> bool:
     sizes = tensor.shape
     if len(sizes) != len(wanted):
         return False
-    for want, have in zip(wanted, sizes, strict=True):  # noqa: SIM110  (a generator costs more than all else here)
+    for want, have in zip(wanted, sizes, strict=True):  # noqa: SIM110, a generator costs more than all else here
         if want is not None and want != have:
             return False
     return True

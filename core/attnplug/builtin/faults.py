@@ -121,7 +121,7 @@ def _cudnn_on(device: torch.device) -> tuple[tuple[int, int] | None, int]:
 
 
 # What `torch.compiler.assume_constant_result` does, which would import Dynamo: a trace cannot ask cuDNN.
-_cudnn_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cudnn_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
 
 
 def _is_misaligned(params: SDPAParams) -> bool:
