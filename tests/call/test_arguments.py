@@ -153,9 +153,9 @@ def test_params_check_nothing_when_built_and_everything_when_used() -> None:
     with pytest.raises(TypeError, match="query: expected a torch.Tensor, got str"):
         attnplug.can_use_impl("torch", params)
     with pytest.raises(TypeError, match="params: expected SDPAParams, got dict"):
-        attnplug.can_use_impl("torch", {})  # type: ignore[arg-type]
+        attnplug.can_use_impl("torch", {})
     with pytest.raises(AttributeError):
-        params.query = Q  # type: ignore[misc]
+        params.query = Q
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def scoped(name: str) -> Iterator[str]:
 def test_generators_may_end_in_any_order(first: int) -> None:
     generators = [scoped(MATH), scoped(FLASH)]
     assert [next(generator) for generator in generators] == [MATH, FLASH]
-    generators.pop(first).close()  # type: ignore[attr-defined]
+    generators.pop(first).close()
     assert ran() == (FLASH, MATH)[first]
-    generators.pop().close()  # type: ignore[attr-defined]
+    generators.pop().close()
     assert ran() == DEFAULT
 
 
@@ -435,7 +435,7 @@ INTERRUPTS = 500
 def test_interrupts_at_any_moment_leave_nothing() -> None:
     """A notebook's stop button, pressed again and again: in scopes, bindings, decorators and recordings."""
     inner, outer = Attention(), Attention()
-    outer.before = lambda: inner(Q)  # type: ignore[method-assign]
+    outer.before = lambda: inner(Q)
     handles = [attnplug.bind(outer, FLASH), attnplug.bind(inner, MATH)]
     decorated = attnplug.sdpa_kernel(FLASH)(lambda: outer(Q))
 

@@ -61,7 +61,7 @@ def test_with_nothing_selected_it_is_pytorch_s_function_bit_for_bit() -> None:
 
 def test_a_name_imported_before_follows_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("some_model")
-    module.sdpa = imported_by_name  # type: ignore[attr-defined]
+    module.sdpa = imported_by_name
     monkeypatch.setitem(sys.modules, "some_model", module)
     with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
         assert ran(lambda: module.sdpa(Q, Q, Q)) == ["aten_math"]
@@ -199,7 +199,7 @@ def test_activating_what_cannot_work_here_says_why(monkeypatch: pytest.MonkeyPat
 
 def test_register_fn_must_be_callable_and_names_stay_unique() -> None:
     with pytest.raises(TypeError, match="register_fn: expected a callable, got 3"):
-        attnplug.register_flash_attention_impl("x", register_fn=3)  # type: ignore[arg-type]
+        attnplug.register_flash_attention_impl("x", register_fn=3)
     with pytest.raises(attnplug.DuplicateImplementationError):
         attnplug.register_flash_attention_impl("torch", register_fn=Provider(0.0))
 
@@ -289,7 +289,7 @@ def test_compiled_models_follow_a_binding() -> None:
 
 def test_a_wrong_binding_is_an_error_when_it_is_made() -> None:
     with pytest.raises(TypeError, match="module: expected a torch.nn.Module, got str"):
-        attnplug.bind("layer", "torch")  # type: ignore[arg-type]
+        attnplug.bind("layer", "torch")
     with pytest.raises(attnplug.UnknownImplementationError):
         attnplug.bind(Model(), "tourch")
 

@@ -102,7 +102,7 @@ def test_a_restore_that_fails_can_be_tried_again() -> None:
     def fail() -> None:
         raise OSError
 
-    provider.remove = fail  # type: ignore[method-assign]
+    provider.remove = fail
     with pytest.raises(OSError):
         attnplug.restore_flash_attention_impl()
     assert attnplug.current_flash_attention_impl() == "one"

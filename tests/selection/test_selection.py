@@ -68,7 +68,7 @@ def test_replacing_takes_the_place_of_what_a_program_registered_and_of_nothing_e
     with pytest.raises(ValueError, match="'cell' is active"):
         attnplug.register_impl(spec("cell", 4.0), replace=True)
     with pytest.raises(TypeError, match="replace: expected a bool, got 1"):
-        attnplug.register_impl(spec("other", 1.0), replace=1)  # type: ignore[arg-type]
+        attnplug.register_impl(spec("other", 1.0), replace=1)
 
 
 def test_impl_beats_scope_beats_activation(register: Callable[..., None]) -> None:
@@ -388,7 +388,7 @@ def test_names_are_unique_and_what_is_installed_stays(register: Callable[..., No
     with pytest.raises(attnplug.UnknownImplementationError, match="'none_such'"):
         attnplug.unregister_impl("none_such")
     with pytest.raises(TypeError, match="spec: expected an ImplSpec, got str"):
-        attnplug.register_impl("torch")  # type: ignore[arg-type]
+        attnplug.register_impl("torch")
 
 
 def test_a_missing_module_makes_an_implementation_unavailable(register: Callable[..., None]) -> None:
@@ -441,6 +441,6 @@ def test_a_kernel_may_ask_about_calls_while_it_is_imported(tmp_path: Any, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     attnplug.register_impl(ImplSpec(name="curious", kernel="curious_kernel", backend=None))
     assert ran(impl="curious") == "curious"
-    import curious_kernel  # type: ignore[import-not-found]
+    import curious_kernel
 
     assert curious_kernel.told.candidates[-1].name and "is still being imported" in str(curious_kernel.told)

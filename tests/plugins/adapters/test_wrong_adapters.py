@@ -108,7 +108,7 @@ def with_upper_left_masks(self: Any, params: Any) -> Any:
 
 
 RIGHT_SCALE, RIGHT_BAND = convert.positive_scale, convert.band
-RIGHT_FORWARD = {adapter: adapter.forward for adapter in LIBRARIES}  # type: ignore[attr-defined]
+RIGHT_FORWARD = {adapter: adapter.forward for adapter in LIBRARIES}
 RIGHT_BACKWARD, RIGHT_BIAS = FlashAttn4.backward, XFormers._bias
 
 MISTAKES = [

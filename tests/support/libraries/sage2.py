@@ -26,7 +26,7 @@ def sageattn(
     return (out, lse) if return_lse else out
 
 
-def attend(q, k, v, tensor_layout, is_causal, sm_scale):  # type: ignore[no-untyped-def]
+def attend(q, k, v, tensor_layout, is_causal, sm_scale):
     assert q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Last dim of qkv must be contiguous."
     assert q.shape[-1] <= 128, f"Unsupported head_dim: {q.shape[-1]}"
