@@ -58,8 +58,8 @@ def test_other_programs_are_noticed_and_ones_own_work_is_not():
     assert Noise(disturbed, 2).loud and f"kept {disturbed:.1f} of 2 cores busy" in str(Noise(disturbed, 2))
 
 
-def test_a_quiet_run_is_not_called_loud():
-    assert not Noise(0.1, 8, {"cpu": 0.02}).loud
+def test_only_a_quiet_run_of_steady_pace_is_not_called_loud():
+    assert not Noise(0.1, 8, {"cpu": 0.02}).loud and Noise(0.1, 8, {"cpu": 0.06}).loud
     assert "quiet machine" not in str(Noise(0.1, 8, {"cpu": 0.02}))
 
 

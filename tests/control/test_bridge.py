@@ -22,7 +22,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
 import attnplug
-from attnplug import ImplSpec, SDPBackend
+from attnplug import ImplSpec, Kernel, SDPBackend
 
 Q = torch.randn(1, 2, 4, 8)
 ORIGINAL = F.scaled_dot_product_attention
@@ -111,6 +111,18 @@ def test_transformer_layers_follow_in_spite_of_their_fast_path(compiled: bool) -
                 if not compiled:
                     assert ran(lambda: model(inputs)) == ["aten_math"]
         assert torch.equal(model(inputs), expected)
+
+
+def test_a_layer_leaves_its_fast_path_where_only_the_attention_in_it_is_bound() -> None:
+    attnplug.register_impl(ImplSpec(name="zeros", kernel=lambda params: (params.value * 0, None), backend=None))
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+    inputs = torch.randn(2, 5, 16)
+    with torch.no_grad(), attnplug.patch_torch():
+        expected = layer(inputs)
+        binding = attnplug.bind(layer.self_attn, "zeros")
+        assert not torch.allclose(layer(inputs), expected)
+        binding.remove()
+        assert torch.equal(layer(inputs), expected)
 
 
 # --- activation, and providers written for torch.nn.attention ---
@@ -318,6 +330,21 @@ def test_a_checkpoint_of_an_unmodified_model_recomputes_alike() -> None:
         assert ran(lambda: out.sum().backward()) == ["aten_math"]
 
 
+def test_a_compiled_function_in_a_checkpoint_recomputes_under_the_activation_of_its_forward() -> None:
+    torch._dynamo.reset()
+    spec = ImplSpec(
+        name="thrice", kernel=Kernel(forward=lambda params: (params.value * 3, None), composite=True), backend=None
+    )
+    attnplug.register_impl(spec)
+    attend = torch.compile(lambda query: attnplug.scaled_dot_product_attention(query, query, query), backend="eager")
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    attnplug.activate_flash_attention_impl("thrice")
+    out = checkpoint(attend, query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
+    attnplug.restore_flash_attention_impl()
+    (grad,) = torch.autograd.grad(out.sum(), query)
+    assert grad.eq(3).all()
+
+
 # --- transforms, threads and processes ---
 
 
@@ -406,8 +433,12 @@ def test_what_pytorch_has_built_in_says_what_it_needs(on_devices: Callable[..., 
         attnplug.activate_flash_attention_impl("FA4")
 
 
-def test_what_is_active_cannot_be_unregistered() -> None:
+def test_what_is_active_can_be_neither_unregistered_nor_registered_anew() -> None:
     attnplug.register_impl(ImplSpec(name="mine", kernel=lambda params: (params.value, None), backend=None))
     attnplug.activate_flash_attention_impl("mine")
     with pytest.raises(ValueError, match="'mine' is active"):
         attnplug.unregister_impl("mine")
+    attnplug.register_flash_attention_impl("theirs", register_fn=Provider(1.0))
+    attnplug.activate_flash_attention_impl("theirs")
+    with pytest.raises(ValueError, match="impl: 'theirs' is active"):
+        attnplug.register_flash_attention_impl("theirs", register_fn=Provider(2.0))

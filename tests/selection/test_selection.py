@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -127,6 +128,8 @@ def test_a_scope_decorates_and_nests_in_itself() -> None:
     [
         ([], ValueError, "backends: got an empty list"),
         (3, TypeError, "backends: expected one of SDPBackend.MATH.*got 3; or the name"),
+        (0, TypeError, "backends: expected one of SDPBackend.MATH.*got 0; or the name"),
+        ([0], TypeError, "backends: expected one of SDPBackend.MATH.*got 0; or the name"),
         (["torch", None], TypeError, "backends: expected one of"),
         ([{}], TypeError, "backends: expected one of"),
         (SDPBackend.ERROR, TypeError, "backends: expected one of"),
@@ -134,8 +137,26 @@ def test_a_scope_decorates_and_nests_in_itself() -> None:
     ],
 )
 def test_a_wrong_scope_is_an_error_before_it_is_entered(backends: Any, error: type[Exception], message: str) -> None:
+    attnplug.sdpa_kernel(SDPBackend.MATH), attnplug.sdpa_kernel([SDPBackend.MATH])  # which 0 equals, and is not
     with pytest.raises(error, match=message):
         attnplug.sdpa_kernel(backends)
+
+
+def test_what_a_scope_allows_twice_is_asked_once(register: Callable[..., None]) -> None:
+    asked: list[SDPAParams] = []
+
+    class Declining:
+        forward = staticmethod(formula)
+
+        @staticmethod
+        def supports(params: SDPAParams) -> str:
+            asked.append(params)
+            return "declines"
+
+    register("twice", kernel=Declining, backend=SDPBackend.MATH)
+    with attnplug.sdpa_kernel(["twice", SDPBackend.MATH], set_priority=True):
+        assert ran() == "aten_math"
+    assert len(asked) == 1
 
 
 def test_a_scope_never_falls_back_outside_itself() -> None:
@@ -374,6 +395,16 @@ def test_a_change_of_the_registry_is_seen_by_the_next_call(register: Callable[..
         assert ran() == "first"
 
 
+@pytest.mark.parametrize("backends", ["mine", ["mine"]])
+def test_a_scope_names_what_is_registered_when_it_is_made(register: Callable[..., None], backends: Any) -> None:
+    register("mine")
+    with attnplug.sdpa_kernel(backends):
+        assert ran() == "mine"
+    attnplug.unregister_impl("mine")
+    with pytest.raises(attnplug.UnknownImplementationError, match="'mine'"):
+        attnplug.sdpa_kernel(backends)
+
+
 def test_names_are_unique_and_what_is_installed_stays(register: Callable[..., None]) -> None:
     register("twice")
     with pytest.raises(
@@ -444,3 +475,19 @@ def test_a_kernel_may_ask_about_calls_while_it_is_imported(tmp_path: Any, monkey
     import curious_kernel
 
     assert curious_kernel.told.candidates[-1].name and "is still being imported" in str(curious_kernel.told)
+
+
+def test_two_threads_that_need_a_kernel_first_both_have_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_kernel.py").write_text(
+        "import time\ntime.sleep(0.2)\ndef forward(params):\n    return params.value, None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    attnplug.register_impl(ImplSpec(name="slow", kernel="slow_kernel", backend=None))
+    both = threading.Barrier(2)
+
+    def call(_: int) -> str:
+        both.wait()
+        return ran(impl="slow")
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(call, range(2))) == ["slow", "slow"]

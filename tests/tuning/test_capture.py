@@ -78,6 +78,13 @@ def test_a_case_says_all_that_a_call_asks_for():
     )
 
 
+def test_masks_for_each_of_one_head_and_for_all_of_it_are_one_case():
+    with attnplug.capture() as cases:
+        for mask in (torch.zeros(2, 1, 6, 6), torch.zeros(2, 1, 1, 6).expand(2, 1, 6, 6)):
+            attnplug.scaled_dot_product_attention(query[:, :1], query[:, :1], query[:, :1], mask)
+    assert [(case.mask_dims, count) for case, count in cases.items()] == [("b1qk", 2)]
+
+
 @pytest.mark.parametrize("wanting", [True, False])
 def test_a_call_that_needs_gradients_is_a_case_with_backward(wanting):
     leaf = query.clone().requires_grad_()

@@ -246,6 +246,17 @@ def test_an_implementation_that_runs_only_where_it_is_named_is_compared_too() ->
         attnplug.scaled_dot_product_attention(*tensors(9), impl="shy")
 
 
+def test_what_a_reference_calls_itself_nobody_is_told_of() -> None:
+    def forward(params: attnplug.SDPAParams) -> tuple[Tensor, None]:
+        out = attnplug.scaled_dot_product_attention(params.query, params.key, params.value, scale=params.scale)
+        return out, None
+
+    attnplug.register_impl(attnplug.ImplSpec(name="calling", kernel=forward, backend=None))
+    with attnplug.record() as calls, attnplug.verify(1.0, reference="calling") as watched:
+        attnplug.scaled_dot_product_attention(*tensors())
+    assert (len(calls), watched.calls, watched.results) == (1, 1, 1)
+
+
 def test_numbers_of_which_the_rule_says_nothing_are_a_reason() -> None:
     query = torch.full((1, 1, 2, 8), 300.0, dtype=torch.float16)
     with attnplug.verify(1.0, on_mismatch="raise") as watched:
