@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
-import pickle
 import sys
 import threading
 import types
@@ -16,13 +14,11 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import bias
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 from torch.testing._internal.common_methods_invocations import op_db
-from torch.utils.checkpoint import checkpoint
 
 import attnplug
-from attnplug import ImplSpec, Kernel, SDPBackend
+from attnplug import ImplSpec, SDPBackend
 
 Q = torch.randn(1, 2, 4, 8)
 ORIGINAL = F.scaled_dot_product_attention
@@ -214,135 +210,6 @@ def test_register_fn_must_be_callable_and_names_stay_unique() -> None:
         attnplug.register_flash_attention_impl("x", register_fn=3)
     with pytest.raises(attnplug.DuplicateImplementationError):
         attnplug.register_flash_attention_impl("torch", register_fn=Provider(0.0))
-
-
-# --- bindings and checkpoints ---
-
-
-class TwoLayers(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Model(), Model()
-
-    def forward(self, query: Tensor) -> Tensor:
-        return self.second(self.first(query))
-
-
-def test_a_binding_holds_for_one_module() -> None:
-    model = TwoLayers()
-    with attnplug.patch_torch():
-        handle = attnplug.bind(model.first, SDPBackend.MATH)
-        assert ran(lambda: model(Q)) == ["aten_math", "torch"]
-        with attnplug.sdpa_kernel("aten_flash"):
-            assert ran(lambda: model(Q)) == ["aten_math", "aten_flash"]
-        handle.remove()
-        handle.remove()
-        assert ran(lambda: model(Q)) == ["torch", "torch"]
-
-
-def test_a_binding_ends_when_the_forward_raises() -> None:
-    class Raises(torch.nn.Module):
-        def forward(self) -> None:
-            raise KeyError
-
-    module = Raises()
-    handle = attnplug.bind(module, "aten_math")
-    with pytest.raises(KeyError):
-        module()
-    with attnplug.record() as calls:
-        attnplug.scaled_dot_product_attention(Q, Q, Q)
-    handle.remove()
-    assert calls[0].impl == "torch"
-
-
-def test_what_is_outside_a_bound_module_stays_pytorch_s_own_bit_for_bit() -> None:
-    """PyTorch masks this bias by itself, in other sums than an implementation of attnplug that aligns it."""
-    query, keys, mask = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8), bias.causal_lower_right(3, 5)
-    expected = F.scaled_dot_product_attention(query, keys, keys, mask)
-    model = Model()
-    handle = attnplug.bind(model, "aten_math")
-    with attnplug.patch_torch():
-        found = F.scaled_dot_product_attention(query, keys, keys, mask)
-    handle.remove()
-    assert torch.equal(found, expected)
-
-
-def test_bindings_survive_copies_and_pickles() -> None:
-    model = TwoLayers()
-    handle = attnplug.bind(model.second, ["aten_math"])
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    handle.remove()
-    with attnplug.patch_torch():
-        assert ran(lambda: model(Q)) == ["torch", "torch"]
-        for other in copies:
-            assert ran(lambda other=other: other(Q)) == ["torch", "aten_math"]
-
-
-def test_compiled_models_follow_a_binding() -> None:
-    class Marked:
-        composite = True
-
-        @staticmethod
-        def forward(params: Any) -> Any:
-            return params.value + 100, None
-
-    attnplug.register_impl(ImplSpec(name="marked", kernel=Marked, backend=None))
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    model = TwoLayers()
-    with attnplug.patch_torch():
-        compiled = torch.compile(model, backend=counter, fullgraph=True)
-        assert (compiled(Q) < 50).all()
-        handle = attnplug.bind(model.second, "marked")
-        assert (compiled(Q) > 50).all()
-        handle.remove()
-        assert (compiled(Q) < 50).all() and counter.frame_count == 2  # coming back compiles nothing
-
-
-def test_a_wrong_binding_is_an_error_when_it_is_made() -> None:
-    with pytest.raises(TypeError, match="module: expected a torch.nn.Module, got str"):
-        attnplug.bind("layer", "torch")
-    with pytest.raises(attnplug.UnknownImplementationError):
-        attnplug.bind(Model(), "tourch")
-
-
-def block(query: Tensor) -> Tensor:
-    out = attnplug.scaled_dot_product_attention(query, query, query)
-    return out + attnplug.scaled_dot_product_attention(out, query, query, impl="aten_flash")
-
-
-def test_a_checkpoint_recomputes_with_the_implementations_of_its_forward() -> None:
-    query = torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True)
-    with attnplug.sdpa_kernel("aten_math"):
-        (expected,) = torch.autograd.grad(block(query).sum(), query)
-        out = checkpoint(block, query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
-    with attnplug.sdpa_kernel("torch"), attnplug.record() as calls:
-        (grad,) = torch.autograd.grad(out.sum(), query)
-    assert [call.impl for call in calls] == ["aten_math", "aten_flash"]
-    torch.testing.assert_close(grad, expected)
-
-
-def test_a_checkpoint_of_an_unmodified_model_recomputes_alike() -> None:
-    query = torch.randn(1, 2, 4, 8, requires_grad=True)
-    with attnplug.patch_torch():
-        with attnplug.sdpa_kernel("aten_math"):
-            out = checkpoint(Model(), query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
-        assert ran(lambda: out.sum().backward()) == ["aten_math"]
-
-
-def test_a_compiled_function_in_a_checkpoint_recomputes_under_the_activation_of_its_forward() -> None:
-    torch._dynamo.reset()
-    spec = ImplSpec(
-        name="thrice", kernel=Kernel(forward=lambda params: (params.value * 3, None), composite=True), backend=None
-    )
-    attnplug.register_impl(spec)
-    attend = torch.compile(lambda query: attnplug.scaled_dot_product_attention(query, query, query), backend="eager")
-    query = torch.randn(1, 2, 4, 8, requires_grad=True)
-    attnplug.activate_flash_attention_impl("thrice")
-    out = checkpoint(attend, query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
-    attnplug.restore_flash_attention_impl()
-    (grad,) = torch.autograd.grad(out.sum(), query)
-    assert grad.eq(3).all()
 
 
 # --- transforms, threads and processes ---
