@@ -143,7 +143,12 @@ def test_a_child_forked_while_another_thread_is_at_work_is_free(held: str) -> No
         def remove(self) -> None:
             """Nothing was registered."""
 
-    attnplug.register_flash_attention_impl("slow", register_fn=lambda: (wait(), Handle())[1])
+    def provide() -> Handle:
+        wait()
+        attnplug.list_impls()  # which needs a lock that the fork must not have taken yet
+        return Handle()
+
+    attnplug.register_flash_attention_impl("slow", register_fn=provide)
     attnplug.register_impl(ImplSpec(name="loading", kernel=Slow(), backend=None))
     worker = threading.Thread(target=work)
     worker.start()
