@@ -17,8 +17,8 @@ from attnplug._call.device import errs_with_one_query
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import is_deterministic
-from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, Chosen, answer, holds
+from attnplug._dispatch.plans import Plan, is_deterministic
+from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
 from attnplug._params import params_of
@@ -185,8 +185,8 @@ def scaled_dot_product_attention(
     ):
         quick: Any = answer(query, key, value, is_causal, enable_gqa)
         passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value, dropout_p))
-        if type(quick) is Chosen and holds(quick, query, key, value):
-            return quick.plan.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
+        if type(quick) is Plan:
+            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]  # has one
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
     # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
     if passes or (
