@@ -60,19 +60,23 @@ SAGE_ATTENTION = Capabilities(
     quantized=True,
 )
 SAGE_ATTENTION1 = replace(SAGE_ATTENTION, features=frozenset(SAGE_ATTENTION.features) - {Feature.LSE}, alternatives=())
-XFORMERS = Capabilities(
+_XFORMERS = Capabilities(
     devices=("cuda",),
-    dtypes=(*_HALF, "float32"),
-    compute_capability=(8, 0),
-    head_sizes=range(1, 257),
+    dtypes=("float16", "float32"),
+    compute_capability=(5, 0),
+    head_sizes=range(1, 513),  # the library's own limit is 65,536; autoencoders of images have 512
     features=_LOWER_RIGHT
     | {
         Feature.BOOLEAN_MASK,
         Feature.ADDITIVE_MASK,
         Feature.UPPER_LEFT,
         Feature.WINDOW,
+        Feature.VALUE_HEAD_SIZE,
+        Feature.VARLEN,
+        Feature.SEQUSED_K,
     },
 )
+XFORMERS = _XFORMERS | replace(_XFORMERS, dtypes=frozenset({"bfloat16"}), compute_capability=(8, 0), alternatives=())
 FLASHINFER = Capabilities(
     devices=("cuda",),
     dtypes=_HALF,

@@ -111,6 +111,8 @@ def check_outputs_are_fully_written(subject: Subject) -> None:
     """Every element of out, lse and the gradients is written: new memory full of NaN leaves no trace."""
     for call, inputs in subject.taken(_calls(subject)):
         with GuardedAllocator():
+            if subject.refusals(call, inputs):  # it asks for deterministic algorithms, which not every kernel has
+                continue
             outcome = run(subject.name, call, inputs)
         compare(subject.name, call, inputs, outcome)
 
@@ -120,7 +122,8 @@ def check_nothing_outside_is_written(subject: Subject) -> None:
     """Nothing is written before or after a tensor that the kernel allocates."""
     for call, inputs in subject.taken(_calls(subject)):
         with GuardedAllocator() as allocator:
-            run(subject.name, call, inputs)
+            if not subject.refusals(call, inputs):
+                run(subject.name, call, inputs)
         if allocator.overrun():
             raise failure(call, "memory next to a tensor that the kernel allocated was written")
 
