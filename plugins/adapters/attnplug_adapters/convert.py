@@ -85,9 +85,13 @@ def as_caller_reads(params: SDPAParams, tensor: Tensor, size: int) -> Tensor:
 
 def outside_cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return out with 0, and lse with minus infinity, for packed queries of no sequence, which nobody wrote."""
-    token = torch.arange(params.query.shape[0], device=out.device)
-    nowhere = token >= params.cu_seq_q[-1]
+    nowhere = outside(params.cu_seq_q, params.query.shape[0])
     return out.masked_fill(nowhere.view(-1, 1, 1), 0.0), lse.masked_fill(nowhere, MINUS_INFINITY)
+
+
+def outside(cu_seq: Tensor, tokens: int) -> Tensor:
+    """Return which of so many packed tokens are of no sequence."""
+    return torch.arange(tokens, device=cu_seq.device) >= cu_seq[-1]
 
 
 def natural(lse: Tensor) -> Tensor:

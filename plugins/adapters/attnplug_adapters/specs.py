@@ -56,10 +56,15 @@ SAGE_ATTENTION = Capabilities(
     dtypes=_HALF,
     compute_capability=(8, 0),
     head_sizes=range(1, 129),
-    features={Feature.CAUSAL, Feature.GQA, Feature.LSE},
+    features={Feature.CAUSAL, Feature.GQA, Feature.LSE, Feature.VARLEN},
     quantized=True,
 )
-SAGE_ATTENTION1 = replace(SAGE_ATTENTION, features=frozenset(SAGE_ATTENTION.features) - {Feature.LSE}, alternatives=())
+SAGE_ATTENTION1 = replace(
+    SAGE_ATTENTION,
+    dtypes=frozenset({*_HALF, "float32"}),
+    features=frozenset(SAGE_ATTENTION.features) - {Feature.LSE},
+    alternatives=(),
+)
 _XFORMERS = Capabilities(
     devices=("cuda",),
     dtypes=("float16", "float32"),
