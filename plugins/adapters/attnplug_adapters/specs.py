@@ -13,20 +13,21 @@ from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 _HALF = ("float16", "bfloat16")
 _LOWER_RIGHT = {Feature.CAUSAL, Feature.LOWER_RIGHT, Feature.GQA, Feature.LSE}
 _SEQUENCES = {Feature.VARLEN, Feature.SEQUSED_K, Feature.PAGED}
+_SINKS = {Feature.SINKS, Feature.SINKS_GRADIENT}
 
 FLASH_ATTN2 = Capabilities(
     devices=("cuda",),
     dtypes=_HALF,
     compute_capability=(8, 0),
     head_sizes=range(1, 257),
-    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.ALIBI, Feature.DROPOUT},
+    features=_LOWER_RIGHT | _SEQUENCES | _SINKS | {Feature.WINDOW, Feature.SOFTCAP, Feature.ALIBI, Feature.DROPOUT},
 )
 FLASH_ATTN3 = Capabilities(
     devices=("cuda",),
     dtypes=_HALF,
     compute_capability=(9, 0),
     head_sizes=range(1, 257),
-    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.VALUE_HEAD_SIZE},
+    features=_LOWER_RIGHT | _SEQUENCES | _SINKS | {Feature.WINDOW, Feature.SOFTCAP, Feature.VALUE_HEAD_SIZE},
 )
 FLASH_ATTN3_WHEEL = Capabilities(
     devices=("cuda",),
@@ -42,14 +43,8 @@ FLASH_ATTN4 = Capabilities(
     head_sizes=range(1, 257),
     features=_LOWER_RIGHT
     | _SEQUENCES
-    | {
-        Feature.WINDOW,
-        Feature.SOFTCAP,
-        Feature.SINKS,
-        Feature.SINKS_GRADIENT,
-        Feature.LSE_GRADIENT,
-        Feature.VALUE_HEAD_SIZE,
-    },
+    | _SINKS
+    | {Feature.WINDOW, Feature.SOFTCAP, Feature.LSE_GRADIENT, Feature.VALUE_HEAD_SIZE},
 )
 SAGE_ATTENTION = Capabilities(
     devices=("cuda",),
@@ -71,6 +66,7 @@ _XFORMERS = Capabilities(
     compute_capability=(5, 0),
     head_sizes=range(1, 513),  # the library's own limit is 65,536; autoencoders of images have 512
     features=_LOWER_RIGHT
+    | _SINKS
     | {
         Feature.BOOLEAN_MASK,
         Feature.ADDITIVE_MASK,
@@ -87,7 +83,7 @@ FLASHINFER = Capabilities(
     dtypes=_HALF,
     compute_capability=(8, 0),
     head_sizes=(64, 128, 256),
-    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP},
+    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.SINKS},
 )
 _FLEX = {
     Feature.BOOLEAN_MASK,
@@ -110,7 +106,7 @@ FLEX_CUDA = Capabilities(
     dtypes=(*_HALF, "float32"),
     compute_capability=(8, 0),
     head_sizes=range(16, 257),
-    features=_FLEX | {Feature.LSE, Feature.LSE_GRADIENT, Feature.SINKS, Feature.SINKS_GRADIENT},
+    features=_FLEX | _SINKS | {Feature.LSE, Feature.LSE_GRADIENT},
 )
 
 

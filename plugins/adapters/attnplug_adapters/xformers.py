@@ -104,17 +104,19 @@ class XFormers(Adapter):
             return convert.from_tokens(out, batch), convert.lse_from_tokens(lse, batch)
         out, lse = self._run(params, self._bias(params))
         out = convert.as_caller_reads(params, out, params.value.shape[-1])
-        return _cleared(params, out, convert.first(lse, params.query.shape[2]).contiguous())
+        lse = convert.first(lse, params.query.shape[2]).contiguous()
+        return convert.with_sinks(params, *_cleared(params, out, lse))
 
     def _packed(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         sequences = _Sequences(params)
         out = params.query.new_zeros(*params.query.shape[:2], params.value.shape[-1])
         lse = out.new_full((out.shape[0], out.shape[1]), convert.MINUS_INFINITY, dtype=torch.float32)
         if not sequences.queries:
-            return out, lse.T.contiguous()
+            return convert.with_sinks(params, out, lse.T.contiguous())
         found, raw = self._run(sequences.of(params), sequences.bias(self.library.fmha.attn_bias, params))
         found = convert.first(found[0], params.value.shape[-1])
-        return sequences.put(found, out), sequences.put(sequences.flat(raw).T, lse).T.contiguous()
+        lse = sequences.put(sequences.flat(raw).T, lse).T.contiguous()
+        return convert.with_sinks(params, sequences.put(found, out), lse)
 
     def _run(self, params: SDPAParams, bias: Any) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self.library.memory_efficient_attention_forward_requires_grad(
@@ -124,9 +126,10 @@ class XFormers(Adapter):
 
     def backward(
         self, params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return the gradients of query, key and value; the kernels have none through lse."""
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key, value and sinks; the kernels have none through lse."""
         params, sign = convert.positive_scale(params)
+        sinks = convert.gradients_of_sinks(params, grad_out, out, lse)
         if params.is_varlen:
             grads = self._packed_backward(params, grad_out, out, lse)
         elif params.seqused_k is not None:
@@ -138,7 +141,7 @@ class XFormers(Adapter):
             blind = (lse == convert.MINUS_INFINITY).unsqueeze(-1)
             grad_out, out = grad_out.masked_fill(blind, 0.0), out.masked_fill(blind, 0.0)
             grads = self._gradients(params, grad_out, out, convert.blind_as_infinity(lse), self._bias(params))
-        return (grads[0] if sign == 1 else grads[0] * sign, *grads[1:])
+        return (grads[0] if sign == 1 else grads[0] * sign, *grads[1:], *sinks)
 
     def _packed_backward(self, params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         sequences = _Sequences(params)
