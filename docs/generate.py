@@ -134,7 +134,12 @@ def feature_matrix() -> str:
 def faults() -> str:
     """Return what PyTorch gets wrong, and what becomes of such a call."""
     rows = [
-        (fault.says, fault.device or "any", fault.seen, "rewritten" if fault.mend else "passed over")
+        (
+            fault.says,
+            fault.device or "any",
+            fault.seen,
+            "rewritten" if fault.mend else "computed in parts" if fault.cut else "passed over",
+        )
         for fault in OF_SDPA.all
     ]
     return _table(("what PyTorch does", "device", "seen in PyTorch", "such a call is"), rows)

@@ -16,27 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnplug
 from attnplug import SDPAParams
 from attnplug._api import dense
-from attnplug.builtin import aten_flash, faults, torch_sdpa
+from attnplug.builtin import aten_flash, faults, rewrites, torch_sdpa
 from attnplug.testing import Call, assert_right
+from wrong_calls import BAD, PLAIN
 
 attend = attnplug.scaled_dot_product_attention
-
-
-PLAIN = Call(batch=2, heads=2, queries=16, keys=24, head_size=16)
-BAD = {
-    "misaligned": PLAIN.but(layout="misaligned"),
-    "rows between": PLAIN.but(layout="framed"),
-    "strided": PLAIN.but(layout="strided"),
-    "a misaligned mask": PLAIN.but(mask="additive", mask_layout="misaligned"),
-    "misaligned with a mask": PLAIN.but(layout="misaligned", mask="additive"),
-    "a mask with one column": PLAIN.but(mask="additive", mask_dims="bhq1"),
-    "a boolean mask with one column": PLAIN.but(mask="boolean", mask_dims="bhq1"),
-    "a strided mask": PLAIN.but(mask="additive", mask_layout="strided"),
-    "a column-major mask": PLAIN.but(mask="additive", mask_layout="column-major"),
-    "a mask of one dimension": PLAIN.but(mask="additive", mask_dims="k"),
-    "a negative scale under a causal mask": PLAIN.but(is_causal=True, scale=-0.3),
-    "a scale of zero under a causal mask": PLAIN.but(is_causal=True, scale=0.0),
-}
 
 
 def params_of(call: Call, **changes: Any) -> SDPAParams:
@@ -249,32 +233,186 @@ def test_single_queries_of_blackwell_do_not_go_straight_to_pytorch(
     with FakeTensorMode():
         query, key = (torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for length in (1, 64))
         for errs, expected in ((False, (1, 0)), (True, (1, 1))):
-            monkeypatch.setattr(dense, "errs_in_decoding", lambda index, answer=errs: answer)
+            monkeypatch.setattr(dense, "errs_with_one_query", lambda index, answer=errs: (answer, False))
             attend(query, key, key, impl=impl)
             assert (len(straight), len(on_cuda)) == expected
     assert on_cuda[0][0].shape[-2] == 2
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("mask", ["", "boolean", "additive"])
-@pytest.mark.parametrize("queries", [1, 5])
-def test_keys_and_a_query_that_are_added_change_nothing(
-    queries: int, mask: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+SHARED = PLAIN.but(heads=4, layout="transposed")
+"""A call whose heads share their keys once these are expanded."""
+
+
+def shared_on_cuda(call: Call, on_cuda: list[tuple[Any, ...]], requires_grad: bool = False) -> tuple[Any, ...]:
+    """Return what reaches PyTorch's function on a CUDA device where heads share keys by a stride of 0."""
+    mode = FakeTensorMode()
+    params = faked(params_of(call), mode)
+    with mode:
+        key, value = (tensor.narrow(1, 0, 1).expand_as(tensor) for tensor in (params.key, params.value))
+        query = params.query.requires_grad_(requires_grad)
+        torch_sdpa.forward(dataclasses.replace(params, query=query, key=key, value=value))
+    return on_cuda.pop()
+
+
+@pytest.mark.parametrize("queries", [1, 33, 65])
+@pytest.mark.parametrize(("mask", "mask_dims"), [("", "bhqk"), ("boolean", "bhqk"), ("additive", "b11k")])
+def test_no_query_is_left_over_where_heads_share_their_keys(
+    queries: int, mask: str, mask_dims: str, on_cuda: list[tuple[Any, ...]]
 ) -> None:
-    call = PLAIN.but(queries=queries, keys=64, mask=mask, is_causal=is_causal and not mask, dtype="bfloat16")
-    call = call.but(gradients=("query", "key", "value"))
+    call = SHARED.but(queries=queries, mask=mask, mask_dims=mask_dims)
+    query, _, _, given_mask, *_ = shared_on_cuda(call, on_cuda)
+    assert query.shape[-2] == queries + 1
+    assert given_mask is None or given_mask.shape[-2] == queries + 1
+    assert shared_on_cuda(call.but(queries=queries + 1), on_cuda)[0].shape[-2] == queries + 1
+    assert shared_on_cuda(call, on_cuda, requires_grad=True)[0].shape[-2] == queries
+    assert given_on_cuda(call, on_cuda, requires_grad=False)[0].shape[-2] == queries
+    for_flash = shared_on_cuda(call.but(dtype="float16"), on_cuda)[0].shape[-2]
+    assert for_flash == (queries if not mask else queries + 1)
+
+
+@pytest.mark.parametrize("mask", ["", "additive"])
+def test_gradients_of_single_queries_do_not_reach_cudnn_on_hopper(
+    mask: str, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(call: Call) -> tuple[Any, ...]:
+        mode = FakeTensorMode()
+        params = faked(params_of(call), mode)
+        with mode, torch.no_grad():  # no autograd of CUDA tensors without a driver
+            torch_sdpa.forward(params)
+        return on_cuda.pop()
+
+    call = PLAIN.but(queries=1, keys=128, dtype="bfloat16", mask=mask)
+    gpu_and_cudnn(monkeypatch, (9, 0), 92600)
+    assert given(call)[0].dim() == 4
+    monkeypatch.setattr(SDPAParams, "needs_grad", True)
+    query, key, _, given_mask, *_ = given(call)
+    assert query.dim() == key.dim() == 5 and (given_mask is None or given_mask.dim() == 5)
+    assert given(call.but(queries=2))[0].dim() == given(call.but(dtype="float32"))[0].dim() == 4
+    gpu_and_cudnn(monkeypatch, (8, 0), 92600)
+    assert given(call)[0].dim() == 4
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+@pytest.mark.parametrize("dropout", [0.25, 0.5, 0.9375])
+def test_dropout_is_kept_from_cudnn(
+    capability: tuple[int, int], dropout: float, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_and_cudnn(monkeypatch, capability, 91900)
+    mode = FakeTensorMode()
+    params = faked(params_of(PLAIN.but(dtype="float16"), dropout=dropout), mode)
+    monkeypatch.setattr(faults, "RELEASE", (2, 12))
+    assert not torch_sdpa.supports(params)
+    for given, changed in ((dropout, True), (0.1, False)):
+        with mode, torch.no_grad():
+            torch_sdpa.forward(dataclasses.replace(params, dropout=given))
+        reached = on_cuda.pop()[4]
+        assert (reached * 16 != math.floor(reached * 16)) and (reached != given) is changed
+        assert torch.tensor(reached, dtype=torch.float32) == torch.tensor(given, dtype=torch.float32)
+    monkeypatch.setattr(faults, "RELEASE", (2, 11))
+    (reason,) = torch_sdpa.supports(params)
+    assert "gives queries the same dropout mask" in reason
+    assert not torch_sdpa.supports(dataclasses.replace(params, dropout=0.0))
+    gpu_and_cudnn(monkeypatch, (8, 0), 91900)
+    assert not torch_sdpa.supports(params)
+
+
+def large(mask_rows: int = 0, *, dropout: float = 0.0, shape: tuple[int, ...] = (1, 1, 70000, 8)) -> SDPAParams:
+    query = torch.empty(shape, device="cuda")
+    mask = torch.empty(mask_rows, shape[-2], device="cuda", dtype=torch.bool) if mask_rows else None
+    return SDPAParams(query, query, query, mask, dropout, scale=0.25)
+
+
+def test_masks_of_more_than_2_32_numbers_reach_pytorch_in_parts(
+    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for release, rows, lengths in (((2, 12), 70000, [35000, 35000]), ((2, 13), 70000, [70000]), ((2, 12), 1, [70000])):
+        monkeypatch.setattr(faults, "RELEASE", release)
+        with FakeTensorMode(), torch.no_grad():
+            out, _ = torch_sdpa.forward(large(rows))
+        assert out.shape[-2] == 70000
+        assert [query.shape[-2] for query, *_ in on_cuda] == lengths
+        assert [given[3].shape[-2] for given in on_cuda] == [min(rows, length) for length in lengths]
+        on_cuda.clear()
+
+
+def test_more_than_2_31_draws_reach_pytorch_in_parts(on_cuda: list[tuple[Any, ...]]) -> None:
+    for shape in ((4, 16, 8192, 8), (1, 3, 30000, 8), (2, 1, 50000, 8)):
+        with FakeTensorMode(), torch.no_grad():
+            out, _ = torch_sdpa.forward(large(dropout=0.1, shape=shape))
+        assert out.shape == shape
+        assert len(on_cuda) > 1
+        for query, key, *_ in on_cuda:
+            assert query.dim() == 5 or query.select(-1, 0).numel() * key.shape[-2] < 2**31
+        on_cuda.clear()
+
+
+EVERYWHERE = {
+    "hidden keys": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="boolean")),
+    "hidden keys of an additive mask": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="additive")),
+    "another query": (rewrites.with_another_query, PLAIN),
+    "another query under a causal mask": (rewrites.with_another_query, PLAIN.but(is_causal=True)),
+    "another query of a mask": (rewrites.with_another_query, PLAIN.but(mask="additive")),
+    "another query of a mask of one row": (rewrites.with_another_query, PLAIN.but(mask="boolean", mask_dims="b11k")),
+    "a second query": (rewrites.with_another_query, PLAIN.but(queries=1, mask="boolean")),
+    "a fifth dimension": (rewrites.with_a_fifth_dimension, PLAIN),
+    "a fifth dimension of a mask": (rewrites.with_a_fifth_dimension, PLAIN.but(mask="additive", mask_dims="qk")),
+}
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_what_is_added_to_a_call_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mend, call = EVERYWHERE[name]
+    added = faults.Fault("PyTorch", "2.11.0", None, lambda params: True, mend)
+    assert_unchanged(call, faults.Faults(added), monkeypatch)
+
+
+@pytest.mark.parametrize("dim", [-4, -3, -2])
+@pytest.mark.parametrize("mask_dims", ["", "bhqk", "b1qk", "11qk", "qk"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+def test_halves_are_the_whole(
+    dim: int, mask_dims: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = PLAIN.but(batch=3, heads=heads[0], kv_heads=heads[1], queries=5)
+    call = call.but(mask="additive", mask_dims=mask_dims) if mask_dims else call
+    whole = call.make().arguments["query"].shape[dim]
+    too_large = faults.Fault(
+        "PyTorch", "2.11.0", None, lambda params: params.query.shape[dim] > 1, cut=lambda params: dim
+    )
+    assert whole > 2
+    assert_unchanged(call, faults.Faults(too_large), monkeypatch)
+
+
+def assert_unchanged(call: Call, given: faults.Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assert that `torch`, with these faults, is right of a call and its gradients."""
+    monkeypatch.setattr(torch_sdpa, "OF_SDPA", given)
+    call = call.but(gradients=("query", "key", "value"), dtype="bfloat16")
     inputs = call.make()
     arguments, leaves = call.with_leaves(inputs)
-    added = [each for each in torch_sdpa.OF_SDPA.all if each.seen.partition(", ")[2].startswith("cuDNN")]
-    everywhere = [dataclasses.replace(each, device=None) for each in added]
-    monkeypatch.setattr(faults, "_cudnn_on", lambda device: ((9, 0) if queries > 1 else (10, 0), 91900))
-    monkeypatch.setattr(torch_sdpa, "OF_SDPA", faults.Faults(*everywhere))
     params = SDPAParams(**{"scale": 0.25, **{name: given for name, given in arguments.items() if name != "dropout_p"}})
-    assert len(everywhere) == 2
-    assert any(each.concerns(params) for each in everywhere) is (queries == 1 or mask != "")
     out, _ = torch_sdpa.forward(params)
     gradients = call.backward(inputs, out, None, leaves)
     assert_right({**inputs.arguments, "scale": 0.25}, out.detach(), gradients=gradients, grad_out=inputs.grad_out)
+
+
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_what_torch_rewrites_does_not_go_straight_to_pytorch(
+    impl: str | None, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight: list[Tensor] = []
+    gpu_and_cudnn(monkeypatch, (9, 0), 92600)
+    monkeypatch.setattr(torch_sdpa, "OF_SDPA", faults.Faults())  # no autograd of CUDA tensors without a driver
+    monkeypatch.setattr(dense, "errs_with_one_query", lambda index: (False, True))
+    monkeypatch.setattr(dense, "_torch_sdpa", lambda query, *others: straight.append(query) or query)
+    with FakeTensorMode():
+        one, query = (torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for length in (1, 64))
+        shared = query.narrow(1, 0, 1).expand_as(query)
+        attend(query, query, query, impl=impl)
+        attend(one, query, query, impl=impl)
+        assert (len(straight), len(on_cuda)) == (2, 0)
+        attend(one.clone().requires_grad_(), query, query, impl=impl)
+        attend(query, query, query, dropout_p=0.25, impl=impl)
+        attend(one, shared, shared, impl=impl)
+    assert (len(straight), len(on_cuda)) == (2, 3)
 
 
 def test_values_of_zero_give_zero_and_gradients_of_zero_whatever_the_values_were() -> None:
@@ -317,54 +455,3 @@ def test_a_decision_that_is_kept_for_one_scale_serves_the_others(impl: str | Non
             out = attend(query, key, value, is_causal=True, scale=scale, impl=impl)
         assert len(calls) == 1
         assert_right(dict(query=query, key=key, value=value, is_causal=True, scale=scale), out)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", [None, "torch", "aten_flash"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", BAD)
-def test_calls_that_pytorch_gets_wrong_are_right_on_cuda(impl: str | None, dtype: str, name: str) -> None:
-    call = BAD[name].but(dtype=dtype, device="cuda", gradients=("query", "key", "value"))
-    inputs = call.make()
-    if impl is not None and not (verdict := attnplug.can_use_impl(impl, call.params(inputs))):
-        pytest.skip("; ".join(verdict.reasons))
-    arguments, leaves = call.with_leaves(inputs)
-    out = attend(**arguments, impl=impl)
-    gradients = call.backward(inputs, out, None, leaves)
-    assert_right(inputs.arguments, out.detach(), gradients=gradients, grad_out=inputs.grad_out)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", [None, "torch", "aten_flash"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_dropout_of_everything_is_zero_on_cuda(impl: str | None, dtype: torch.dtype) -> None:
-    leaves = [torch.randn(1, 2, 16, 64, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
-    if impl is not None and not (verdict := attnplug.can_use_impl(impl, SDPAParams(*leaves, dropout=1.0))):
-        pytest.skip("; ".join(verdict.reasons))
-    out = attend(*leaves, dropout_p=1.0, impl=impl)
-    for tensor in (out, *torch.autograd.grad(out, leaves, torch.randn_like(out))):
-        assert bool((tensor == 0).all())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", [None, "torch", "cudnn"])
-@pytest.mark.parametrize("keys", [64, 704])
-def test_gradients_of_logits_far_below_zero_are_finite_on_cuda(impl: str | None, keys: int) -> None:
-    query, key, value = torch.randn(3, 1, 1, keys, 64, device="cuda", dtype=torch.bfloat16) * 0.1
-    query[..., 0], key[..., 0] = 1.0, -120 * math.sqrt(64)
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    mask = torch.ones(keys, keys, dtype=torch.bool, device="cuda").tril()
-    if impl is not None and not (verdict := attnplug.can_use_impl(impl, SDPAParams(*leaves, attn_mask=mask))):
-        pytest.skip("; ".join(verdict.reasons))
-    out = attend(*leaves, attn_mask=mask, impl=impl)
-    assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(out, leaves, torch.randn_like(out)))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_float32_mask_of_half_queries_is_right_on_cuda(dtype: str) -> None:
-    call = PLAIN.but(dtype=dtype, device="cuda", mask="additive", mask_dtype="float32")
-    inputs = call.make()
-    assert_right(inputs.arguments, attend(**inputs.arguments))
-    with pytest.raises(attnplug.NoImplementationError, match="reads a float32 attn_mask"):
-        attend(**inputs.arguments, impl="torch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import attnplug
 import faulty
 import forked
 from attnplug import Capabilities, ImplSpec, SDPBackend
-from attnplug.testing import Report, Result, check_impl, check_impls
+from attnplug.testing import Report, Result, _pool, all_checks, check_impl, check_impls
+from attnplug.testing._tasks import Task
 from faulty import WORDS
 
 CHECKS = ("check_values", "check_scale", "check_batches_and_heads")
@@ -138,6 +140,62 @@ def test_a_worker_that_cannot_start_is_an_error_with_what_it_said(monkeypatch: p
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="no worker could be started: exit status 1"):
         checked("math_ref", dtype="float32")
+
+
+_ODD = """\
+#!{python} -SE
+import os, pathlib, signal, sys, time
+
+count = pathlib.Path({folder!r}, "count")
+with count.open("ab") as file:
+    file.write(b".")
+answer, end = {ways!r}[count.stat().st_size - 1]
+if end == "never begins":
+    sys.exit(7)
+os.write(1, b"\\x8c\\x01x.")  # the greeting, pickled
+os.read(0, 1)
+os.write(1, answer)
+if end == "stays":
+    os.close(1)
+    time.sleep(600)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+ODD = [
+    ("in the middle of a message", pickle.dumps("a long word" * 9)[:40], "dies", "ended its process: SIGKILL"),
+    ("in its first bytes", b"\x80", "dies", "ended its process: SIGKILL"),
+    ("without a word", b"", "dies", "ended its process: SIGKILL"),
+    ("a later protocol", b"\x80\xff", "dies", "ended its process: SIGKILL"),
+    ("more than there is memory", b"\x8e" + b"\xff" * 7 + b"\x7f", "dies", "ended its process: SIGKILL"),
+    ("a class of no module", b"cno_such_module\nname\n.", "stays", "ModuleNotFoundError"),
+    ("a class that is not there", b"cos\nno_such_name\n.", "stays", "AttributeError"),
+    ("a number", b"I1\n.", "stays", "something else than a result: 1"),
+    ("text", b"hello", "stays", "UnpicklingError"),
+    ("nothing more", b"", "stays", "EOFError"),
+    ("no start", b"", "never begins", "no worker could be started: exit status 7"),
+]
+
+
+def test_whatever_a_worker_leaves_half_said_costs_one_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in the worker's place misbehaves in another way each time that it is started."""
+    ways = [(b"", "stays"), *((answer, end) for _, answer, end, _ in ODD)]
+    odd, python = tmp_path / "odd", sys.base_prefix + "/bin/python3"
+    odd.write_text(_ODD.format(python=python, folder=str(tmp_path), ways=ways))
+    odd.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(odd))
+    monkeypatch.setattr(_pool, "_GRACE", 0.1)
+
+    worker = _pool.Worker()
+    process = worker._started()
+    process.kill()
+    process.wait()
+    result = worker.run(Task("math_ref", "check_values", "cpu", "float32", full=False), TIMEOUT)
+    assert "ended its process before this check, after it began: SIGKILL" in result.reason
+
+    names = tuple(check.name for check in all_checks()[: len(ODD)])
+    report = checked("math_ref", dtype="float32", checks=names)
+    assert len(report.failures) == len(ODD), str(report)
+    for result, (how, _, _, expected) in zip(reversed(report.results), ODD, strict=True):
+        assert expected in result.reason, how
 
 
 _TEST = """

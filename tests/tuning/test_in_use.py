@@ -215,6 +215,11 @@ def test_mistakes_in_arguments_have_the_same_words_while_choices_are_in_use():
         for wrong in (keys(15), keys(16).double(), keys(16)[..., :4], torch.randn(1, 3, 16, 8)):
             with pytest.raises((ValueError, TypeError), match="key|value"):
                 attnplug.scaled_dot_product_attention(query, wrong, keys(16))
+    with in_use(fastest((CASE, "aten_flash"))), torch.no_grad():
+        for _ in range(3):  # then a call like this one is answered at once
+            attnplug.scaled_dot_product_attention(query, keys(16), keys(16))
+        with pytest.raises(TypeError, match="value: expected a torch.Tensor, got ndarray"):
+            attnplug.scaled_dot_product_attention(query, keys(16), keys(16).numpy())
 
 
 def test_autocast_is_decided_by_the_dtype_that_kernels_get():

@@ -13,12 +13,12 @@ from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under th
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
-from attnplug._call.device import errs_in_decoding
+from attnplug._call.device import errs_with_one_query
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
-from attnplug._dispatch.plans import is_deterministic
-from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, Chosen, answer, holds
+from attnplug._dispatch.plans import Plan, is_deterministic
+from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
 from attnplug._params import params_of
@@ -184,9 +184,9 @@ def scaled_dot_product_attention(
         and not (state.watched or _profiler_enabled())
     ):
         quick: Any = answer(query, key, value, is_causal, enable_gqa)
-        passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value))
-        if type(quick) is Chosen and holds(quick, query, key, value):
-            return quick.plan.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
+        passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value, dropout_p))
+        if type(quick) is Plan:
+            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]  # has one
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
     # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
     if passes or (
@@ -203,7 +203,7 @@ def scaled_dot_product_attention(
         and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
         and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-        and (query.get_device() < 0 or _fit_cuda(query, key, value))
+        and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
     ):
         try:
             if scale is None and not enable_gqa:
@@ -340,19 +340,29 @@ def _is_open(window: Any) -> bool:
     return type(window) is tuple and window == OPEN_WINDOW and type(window[0]) is int is type(window[1])
 
 
-def _fit_cuda(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's CUDA kernels get such tensors right: `torch` rewrites single queries where cuDNN errs.
+def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether PyTorch's CUDA kernels get such tensors right without what `torch` rewrites: see `builtin.faults`.
 
     They load 16 bytes at once, and fault where a tensor does not start at a multiple of it. A trace has no storage to
     ask; Inductor copies inputs that are not aligned.
     """
-    if query.shape[-2] == 1 and errs_in_decoding(query.get_device()):
+    if dropout:
+        return False
+    if query.shape[-2] == 1:
+        errs, errs_in_gradients = errs_with_one_query(query.get_device())
+        if errs or (errs_in_gradients and _records(query, key, value)):
+            return False
+    if key.stride(-3) == 0 == value.stride(-3):  # heads that share their keys
         return False
     if is_compiling():
         return True
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
+
+
+def _records(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
 def is_symbolic(query: Any) -> bool:

@@ -78,17 +78,17 @@ def compute_capability(device: torch.device | str) -> Capability | None:
 
 
 @constant_in_traces
-def errs_in_decoding(index: int) -> bool:
-    """Whether the cuDNN of a CUDA device of this machine may get single queries wrong: see `builtin.faults`."""
-    found = _errs_in_decoding.get(index)
+def errs_with_one_query(index: int) -> tuple[bool, bool]:
+    """Whether the cuDNN of a CUDA device here may get single queries wrong, and their gradients: `builtin.faults`."""
+    found = _errs_with_one_query.get(index)
     if found is None:
         capability, cudnn = compute_capability(torch.device("cuda", index)), torch.backends.cudnn.version() or 0
-        found = capability is not None and capability[0] in (10, 11) and cudnn <= 92500
-        _errs_in_decoding[index] = found
+        major = 0 if capability is None else capability[0]
+        found = _errs_with_one_query[index] = major in (10, 11) and cudnn <= 92500, major == 9
     return found
 
 
-_errs_in_decoding: dict[int, bool] = {}
+_errs_with_one_query: dict[int, tuple[bool, bool]] = {}
 
 
 def as_device(argument: str, value: Any) -> torch.device:

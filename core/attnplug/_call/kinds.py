@@ -7,7 +7,7 @@ from typing import Any
 from attnplug._call.device import name_of_dtype
 from attnplug._call.facts import CallFacts
 from attnplug._call.requirements import features, needs_grad
-from attnplug._selection.choices import Kind, rounded_up
+from attnplug._selection.choice_tables import Kind, rounded_up
 from attnplug._types import SDPAParams
 
 Problem = tuple[Any, ...]

@@ -13,7 +13,8 @@ from attnplug._call.machine import device_identity, plugin_versions, runtime_ver
 from attnplug._errors import ChoicesWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import DEFAULT, Registry
-from attnplug._selection.choices import Choice, Choices, Kind, Table, describe_problem
+from attnplug._selection.choice_tables import Choice, Kind, Table, describe_problem
+from attnplug._selection.choices import Choices
 from attnplug._selection.state import process, start, thread, when_started
 from attnplug._selection.trees import Tree, grown, walked
 from attnplug._types import SDPAParams

@@ -12,12 +12,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from attnplug._errors import ChoicesError
-from attnplug._selection.choices import Choice, Choices, Kind, Table
+from attnplug._selection.choice_tables import Choice, Kind, Table, joined
 
 FORMAT = 1
 _PATIENCE = 30.0
@@ -32,8 +32,8 @@ def default_place() -> Path:
     return user_cache_path("attnplug", appauthor=False) / "choices.json"
 
 
-def read(path: Path) -> Choices:
-    """Return the choices in a file.
+def read(path: Path) -> tuple[Table, ...]:
+    """Return the tables in a file.
 
     Raises:
         ChoicesError: there is none, it cannot be read, or it holds no choices in a format that is known.
@@ -50,18 +50,18 @@ def read(path: Path) -> Choices:
         given = json.loads(text)
     except ValueError as error:
         raise ChoicesError(f"{path}: is not JSON ({error}), so it holds no measured choices") from error
-    return replace(from_plain(given, str(path)), source=str(path))
+    return from_plain(given, str(path))
 
 
-def add(choices: Choices, path: Path) -> Path:
-    """Add choices to those in a file, which may not be there yet.
+def add(tables: tuple[Table, ...], path: Path) -> Path:
+    """Add tables to those in a file, which may not be there yet.
 
     Raises:
         ChoicesError: it cannot be written, or what is there holds no choices: nothing is overwritten then.
     """
     path = _file(path)
     with _locked(path):
-        together = read(path) | choices if path.exists() else choices
+        together = joined((*read(path), *tables)) if path.exists() else tables
         _replace(path, json.dumps(as_plain(together), indent=1) + "\n")
     return path
 
@@ -128,8 +128,8 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def as_plain(choices: Choices) -> dict[str, Any]:
-    """Return choices as JSON has them."""
+def as_plain(tables: tuple[Table, ...]) -> dict[str, Any]:
+    """Return tables as JSON has them."""
     return {
         "format": FORMAT,
         "tables": [
@@ -142,13 +142,13 @@ def as_plain(choices: Choices) -> dict[str, Any]:
                     for choice in one.choices
                 ],
             }
-            for one in choices.tables
+            for one in tables
         ],
     }
 
 
-def from_plain(given: Any, where: str) -> Choices:
-    """Return the choices that `as_plain` wrote.
+def from_plain(given: Any, where: str) -> tuple[Table, ...]:
+    """Return the tables that `as_plain` wrote.
 
     Raises:
         ChoicesError: it did not write that, or another version did; `where` stands before the message.
@@ -161,7 +161,7 @@ def from_plain(given: Any, where: str) -> Choices:
             f"another file (attnplug tune -o FILE), or use the version of attnplug that wrote it"
         )
     try:
-        return Choices(tuple(_table(one) for one in given["tables"]))
+        return tuple(_table(one) for one in given["tables"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ChoicesError(f"{where}: is damaged ({error!r}); take it away and measure again: attnplug tune") from error
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
-from attnplug.builtin.faults import OF_FLASH, is_aligned
+from attnplug.builtin.faults import OF_FLASH
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
+from attnplug.builtin.rewrites import is_aligned
 
 composite = True
 _flash_cpu = operator(

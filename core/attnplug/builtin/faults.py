@@ -2,25 +2,45 @@
 
 PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an error from deep inside.
 `torch` and `aten_flash` never pass them on as they are: `mended` rewrites a call where that is exact and costs little
-beside attention itself, and `reasons` declines the rest. A plain call is looked at for about a microsecond.
+beside attention itself, `cut` tells along which dimension one that is too large is computed in halves, and `reasons`
+declines the rest. A decision is kept whatever the lengths are, so no reason may look at them. A plain call is looked at
+for about a microsecond.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attnplug import SDPAParams, compute_capability
-from attnplug.builtin.masks import as_wide
+from attnplug.builtin.rewrites import (
+    BATCH,
+    HEADS,
+    QUERIES,
+    aligned,
+    batch_or_heads,
+    is_aligned,
+    starts_aligned,
+    with_a_fifth_dimension,
+    with_a_mask_of_dense_rows,
+    with_a_mask_of_double,
+    with_a_mask_of_two_dimensions,
+    with_another_query,
+    with_dropout_between_steps,
+    with_hidden_keys,
+    with_positive_scale,
+    with_values_of_zero,
+)
 
 KINDS = ("cpu", "cuda")
 HALF = (torch.float16, torch.bfloat16)
-ALIGNMENT = 16
-"""Bytes of the widest load of CUDA kernels: tensors, and their rows, must start at a multiple of it."""
+RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
+INT32, UINT32 = 2**31, 2**32
+PREFERRED_CUDNN = 91500
+"""PyTorch's function prefers a later cuDNN than this on compute capability 9 and 10."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Fault:
         device: the device type that it happens on; None for any.
         concerns: whether a call is one of these, given that it is on such a device.
         mend: returns the same call, exactly, in a form that PyTorch gets right; None where there is none.
+        cut: returns the dimension of the query along which halves of the call are right, or smaller at least.
     """
 
     says: str
@@ -40,6 +61,7 @@ class Fault:
     device: str | None
     concerns: Callable[[SDPAParams], bool]
     mend: Callable[[SDPAParams], SDPAParams] | None = None
+    cut: Callable[[SDPAParams], int] | None = None
 
     @property
     def reason(self) -> str:
@@ -54,7 +76,10 @@ class Faults:
         # By device type, because every call asks, and on the CPU few are left.
         here = {kind: [each for each in faults if each.device in (None, kind)] for kind in KINDS}
         self._mended = {kind: tuple(each for each in found if each.mend) for kind, found in here.items()}
-        self._declined = {kind: tuple(each for each in found if not each.mend) for kind, found in here.items()}
+        self._cut = {kind: tuple(each for each in found if each.cut) for kind, found in here.items()}
+        self._declined = {
+            kind: tuple(each for each in found if not each.mend and not each.cut) for kind, found in here.items()
+        }
 
     def mended(self, params: SDPAParams) -> SDPAParams:
         """Return a call of the same result that no fault with a way round concerns."""
@@ -63,6 +88,14 @@ class Faults:
                 assert fault.mend is not None
                 params = fault.mend(params)
         return params
+
+    def cut(self, params: SDPAParams) -> int | None:
+        """Return the dimension along which a call must be halved, None for nearly all."""
+        for fault in self._cut.get(params.query.device.type, ()):
+            if fault.concerns(params):
+                assert fault.cut is not None
+                return fault.cut(params)
+        return None
 
     def reasons(self, params: SDPAParams) -> tuple[str, ...]:
         """Return why a call must not be given to PyTorch: the faults without a way round."""
@@ -115,6 +148,85 @@ def _decodes_where_cudnn_errs(params: SDPAParams) -> bool:
     return blackwell and 91900 <= version <= 92500 and version != 92401
 
 
+def _asks_cudnn_for_gradients_of_one_query(params: SDPAParams) -> bool:
+    query = params.query
+    if not _is_dense(query) or query.dtype not in HALF or query.shape[-2] != 1 or not params.needs_grad:
+        return False
+    capability, version = _cudnn_on(query.device)
+    return capability == (9, 0) and version > PREFERRED_CUDNN
+
+
+def _asks_cudnn_for_dropout(params: SDPAParams) -> bool:
+    if params.dropout <= 0 or params.query.dtype not in HALF:
+        return False
+    capability, version = _cudnn_on(params.query.device)
+    return capability is not None and capability[0] in (9, 10) and version > PREFERRED_CUDNN
+
+
+def _cannot_keep_dropout_from_cudnn(params: SDPAParams) -> bool:
+    return RELEASE < (2, 12) and _asks_cudnn_for_dropout(params)
+
+
+def _has_dropout_in_the_steps_of_cudnn(params: SDPAParams) -> bool:
+    return (params.dropout * 16) % 1 == 0 and RELEASE >= (2, 12) and _asks_cudnn_for_dropout(params)
+
+
+def _shares_keys_with_a_query_left_over(params: SDPAParams) -> bool:
+    query, key, value = params.query, params.key, params.value
+    return (
+        _is_dense(query)
+        and query.shape[HEADS] > 1
+        and key.stride(HEADS) == 0 == value.stride(HEADS)
+        and query.shape[QUERIES] % 32 == 1  # a block has 32 or 64 queries
+        and not _is_for_flash(params)
+        and not params.needs_grad  # which takes an lse, and with one the kernel another way
+    )
+
+
+def _has_a_mask_of_far_rows(params: SDPAParams) -> bool:
+    mask = params.attn_mask
+    if RELEASE >= (2, 13) or mask is None or not _is_dense(params.query):
+        return False
+    rows = mask.shape[-2] if mask.dim() > 1 else 1
+    return rows > 1 and (rows - 1) * max(mask.stride(-2), -(-mask.shape[-1] // 16) * 16) >= UINT32
+
+
+def _draws_too_often(params: SDPAParams) -> bool:
+    query, keys = params.query, params.key.shape[-2]
+    if params.dropout <= 0 or not _is_dense(query) or _is_for_flash(params):
+        return False
+    return query.shape[BATCH] * query.shape[HEADS] * query.shape[QUERIES] * keys >= INT32
+
+
+def _draws_too_often_in_one_head(params: SDPAParams) -> bool:
+    return _draws_too_often(params) and not _has_parts(params)
+
+
+def _draws_too_often_in_all(params: SDPAParams) -> bool:
+    return _draws_too_often(params) and _has_parts(params)
+
+
+def _has_parts(params: SDPAParams) -> bool:
+    """Whether a call can be halved along batch or heads."""
+    return params.query.shape[BATCH] > 1 or params.query.shape[HEADS] == params.key.shape[HEADS] > 1
+
+
+def _is_dense(query: Tensor) -> bool:
+    """Whether these are four dimensions, without which PyTorch has its formula alone, or a nested tensor."""
+    return not query.is_nested and query.dim() == 4
+
+
+def _is_for_flash(params: SDPAParams) -> bool:
+    """Whether PyTorch has FlashAttention-2 or cuDNN for a dense call, and so does not come to its efficient kernel."""
+    query, key, value = params.query, params.key, params.value
+    return (
+        params.attn_mask is None
+        and query.dtype in HALF
+        and query.shape[-1] == value.shape[-1] <= 256
+        and (not params.is_causal or query.shape[-2] == key.shape[-2])
+    )
+
+
 def _cudnn_on(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     """Return the compute capability of a device and the version of cuDNN, 0 where there is none."""
     return compute_capability(device), torch.backends.cudnn.version() or 0
@@ -129,82 +241,7 @@ def _is_misaligned(params: SDPAParams) -> bool:
         return False
     mask = params.attn_mask
     inputs = is_aligned(params.query) and is_aligned(params.key) and is_aligned(params.value)
-    return not inputs or (mask is not None and not _starts_aligned(mask))
-
-
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether the widest loads can read the rows of a tensor: their numbers are dense, and each starts aligned."""
-    if not _starts_aligned(tensor):
-        return False
-    elements = ALIGNMENT // tensor.element_size()
-    *strides, step = tensor.stride()
-    for at, stride in enumerate(strides):
-        if stride % elements and tensor.shape[at] != 1:
-            return False
-    return step == 1 or tensor.shape[-1] == 1
-
-
-def _starts_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor starts aligned; the memory that it lies in does, as all of PyTorch's."""
-    return tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0
-
-
-# The ways round.
-
-
-def _with_positive_scale(params: SDPAParams) -> SDPAParams:
-    """Return a call of the same logits: the sign, or the zero, goes into the queries."""
-    assert params.scale is not None
-    sign = -1 if params.scale < 0 else 0
-    return replace(params, query=params.query * sign, scale=-params.scale or 1.0)
-
-
-def _with_values_of_zero(params: SDPAParams) -> SDPAParams:
-    """Return a call without dropout of the same result and gradients, which are 0."""
-    everywhere = torch.ones((), dtype=torch.bool, device=params.value.device)
-    return replace(params, value=params.value.masked_fill(everywhere, 0.0), dropout=0.0)
-
-
-def _with_a_mask_of_double(params: SDPAParams) -> SDPAParams:
-    return replace(params, attn_mask=as_wide(params.attn_mask, params.query.dtype))
-
-
-def _with_a_mask_of_two_dimensions(params: SDPAParams) -> SDPAParams:
-    return replace(params, attn_mask=torch.atleast_2d(params.attn_mask))
-
-
-def _with_a_mask_of_dense_rows(params: SDPAParams) -> SDPAParams:
-    mask = params.attn_mask
-    return replace(params, attn_mask=_copied(mask.expand(*mask.shape[:-1], params.key.shape[-2]), False))
-
-
-def _with_hidden_keys(params: SDPAParams) -> SDPAParams:
-    """Return a call with eight keys more, which the mask hides from each query."""
-    mask = params.attn_mask
-    hidden = False if mask.dtype is torch.bool else float("-inf")
-    key, value = (pad(tensor, (0, 0, 0, 8)) for tensor in (params.key, params.value))
-    return replace(params, key=key, value=value, attn_mask=pad(mask, (0, 8), value=hidden))
-
-
-def _with_a_second_query(params: SDPAParams) -> SDPAParams:
-    """Return a call with the one query twice; what calls PyTorch takes the first row of its result."""
-    mask = params.attn_mask
-    if mask is not None:
-        mask = mask.expand(*mask.shape[:-2], 2, mask.shape[-1])
-    return replace(params, query=torch.cat([params.query] * 2, -2), attn_mask=mask)
-
-
-def _aligned(params: SDPAParams) -> SDPAParams:
-    """Return the call with copies of what is misaligned. PyTorch pads the rows of a mask by itself."""
-    query, key, value = (_copied(tensor, is_aligned(tensor)) for tensor in (params.query, params.key, params.value))
-    mask = params.attn_mask
-    if mask is not None:
-        mask = _copied(mask, _starts_aligned(mask))
-    return replace(params, query=query, key=key, value=value, attn_mask=mask)
-
-
-def _copied(tensor: Tensor, is_right: bool) -> Tensor:
-    return tensor if is_right else tensor.clone(memory_format=torch.contiguous_format)
+    return not inputs or (mask is not None and not starts_aligned(mask))
 
 
 HIDDEN_BEFORE_SCALED = Fault(
@@ -213,21 +250,21 @@ HIDDEN_BEFORE_SCALED = Fault(
     "2.13.0, CPU; 2.11.0, CUDA 13.0",
     None,
     _hides_before_scaling,
-    _with_positive_scale,
+    with_positive_scale,
 )
 DROPS_EVERYTHING = Fault(
     "PyTorch's CUDA kernels divide by 1 - dropout_p, and give NaN or an error for dropout_p=1",
     "2.11.0, CUDA 13.0",
     "cuda",
     _drops_everything,
-    _with_values_of_zero,
+    with_values_of_zero,
 )
 MISALIGNED = Fault(
     "PyTorch's CUDA kernels read 16 bytes at a time, and fault where a tensor or its rows start between",
     "2.11.0, CUDA 13.0",
     "cuda",
     _is_misaligned,
-    _aligned,
+    aligned,
 )
 OF_SDPA = Faults(
     HIDDEN_BEFORE_SCALED,
@@ -243,14 +280,14 @@ OF_SDPA = Faults(
         "2.13.0, CPU",
         None,
         _has_double_queries_and_a_float32_mask,
-        _with_a_mask_of_double,
+        with_a_mask_of_double,
     ),
     Fault(
         "PyTorch's function trips over an attn_mask of one dimension",
         "2.13.0, CPU",
         None,
         _has_a_mask_of_one_dimension,
-        _with_a_mask_of_two_dimensions,
+        with_a_mask_of_two_dimensions,
     ),
     Fault(
         "PyTorch raises '(*bias): last dimension must be contiguous' for an attn_mask that broadcasts over keys, or "
@@ -258,7 +295,7 @@ OF_SDPA = Faults(
         "2.11.0, CUDA 13.0",
         "cuda",
         _has_a_mask_whose_rows_are_not_dense,
-        _with_a_mask_of_dense_rows,
+        with_a_mask_of_dense_rows,
     ),
     Fault(
         "PyTorch's function prefers cuDNN on Hopper, whose backward gives NaN with an attn_mask, 64 keys more than a "
@@ -266,14 +303,67 @@ OF_SDPA = Faults(
         "2.11.0 to 2.15.0, cuDNN before 9.26",
         "cuda",
         _has_gradients_that_cudnn_loses,
-        _with_hidden_keys,
+        with_hidden_keys,
     ),
     Fault(
         "PyTorch's function prefers cuDNN on Blackwell, which gets single queries wrong (pytorch#193893)",
         "2.11.0 to 2.13.0, cuDNN 9.19 to 9.25.0",
         "cuda",
         _decodes_where_cudnn_errs,
-        _with_a_second_query,
+        with_another_query,
+    ),
+    Fault(
+        "PyTorch's function prefers cuDNN on Hopper, whose backward of a single query gives NaN with logits far below "
+        "zero (cudnn-frontend#1072)",
+        "2.11.0 to 2.15.0, cuDNN 9.25.1 and 9.26.0",
+        "cuda",
+        _asks_cudnn_for_gradients_of_one_query,
+        with_a_fifth_dimension,
+    ),
+    Fault(
+        "PyTorch's function prefers cuDNN on Hopper and Blackwell, which gives queries the same dropout mask",
+        "2.11.0, cuDNN 9.19",
+        "cuda",
+        _cannot_keep_dropout_from_cudnn,
+    ),
+    Fault(
+        "PyTorch's function prefers cuDNN on Hopper and Blackwell for dropout in steps of 1/16, where it gives queries "
+        "the same dropout mask",
+        "2.11.0, cuDNN 9.19",
+        "cuda",
+        _has_dropout_in_the_steps_of_cudnn,
+        with_dropout_between_steps,
+    ),
+    Fault(
+        "PyTorch's efficient kernel gets a query that is left over wrong where heads share keys by a stride of 0 "
+        "(pytorch#191937, pytorch#192138)",
+        "2.12.0, CUDA 13.0",
+        "cuda",
+        _shares_keys_with_a_query_left_over,
+        with_another_query,
+    ),
+    Fault(
+        "PyTorch's efficient kernel counts the rows of an attn_mask with 32 bits (pytorch#187227)",
+        "2.9.0 to 2.12.0",
+        "cuda",
+        _has_a_mask_of_far_rows,
+        cut=lambda params: QUERIES,
+    ),
+    Fault(
+        "PyTorch's efficient kernel counts the draws of dropout of one head with 32 bits, and differently in backward "
+        "(pytorch#188015, pytorch#192138)",
+        "2.13.0",
+        "cuda",
+        _draws_too_often_in_one_head,
+        with_a_fifth_dimension,
+    ),
+    Fault(
+        "PyTorch's efficient kernel counts its draws of dropout with 32 bits, and differently in backward "
+        "(pytorch#188015, pytorch#192138)",
+        "2.13.0",
+        "cuda",
+        _draws_too_often_in_all,
+        cut=batch_or_heads,
     ),
     MISALIGNED,
 )

@@ -8,6 +8,7 @@ from torch._C._nn import scaled_dot_product_attention as sdpa  # which patch_tor
 
 from attnplug import SDPAParams, SDPBackend
 from attnplug.builtin.faults import OF_SDPA
+from attnplug.builtin.rewrites import halves
 
 _FAMILIES = {int(member): member for member in SDPBackend}
 _JAGGED = torch.jagged
@@ -30,10 +31,12 @@ def supports(params: SDPAParams) -> tuple[str, ...]:
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call PyTorch's function; it gives no lse."""
     mended = OF_SDPA.mended(params)
+    if (dim := OF_SDPA.cut(mended)) is not None:
+        return torch.cat([forward(half)[0] for half in halves(mended, dim)], dim), None
     arguments = mended.query, mended.key, mended.value, mended.attn_mask, mended.dropout, mended.is_causal
     out = sdpa(*arguments, scale=mended.scale, enable_gqa=mended.enable_gqa)
-    if mended.query is not params.query and not params.query.is_nested:
-        out = out.narrow(-2, 0, params.query.shape[-2])  # a query may have been added
+    if mended.query is not params.query and not params.query.is_nested:  # a query or a dimension may have been added
+        out = out.view(out.shape[-params.query.dim() :]).narrow(-2, 0, params.query.shape[-2])
     return out, None
 
 

@@ -72,7 +72,7 @@ def _list_choices(arguments: argparse.Namespace) -> int:
 
     reasons = [why_not_here(one) for one in listed.tables]
     if arguments.json:
-        tables = as_plain(listed)["tables"]
+        tables = as_plain(listed.tables)["tables"]
         render.print_json(
             {
                 "source": listed.source,

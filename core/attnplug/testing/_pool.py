@@ -33,6 +33,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._before = ""  # the check before, once there was one
         self._lock = threading.Lock()
         self._closed = False
 
@@ -40,27 +41,43 @@ class Worker:
         """Make a check; if that takes the process down, the check has failed.
 
         Raises:
-            RuntimeError: no worker could be started, or this one was closed.
+            RuntimeError: no worker could be started, the first time; or this one was closed.
         """
-        process = self._started()
         start = time.perf_counter()
+        try:
+            process = self._started()
+        except RuntimeError as error:
+            if self._closed or not self._before:
+                raise
+            return task.failed(str(error), time.perf_counter() - start)
+        early = f" before this check, after {self._before or 'it began'}" if process.poll() is not None else ""
+        self._before = task.check
+        try:
+            answer = self._ask(process, (task, timeout), timeout + _GRACE)
+        except queue.Empty:
+            reason = f"did not end within {timeout:g} s"
+        else:
+            if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Result):
+                result, lost = answer
+                if lost:
+                    self._end()
+                return result
+            try:
+                reason = f"ended its process{early}: {_how(process.wait(_GRACE))}"
+            except subprocess.TimeoutExpired:
+                reason = f"answered with something else than a result: {answer!r}"
+        self._end()
+        return task.failed(f"{reason}{self._told()}", time.perf_counter() - start)
+
+    def _ask(self, process: subprocess.Popen[bytes], message: Any, timeout: float) -> Any:
+        """Return what the process answers, whatever it is; None if it reads no more."""
         assert process.stdin is not None
         try:
-            pickle.dump((task, timeout), process.stdin)
+            pickle.dump(message, process.stdin)
             process.stdin.flush()
-            answer = self._answers.get(timeout=timeout + _GRACE)
-        except queue.Empty:
-            self._end()
-            return task.failed(f"did not end within {timeout:g} s{self._told()}", time.perf_counter() - start)
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            reason = f"ended its process: {_how(self._end(_GRACE))}{self._told()}"
-            return task.failed(reason, time.perf_counter() - start)
-        result, lost = answer
-        if lost:
-            self._end()
-        return result
+        except OSError:
+            return None
+        return self._answers.get(timeout=timeout)
 
     def close(self) -> None:
         """End the process; it can be called from another thread."""
@@ -76,19 +93,22 @@ class Worker:
                 return self._process
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115, read after the process has ended
             self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "attnplug.testing._worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+            try:
+                self._process = process = subprocess.Popen(
+                    [sys.executable, "-m", "attnplug.testing._worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                )
+            except OSError as error:
+                raise RuntimeError(f"no worker could be started: {error}") from error
             threading.Thread(target=_read, args=(process, self._answers), daemon=True).start()
         try:
             greeting = self._answers.get(timeout=STARTING)
         except queue.Empty:
             greeting = None
-        if greeting is None:
+        if type(greeting) is not str:
             code = self._end(_GRACE)
             raise RuntimeError(f"no worker could be started: {_how(code)}{self._told()}")
         return process
@@ -118,14 +138,18 @@ class Worker:
 
 
 def _read(process: subprocess.Popen[bytes], answers: queue.SimpleQueue[Any]) -> None:
-    """Put each answer into the queue, and None when there will be no more."""
+    """Put each answer into the queue, and at last what says that there will be no more.
+
+    A process that dies while it writes, or a kernel that writes where answers go, leaves bytes of which `pickle` may
+    make anything: another object, or any error.
+    """
     assert process.stdout is not None
     with process.stdout as stream:
         while True:
             try:
                 answers.put(pickle.load(stream))
-            except (EOFError, pickle.UnpicklingError):
-                answers.put(None)
+            except Exception as error:
+                answers.put(error)
                 return
 
 

@@ -9,7 +9,7 @@
 `attnplug tune` does the same from a shell. Here is what choices are made of.
 """
 
-from attnplug._selection.choices import Choice, Kind, Table
+from attnplug._selection.choice_tables import Choice, Kind, Table
 from attnplug.tuning._tune import choices_from
 
 __all__ = ["Choice", "Kind", "Table", "choices_from"]

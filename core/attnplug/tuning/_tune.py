@@ -17,7 +17,8 @@ from attnplug._control.registration import check_name
 from attnplug._errors import ChoicesWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import DEFAULT
-from attnplug._selection.choices import Choice, Choices, Kind, Table
+from attnplug._selection.choice_tables import Choice, Kind, Table
+from attnplug._selection.choices import Choices
 from attnplug._selection.selection import runs_only_where_named
 from attnplug._selection.state import start
 from attnplug.bench import BenchError, Case, Cases, Record, Report, case_set
