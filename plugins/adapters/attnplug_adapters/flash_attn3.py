@@ -1,6 +1,6 @@
 """`flash_attn3`: FlashAttention 3, built from source (`flash_attn_interface`) or the wheel `fa3-fwd`.
 
-Written for the interface of 2025-10 and later, and for the wheel 0.0.3. Sources: `hopper/flash_attn_interface.py`,
+Written for the source of 2026-08 and the wheel 0.0.3. Sources: `hopper/flash_attn_interface.py`,
 `hopper/flash_api.cpp`, `hopper/flash_bwd_preprocess_kernel.h`. A build may leave parts out; its configuration
 module says which. Tensors are `(B, S, H, E)`, masks end at the lower right, `lse` is natural, and minus infinity
 in a row that sees no key.

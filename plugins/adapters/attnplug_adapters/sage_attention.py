@@ -87,8 +87,6 @@ class SageAttention(Adapter):
         reasons: list[str] = []
         if params.is_varlen:
             reasons += self._packs
-            if params.is_causal:
-                reasons.append("has a causal mask of packed sequences only where all have as many queries as keys")
             if params.return_lse:
                 reasons.append("gives no lse of packed sequences")
         if self.interface is Version2:
