@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
@@ -134,6 +137,7 @@ def test_a_scope_decorates_and_nests_in_itself() -> None:
         ([{}], TypeError, "backends: expected one of"),
         (SDPBackend.ERROR, TypeError, "backends: expected one of"),
         ("aten_maths", attnplug.UnknownImplementationError, "did you mean 'aten_math'"),
+        ("math", attnplug.UnknownImplementationError, "'math' is a family: sdpa_kernel takes SDPBackend.MATH"),
     ],
 )
 def test_a_wrong_scope_is_an_error_before_it_is_entered(backends: Any, error: type[Exception], message: str) -> None:
@@ -174,10 +178,13 @@ def test_a_scope_never_falls_back_outside_itself() -> None:
     assert "FLASH_ATTENTION, 'aten_math'" in str(caught.value)
 
 
-def test_a_family_without_implementations_says_that_there_are_no_candidates() -> None:
+def test_a_family_without_implementations_says_so_and_who_knows_more() -> None:
     with (
         attnplug.sdpa_kernel(SDPBackend.OVERRIDEABLE),
-        pytest.raises(attnplug.NoImplementationError, match="no candid"),
+        pytest.raises(
+            attnplug.NoImplementationError,
+            match=r"\(sdpa_kernel\(\[OVERRIDEABLE\]\)\):\n  none that is installed.*attnplug doctor",
+        ),
     ):
         attnplug.scaled_dot_product_attention(Q, Q, Q)
 
@@ -243,6 +250,13 @@ def test_record_says_what_ran_and_who_was_passed_over() -> None:
     assert outer[0].backend == SDPBackend.FLASH_ATTENTION  # what PyTorch itself chose
     assert inner[0].passed_over["torch"] == ("does not support return_lse",)
     assert "aten_flash" not in inner[0].passed_over
+
+
+def test_what_was_recorded_can_leave_the_process() -> None:
+    with attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(Q, Q, Q, return_lse=True)
+    assert pickle.loads(pickle.dumps(calls)) == copy.deepcopy(calls) == calls
+    assert dataclasses.asdict(calls[0])["passed_over"] == calls[0].passed_over
 
 
 def test_record_belongs_to_its_thread() -> None:
@@ -329,8 +343,6 @@ def test_the_first_parameters_are_pytorch_s_in_pytorch_s_order() -> None:
 
 
 def test_errors_survive_pickling() -> None:
-    import pickle
-
     errors: list[attnplug.AttnplugError] = [
         attnplug.UnknownImplementationError("x", ["y", "z"], "impl"),
         attnplug.DuplicateImplementationError("x", "one", "another"),

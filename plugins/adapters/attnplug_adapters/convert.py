@@ -85,9 +85,13 @@ def as_caller_reads(params: SDPAParams, tensor: Tensor, size: int) -> Tensor:
 
 def outside_cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return out with 0, and lse with minus infinity, for packed queries of no sequence, which nobody wrote."""
-    token = torch.arange(params.query.shape[0], device=out.device)
-    nowhere = token >= params.cu_seq_q[-1]
+    nowhere = outside(params.cu_seq_q, params.query.shape[0])
     return out.masked_fill(nowhere.view(-1, 1, 1), 0.0), lse.masked_fill(nowhere, MINUS_INFINITY)
+
+
+def outside(cu_seq: Tensor, tokens: int) -> Tensor:
+    """Return which of so many packed tokens are of no sequence."""
+    return torch.arange(tokens, device=cu_seq.device) >= cu_seq[-1]
 
 
 def natural(lse: Tensor) -> Tensor:
@@ -173,6 +177,31 @@ def cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
         return out, lse
     rows = blind.view(-1, 1, 1) if params.is_varlen else blind.unsqueeze(-1)
     return out.masked_fill(rows, 0.0), lse.masked_fill(blind, MINUS_INFINITY)
+
+
+def with_sinks(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out and lse as if the kernel, which has no sinks, had had those of the call.
+
+    A sink is one more summand of the softmax's denominator, so it scales each row of out, by `exp(lse) / (exp(lse) +
+    exp(sink))`. A backward that is given these, as flash kernels' are, has the right probabilities as it is.
+    """
+    if params.sinks is None:
+        return out, lse
+    whole = torch.logaddexp(lse, params.sinks.float().view(-1, 1))
+    share = torch.exp(lse - whole).masked_fill(lse == MINUS_INFINITY, 0.0)
+    out = (out * (share.T if params.is_varlen else share).unsqueeze(-1)).to(out.dtype)
+    return outside_cleared(params, out, whole) if params.is_varlen else (out, whole)
+
+
+def gradients_of_sinks(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
+    """Return what follows the gradients of query, key and value where sinks have one: `-sum exp(sink - lse) dO . O`."""
+    if params.sinks is None or not params.sinks.requires_grad:
+        return ()
+    delta = (grad_out.float() * out.float()).sum(-1)
+    delta = delta.T if params.is_varlen else delta
+    share = torch.exp(params.sinks.detach().float().view(-1, 1) - lse).masked_fill(lse == MINUS_INFINITY, 0.0)
+    grad = -(share * delta).sum(-1)
+    return None, (grad if params.is_varlen else grad.sum(0)).to(params.sinks.dtype)
 
 
 def tokens_of(cu_seq: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

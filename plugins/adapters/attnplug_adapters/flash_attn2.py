@@ -155,6 +155,7 @@ class FlashAttn2(Adapter):
                 query, key, value, **self._options(params), return_softmax=False
             )
         out, lse = convert.as_caller_reads(params, out, size), convert.blind_as_minus_infinity(lse)
+        out, lse = convert.with_sinks(params, out, lse)
         return (out, lse, state) if params.dropout > 0 else (out, lse)
 
     def _packed(self, params: SDPAParams, query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -183,11 +184,12 @@ class FlashAttn2(Adapter):
         out: Tensor,
         lse: Tensor,
         state: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Return the gradients of query, key and value; the kernel has none through lse."""
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key, value and sinks; the kernel has none through lse."""
         params, sign = convert.positive_scale(params)
         if params.dropout == 1:
-            return tuple(torch.zeros_like(tensor) for tensor in (params.query, params.key, params.value))
+            zeros = (torch.zeros_like(tensor) for tensor in (params.query, params.key, params.value))
+            return *zeros, *convert.gradients_of_sinks(params, grad_out, out, lse)
         tensors = (grad_out, params.query, params.key, params.value, out)
         given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]
         grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in given[1:4]]
@@ -208,7 +210,8 @@ class FlashAttn2(Adapter):
         else:
             self.library._flash_attn_backward(*given, infinite, *grads, **options, rng_state=state)
         grad_query, *others = (convert.as_caller_reads(params, grad, params.query.shape[-1]) for grad in grads)
-        return grad_query if sign == 1 else grad_query * sign, *others
+        sinks = convert.gradients_of_sinks(params, grad_out, out, lse)
+        return grad_query if sign == 1 else grad_query * sign, *others, *sinks
 
     def fake(self, params: SDPAParams) -> tuple[Tensor, ...]:
         """Return empty tensors like those of forward."""

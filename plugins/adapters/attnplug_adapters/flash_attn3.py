@@ -1,6 +1,6 @@
 """`flash_attn3`: FlashAttention 3, built from source (`flash_attn_interface`) or the wheel `fa3-fwd`.
 
-Written for the interface of 2025-10 and later, and for the wheel 0.0.3. Sources: `hopper/flash_attn_interface.py`,
+Written for the source of 2026-08 and the wheel 0.0.3. Sources: `hopper/flash_attn_interface.py`,
 `hopper/flash_api.cpp`, `hopper/flash_bwd_preprocess_kernel.h`. A build may leave parts out; its configuration
 module says which. Tensors are `(B, S, H, E)`, masks end at the lower right, `lse` is natural, and minus infinity
 in a row that sees no key.
@@ -148,12 +148,14 @@ class FlashAttn3(Adapter):
             causal=params.is_causal,
         )
         out = convert.as_caller_reads(params, out, params.value.shape[-1])
-        return convert.outside_cleared(params, out, lse) if params.is_varlen else (out, lse)
+        if params.is_varlen:
+            out, lse = convert.outside_cleared(params, out, lse)
+        return convert.with_sinks(params, out, lse)
 
     def backward(
         self, params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return the gradients of query, key and value; the kernel has none through lse."""
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of query, key, value and sinks; the kernel has none through lse."""
         params, sign = convert.positive_scale(params)
         tensors = (grad_out, params.query, params.key, params.value, out)
         given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]
@@ -175,7 +177,8 @@ class FlashAttn3(Adapter):
         )
         size = params.query.shape[-1]
         grad_query, *others = (convert.as_caller_reads(params, grad, size) for grad in grads)
-        return grad_query if sign == 1 else grad_query * sign, *others
+        sinks = convert.gradients_of_sinks(params, grad_out, out, lse)
+        return grad_query if sign == 1 else grad_query * sign, *others, *sinks
 
     def fake(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return empty tensors like those of forward."""

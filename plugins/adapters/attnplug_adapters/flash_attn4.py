@@ -1,8 +1,8 @@
 """`flash_attn4`: FlashAttention 4, the package `flash-attn-4`, whose module is `flash_attn.cute`.
 
-Written for 4.0.0b36 (`flash_attn/cute/interface.py`). Tensors are `(B, S, H, E)`, masks end at the lower right,
-an open side of a window is None, `lse` is natural, minus infinity in a row that sees no key (the sink, with one),
-and has a gradient.
+Written for 4.0.0b36 and the source of 2026-08 (`flash_attn/cute/interface.py`). Tensors are `(B, S, H, E)`, masks
+end at the lower right, an open side of a window is None, `lse` is natural, minus infinity in a row that sees no key
+(the sink, with one), and has a gradient.
 """
 
 from __future__ import annotations

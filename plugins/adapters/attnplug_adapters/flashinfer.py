@@ -121,7 +121,7 @@ class FlashInfer(Adapter):
             out, lse = self._packed(convert.as_tokens(params), options)
             lse = convert.lse_from_tokens(convert.natural(lse).T, batch)
             out = convert.from_tokens(out, batch)
-        return convert.cleared(params, out, lse)
+        return convert.with_sinks(params, *convert.cleared(params, out, lse))
 
     def _packed(self, params: SDPAParams, options: dict[str, Any]) -> Any:
         """Plan and run sequences; returns out `(T, Hq, Ev)` and lse `(T, Hq)` to the base of 2."""

@@ -13,20 +13,21 @@ from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 _HALF = ("float16", "bfloat16")
 _LOWER_RIGHT = {Feature.CAUSAL, Feature.LOWER_RIGHT, Feature.GQA, Feature.LSE}
 _SEQUENCES = {Feature.VARLEN, Feature.SEQUSED_K, Feature.PAGED}
+_SINKS = {Feature.SINKS, Feature.SINKS_GRADIENT}
 
 FLASH_ATTN2 = Capabilities(
     devices=("cuda",),
     dtypes=_HALF,
     compute_capability=(8, 0),
     head_sizes=range(1, 257),
-    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.ALIBI, Feature.DROPOUT},
+    features=_LOWER_RIGHT | _SEQUENCES | _SINKS | {Feature.WINDOW, Feature.SOFTCAP, Feature.ALIBI, Feature.DROPOUT},
 )
 FLASH_ATTN3 = Capabilities(
     devices=("cuda",),
     dtypes=_HALF,
     compute_capability=(9, 0),
     head_sizes=range(1, 257),
-    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.VALUE_HEAD_SIZE},
+    features=_LOWER_RIGHT | _SEQUENCES | _SINKS | {Feature.WINDOW, Feature.SOFTCAP, Feature.VALUE_HEAD_SIZE},
 )
 FLASH_ATTN3_WHEEL = Capabilities(
     devices=("cuda",),
@@ -42,43 +43,47 @@ FLASH_ATTN4 = Capabilities(
     head_sizes=range(1, 257),
     features=_LOWER_RIGHT
     | _SEQUENCES
-    | {
-        Feature.WINDOW,
-        Feature.SOFTCAP,
-        Feature.SINKS,
-        Feature.SINKS_GRADIENT,
-        Feature.LSE_GRADIENT,
-        Feature.VALUE_HEAD_SIZE,
-    },
+    | _SINKS
+    | {Feature.WINDOW, Feature.SOFTCAP, Feature.LSE_GRADIENT, Feature.VALUE_HEAD_SIZE},
 )
 SAGE_ATTENTION = Capabilities(
     devices=("cuda",),
     dtypes=_HALF,
     compute_capability=(8, 0),
     head_sizes=range(1, 129),
-    features={Feature.CAUSAL, Feature.GQA, Feature.LSE},
+    features={Feature.CAUSAL, Feature.GQA, Feature.LSE, Feature.VARLEN},
     quantized=True,
 )
-SAGE_ATTENTION1 = replace(SAGE_ATTENTION, features=frozenset(SAGE_ATTENTION.features) - {Feature.LSE}, alternatives=())
-XFORMERS = Capabilities(
+SAGE_ATTENTION1 = replace(
+    SAGE_ATTENTION,
+    dtypes=frozenset({*_HALF, "float32"}),
+    features=frozenset(SAGE_ATTENTION.features) - {Feature.LSE},
+    alternatives=(),
+)
+_XFORMERS = Capabilities(
     devices=("cuda",),
-    dtypes=(*_HALF, "float32"),
-    compute_capability=(8, 0),
-    head_sizes=range(1, 257),
+    dtypes=("float16", "float32"),
+    compute_capability=(5, 0),
+    head_sizes=range(1, 513),  # the library's own limit is 65,536; autoencoders of images have 512
     features=_LOWER_RIGHT
+    | _SINKS
     | {
         Feature.BOOLEAN_MASK,
         Feature.ADDITIVE_MASK,
         Feature.UPPER_LEFT,
         Feature.WINDOW,
+        Feature.VALUE_HEAD_SIZE,
+        Feature.VARLEN,
+        Feature.SEQUSED_K,
     },
 )
+XFORMERS = _XFORMERS | replace(_XFORMERS, dtypes=frozenset({"bfloat16"}), compute_capability=(8, 0), alternatives=())
 FLASHINFER = Capabilities(
     devices=("cuda",),
     dtypes=_HALF,
     compute_capability=(8, 0),
     head_sizes=(64, 128, 256),
-    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP},
+    features=_LOWER_RIGHT | _SEQUENCES | {Feature.WINDOW, Feature.SOFTCAP, Feature.SINKS},
 )
 _FLEX = {
     Feature.BOOLEAN_MASK,
@@ -101,7 +106,7 @@ FLEX_CUDA = Capabilities(
     dtypes=(*_HALF, "float32"),
     compute_capability=(8, 0),
     head_sizes=range(16, 257),
-    features=_FLEX | {Feature.LSE, Feature.LSE_GRADIENT, Feature.SINKS, Feature.SINKS_GRADIENT},
+    features=_FLEX | _SINKS | {Feature.LSE, Feature.LSE_GRADIENT},
 )
 
 

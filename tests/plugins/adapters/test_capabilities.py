@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
 from adapters_on_standins import standin
+from attnplug import Feature
 
 attnplug_adapters = pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
 from attnplug_adapters import specs
@@ -54,6 +57,7 @@ def _adapters(monkeypatch: pytest.MonkeyPatch) -> None:
 def reasons(name: str, gpu: Gpu, *, grad: bool = False, **options: Any) -> str:
     """Each reason against a plain call, changed by `options`; empty if it is accepted."""
     shape = {"size": 64, "value_size": None, "queries": 128, "keys": 128, "dtype": torch.bfloat16, "page": None}
+    shape |= {"packed": False}
     shape |= {key: options.pop(key) for key in list(options) if key in shape}
     with FakeTensorMode():
         make = {"dtype": shape["dtype"], "device": "cuda", "requires_grad": grad}
@@ -66,6 +70,10 @@ def reasons(name: str, gpu: Gpu, *, grad: bool = False, **options: Any) -> str:
             options |= {name: torch.empty(3, dtype=torch.int32, device="cuda") for name in ("cu_seq_q", "cu_seq_k")}
             options |= {"block_table": torch.empty(2, 3, dtype=torch.int32, device="cuda"), "max_q": 4, "max_k": 8}
             options["causal_variant"] = LOWER_RIGHT
+        if shape["packed"]:
+            tensors = [torch.empty(8, 4, shape["size"], **make) for _ in range(3)]
+            options |= {name: torch.empty(3, dtype=torch.int32, device="cuda") for name in ("cu_seq_q", "cu_seq_k")}
+            options |= {"max_q": 4, "max_k": 8, "causal_variant": LOWER_RIGHT}
         if options.get("attn_mask"):
             options["attn_mask"] = torch.empty(128, 128, dtype=torch.bool, device="cuda")
         if options.get("seqused_k"):
@@ -109,7 +117,7 @@ def test_gpus(name: str, accepted: list[Gpu]) -> None:
         ("flash_attn2", (9, 0), {"seqused_k": True, "grad": True}, "no backward with seqused_k"),
         ("flash_attn2", (8, 9), {"size": 256, "dropout": 0.1, "grad": True}, "no backward for head size 256"),
         ("flash_attn3", (9, 0), {"dropout": 0.1}, "does not support dropout"),
-        ("flash_attn3", (9, 0), {"sinks": True}, "does not support sinks"),
+        ("flash_attn3", (9, 0), {"attn_mask": True}, "a boolean attn_mask"),
         ("flash_attn3", (9, 0), {"size": 128, "value_size": 64}, "head sizes 128 and 64 together"),
         ("wheel", (9, 0), {"dtype": torch.float16}, "does not support float16"),
         ("wheel", (9, 0), {"window_size": (5, 0)}, "does not support window_size"),
@@ -123,7 +131,17 @@ def test_gpus(name: str, accepted: list[Gpu]) -> None:
         ("sage2", (9, 0), {"grad": True}, "has no backward"),
         ("sage2", (9, 0), {"size": 160}, "head size 160 is above 128"),
         ("sage1", (9, 0), {"return_lse": True}, "does not support return_lse"),
+        ("sage2", (9, 0), {"packed": True, "is_causal": True}, "lower-right alignment"),
+        ("sage2", (9, 0), {"packed": True, "return_lse": True}, "gives no lse of packed sequences"),
         ("xformers", (9, 0), {"dropout": 0.1}, "does not support dropout"),
+        ("xformers", (10, 0), {"dtype": torch.float32}, "no kernel for float32 above compute capability 9.0"),
+        ("xformers", (10, 0), {"attn_mask": True}, "no kernel for attn_mask above compute capability 9.0"),
+        ("xformers", (12, 0), {"size": 512}, "no kernel for head sizes above 256 above compute capability 9.0"),
+        ("xformers", (12, 0), {"is_causal": True, "keys": 64}, "no kernel for upper-left alignment above"),
+        ("xformers", (9, 0), {"packed": True, "window_size": (5, 2)}, "only up to the diagonal"),
+        ("xformers", (9, 0), {"seqused_k": True, "attn_mask": True}, "no attn_mask together with seqused_k"),
+        ("xformers", (7, 5), {"packed": True, "window_size": (5, 0), "grad": True, "dtype": torch.float16},
+         "no backward for windows of packed sequences and compute capability below 8.0"),
         ("xformers", (9, 0), {"softcap": 5.0}, "does not support softcap"),
         ("flashinfer", (9, 0), {"size": 80}, "head size 80 is not one of 64, 128, 256"),
         ("flashinfer", (9, 0), {"window_size": (5, 2)}, "only to the left of the diagonal"),
@@ -144,6 +162,10 @@ def test_limits_are_reasons(name: str, gpu: Gpu, call: dict[str, Any], reason: s
         ("flash_attn4", (10, 0), {"size": 192, "value_size": 128, "grad": True}),
         ("flash_attn4", (9, 0), {"sinks": True, "window_size": (64, 0), "grad": True}),
         ("xformers", (8, 0), {"attn_mask": True, "grad": True, "dtype": torch.float32}),
+        ("xformers", (7, 0), {"window_size": (5, 2), "grad": True, "dtype": torch.float16}),
+        ("xformers", (10, 0), {"packed": True, "window_size": (5, 0), "grad": True}),
+        ("xformers", (8, 6), {"size": 512, "is_causal": True, "dtype": torch.float16}),
+        ("sage2", (8, 9), {"packed": True}),
         ("flashinfer", (9, 0), {"page": 16, "softcap": 30.0}),
         ("sage2", (8, 9), {"is_causal": True, "return_lse": True}),
     ],
@@ -151,6 +173,18 @@ def test_limits_are_reasons(name: str, gpu: Gpu, call: dict[str, Any], reason: s
 )
 def test_what_the_libraries_do_is_accepted(name: str, gpu: Gpu, call: dict[str, Any]) -> None:
     assert reasons(name, gpu, **call) == ""
+
+
+def test_only_cutlass_kernels_of_xformers_are_deterministic() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        asked = {"grad": True, "window_size": (5, 0)}
+        assert reasons("xformers", (9, 0), **asked) == "has no deterministic backward for windows"
+        assert "for packed sequences" in reasons("xformers", (9, 0), packed=True, **asked)
+        assert "for this GPU" in reasons("xformers", (10, 0), grad=True)
+        assert reasons("xformers", (9, 0), dtype=torch.float32, **asked) == reasons("xformers", (9, 0), grad=True) == ""
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_build_without_a_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +202,37 @@ def test_a_build_without_a_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_sage_attention_is_quantized_and_stays_behind() -> None:
     specs_by_name = {spec.name: spec for spec in attnplug_adapters.attnplug_register_impls()}
     assert [name for name, spec in specs_by_name.items() if spec.capabilities.quantized] == ["sage_attention"]
+
+
+PAGES = Path(__file__).parents[3] / "docs" / "adapters"
+WORDS = {
+    Feature.BOOLEAN_MASK: "(?<!causal )masks",
+    Feature.UPPER_LEFT: "causal masks of unequal lengths|both alignments",
+    Feature.WINDOW: "windows",
+    Feature.SOFTCAP: "softcap",
+    Feature.SINKS: "sinks",
+    Feature.ALIBI: "ALiBi",
+    Feature.DROPOUT: "dropout",
+    Feature.VALUE_HEAD_SIZE: "another head size of values",
+    Feature.LSE: "`lse`",
+    Feature.LSE_GRADIENT: "through `lse`|gradients,",
+    Feature.VARLEN: "packed sequences",
+    Feature.SEQUSED_K: "`seqused_k`",
+    Feature.PAGED: "[Pp]ages",
+}
+
+
+@pytest.mark.parametrize("spec", specs.all_specs(), ids=lambda spec: spec.name)
+def test_the_page_says_what_the_capabilities_say(spec: attnplug.ImplSpec) -> None:
+    found = re.search(r"\*\*Good for\*\*: (.*?)\*\*Lacks\*\*: (.*?)\n\n", (PAGES / f"{spec.name}.md").read_text(), re.S)
+    assert found is not None
+    has, lacks = (" ".join(text.split()) for text in found.groups())
+    part = next(each for each in spec.capabilities.alternatives if "cuda" in (each.devices or ()))
+    for feature, words in WORDS.items():
+        assert re.search(words, has if feature in part.features else lacks), feature
+    sizes, (major, minor) = part.head_sizes, part.compute_capability or (0, 0)
+    assert sizes is not None and str(max(sizes)) in has + lacks
+    assert re.search(rf"compute capability {major}\.[{minor}x]", has)
 
 
 def test_every_name_is_listed_with_what_would_bring_it() -> None:

@@ -14,8 +14,9 @@ from attnplug.testing import check_impl
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
 from adapters_on_standins import register, standin
-from attnplug_adapters import convert, flash_attn4, specs
+from attnplug_adapters import convert, flash_attn4, specs, xformers
 from attnplug_adapters.flash_attn2 import FlashAttn2
+from attnplug_adapters.flash_attn3 import FlashAttn3
 from attnplug_adapters.flash_attn4 import FlashAttn4
 from attnplug_adapters.flashinfer import FlashInfer
 from attnplug_adapters.sage_attention import SageAttention
@@ -23,6 +24,7 @@ from attnplug_adapters.xformers import XFormers
 
 LIBRARIES: dict[type, tuple[str, Any, str]] = {
     FlashAttn2: ("flash_attn2", specs.FLASH_ATTN2, "float16"),
+    FlashAttn3: ("flash_attn3", specs.FLASH_ATTN3, "bfloat16"),
     FlashAttn4: ("flash_attn4", specs.FLASH_ATTN4, "float16"),
     FlashInfer: ("flashinfer", specs.FLASHINFER, "float16"),
     XFormers: ("xformers", specs.XFORMERS, "float32"),
@@ -102,14 +104,79 @@ def on_the_callers_keys(self: Any, params: Any) -> Any:
     return self.library.sageattn(query, key, value, is_causal=params.is_causal, sm_scale=params.scale), None
 
 
+def shifted(left: int, right: int) -> Callable[..., Any]:
+    """A band that is longer at its ends, wherever it has one."""
+
+    def band(params: Any) -> Any:
+        found = RIGHT_BAND(params)
+        return tuple(side if side < 0 else side + more for side, more in zip(found, (left, right), strict=True))
+
+    return band
+
+
+def of_the_first_sequence(self: Any, params: Any) -> Any:
+    slopes = params.alibi_slopes
+    slopes = slopes if slopes is None or slopes.dim() == 1 else slopes[0]
+    return RIGHT_FORWARD[type(self)](self, replace(params, alibi_slopes=slopes))
+
+
+def with_pages(order: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A forward that reads the block table in another order."""
+
+    def forward(self: Any, params: Any) -> Any:
+        table = params.block_table
+        return RIGHT_FORWARD[type(self)](self, params if table is None else replace(params, block_table=order(table)))
+
+    return forward
+
+
+def with_lse_by_group(self: Any, params: Any) -> Any:
+    """Its heads in the order (group, kv head), in which kernels that pack groups have them."""
+    out, lse, *saved = RIGHT_FORWARD[type(self)](self, params)
+    at = lse.dim() - 2
+    return (
+        out,
+        lse.unflatten(at, (params.key.shape[-3 if at else -2], -1)).transpose(at, at + 1).flatten(at, at + 1),
+        *saved,
+    )
+
+
+def in_the_order(*places: int) -> Callable[..., Any]:
+    def forward(self: Any, params: Any) -> Any:
+        found = *RIGHT_FORWARD[type(self)](self, params), torch.tensor([])
+        return tuple(found[place] for place in places)
+
+    return forward
+
+
+def in_any_order() -> bool:
+    return False
+
+
+def without_the_sink_in_lse(params: Any, out: Any, lse: Any) -> Any:
+    return RIGHT_SINKS(params, out, lse)[0], lse
+
+
+def keys_as_they_lie(starts: Any, tokens: int) -> Any:
+    return torch.zeros(tokens, dtype=torch.bool)
+
+
+def windows_of(more: int) -> Callable[..., Any]:
+    def bias(self: Any, masks: Any, params: Any) -> Any:
+        left, right = params.window_size
+        return RIGHT_PACKED_BIAS(self, masks, replace(params, window_size=(left + more if left >= 0 else left, right)))
+
+    return bias
+
+
 def with_upper_left_masks(self: Any, params: Any) -> Any:
     masks = self.library.fmha.attn_bias
     return masks.LowerTriangularMask() if params.is_causal else RIGHT_BIAS(self, params)
 
 
-RIGHT_SCALE, RIGHT_BAND = convert.positive_scale, convert.band
+RIGHT_SCALE, RIGHT_BAND, RIGHT_SINKS = convert.positive_scale, convert.band, convert.with_sinks
 RIGHT_FORWARD = {adapter: adapter.forward for adapter in LIBRARIES}
-RIGHT_BACKWARD, RIGHT_BIAS = FlashAttn4.backward, XFormers._bias
+RIGHT_BACKWARD, RIGHT_BIAS, RIGHT_PACKED_BIAS = FlashAttn4.backward, XFormers._bias, xformers._Sequences.bias
 
 MISTAKES = [
     Mistake("BHSD for BSHD", FlashAttn2, "check_batches_and_heads", (convert, "heads_behind"), same),
@@ -196,6 +263,53 @@ MISTAKES = [
         (SageAttention, "forward"),
         on_the_callers_keys,
         library="sage1",
+    ),
+    Mistake("a window with a key too many to the left", FlashAttn2, "check_window", (convert, "band"), shifted(1, 0)),
+    Mistake("a window with a key too many to the right", FlashAttn3, "check_window", (convert, "band"), shifted(0, 1)),
+    Mistake(
+        "slopes of the first sequence for all",
+        FlashAttn2,
+        "check_alibi_slopes_of_each_sequence",
+        (FlashAttn2, "forward"),
+        of_the_first_sequence,
+    ),
+    Mistake(
+        "pages in the wrong order", FlashAttn3, "check_paged", (FlashAttn3, "forward"), with_pages(lambda t: t.flip(1))
+    ),
+    Mistake(
+        "a block table read down its columns",
+        FlashAttn3,
+        "check_paged",
+        (FlashAttn3, "forward"),
+        with_pages(lambda t: t.T.reshape(t.shape)),
+    ),
+    Mistake("lse of groups in another order", FlashAttn2, "check_gqa", (FlashAttn2, "forward"), with_lse_by_group),
+    Mistake("lse and out exchanged", FlashAttn3, "check_values", (FlashAttn3, "forward"), in_the_order(1, 0)),
+    Mistake("a third value returned", FlashAttn3, "check_gradients", (FlashAttn3, "forward"), in_the_order(0, 1, 2)),
+    Mistake(
+        "the wish for determinism dropped",
+        FlashAttn3,
+        "check_deterministic_algorithms",
+        (torch, "are_deterministic_algorithms_enabled"),
+        in_any_order,
+    ),
+    Mistake("sinks not in lse", FlashInfer, "check_sinks", (convert, "with_sinks"), without_the_sink_in_lse),
+    Mistake(
+        "no gradient of sinks",
+        FlashAttn2,
+        "check_sinks_gradient",
+        (convert, "gradients_of_sinks"),
+        lambda params, *_: (None, torch.zeros_like(params.sinks)) if params.sinks is not None else (),
+    ),
+    Mistake(
+        "a packed window one key short", XFormers, "check_varlen_window", (xformers._Sequences, "bias"), windows_of(1)
+    ),
+    Mistake(
+        "the mean of keys of no sequence",
+        SageAttention,
+        "check_tokens_of_no_sequence",
+        (convert, "outside"),
+        keys_as_they_lie,
     ),
 ]
 

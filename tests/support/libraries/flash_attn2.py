@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 
-from libraries.formula import INF, NAN, Mask, backward, check_memory, forward, keep, pages
+from libraries.formula import INF, NAN, Mask, added_up, backward, check_memory, forward, keep, pages
 
 Tensor = torch.Tensor
 
@@ -149,7 +149,8 @@ def _flash_attn_backward(
             softcap,
             alibi_slopes,
         )
-        dq[b], dk[b], dv[b] = backward(dout[b], q[b], k[b], v[b], out[b], softmax_lse[b], mask)
+        found = backward(dout[b], q[b], k[b], v[b], out[b], softmax_lse[b], mask)
+        dq[b], dk[b], dv[b] = added_up(found[0], deterministic), *found[1:]
     return torch.empty(0)
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from libraries.formula import INF, NAN, Mask, backward, check_memory, forward, pages
+from libraries.formula import INF, NAN, Mask, added_up, backward, check_memory, forward, pages
 
 
 def _flash_attn_forward(
@@ -92,11 +92,13 @@ def _flash_attn_backward(
 ) -> torch.Tensor:
     check_memory(dout, q, k, v, out, dq, dk, dv)
     mask = Mask(scale=softmax_scale, causal=is_causal, left=window_size_left, right=window_size_right, softcap=softcap)
-    write_gradients(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_k, (dq, dk, dv), mask)
+    write_gradients(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_k, (dq, dk, dv), mask, deterministic
+    )
     return torch.empty(0)
 
 
-def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, grad_lse=None):
+def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, deterministic, grad_lse=None):
     """Write the gradients of each sequence; a row whose lse is minus infinity has none (`lse == -INF ? 0 : lse`)."""
     for b, (rows, query, key, value) in enumerate(sequences(q, k, v, cu_q, cu_k, used, None)):
         at = (rows, slice(int(cu_k[b]), int(cu_k[b]) + key.shape[0])) if cu_q is not None else (b, b)
@@ -104,6 +106,7 @@ def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, grad
         rows_lse = rows_lse.masked_fill(rows_lse == -INF, 0.0)
         gradient = None if grad_lse is None else grad_lse[:, rows] if cu_q is not None else grad_lse[b]
         found = backward(dout[at[0]], query, key, value, out[at[0]], rows_lse, mask, gradient)
+        found = added_up(found[0], deterministic), *found[1:]
         for grad, part, place in zip(grads, found, (at[0], at[1], at[1]), strict=True):
             if cu_q is not None or place is at[0] is not at[1]:
                 grad[place] = part

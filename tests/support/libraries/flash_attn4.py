@@ -121,7 +121,7 @@ def _flash_attn_bwd(
     check_memory(q, k, v, out, dout)
     mask = _mask(softmax_scale, causal, (window_size_left, window_size_right), learnable_sink, softcap)
     grads = [torch.full_like(t, NAN) if g is None else g for t, g in zip((q, k, v), (dq, dk, dv), strict=True)]
-    write_gradients(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, grads, mask, dlse)
+    write_gradients(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, grads, mask, deterministic, dlse)
     if learnable_sink is None:
         return tuple(grads)
     # dsink[h] = -sum_rows exp(sink[h] - lse[row,h]) * dpsum[row,h], dpsum = sum(dout * out) - dlse

@@ -98,6 +98,16 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
+_order = torch.Generator()
+
+
+def added_up(gradient: Tensor, deterministic: bool) -> Tensor:
+    """Return a gradient whose parts are added as they come, unless their order was asked for: the last bits differ."""
+    if deterministic:
+        return gradient
+    return gradient * (1 + 1e-4 * torch.rand(gradient.shape, generator=_order, dtype=torch.float64))
+
+
 def _softmax(logits: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     whole = logits
     if mask.sinks is not None:

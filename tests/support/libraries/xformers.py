@@ -1,19 +1,25 @@
 """`xformers.ops` 0.0.33 on the CPU: its signatures, and what they are documented to do.
 
-Sources: `xformers/ops/fmha/__init__.py`, `attn_bias.py`, `cutlass.py`, `flash.py`. Half types run
-"flash", whose lse has a row for each query, and plus infinity where no key is seen; float32, and every tensor
-bias, runs "cutlass", whose lse is padded to 32 rows, and whose rows that see no key hold NaN in out and 0 in lse.
+Sources: `xformers/ops/fmha/__init__.py`, `attn_bias.py`, `dispatch.py`, `cutlass.py`, `flash.py`. Of the kernels that
+take a call the first runs. "flash" takes half types and masks that are objects; its lse has a row for each query, of
+packed sequences `(1, H, T)`, and plus infinity where no key is seen. "cutlass" takes float32 and tensors too; its lse
+is padded to 32 rows, of packed sequences `(B, H, S)`, and rows that see no key hold NaN in out and 0 in lse. A
+backward is chosen anew; of packed sequences the form of the lse decides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from libraries.formula import INF, NAN, Mask, backward, check_memory, forward
+
+BLIND = INF
+"""What flash writes to the lse of a row that sees no key; FlashAttention 3 in its place writes -INF."""
 
 
 class AttentionBias:
@@ -37,12 +43,55 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
         assert self.window_left >= 0 and self.window_right >= 0, "Invalid window value"
 
 
+@dataclass
+class BlockDiagonalMask(AttentionBias):
+    q_seqlen: list[int]
+    kv_seqlen: list[int]
+    window: int = 0
+
+    @classmethod
+    def from_seqlens(
+        cls, q_seqlen: list[int], kv_seqlen: list[int] | None = None, *, device: torch.device | None = None
+    ) -> BlockDiagonalMask:
+        return cls(q_seqlen, q_seqlen if kv_seqlen is None else kv_seqlen)
+
+    def make_causal_from_bottomright(self) -> BlockDiagonalMask:
+        return BlockDiagonalCausalFromBottomRightMask(self.q_seqlen, self.kv_seqlen)
+
+    def make_local_attention_from_bottomright(self, window_size: int) -> BlockDiagonalMask:
+        assert window_size > 0, "Expected `window_size > 0`"
+        return BlockDiagonalCausalLocalAttentionFromBottomRightMask(self.q_seqlen, self.kv_seqlen, window_size)
+
+
+class BlockDiagonalCausalFromBottomRightMask(BlockDiagonalMask):
+    def __post_init__(self) -> None:
+        pairs = zip(self.q_seqlen, self.kv_seqlen, strict=True)
+        assert all(keys >= queries for queries, keys in pairs), "Expected `num_keys >= num_queries`"
+
+
+class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFromBottomRightMask):
+    pass
+
+
+CUTLASS = (
+    type(None),
+    torch.Tensor,
+    LowerTriangularMask,
+    LowerTriangularFromBottomRightMask,
+    BlockDiagonalMask,
+    BlockDiagonalCausalFromBottomRightMask,
+)
+CUTLASS_FORWARD = (*CUTLASS, BlockDiagonalCausalLocalAttentionFromBottomRightMask)
+
 fmha = SimpleNamespace(
     attn_bias=SimpleNamespace(
         LowerTriangularMask=LowerTriangularMask,
         LowerTriangularFromBottomRightMask=LowerTriangularFromBottomRightMask,
         LocalAttentionFromBottomRightMask=LocalAttentionFromBottomRightMask,
-    )
+        BlockDiagonalMask=BlockDiagonalMask,
+    ),
+    cutlass=SimpleNamespace(FwOp=SimpleNamespace(CUDA_MAXIMUM_COMPUTE_CAPABILITY=(9, 0))),
+    flash=SimpleNamespace(FwOp=SimpleNamespace(is_available=lambda: True)),
 )
 
 
@@ -58,18 +107,22 @@ def memory_efficient_attention_forward_requires_grad(
     output_dtype: torch.dtype | None = None,
 ):
     _check(query, key, value, attn_bias)
-    cutlass = _is_cutlass(query, attn_bias)
-    rows = -(-query.shape[1] // 32) * 32 if cutlass else query.shape[1]
-    out = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
-    lse = torch.full((query.shape[0], query.shape[2], rows), INF)
-    for b in range(query.shape[0]):
-        mask = _mask(attn_bias, b, scale)
-        out[b], found = forward(query[b], key[b], value[b], mask, INF)
+    cutlass = not _flash_takes(query, key, value, attn_bias)
+    assert not cutlass or type(attn_bias) in CUTLASS_FORWARD, "No operator found"
+    out = torch.full((*query.shape[:-1], value.shape[-1]), NAN, dtype=query.dtype)
+    sums = []
+    for rows, columns, mask in _calls(query, key, attn_bias, scale):
+        out[rows], found = forward(query[rows], key[columns], value[columns], mask, INF)
         blind = (found == INF).T.unsqueeze(-1)
-        lse[b, :, : query.shape[1]] = found
         if cutlass:
-            out[b] = out[b].masked_fill(blind, NAN)
-            lse[b, :, : query.shape[1]] = found.masked_fill(found == INF, 0.0)
+            out[rows] = out[rows].masked_fill(blind, NAN)
+        sums.append(found.masked_fill(found == INF, 0.0 if cutlass else BLIND).float())
+    if not cutlass:
+        return out, torch.cat(sums, 1).unsqueeze(0) if isinstance(attn_bias, BlockDiagonalMask) else torch.stack(sums)
+    height = -(-max(found.shape[1] for found in sums) // 32) * 32
+    lse = torch.full((len(sums), query.shape[2], height), INF)
+    for whole, found in zip(lse, sums, strict=True):
+        whole[:, : found.shape[1]] = found
     return out, lse
 
 
@@ -88,15 +141,21 @@ def memory_efficient_attention_backward(
 ):
     _check(query, key, value, attn_bias)
     check_memory(grad, output)
-    cutlass = _is_cutlass(query, attn_bias)
-    assert lse.shape[2] == (-(-query.shape[1] // 32) * 32 if cutlass else query.shape[1]), "lse of the other kernel"
+    flash = _flash_takes(query, key, value, attn_bias) and not torch.are_deterministic_algorithms_enabled()
+    calls = _calls(query, key, attn_bias, scale)
+    packed = isinstance(attn_bias, BlockDiagonalMask)
+    flat = lse.shape[0] == 1 and lse.shape[2] >= query.shape[1]
+    if packed and len(calls) > 1:
+        flash &= flat
+        assert flash == flat, "No operator found: LSE is in packed format"
+    assert flash or type(attn_bias) in CUTLASS, "No operator found"
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    for b in range(query.shape[0]):
-        found = backward(
-            grad[b], query[b], key[b], value[b], output[b], lse[b, :, : query.shape[1]], _mask(attn_bias, b, scale)
-        )
-        for whole, part in zip(grads, found, strict=True):
-            whole[b] = part
+    for number, (rows, columns, mask) in enumerate(calls):
+        part = lse[0][:, rows[1]] if packed and flat else lse[number]
+        part = part[:, : query[rows].shape[0]]
+        found = backward(grad[rows], query[rows], key[columns], value[columns], output[rows], part, mask)
+        for whole, place, gradient in zip(grads, (rows, columns, columns), found, strict=True):
+            whole[place] = gradient
     return tuple(grads)
 
 
@@ -109,12 +168,31 @@ def _check(query: Any, key: Any, value: Any, bias: Any) -> None:
         assert bias.shape == (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         every = 16 // bias.element_size()
         assert all(stride % every == 0 for stride in bias.stride()[:-1]) and bias.stride(-1) <= 1
-    elif isinstance(bias, LocalAttentionFromBottomRightMask):
-        assert query.dtype != torch.float32, "cutlassF has no LocalAttentionFromBottomRightMask"
+    if isinstance(bias, BlockDiagonalMask):
+        assert query.shape[0] == 1, "Expected batch_size=1 when using block-diagonal bias"
+        assert (sum(bias.q_seqlen), sum(bias.kv_seqlen)) == (query.shape[1], key.shape[1])
 
 
-def _is_cutlass(query: Any, bias: Any) -> bool:
-    return query.dtype == torch.float32 or isinstance(bias, torch.Tensor)
+def _flash_takes(query: Any, key: Any, value: Any, bias: Any) -> bool:
+    if query.dtype == torch.float32 or isinstance(bias, torch.Tensor) or query.shape[-1] > 256:
+        return False
+    if isinstance(bias, LowerTriangularMask) and query.shape[1] != key.shape[1]:
+        return False
+    return bool(query.shape[-1] == value.shape[-1])
+
+
+def _calls(query: Any, key: Any, bias: Any, scale: Any) -> list[tuple[Any, Any, Mask]]:
+    """Return for each sequence what selects its queries and keys, and its mask."""
+    if not isinstance(bias, BlockDiagonalMask):
+        return [(b, b, _mask(bias, b, scale)) for b in range(query.shape[0])]
+    causal = isinstance(bias, BlockDiagonalCausalFromBottomRightMask)
+    mask = Mask(scale=scale, causal=causal, left=bias.window - 1)
+    places = [[(0, slice(*pair)) for pair in pairwise(_starts(lengths))] for lengths in (bias.q_seqlen, bias.kv_seqlen)]
+    return [(*pair, mask) for pair in zip(*places, strict=True)]
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    return [sum(lengths[:number]) for number in range(len(lengths) + 1)]
 
 
 def _mask(bias: Any, b: int, scale: Any) -> Mask:

@@ -194,6 +194,9 @@ class Kernel:
         for one in self.sequences(params, seed):
             part, part_lse = self.attend(params, one)
             self.store(params, one.index, out, lse, part, part_lse)
+        if params.cu_seq_q is not None:
+            last = int(params.cu_seq_q[-1])
+            out[last:], lse[:, last:] = 0.0, -INF
         return (out, lse) if seed is None else (out, lse, seed)
 
     def nested(self, params: SDPAParams) -> Tensor:

@@ -46,6 +46,17 @@ class PackedByTheLongest(Kernel):
         return params.max_k - params.max_q
 
 
+@wrong("check_tokens_of_no_sequence")
+class LastSequenceToTheEnd(Kernel):
+    """Takes all keys behind the start of the last sequence for its own."""
+
+    def used(self, params: SDPAParams, b: int) -> int:
+        if params.cu_seq_k is None or params.block_table is not None or params.seqused_k is not None:
+            return super().used(params, b)
+        last = b + 1 == self.batch(params)
+        return params.key.shape[0] - int(params.cu_seq_k[b]) if last else super().used(params, b)
+
+
 @wrong("check_varlen_empty_sequences")
 class EmptySequencesAreNan(Kernel):
     """Divides by the sum of no weights in a sequence without keys."""
