@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,8 @@ logging.getLogger("torch.__trace").propagate = False  # pytest would keep each g
 forked.listen()
 
 HAS_GPU = torch.cuda.is_available()
+if HAS_GPU:  # PyTorch reads this once, at its first product, and without it refuses products in deterministic mode
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
