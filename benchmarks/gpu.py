@@ -58,8 +58,11 @@ def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> 
     triton = "aten_flash" if rehearsal else "flash_triton"
     others = [name for name in implementations if name != triton]
     found = [
-        checks(folder, "conformance", f"every check of {', '.join(others)}", others, 110.0, workers, device),
-        tests(workers, rehearsal),
+        checks(folder, "conformance", f"every check of {', '.join(others)}", others, 105.0, workers, device),
+        tests("tests", "the tests marked gpu", ["-n", workers], pytest_arguments(), 95.0, rehearsal),
+        tests(
+            "clocks", "the tests of times, with nothing beside them", [], ["-v", "-m", "gpu", CLOCKS], 20.0, rehearsal
+        ),
         *(benchmark(folder, name, claim, limit, rehearsal) for name, claim, limit in BENCHMARKS),
         figures(folder, implementations, device, rehearsal),
         replace(benchmark(folder, *CANDIDATES, rehearsal), by_name=True),
@@ -73,6 +76,7 @@ def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> 
     return [replace(part, limit=part.limit * SLOWER) for part in found] if rehearsal else found
 
 
+CLOCKS = "tests/bench/test_clocks.py"
 BENCHMARKS = (
     ("launching", "what a call costs on the host", 20.0),
     ("forward", "forward and decoding beside PyTorch's kernels and FlashAttention", 50.0),
@@ -94,13 +98,11 @@ def checks(folder: Path, name: str, claim: str, what: list[str], limit: float, w
     )
 
 
-def tests(workers: str, rehearsal: bool) -> Part:
-    """Return the part that runs the tests marked gpu; without a GPU each says that it needs one."""
-    spread = ["-n", workers] if importlib.util.find_spec("xdist") is not None else []
-    command = [sys.executable, "-m", "pytest", *spread, *pytest_arguments()]
-    if rehearsal:
-        command += ["--collect-only", "-q"]
-    return Part("tests", "the tests marked gpu", command, 100.0, told_by_pytest)
+def tests(name: str, claim: str, spread: list[str], arguments: list[str], limit: float, rehearsal: bool) -> Part:
+    """Return a part that runs tests marked gpu, which a rehearsal only collects."""
+    spread = spread if importlib.util.find_spec("xdist") is not None else []
+    few = ["--collect-only", "-q"] if rehearsal else []
+    return Part(name, claim, [sys.executable, "-m", "pytest", *spread, *arguments, *few], limit, told_by_pytest)
 
 
 def benchmark(folder: Path, name: str, claim: str, limit: float, rehearsal: bool) -> Part:
@@ -116,13 +118,14 @@ def figures(folder: Path, implementations: list[str], device: list[str], rehears
     kinds = ("json", "csv", *(("png",) if importlib.util.find_spec("matplotlib") else ()))
     outputs = [argument for kind in kinds for argument in ("-o", str(folder / f"kernels.{kind}"))]
     bench = [sys.executable, "-m", "attnplug", "bench", "--set", "kernels", *device, *seconds]
-    return Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 45.0, told_last)
+    return Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 40.0, told_last)
 
 
 def pytest_arguments() -> list[str]:
-    """Return the arguments for the files with tests marked gpu, without what the conformance part does."""
+    """Return the arguments for the files with tests marked gpu, without what other parts do."""
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
     names = [str(path.relative_to(ROOT)) for path in files if path.name != "test_conformance_gpu.py"]
+    names.remove(CLOCKS)
     return ["-v", "-m", "gpu", "-k", "not conformance and not it_conforms", "--durations=10", *names]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ logging.getLogger("torch.__trace").propagate = False  # pytest would keep each g
 forked.listen()
 
 HAS_GPU = torch.cuda.is_available()
+if HAS_GPU:  # PyTorch reads this once, at its first product, and without it refuses products in deterministic mode
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +46,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture
+def on_devices(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Say which kinds of devices this machine has. No public name can: a program lives with what is there."""
+    return lambda *found: monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: frozenset(found))
 
 
 @pytest.fixture(autouse=True)

@@ -164,10 +164,10 @@ def test_a_wrong_argument_of_what_cuts_sequences_is_named(group: Any) -> None:
 
 def test_arguments_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert attnplug.verify(0.5, "torch", seed=np.int64(3)).seed == 3
-    assert Call(heads=np.int64(2), seed=np.int32(1)).make().arguments["query"].shape[1] == 2  # type: ignore[arg-type]
+    assert Call(heads=np.int64(2), seed=np.int32(1)).make().arguments["query"].shape[1] == 2
     assert Choices(()).save(tmp_path / "choices.json").exists()
 
 
 def test_what_a_call_holds_is_shown_whatever_it_is() -> None:
-    shown = repr(attnplug.SDPAParams(NESTED, ARRAY, np.float64(1), scale=np.float64(2)))  # type: ignore[arg-type]
+    shown = repr(attnplug.SDPAParams(NESTED, ARRAY, np.float64(1), scale=np.float64(2)))
     assert "float32[nested]" in shown and "scale=np.float64(2.0)" in shown.replace("scale=2.0", "scale=np.float64(2.0)")

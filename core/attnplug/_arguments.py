@@ -19,7 +19,7 @@ def expect(argument: str, value: Any, kind: type[T] | tuple[type, ...], wanted: 
     """
     if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, Integral, Real)):
         raise TypeError(f"{argument}: expected {wanted}, got {shown(value)}")
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[return-value]  # `kind` may be several types, which a variable cannot say
 
 
 def as_int(argument: str, value: Any, wanted: str) -> int:

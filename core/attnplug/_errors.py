@@ -75,7 +75,9 @@ class NoImplementationError(AttnplugError, RuntimeError):
         self.selection, self.way_out = selection, way_out
         head = "no implementation supports this call" + (f" ({selection})" if selection else "")
         lines = [f"  {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
-        text = "\n".join([head + ":", *lines] if lines else [head + ": no candidates"])
+        text = "\n".join(
+            [head + ":", *(lines or ["  none that is installed may run; `attnplug doctor` says what else there is"])]
+        )
         super().__init__(f"{text}\n{way_out}" if way_out else text)
 
     def __reduce__(self) -> Any:

@@ -10,5 +10,5 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 def constant_in_traces(function: _Function) -> _Function:
     """Mark `function` as `torch.compiler.assume_constant_result` does, which would first import Dynamo: seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
     return function

@@ -17,8 +17,10 @@ FEATURES = {Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.ADDITIVE_MASK, Feature
 def _known_ceiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's ceilings take a second to measure; the report that tests share, and GPUs, have real ones."""
     if request.node.get_closest_marker("gpu") is None:
-        known = lambda device, dtype, clock: bench.Ceiling(device, dtype, 1e11, 1e10)  # noqa: E731
-        monkeypatch.setattr("attnplug.bench._run.measure_ceiling", known)
+        monkeypatch.setattr(
+            "attnplug.bench._run.measure_ceiling",
+            lambda device, dtype, clock: bench.Ceiling(device, dtype, 1e11, 1e10),
+        )
 
 
 @pytest.fixture(scope="session")

@@ -52,8 +52,9 @@ def test_changes_are_those_beyond_noise_and_regressions_those_above_the_threshol
 
 
 def test_the_other_way_round_a_regression_is_an_improvement():
-    worse = of(made(forward=timing(2.0), correct=False))
-    assert [change.regression for change in bench.compare(worse, of(made()))] == [False, False]
+    failed = of(made(status="failed", correct=None, forward=None))
+    for worse, changes in ((of(made(forward=timing(2.0), correct=False)), 2), (failed, 1)):
+        assert [change.regression for change in bench.compare(worse, of(made()))] == [False] * changes
 
 
 def test_a_threshold_decides_what_a_regression_is():

@@ -95,7 +95,7 @@ def test_gradients_are_right(impl: str, dtype: torch.dtype, is_causal: bool) -> 
 
     def gradients(function: object, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        return torch.autograd.grad(function(*leaves), leaves, grad_out.to(inputs[0].dtype))  # type: ignore[operator]
+        return torch.autograd.grad(function(*leaves), leaves, grad_out.to(inputs[0].dtype))
 
     def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return plain(query, key, value, additive(None, is_causal, 7, 9).to(query.dtype))

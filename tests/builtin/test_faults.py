@@ -1,4 +1,7 @@
-"""What PyTorch gets wrong is never given to it: rewritten with the same result, or declined with the reason."""
+"""What PyTorch gets wrong is never given to it: rewritten with the same result, or declined with the reason.
+
+That a call goes straight to PyTorch's function shows only on a GPU that errs, so one test spies on it in `_api.dense`.
+"""
 
 from __future__ import annotations
 

@@ -54,12 +54,14 @@ DENSE = [
     ({"sinks": torch.randn(3)}, ValueError, r"sinks: expected shape \(4,\), one logit a query head, got \(3,\)"),
     ({"sinks": [0.0] * 4}, TypeError, r"sinks: expected a torch.Tensor, got list"),
     ({"alibi_slopes": torch.randn(2, 3)}, ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\)"),
+    ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, r"alibi_slopes: requires a gradient.*detach\(\)"),
     ({"alibi_slopes": torch.ones(4, dtype=INT)}, ValueError, r"alibi_slopes: dtype torch.int32 is not supported"),
-    ({"seqused_k": ints(1)}, ValueError, r"seqused_k: expected shape \(2\), got \(1,\)"),
+    ({"seqused_k": ints(1)}, ValueError, r"seqused_k: expected shape \(2,\), got \(1,\)"),
     ({"seqused_k": torch.ones(2)}, ValueError, r"seqused_k: expected dtype torch.int32, got torch.float32"),
     ({"seqused_k": ints(3, 8)}, ValueError, r"seqused_k: expected values from 0 to 7, got 3 to 8"),
     ({"impl": 3}, TypeError, r"impl: expected the name of an implementation or None, got 3"),
     ({"impl": ["torch"]}, TypeError, r"impl: expected the name"),
+    ({"impl": "MATH"}, attnplug.UnknownImplementationError, r"'MATH' is a family: sdpa_kernel takes SDPBackend.MATH"),
     ({"impl": "aten_flush"}, attnplug.UnknownImplementationError, r"'aten_flush'; did you mean 'aten_flash'\?"),
 ]
 
@@ -118,7 +120,7 @@ VARLEN = [
     (VALID, {"cu_seq_q": ints(1, 5, 8)}, ValueError, r"cu_seq_q: expected values that start at 0 and never fall"),
     (VALID, {"cu_seq_q": ints(0, 5, 4)}, ValueError, r"cu_seq_q: expected values that start at 0 and never fall"),
     (VALID, {"cu_seq_q": ints(0, 5, 9)}, ValueError, r"cu_seq_q: ends at 9, beyond the 8 tokens"),
-    (VALID, {"cu_seq_k": ints(0, 9)}, ValueError, r"cu_seq_k: expected shape \(3\), got \(2,\)"),
+    (VALID, {"cu_seq_k": ints(0, 9)}, ValueError, r"cu_seq_k: expected shape \(3,\), got \(2,\)"),
     (VALID, {"cu_seq_k": None}, TypeError, r"cu_seq_k: .* None needs both block_table and seqused_k"),
     (VALID, {"max_q": 4}, ValueError, r"max_q: is 4, but cu_seq_q has a sequence of 5"),
     (VALID, {"max_k": 5}, ValueError, r"max_k: is 5, but cu_seq_k has a sequence of 6"),
@@ -153,9 +155,9 @@ def test_params_check_nothing_when_built_and_everything_when_used() -> None:
     with pytest.raises(TypeError, match="query: expected a torch.Tensor, got str"):
         attnplug.can_use_impl("torch", params)
     with pytest.raises(TypeError, match="params: expected SDPAParams, got dict"):
-        attnplug.can_use_impl("torch", {})  # type: ignore[arg-type]
+        attnplug.can_use_impl("torch", {})
     with pytest.raises(AttributeError):
-        params.query = Q  # type: ignore[misc]
+        params.query = Q
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""The one description of a call: its inverse, and that equal facts mean equal decisions, eager and compiled."""
+"""The one description of a call: its inverse, and that equal facts mean equal decisions, eager and compiled.
+
+The facts and their inverse are private, and everything rests on them, so the first test is of them; the others claim
+what users see.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,9 @@ def calls(draw: st.DrawFn) -> SDPAParams:
         made = torch.empty(shape, dtype=dtype or draw(st.sampled_from(DTYPES)))
         return made.requires_grad_(draw(st.booleans()))
 
+    def maybe(value: Any) -> Any:
+        return value if draw(st.booleans()) else None
+
     batch, kv_heads, queries, size, value_size = (draw(st.integers(1, 4)) for _ in range(5))
     heads, gqa = kv_heads * draw(st.integers(1, 3)), draw(st.booleans())
     heads = heads if gqa else kv_heads
@@ -33,7 +40,6 @@ def calls(draw: st.DrawFn) -> SDPAParams:
     paged = varlen and draw(st.booleans())
     starts = torch.zeros(batch + 1, dtype=torch.int32)
     rows = (keys, 2) if paged else (batch * keys,)
-    maybe: Any = lambda value: value if draw(st.booleans()) else None  # noqa: E731
     return SDPAParams(
         tensor(batch * queries, heads, size, dtype=dtype)
         if varlen

@@ -121,11 +121,6 @@ def test_a_variable_that_means_nothing_is_to_be_unset(shell):
     assert "ATTNPLUG_STRIC: no such variable" in done.out and "unset ATTNPLUG_STRIC\n" in done.out
 
 
-@pytest.fixture
-def on_devices(monkeypatch):
-    return lambda *found: monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: frozenset(found))
-
-
 def test_what_no_installation_mends_has_no_command(on_devices):
     on_devices("cpu")
     on_gpu_alone = [each for each in attnplug.list_impls() if each.capabilities.devices == {"cuda"}]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import gc
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -62,9 +60,9 @@ def scoped(name: str) -> Iterator[str]:
 def test_generators_may_end_in_any_order(first: int) -> None:
     generators = [scoped(MATH), scoped(FLASH)]
     assert [next(generator) for generator in generators] == [MATH, FLASH]
-    generators.pop(first).close()  # type: ignore[attr-defined]
+    generators.pop(first).close()
     assert ran() == (FLASH, MATH)[first]
-    generators.pop().close()  # type: ignore[attr-defined]
+    generators.pop().close()
     assert ran() == DEFAULT
 
 
@@ -199,231 +197,6 @@ def test_an_exception_of_any_kind_leaves_every_block(error: type[BaseException])
     assert ran() == DEFAULT
 
 
-# --- coroutines, and functions of every kind ---
-
-
-def test_a_coroutine_s_with_block_is_the_thread_s_until_it_is_left() -> None:
-    seen: list[str] = []
-
-    async def attend() -> None:
-        with attnplug.sdpa_kernel(MATH):
-            await asyncio.sleep(0)
-
-    async def look() -> None:
-        seen.append(ran())
-
-    async def both() -> None:
-        await asyncio.gather(attend(), look())
-        seen.append(ran())
-
-    asyncio.run(both())
-    assert seen == [MATH, DEFAULT]
-
-
-def test_tasks_that_leave_in_the_order_in_which_they_entered_leave_nothing() -> None:
-    async def attend(name: str, seconds: float) -> None:
-        with attnplug.sdpa_kernel(name):
-            await asyncio.sleep(seconds)
-
-    async def all_of_them() -> None:
-        await asyncio.gather(*(attend(name, 0.01 * turn) for turn, name in enumerate([MATH, FLASH] * 3)))
-
-    asyncio.run(all_of_them())
-    assert ran() == DEFAULT
-
-
-def test_a_decorated_coroutine_has_its_scope_and_nobody_else() -> None:
-    @attnplug.sdpa_kernel(MATH)
-    async def attend() -> list[str]:
-        before = ran()
-        await asyncio.sleep(0)
-        return [before, ran()]
-
-    async def look() -> list[str]:
-        before = ran()
-        await asyncio.sleep(0)
-        return [before, ran()]
-
-    async def both() -> Any:
-        return await asyncio.gather(attend(), look(), attend())
-
-    assert asyncio.iscoroutinefunction(attend)
-    assert asyncio.run(both()) == [[MATH] * 2, [DEFAULT] * 2, [MATH] * 2]
-
-
-def test_a_decorated_coroutine_that_is_cancelled_cleans_up_in_its_scope() -> None:
-    seen = []
-
-    @attnplug.sdpa_kernel(MATH)
-    async def attend() -> None:
-        try:
-            await asyncio.sleep(60)
-        finally:
-            seen.append(ran())
-
-    async def cancel() -> None:
-        task = asyncio.ensure_future(attend())
-        await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-    asyncio.run(cancel())
-    assert seen == [MATH] and ran() == DEFAULT
-
-
-def test_a_decorated_generator_has_its_scope_at_each_step_and_its_caller_never() -> None:
-    @attnplug.sdpa_kernel(MATH)
-    def steps() -> Any:
-        seen = [ran()]
-        try:
-            while len(seen) < 3:
-                try:
-                    seen.append((yield ran()) + ran())
-                except KeyError:
-                    seen.append(ran())
-            return seen
-        finally:
-            closed.append(ran())
-
-    closed: list[str] = []
-    generator = steps()
-    assert [next(generator), ran()] == [MATH, DEFAULT]
-    assert [generator.send("sent "), ran()] == [MATH, DEFAULT]
-    with pytest.raises(StopIteration) as stopped:
-        generator.throw(KeyError)
-    assert stopped.value.value == [MATH, "sent " + MATH, MATH]
-    other = steps()
-    next(other)
-    other.close()
-    assert closed == [MATH, MATH] and ran() == DEFAULT
-
-
-async def _asynchronous_generator() -> AsyncIterator[None]:
-    yield
-
-
-class _Function:
-    """An object that is called like a function."""
-
-    def __call__(self) -> str:
-        return ran()
-
-    @attnplug.sdpa_kernel(MATH)
-    def method(self) -> str:
-        return ran()
-
-    @staticmethod
-    @attnplug.sdpa_kernel(MATH)
-    def static() -> str:
-        return ran()
-
-    @classmethod
-    @attnplug.sdpa_kernel(MATH)
-    def of_class(cls) -> str:
-        return ran()
-
-
-def test_whatever_is_called_can_be_decorated() -> None:
-    decorate = attnplug.sdpa_kernel(MATH)
-    functions = [ran, lambda: ran(), functools.partial(ran), _Function(), _Function().method]
-    assert [decorate(function)() for function in functions] == [MATH] * len(functions)
-    assert [_Function().method(), _Function.static(), _Function.of_class()] == [MATH] * 3
-    assert ran() == DEFAULT
-
-
-@pytest.mark.parametrize(
-    "function",
-    [_asynchronous_generator, functools.partial(_asynchronous_generator), _Function, staticmethod(ran), 3, None],
-)
-def test_what_cannot_be_decorated_is_refused_at_once(function: Any) -> None:
-    with pytest.raises(TypeError, match="sdpa_kernel (cannot decorate|decorates)"):
-        attnplug.sdpa_kernel(MATH)(function)
-
-
-# --- bound modules ---
-
-
-def test_a_hook_that_fails_before_a_bound_forward_leaves_the_user_s_scope() -> None:
-    module = Attention()
-
-    def fail(*_: Any) -> None:
-        raise ValueError
-
-    module.register_forward_pre_hook(fail)
-    attnplug.bind(module, MATH)
-    with attnplug.sdpa_kernel(FLASH):
-        with pytest.raises(ValueError):
-            module(Q)
-        assert ran() == FLASH
-    assert ran() == DEFAULT
-
-
-def test_a_bound_module_is_of_its_class_and_afterwards_nothing_else() -> None:
-    class Special(Attention):
-        """A class of the user's."""
-
-    module = Special()
-    handle = attnplug.bind(module, MATH)
-    assert isinstance(module, Special)
-    assert (type(module).__name__, type(module).__module__) == ("Special", __name__)
-    assert type(module).__doc__ == "A class of the user's."
-    handle.remove()
-    assert type(module) is Special and vars(module).keys() == vars(Special()).keys()
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_of_several_bindings_the_last_counts_and_they_go_in_any_order(order: tuple[int, int]) -> None:
-    seen: list[str] = []
-    module = Attention(lambda: seen.append(ran()))
-    handles = [attnplug.bind(module, name) for name in (MATH, FLASH)]
-    module(Q)
-    handles[order[0]].remove()
-    module(Q)
-    handles[order[1]].remove()
-    module(Q)
-    assert seen == [FLASH, (FLASH, MATH)[order[0]], DEFAULT]
-
-
-def test_a_replica_of_a_bound_module_attends_with_its_own_weights() -> None:
-    """As `nn.DataParallel` makes them: its attributes, with other parameters put into their place."""
-
-    class Weighted(Attention):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(8))
-
-        def forward(self, hidden: Tensor) -> Tensor:
-            seen.append(ran())
-            return hidden * self.weight
-
-    seen: list[str] = []
-    module = Weighted()
-    attnplug.bind(module, MATH)
-    replica = module._replicate_for_data_parallel()
-    replica.weight = torch.full((8,), 2.0)
-    assert torch.equal(replica(Q), 2 * Q) and seen == [MATH]
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_bound_module_can_be_scripted_and_is_then_pytorch_s_own() -> None:
-    class Unmodified(nn.Module):
-        def forward(self, query: torch.Tensor) -> torch.Tensor:
-            return nn.functional.scaled_dot_product_attention(query, query, query)
-
-    module = Unmodified()
-    handle = attnplug.bind(module, MATH)
-    scripted = torch.jit.script(module)
-    handle.remove()
-    torch.testing.assert_close(scripted(Q), module(Q))
-
-
-def test_what_cannot_be_bound_is_refused() -> None:
-    with pytest.raises(TypeError, match="is TorchScript"):
-        attnplug.bind(torch.jit.script(nn.Linear(2, 2)), MATH)
-    with pytest.raises(ValueError, match="is not initialized; call it once"):
-        attnplug.bind(nn.LazyLinear(2), MATH)
-
-
 # --- interrupts ---
 
 
@@ -435,7 +208,7 @@ INTERRUPTS = 500
 def test_interrupts_at_any_moment_leave_nothing() -> None:
     """A notebook's stop button, pressed again and again: in scopes, bindings, decorators and recordings."""
     inner, outer = Attention(), Attention()
-    outer.before = lambda: inner(Q)  # type: ignore[method-assign]
+    outer.before = lambda: inner(Q)
     handles = [attnplug.bind(outer, FLASH), attnplug.bind(inner, MATH)]
     decorated = attnplug.sdpa_kernel(FLASH)(lambda: outer(Q))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ class TestProvidersOfPyTorch:
 
 
 def test_the_package_of_flash_attention_2_does_not_make_fa4_look_installed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, on_devices: Callable[..., None], tmp_path: Path
 ) -> None:
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise RuntimeError('imported in vain')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: frozenset({"cpu", "cuda"}))
+    on_devices("cpu", "cuda")
     reason = {record.name: record.reason for record in attnplug.list_impls()}["FA4"]
     assert reason.startswith("needs flash_attn.cute, not installed")
     (tmp_path / "flash_attn" / "cute").mkdir()

@@ -1,4 +1,7 @@
-"""Activation is all or nothing, forks get free locks, and both registries say the same."""
+"""Activation is all or nothing, forks get free locks, and both registries say the same.
+
+A failure halfway is planted in the private steps of an activation: from outside, there is none to provoke.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ def test_a_restore_that_fails_can_be_tried_again() -> None:
     def fail() -> None:
         raise OSError
 
-    provider.remove = fail  # type: ignore[method-assign]
+    provider.remove = fail
     with pytest.raises(OSError):
         attnplug.restore_flash_attention_impl()
     assert attnplug.current_flash_attention_impl() == "one"
@@ -140,7 +143,12 @@ def test_a_child_forked_while_another_thread_is_at_work_is_free(held: str) -> No
         def remove(self) -> None:
             """Nothing was registered."""
 
-    attnplug.register_flash_attention_impl("slow", register_fn=lambda: (wait(), Handle())[1])
+    def provide() -> Handle:
+        wait()
+        attnplug.list_impls()  # which needs a lock that the fork must not have taken yet
+        return Handle()
+
+    attnplug.register_flash_attention_impl("slow", register_fn=provide)
     attnplug.register_impl(ImplSpec(name="loading", kernel=Slow(), backend=None))
     worker = threading.Thread(target=work)
     worker.start()

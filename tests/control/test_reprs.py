@@ -1,4 +1,7 @@
-"""What a terminal or a notebook shows of attnplug's objects is meant to be read there."""
+"""What a terminal or a notebook shows of attnplug's objects is meant to be read there.
+
+All tables are laid out by one private function, which one test asks for widths that no object would have.
+"""
 
 from __future__ import annotations
 

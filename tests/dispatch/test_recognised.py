@@ -193,7 +193,7 @@ def outcome(change: Change, impl: str, attend: Any = attnplug.scaled_dot_product
     given, options = change()
     try:
         result = attend(*given, **options, impl=impl)
-    except Exception as error:
+    except Exception as error:  # what a call raises is its outcome
         return (type(error), str(error)), ()
     out, *lse = result if isinstance(result, tuple) else (result,)
     if out.is_nested:

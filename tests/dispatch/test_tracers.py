@@ -316,3 +316,10 @@ def test_a_module_that_was_traced_by_jit_keeps_its_choice() -> None:
     file.seek(0)
     torch.testing.assert_close(torch.jit.load(file)(Q), attend(Q, Q, Q))
     assert "_scaled_dot_product_attention_math" in traced.code
+
+
+def test_jit_traces_what_is_decided_for_the_first_time() -> None:
+    with attnplug.record(), pytest.warns(torch.jit.TracerWarning):  # a call that is recorded takes no short way
+        traced = torch.jit.trace(lambda query: attend(query, query, query), (Q,))
+    longer = torch.randn(3, 2, 9, 8)
+    torch.testing.assert_close(traced(longer), attend(longer, longer, longer))

@@ -1,4 +1,7 @@
-"""The documentation builds without a warning, names everything that is public, and what it shows is so."""
+"""The documentation builds without a warning, names everything that is public, and what it shows is so.
+
+The lists of hooks and of environment variables are in private modules, because users have the page instead.
+"""
 
 from __future__ import annotations
 

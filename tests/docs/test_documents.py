@@ -1,4 +1,7 @@
-"""What the documents show runs, and what they list exists."""
+"""What the documents show runs, and what they list exists.
+
+The list of environment variables is in a private module, because users have the page instead.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def example(name: str) -> Iterator[Any]:
     """Import an example, with as few turns as show that it runs."""
     sys.path.insert(0, str(EXAMPLES))
     try:
-        importlib.import_module("tuned").TURNS = 1  # type: ignore[attr-defined]
+        importlib.import_module("tuned").TURNS = 1
         yield importlib.import_module(name)
     finally:
         sys.path.remove(str(EXAMPLES))

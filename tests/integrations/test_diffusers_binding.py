@@ -25,7 +25,7 @@ def run(model: Any, seen: Tensor | None = None) -> Tensor:
     sample, text = (torch.randn(*shape, generator=generator) for shape in ((2, 4, 4, 4), (2, 5, 16)))
     mask = {} if seen is None else {"encoder_attention_mask": seen}
     with torch.no_grad():
-        return model(sample, torch.tensor([3, 500]), encoder_hidden_states=text, **mask).sample  # type: ignore[no-any-return]
+        return model(sample, torch.tensor([3, 500]), encoder_hidden_states=text, **mask).sample
 
 
 def maskless(params: attnplug.SDPAParams) -> tuple[Tensor, None]:

@@ -39,22 +39,22 @@ def test_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("ignore")
         lightning: Any = pytest.importorskip("lightning", reason="pip install lightning would run this")
 
-    class Attends(lightning.LightningModule):  # type: ignore[misc]
+    class Attends(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
 
         def training_step(self, batch: Any) -> torch.Tensor:
-            return self.layer(batch[0]).square().mean()  # type: ignore[no-any-return]
+            return self.layer(batch[0]).square().mean()
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    class Attnplug(lightning.Callback):  # type: ignore[misc]
+    class Attnplug(lightning.Callback):
         """Bind the model for as long as the trainer fits it."""
 
         def __init__(self, backends: Any) -> None:
-            self.backends, self.handles = backends, []  # type: ignore[var-annotated]
+            self.backends, self.handles = backends, []
 
         def on_fit_start(self, trainer: Any, module: Any) -> None:
             self.handles = [attnplug.patch_torch(), attnplug.bind(module.layer, self.backends)]

@@ -78,7 +78,7 @@ def layer(is_causal: bool = True, training: bool = False) -> Any:
 
 def heads(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(3)
-    return tuple(torch.randn(1, 2, length, 8, generator=random) for length in (queries, keys, keys))  # type: ignore[return-value]
+    return tuple(torch.randn(1, 2, length, 8, generator=random) for length in (queries, keys, keys))
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def test_an_implementation_that_runs_only_where_it_is_named_is_no_candidate_else
     import attnplug
     from attnplug import Capabilities, Feature, ImplSpec
 
-    def forward(params):  # type: ignore[no-untyped-def]
+    def forward(params):
         return params.query * 0, None
 
     spec = ImplSpec(

@@ -1,4 +1,7 @@
-"""The plan of a ring, in integers: every pair that may be seen is computed once, and nothing else is sent."""
+"""The plan of a ring, in integers: every pair that may be seen is computed once, and nothing else is sent.
+
+The plan is private. It is tested by itself, because so it can be held against masks for any number of ranks.
+"""
 
 from __future__ import annotations
 

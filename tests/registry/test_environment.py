@@ -1,6 +1,7 @@
 """The environment variables do what they say; a value that means nothing is an error naming the variable.
 
-Each case runs in a new interpreter, because the environment is read once.
+Each case runs in a new interpreter, because the environment is read once. That nothing watches calls has no public
+name, and is read where watchers are kept.
 """
 
 from __future__ import annotations
@@ -50,10 +51,14 @@ def test_impl_is_an_order_of_preference_below_scopes_and_arguments(site: Site) -
             sdpa()
         report["ran"] = [call.impl for call in calls]
         report["chosen"] = attnplug.explain(query, query, query).chosen
+        logsumexp, unrecorded = torch.logsumexp, []
+        torch.logsumexp = lambda *args: unrecorded.append("other") or logsumexp(*args)  # which its kernel calls
+        sdpa()
+        report["unrecorded"] = unrecorded
         """,
         ATTNPLUG_IMPL=" other ,healthy",
     )
-    assert report.works and report.chosen == "other"
+    assert report.works and report.chosen == "other" and report.unrecorded == ["other"]
     assert report.ran == ["other", "other", "aten_math", "torch", "aten_flash", "other"]
 
 

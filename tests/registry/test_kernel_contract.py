@@ -136,6 +136,6 @@ def test_a_function_of_another_form_is_an_error(load: Callable[[str], str], sour
 
 
 def test_a_kernel_object_is_checked_too() -> None:
-    kernel = Kernel(forward=lambda params: (params.value.clone(), None), composite="yes")  # type: ignore[arg-type]
+    kernel = Kernel(forward=lambda params: (params.value.clone(), None), composite="yes")
     assert "composite is 'yes'; expected True or False" in broken(kernel)
     assert broken(Kernel(forward=lambda params: (params.value.clone(), None))) == ""

@@ -27,12 +27,12 @@ def rounded(params: Any) -> Any:
     return torch.softmax(logits, -1) @ params.value * (1 + rounded.error), lse
 
 
-rounded.error = 0.01  # type: ignore[attr-defined]
+rounded.error = 0.01
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
-    rounded.error = 0.01  # type: ignore[attr-defined]
+    rounded.error = 0.01
     capabilities = Capabilities(dtypes=("float32",), features=FEATURES, quantized=True)
     attnplug.register_impl(
         ImplSpec(name="rounded", kernel=rounded, backend=SDPBackend.MATH, capabilities=capabilities, priority=1000)
@@ -118,7 +118,7 @@ class TestKit:
     def test_holds_it_to_five_percent_of_the_norm(self) -> None:
         report = check_impl("rounded", dtype="float32", checks=["check_values", "check_causal", "check_lse"])
         assert report.passed, report.summary()
-        rounded.error = 0.06  # type: ignore[attr-defined]
+        rounded.error = 0.06
         report = check_impl("rounded", dtype="float32", checks=["check_values"])
         assert not report.passed
 
@@ -134,4 +134,4 @@ def test_a_kernel_is_quantized_as_a_whole_or_not_at_all() -> None:
         _ = exact | quantized
     assert (quantized | quantized).quantized
     with pytest.raises(attnplug.SpecError, match="expected a bool"):
-        Capabilities(quantized=1)  # type: ignore[arg-type]
+        Capabilities(quantized=1)

@@ -133,11 +133,11 @@ def test_backward_is_its_forward_s_after_the_choice_has_changed(
     with chosen():
         out = F.scaled_dot_product_attention(inputs, inputs.detach(), inputs.detach())
     with later():
-        backward = lambda: out.sum().backward()  # noqa: E731
+        backward = out.sum().backward
         backward() if thread == "the same" else in_thread(backward)
     assert [what for what, _ in noted.ran] == ["forward", "backward"]
     assert noted.ran[1][1].startswith("another") == (thread == "another")
-    assert torch.equal(inputs.grad, torch.full(SHAPE, 3.0))  # type: ignore[arg-type]
+    assert torch.equal(inputs.grad, torch.full(SHAPE, 3.0))
 
 
 def test_a_graph_may_be_differentiated_twice_with_the_same_result(noted: Noted) -> None:
@@ -250,7 +250,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy, saved_and_loaded])

@@ -1,6 +1,7 @@
 """Installing a package takes no call away from what ran before: `torch`, attnplug's own, then everybody else's.
 
-Each case runs in a new interpreter that finds fake installed distributions.
+Each case runs in a new interpreter that finds fake installed distributions. What errors know of plugins that are not
+installed is a private catalogue, which is held against the plugins themselves.
 """
 
 from __future__ import annotations
@@ -134,8 +135,15 @@ with attnplug.sdpa_kernel(attnplug.SDPBackend.MATH):
 
 
 def test_a_call_that_a_disabled_plugin_would_take_says_so(tmp_path: Path) -> None:
-    report = Site(tmp_path).run("report['said'] = failure(sdpa, softcap=2.0)['message']")
+    report = Site(tmp_path).run(
+        """
+report["said"] = failure(sdpa, softcap=2.0)["message"]
+attnplug.register_impl(attnplug.ImplSpec(name="math_ref", kernel=print, backend=None))
+report["of_another"] = failure(sdpa, softcap=2.0)["message"]
+"""
+    )
     assert "'math_ref', which takes such calls, is disabled by ATTNPLUG_DISABLE" in report.said
+    assert "which takes such calls" not in report.of_another  # the name is another's now, which says why it does not
 
 
 def test_the_catalogue_of_known_names_says_what_the_plugins_say() -> None:

@@ -1,6 +1,7 @@
 """Results held against the contract's rule, where a test has a reference of its own.
 
-A test that has none calls `attnplug.testing.assert_right`, which computes one.
+A test that has none calls `attnplug.testing.assert_right`, which computes one. The numbers are imported from the
+private module of the rule, because there must be no others.
 """
 
 from __future__ import annotations

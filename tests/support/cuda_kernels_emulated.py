@@ -106,7 +106,7 @@ class Cutlass:
         *,
         scale,
         window_size,
-    ):  # type: ignore[no-untyped-def]
+    ):
         self.calls.append(
             {"mask_type": mask_type, "window_size": window_size, "query": query, "key": key, "bias": bias}
         )
@@ -142,7 +142,7 @@ class Cutlass:
     def backward(
         self, grad_out, query, key, value, bias, out, cu_q, cu_k, max_q, max_k, lse, dropout, seed, offset, mask_type,
         wants_bias, *, scale, num_splits_key, window_size,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         check_call(query, key, value, bias, cu_q=cu_q, cu_k=cu_k)
         for name, tensor in (("out", out), ("grad_out", grad_out)):
             check_layout(name, tensor)
@@ -197,7 +197,7 @@ class Cudnn:
         debug,
         *,
         scale,
-    ):  # type: ignore[no-untyped-def]
+    ):
         assert cu_q is None and cu_k is None and lse_wanted and not debug
         assert (max_q, max_k) == (query.shape[2], key.shape[2]) and max_k > 1
         seed = torch.randint(2**31, ())
@@ -218,7 +218,7 @@ class Cudnn:
     def backward(
         self, grad_out, query, key, value, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, is_causal,
         *, scale,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         assert cu_q is None and cu_k is None and lse.dim() == self.lse_rank
         order = sorted(range(4), key=lambda dim: -query.stride(dim))
         assert grad_out.permute(order).is_contiguous() and out.permute(order).is_contiguous()
@@ -229,7 +229,7 @@ class Cudnn:
         grads = torch.autograd.grad(again, (q, k, v), grad_out.double())
         return tuple(grad.to(query.dtype) for grad in grads)
 
-    def _run(self, query, key, value, bias, dropout, is_causal, scale, seed, grad=False):  # type: ignore[no-untyped-def]
+    def _run(self, query, key, value, bias, dropout, is_causal, scale, seed, grad=False):
         assert scale > 0, "keys are hidden before logits are scaled"
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dtype != torch.float64:
@@ -257,7 +257,7 @@ class CudnnSequences:
     def forward(
         self, query, key, value, bias, cu_q, cu_k, max_q, max_k, lse_wanted, dropout, is_causal, debug,
         *, scale, seqused_k=None,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         assert bias is None and lse_wanted and dropout == 0 and not debug
         self._check(query, key, value, cu_q, cu_k, max_q, max_k, scale)
         out = torch.full((*query.shape[:2], value.shape[2]), NAN, dtype=torch.float64)
@@ -280,7 +280,7 @@ class CudnnSequences:
     def backward(
         self, grad_out, query, key, value, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, is_causal,
         *, scale,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         assert bias is None and dropout == 0 and not is_causal, "causal from the upper left, which no call means"
         self._check(query, key, value, cu_q, cu_k, max_q, max_k, scale)
         assert grad_out.is_contiguous() and out.is_contiguous() and lse.shape == (query.shape[1], query.shape[0])
@@ -298,7 +298,7 @@ class CudnnSequences:
                 grad[region] = piece
         return tuple(grad.to(query.dtype) for grad in grads)
 
-    def _check(self, query, key, value, cu_q, cu_k, max_q, max_k, scale):  # type: ignore[no-untyped-def]
+    def _check(self, query, key, value, cu_q, cu_k, max_q, max_k, scale):
         assert scale > 0 and 1 < max_q <= query.shape[0] and 0 < max_k <= key.shape[0]
         for tensor in (query, key, value):
             every = 16 // tensor.element_size()

@@ -73,7 +73,7 @@ def become(arguments: list[str], environment: dict[str, str], folder: str, files
             at = at.tb_next
         sys.excepthook(type(error), error.with_traceback(at), at)
         status = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # what the end of an interpreter does, but for taking torch apart
+    threading._shutdown()  # what the end of an interpreter does, but for taking torch apart
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -89,8 +89,8 @@ def call(
         outs.append(out.detach())
         lses.append(lse.detach())
     together: Callable[[list[Tensor]], Tensor]
-    together = (lambda x: torch.cat(x, 1).transpose(0, 1).contiguous()) if lengths else torch.stack  # type: ignore
-    rows: Callable[[list[Tensor]], Tensor] = (lambda x: torch.cat(x, 1)) if lengths else torch.stack  # type: ignore
+    together = (lambda x: torch.cat(x, 1).transpose(0, 1).contiguous()) if lengths else torch.stack
+    rows: Callable[[list[Tensor]], Tensor] = (lambda x: torch.cat(x, 1)) if lengths else torch.stack
     tensors = {name: together([part[n].detach() for part in parts]).float() for n, name in enumerate(NAMES)}
     if heads_last:
         tensors = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in tensors.items()}

@@ -55,7 +55,7 @@ def listed():
 def failure(call, *args, **kwargs):
     try:
         call(*args, **kwargs)
-    except BaseException as error:
+    except BaseException as error:  # it is compared, whatever it is
         kinds = [kind.__name__ for kind in type(error).__mro__]
         return {"kinds": kinds, "message": str(error), "cause": type(error.__cause__).__name__}
 

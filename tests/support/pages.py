@@ -152,7 +152,7 @@ class Page:
             os.chdir(self._cwd())
             try:
                 exec(code, self.namespace)
-            except Exception as error:
+            except Exception as error:  # a page shows an error as a reader would see it
                 if not shown:
                     raise
                 printed.write(f"{type(error).__name__}: {error}\n")

@@ -1,7 +1,8 @@
 """What a test must leave as it found it, because it is the whole process's: attnplug's state and PyTorch's.
 
 A test that leaves a scope, an activation, a bound module or an overridden operator fails another test, at times and far
-away. `conftest.py` compares snapshots around each test, so that it fails itself.
+away. `conftest.py` compares snapshots around each test, so that it fails itself. No public name tells of all that lies
+there, so attnplug's part is read where it is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.attention as torch_attention
 import torch.nn.functional as F
 
 import attnplug
-from attnplug._selection.state import process, thread  # no public name tells of all that lies there
+from attnplug._selection.state import process, thread
 
 OPERATORS = tuple(
     f"aten::{name}"

@@ -87,7 +87,7 @@ def outcomes(path: Path, wanted: str, selected: str = "") -> dict[str, str]:
         select = ["-k", selected] if selected else []
         command = [sys.executable, "-m", "pytest", str(path), "-n0", "--no-header", "--tb=no", *options, *select]
         subprocess.run(command, env=environment, cwd=path.parent, stdout=subprocess.DEVNULL, check=False)
-        return json.loads(Path(results.name).read_text())  # type: ignore[no-any-return]
+        return json.loads(Path(results.name).read_text())
 
 
 def differences(path: Path, wanted: str, selected: str = "") -> dict[str, str]:

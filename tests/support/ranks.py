@@ -92,7 +92,7 @@ def _rank(rank: int, tasks: Any, ranks: int, store: str, timeout: timedelta, res
         function, arguments, named = task
         try:
             results.put((rank, True, function(*arguments, **named)))
-        except BaseException as error:
+        except BaseException as error:  # the test that waits must hear of it
             traceback.print_exc()
             results.put((rank, False, f"{type(error).__name__}: {error}"))
     dist.destroy_process_group()

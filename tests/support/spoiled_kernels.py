@@ -10,11 +10,11 @@ from torch import Tensor
 import attnplug
 from attnplug import Capabilities, Feature, ImplSpec, SDPAParams
 
-FEATURES = frozenset({Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.LSE, Feature.LSE_GRADIENT})
-
 
 class Formula:
     """Attention with a backward of its own; subclasses spoil it."""
+
+    features = frozenset({Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.LSE, Feature.LSE_GRADIENT})
 
     @staticmethod
     def probabilities(params: SDPAParams) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,18 @@ class WrongOut(Formula):
         return (out * 1.001 if params.query.shape[2] % 8 == 1 else out), lse
 
 
+class Zeros(Formula):
+    """Wrong, whatever is asked for: it takes every call."""
+
+    features = frozenset(Feature)
+
+    @classmethod
+    def forward(cls, params: SDPAParams) -> tuple[Any, ...]:
+        return params.query.new_zeros(*params.query.shape[:-1], params.value.shape[-1]), params.query.new_zeros(
+            params.lse_shape, dtype=params.lse_dtype
+        )
+
+
 class WrongLse(Formula):
     @classmethod
     def forward(cls, params: SDPAParams) -> tuple[Any, ...]:
@@ -70,7 +82,7 @@ class WrongGradient(Formula):
 def register(kernel: type[Formula]) -> str:
     """Register a kernel; returns its name."""
     name = kernel.__name__.lower()
-    capabilities = Capabilities(features=FEATURES)
+    capabilities = Capabilities(features=kernel.features)
     attnplug.register_impl(ImplSpec(name=name, kernel=kernel, backend=None, capabilities=capabilities))
     return name
 

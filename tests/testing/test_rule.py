@@ -1,4 +1,8 @@
-"""The contract's rule, held against numpy and against results of known error."""
+"""The contract's rule, held against numpy and against results of known error.
+
+`attnplug.testing.assert_right` tells whether a result is right. What it holds results against, and how far they may be
+from it, no public name tells, so that part is tested where it is computed.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import attnplug
 from attnplug import bench
 from attnplug.bench import BenchError, Case, Cases
-from attnplug.tuning._tune import kind_of_case
 
 query = torch.randn(2, 4, 6, 8)
 key = torch.randn(2, 2, 9, 8)
@@ -77,6 +76,13 @@ def test_a_case_says_all_that_a_call_asks_for():
         lse=True,
         dtype="float64",
     )
+
+
+def test_masks_for_each_of_one_head_and_for_all_of_it_are_one_case():
+    with attnplug.capture() as cases:
+        for mask in (torch.zeros(2, 1, 6, 6), torch.zeros(2, 1, 1, 6).expand(2, 1, 6, 6)):
+            attnplug.scaled_dot_product_attention(query[:, :1], query[:, :1], query[:, :1], mask)
+    assert [(case.mask_dims, count) for case, count in cases.items()] == [("b1qk", 2)]
 
 
 @pytest.mark.parametrize("wanting", [True, False])
@@ -161,10 +167,11 @@ def test_every_case_has_the_kind_of_the_call_that_it_was_captured_from():
     for call in calls:
         with attnplug.capture() as cases:
             attnplug.scaled_dot_product_attention(**call)
-        attnplug.use_choices(attnplug.tuning.choices_from([ran(case) for case in cases]))
+        (choice,) = choices = attnplug.tuning.choices_from([ran(case) for case in cases])
+        attnplug.use_choices(choices)
         explained = attnplug.explain(**call).measured
         attnplug.restore_choices()
-        assert explained == f"measured choice: torch ({kind_of_case(next(iter(cases)))})"
+        assert explained == f"measured choice: torch ({choice.kind})"
 
 
 @pytest.mark.parametrize(

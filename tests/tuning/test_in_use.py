@@ -323,7 +323,7 @@ def test_what_is_wrong_with_choices_changes_nothing(tmp_path):
         with pytest.raises(ChoicesError, match="there is no such file"):
             attnplug.use_choices(tmp_path / "none.json")
         with pytest.raises(TypeError, match="expected Choices or the path of a file, got int"):
-            attnplug.use_choices(3)  # type: ignore[arg-type]
+            attnplug.use_choices(3)
         assert ran() == "aten_math"
 
 

@@ -13,7 +13,12 @@ from bench_kernels import zeros
 from measured import records
 
 CASE = Case(heads=2, queries=8, head_size=8)
+COMPILES = "flex"  # for each kind of call, which takes longer than all the rest
 QUICK = {"seconds": 1e-6}
+
+
+def others_than(name: str) -> list[str]:
+    return [record.name for record in attnplug.list_impls() if record.status == "available" and record.name != name]
 
 
 def chosen(choices: attnplug.Choices) -> list[tuple[str, str]]:
@@ -102,21 +107,24 @@ def test_torch_is_always_measured_and_others_only_if_they_are_named(register):
         attnplug.tune([CASE], ["torhc"])
 
 
-def test_a_kernel_that_quantizes_is_a_candidate_only_if_it_is_named(ticking, register):
-    ran = []
+def test_a_kernel_that_quantizes_is_a_candidate_only_if_it_is_named(register):
+    def steps(impls):
+        """Return how many there are to be, of which the first is interrupted."""
+        found = []
 
-    def forward(params):
-        ran.append(1)
-        return ticking.taking(1.0)(params)
+        def interrupt(step, done, total):
+            found.append(total)
+            raise KeyboardInterrupt
 
-    register("rounded", forward, capabilities=Capabilities(quantized=True, devices=("cpu",)))
-    names = ["torch", "aten_math"]
-    for record in attnplug.list_impls():
-        if record.name not in (*names, "rounded") and record.status == "available":
-            names.append(record.name)
-    from attnplug.tuning._tune import _candidates
+        attnplug.tune([CASE], impls, progress=interrupt, **QUICK)
+        return found[0]
 
-    assert "rounded" not in _candidates(None) and "rounded" in _candidates(["rounded"]) and not ran
+    before = steps(None)
+    rounded = register("rounded", zeros, capabilities=Capabilities(quantized=True, devices=("cpu",)))
+    assert steps(None) == before
+    assert steps([rounded]) == steps(["aten_math"])
+    register("exact", zeros)
+    assert steps(None) == before + 1
 
 
 def test_an_interruption_keeps_the_kinds_that_are_complete():
@@ -181,7 +189,7 @@ def test_what_was_measured_holds_here():
 
 @pytest.mark.gpu
 def test_choices_of_a_gpu_are_of_its_name_and_capability():
-    choices = attnplug.tune([CASE.but(device="cuda", dtype="bfloat16")], seconds=0.01)
+    choices = attnplug.tune([CASE.but(device="cuda", dtype="bfloat16")], others_than(COMPILES), seconds=0.01)
     (table,) = choices.tables
     assert table.device == torch.cuda.get_device_name() and table.versions["cuda"] == torch.version.cuda
     attnplug.use_choices(choices)
@@ -208,7 +216,7 @@ def test_on_a_gpu_every_form_of_call_is_captured_measured_and_runs_what_was_chos
     with attnplug.capture() as cases:
         program()
     assert not cases.left_out and [case.lengths_q for case in cases][-1] == (20, 30)
-    choices = attnplug.tune(cases, seconds=0.01)
+    choices = attnplug.tune(cases, others_than(COMPILES), seconds=0.01)
     assert len(choices) == 4, choices
     attnplug.use_choices(choices)
     try:

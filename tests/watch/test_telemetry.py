@@ -1,4 +1,7 @@
-"""OpenTelemetry is told what runs, if somebody listens; else it is not even imported."""
+"""OpenTelemetry is told what runs, if somebody listens; else it is not even imported.
+
+There is no public name for who watches, nor for the limit on attributes, which is lowered here because it is high.
+"""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnplug
+import process_state
 from attnplug import Mismatch, MismatchError, MismatchWarning
 from attnplug.testing import CheckFailure
-from spoiled_kernels import Formula, WrongLse, WrongOut, register, tensors
+from spoiled_kernels import Formula, WrongLse, WrongOut, Zeros, register, tensors
 
 
 @pytest.mark.parametrize("impl", [None, "torch", "aten_flash", "aten_math", "math_ref"])
@@ -120,36 +121,32 @@ def test_the_line_of_a_mismatch_repeats_it() -> None:
 
 
 def test_the_line_has_all_that_the_call_asks_for() -> None:
-    register(Formula)
+    impl = register(Zeros)
     query = torch.randn(2, 4, 5, 8, dtype=torch.float64).transpose(1, 2).contiguous().transpose(1, 2)
     key = torch.randn(2, 2, 7, 8, dtype=torch.float64)
     found: list[Mismatch] = []
-    with attnplug.verify(1.0, on_mismatch=found.append) as watched:
-        watcher = watched._watcher
-        assert watcher is not None
-        watcher._judge.of_result = lambda *_: [_a_mistake()]  # type: ignore[method-assign]
+    with attnplug.verify(1.0, on_mismatch=found.append):
         attnplug.scaled_dot_product_attention(
             query, key, key, is_causal=True, scale=0.5, softcap=2.0, window_size=(3, 0), enable_gqa=True,
             sinks=torch.zeros(4, dtype=torch.float64), alibi_slopes=torch.ones(2, 4), return_lse=True,
             causal_variant=attnplug.CausalVariant.LOWER_RIGHT, seqused_k=torch.tensor([4, 7], dtype=torch.int32),
+            impl=impl,
         )  # fmt: skip
         packed, starts = torch.randn(9, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
-        attnplug.varlen_attn(packed, packed, packed, starts, starts, 5, 5, is_causal=True)
-    assert [mismatch.call.partition("; ")[2] for mismatch in found] == [
+        attnplug.varlen_attn(packed, packed, packed, starts, starts, 5, 5, is_causal=True, impl=impl)
+    lines = list(
+        dict.fromkeys(mismatch.call for mismatch in found)
+    )  # that of the first call is said for out and for lse
+    assert [line.partition("; ")[2] for line in lines] == [
         "Call(batch=2, heads=4, kv_heads=2, queries=5, keys=7, causal_variant='LOWER_RIGHT', used=(4, 7), "
         "head_size=8, dtype='float64', is_causal=True, scale=0.5, window_size=(3, 0), softcap=2.0, sinks=True, "
-        "alibi='bh', layout='transposed', lse=True).check('math_ref')",
+        "alibi='bh', layout='transposed', lse=True).check('zeros')",
         "Call(heads=2, lengths_q=(4, 5), lengths_k=(4, 5), head_size=8, dtype='float32', is_causal=True)"
-        ".check('math_ref')",
+        ".check('zeros')",
     ]
-    for mismatch in found:
-        exec(mismatch.call)
-
-
-def _a_mistake() -> Any:
-    from attnplug._accuracy import Mistake
-
-    return Mistake("out", "out: made up", 1.0, 0.5, (0, 0, 0, 0))
+    for line in lines:
+        with pytest.raises(CheckFailure, match="largest error"):
+            exec(line)
 
 
 def test_a_wrong_lse_is_found_where_it_is_asked_for() -> None:
@@ -249,6 +246,17 @@ def test_an_implementation_that_runs_only_where_it_is_named_is_compared_too() ->
         attnplug.scaled_dot_product_attention(*tensors(9), impl="shy")
 
 
+def test_what_a_reference_calls_itself_nobody_is_told_of() -> None:
+    def forward(params: attnplug.SDPAParams) -> tuple[Tensor, None]:
+        out = attnplug.scaled_dot_product_attention(params.query, params.key, params.value, scale=params.scale)
+        return out, None
+
+    attnplug.register_impl(attnplug.ImplSpec(name="calling", kernel=forward, backend=None))
+    with attnplug.record() as calls, attnplug.verify(1.0, reference="calling") as watched:
+        attnplug.scaled_dot_product_attention(*tensors())
+    assert (len(calls), watched.calls, watched.results) == (1, 1, 1)
+
+
 def test_numbers_of_which_the_rule_says_nothing_are_a_reason() -> None:
     query = torch.full((1, 1, 2, 8), 300.0, dtype=torch.float16)
     with attnplug.verify(1.0, on_mismatch="raise") as watched:
@@ -280,10 +288,9 @@ def test_equal_seeds_verify_equal_calls_and_others_do_not() -> None:
 
 
 def test_rate_0_puts_nothing_in_place() -> None:
-    from attnplug._selection.state import thread
-
+    before = process_state.snapshot()
     with attnplug.verify(0) as watched:
-        assert thread.state.watchers == ()
+        assert process_state.differences(before, process_state.snapshot()) == []
         attnplug.scaled_dot_product_attention(*tensors())
     assert watched.calls == 0
 

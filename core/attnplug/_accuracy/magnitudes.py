@@ -32,11 +32,13 @@ def sums(form: Form, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     if block.sinks is not None:
         column = block.sinks.to(form.dtype)[None, :, None].expand(rows[:3])
     query, key, value = (tensor.to(form.dtype) for tensor in (block.query, block.key, block.value))
-    made: tuple[Tensor, Tensor] = _Sums.apply(query, key, value, bias, column, block, form)  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, Tensor] = _Sums.apply(query, key, value, bias, column, block, form)
     return made
 
 
 class _Sums(torch.autograd.Function):
+    apply: Any  # PyTorch's has no types
+
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
         *tensors, block, form = given

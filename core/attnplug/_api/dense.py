@@ -132,7 +132,8 @@ def scaled_dot_product_attention(
             a side open.
         softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
         sinks: `(Hq,)`, one more logit in each row's denominator, with no value.
-        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits.
+        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits. They get no
+            gradient, and are an error where one is required.
         seqused_k: `(B,)` int32; only so many keys of each sequence exist.
         return_lse: also return the natural logarithm of the softmax's denominator.
         impl: the implementation that must run; stronger than any scope or activation.

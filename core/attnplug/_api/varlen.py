@@ -133,7 +133,8 @@ def varlen_attn(
             a side open.
         softcap: if above 0, `logits = softcap * tanh(logits / softcap)`.
         sinks: `(Hq,)`, one more logit in each row's denominator, with no value.
-        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits.
+        alibi_slopes: `(Hq,)` or `(B, Hq)`; `slope * |i + off - j|` is subtracted from the logits. They get no
+            gradient, and are an error where one is required.
         seqused_k: int32 `(B,)`; only so many keys of each sequence exist.
         block_table: int32 `(B, blocks)`; the pages that hold each sequence's keys, in order.
         dropout_p: probability with which a probability is zeroed; the others are scaled by

@@ -133,7 +133,7 @@ class CallFacts(NamedTuple):
             positions = is_causal or params.alibi_slopes is not None or params.window_size != OPEN_WINDOW
             square = not positions or (params.seqused_k is None and sizes[4])
         recorded = grad and (query.requires_grad or key.requires_grad or value.requires_grad)
-        drops = True if dropout > 0.0 else False  # noqa: SIM210  (a trace makes a constant of a branch)
+        drops = True if dropout > 0.0 else False  # noqa: SIM210, a trace makes a constant of a branch
         return _new(
             CallFacts,
             (device, dtype, *sizes[:4], square, recorded, is_causal, drops, facts_of_mask, extensions, None),

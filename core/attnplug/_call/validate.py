@@ -174,6 +174,11 @@ def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int,
             raise ValueError(
                 f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {shape(params.alibi_slopes)}"
             )
+        if params.alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "alibi_slopes: requires a gradient, which no implementation gives; pass alibi_slopes.detach(), or the "
+                "bias that they stand for as attn_mask"
+            )
     if params.seqused_k is not None:
         check_int32("seqused_k", params.seqused_k, (batch,), device)
         if leading is not None:
@@ -191,14 +196,14 @@ def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: 
         raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
     if not _has_sizes(tensor, wanted):
         shown = ", ".join("any" if size is None else str(size) for size in wanted)
-        raise ValueError(f"{name}: expected shape ({shown}), got {shape(tensor)}")
+        raise ValueError(f"{name}: expected shape ({shown}{',' * (len(wanted) == 1)}), got {shape(tensor)}")
 
 
 def _has_sizes(tensor: Tensor, wanted: tuple[int | None, ...]) -> bool:
     sizes = tensor.shape
     if len(sizes) != len(wanted):
         return False
-    for want, have in zip(wanted, sizes, strict=True):  # noqa: SIM110  (a generator costs more than all else here)
+    for want, have in zip(wanted, sizes, strict=True):  # noqa: SIM110, a generator costs more than all else here
         if want is not None and want != have:
             return False
     return True

@@ -98,10 +98,10 @@ def activate_flash_attention_impl(impl: str) -> None:
             _undo(before)
             try:
                 handle = _register(impl, register_fn) if register_fn is not None else None
-            except BaseException:
+            except BaseException:  # an interrupt, too: activation is all or nothing
                 _active = _redo(before)
                 raise
-        except BaseException:
+        except BaseException:  # as above
             patch.remove()
             raise
         _become(_Active(impl, patch, register_fn, handle))

@@ -146,9 +146,7 @@ def _rebuilt(make: Any, arguments: tuple[Any, ...]) -> Any:
 def _counted(module: torch.nn.Module) -> weakref.finalize[Any, Any]:
     """Count a binding, until it is removed or its module goes."""
     _count(1)
-    counted = weakref.finalize(module, _count, -1)
-    counted.atexit = False
-    return counted
+    return weakref.finalize(module, _count, -1)
 
 
 def _count(change: int) -> None:

@@ -97,7 +97,7 @@ def _install() -> None:
         _varlen_import.install()
         torch.nn.functional.multi_head_attention_forward = _traceable_mha
         torch.backends.mha.get_fastpath_enabled = _fastpath_enabled
-    except BaseException:
+    except BaseException:  # an interrupt, too, must find PyTorch's functions again
         _uninstall()
         raise
 
@@ -247,7 +247,7 @@ def _answers_itself(*tensors: Any) -> bool:
     """Whether a tensor's class has its own answer to PyTorch's function; of nested ones attnplug knows."""
     if not has_torch_function(tensors):
         return False
-    default = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    default = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]  # a classmethod has it
     overrides = (tensor for tensor in tensors if not getattr(tensor, "is_nested", False))
     return any(getattr(type(tensor).__torch_function__, "__func__", None) is not default for tensor in overrides)
 
@@ -263,7 +263,7 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 
 def _fastpath_enabled() -> bool:
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # `torch.jit` does not say that it exports it
         return _original_fastpath() and not _chosen() and process.bindings == 0
     return True
 

@@ -82,5 +82,5 @@ class AfterImport(importlib.abc.MetaPathFinder):
                 execute(module)
                 self._listener(module)
 
-            loader.exec_module = exec_module  # type: ignore[method-assign]
+            loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
         return spec

@@ -82,7 +82,8 @@ def _planned(params: SDPAParams, impl: str | None) -> Plan | None:
     if facts is None or (plan is None and (not facts.are_of_known_dtypes or _is_symbolic(params))):
         fields["attn_mask"] = mask
         return None
-    fields["enable_gqa"] = facts.heads != facts.kv_heads
+    grouped = facts.heads != facts.kv_heads
+    fields["enable_gqa"] = True if grouped else False  # noqa: SIM210  (sizes are tensors in torch.jit.trace)
     if plan is None:
         _check_impl(impl)
         if params.scale is None:

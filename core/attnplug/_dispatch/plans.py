@@ -113,12 +113,12 @@ class Plan:
         params, as_it_is = params_of(fields), self._run_plain
         run = among_watchers(self.decision, params, as_it_is)
         if run is as_it_is:
-            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]
+            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]  # who comes here has seen one
         return run(params)
 
     def _run_plain(self, params: SDPAParams) -> Result:
         given = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
-        return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]
+        return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]  # as above
 
     def _run(self, params: SDPAParams) -> Result:
         if self.simple and not any_autocast():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import NamedTuple
 
 from attnplug._call.device import name_of
@@ -71,7 +70,7 @@ def resolve(registry: Registry, selection: Selection, call: CallFacts, params: S
         shape_dependent |= _looks_at_shape(entry)
         if not reasons:
             _report_fallback(selection, refused, entry.name)
-            return Decision(entry, name_of(call.device), MappingProxyType(refused), shape_dependent)
+            return Decision(entry, name_of(call.device), refused, shape_dependent)
         refused[entry.name] = reasons
     raise NoImplementationError(refused, selection.exact, _way_out(registry, selection, call))
 

@@ -168,7 +168,7 @@ def _entry_points_one_by_one() -> Iterator[_EntryPoint]:
     for distribution in distributions():
         name = re.sub(r"[-_.]+", "-", _fields(distribution)[0].get("Name", "")).lower()
         sections = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
-        sections.optionxform = str  # type: ignore[assignment, method-assign]
+        sections.optionxform = str  # type: ignore[assignment, method-assign]  # configparser's documented way
         try:
             sections.read_string(distribution.read_text("entry_points.txt") or "")
         except (configparser.Error, UnicodeDecodeError):  # nothing in it can be named

@@ -14,7 +14,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def attnplug_register_impls() -> list[ImplSpec]:  # type: ignore[empty-body]
+def attnplug_register_impls() -> list[ImplSpec]:  # type: ignore[empty-body]  # plugins have the bodies
     """Return the implementations that this plugin provides.
 
     Called once per process, when the registry is first needed. The module that answers must import

@@ -21,13 +21,20 @@ from attnplug._registry.config import get_config
 from attnplug._registry.forks import KERNEL, REGISTRY, lock
 from attnplug._registry.kernel import Kernel, load_kernel
 from attnplug._registry.machine import device_types, missing_modules
-from attnplug._types import Capabilities, ImplRecord, ImplSpec
+from attnplug._types import Capabilities, ImplRecord, ImplSpec, SDPBackend
 
 BUILTIN = "attnplug"
 PROGRAM = "this program"
 DEFAULT = "torch"
 NOTHING = Capabilities(devices=(), dtypes=())
 """What is known to be supported by a plugin that is not loaded."""
+_FAMILIES = {
+    spelling: f"is a family: sdpa_kernel takes SDPBackend.{member.name}"
+    for member in SDPBackend
+    if member is not SDPBackend.ERROR
+    for spelling in (member.name, member.name.lower())
+}
+"""What is said to those who write a family where a name is asked for."""
 
 
 @dataclass(eq=False)
@@ -230,7 +237,7 @@ class Registry:
         contested = self._contested.get(name)
         if contested is not None:
             raise _duplicate(None, contested)
-        raise UnknownImplementationError(name, (*self.names(), *also), where, self.absent())
+        raise UnknownImplementationError(name, (*self.names(), *also), where, self.absent() | _FAMILIES)
 
     def absent(self) -> dict[str, str]:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""

@@ -30,7 +30,7 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
         KernelError: the kernel returned something else than it must.
     """
     if grad and entry.kernel.backward is not None:
-        return _Attention.apply(KernelCall.of(entry, params), params, *tensors_of(params))  # type: ignore[no-untyped-call]
+        return _Attention.apply(KernelCall.of(entry, params), params, *tensors_of(params))
     out, lse = run_forward(entry, params)[:2]
     return refusing_lse_gradient(entry, params, out, lse) if grad else (out, lse)
 
@@ -39,12 +39,14 @@ def refusing_lse_gradient(entry: Entry, params: SDPAParams, out: Tensor, lse: Te
     """Return `out`, and `lse` such that asking for its gradient raises unless the kernel declares one."""
     if lse is not None and params.return_lse and not declares(entry, Feature.LSE_GRADIENT):
         inputs = [tensor for tensor in tensors_of(params)[: len(DIFFERENTIABLE)] if tensor is not None]
-        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *inputs)  # type: ignore[no-untyped-call]
+        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *inputs)
     return out, lse
 
 
 class _Attention(torch.autograd.Function):
     """A kernel's forward and backward. What ran forward runs backward, whatever is selected by then."""
+
+    apply: Any  # PyTorch's has no types
 
     @staticmethod
     def forward(ctx: Any, call: KernelCall, params: SDPAParams, *tensors: Tensor | None) -> tuple[Any, Any]:
@@ -69,6 +71,7 @@ class _Attention(torch.autograd.Function):
 class _Refuse(torch.autograd.Function):
     """Pass `count` tensors through, and raise where someone asks for their gradient."""
 
+    apply: Any  # PyTorch's has no types
     generate_vmap_rule = True
 
     @staticmethod
@@ -90,6 +93,6 @@ def _refuse_second_derivatives(entry: Entry, grads: list[Tensor | None], inputs:
     given = [tensor for tensor in inputs if tensor is not None]
     if not present:
         return grads
-    passed = _Refuse.apply(no_second_derivatives(entry), len(present), *present, *given)  # type: ignore[no-untyped-call]
+    passed = _Refuse.apply(no_second_derivatives(entry), len(present), *present, *given)
     wrapped = iter(passed if isinstance(passed, tuple) else (passed,))
     return [None if grad is None else next(wrapped) for grad in grads]

@@ -316,7 +316,7 @@ class _Namespace(torch._ops._OpNamespace):
             raise
 
 
-setattr(torch.ops, "attnplug", _Namespace("attnplug"))  # noqa: B010  (a module to type checkers)
+setattr(torch.ops, "attnplug", _Namespace("attnplug"))  # noqa: B010, to type checkers it is a module
 
 
 def _fresh(grads: list[Tensor], given: Given) -> list[Tensor]:

@@ -45,7 +45,7 @@ def run_transformed(entry: Entry, params: SDPAParams) -> Result:
     if _is_functionalized():  # by which no autograd.Function can be seen, but an operator is
         return operator_of(entry).run(params)
     kind = OperatorCall if is_watched(_innermost(params.query)) else KernelCall
-    returned = _Forward.apply(kind.of(entry, params), *tensors_of(params))  # type: ignore[no-untyped-call]
+    returned = _Forward.apply(kind.of(entry, params), *tensors_of(params))
     return returned[0], returned[1] if params.return_lse else None
 
 
@@ -65,6 +65,8 @@ def _is_functionalized() -> bool:
 class _Forward(torch.autograd.Function):
     """The kernel's forward."""
 
+    apply: Any  # PyTorch's has no types
+
     @staticmethod
     def forward(call: KernelCall, *tensors: Tensor | None) -> tuple[Any, ...]:
         return call.forward(tensors)
@@ -82,7 +84,7 @@ class _Forward(torch.autograd.Function):
         tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
         wanted = tuple(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
         given = (*tensors, grad_out, grad_lse, out, lse, *saved)
-        grads = _Backward.apply(call, wanted, *given)  # type: ignore[no-untyped-call]
+        grads = _Backward.apply(call, wanted, *given)
         return (None, *grads, *(None for _ in TENSORS[len(DIFFERENTIABLE) :]))
 
     @staticmethod
@@ -95,11 +97,13 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, *tensors: Tensor | None) -> Any:
         _refuse_equal_draws(call, info.randomness)
-        return _one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))  # type: ignore[no-untyped-call]
+        return _one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))
 
 
 class _Backward(torch.autograd.Function):
     """The kernel's backward: one gradient, or None where none is wanted, for each of `DIFFERENTIABLE`."""
+
+    apply: Any  # PyTorch's has no types
 
     @staticmethod
     def forward(call: KernelCall, wanted: tuple[bool, ...], *given: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -120,7 +124,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, wanted: tuple[bool, ...], *given: Any) -> Any:
-        return _one_by_one(info.batch_size, in_dims[2:], given, lambda each: _Backward.apply(call, wanted, *each))  # type: ignore[no-untyped-call]
+        return _one_by_one(info.batch_size, in_dims[2:], given, lambda each: _Backward.apply(call, wanted, *each))
 
 
 def _one_by_one(size: int, dims: tuple[Any, ...], tensors: tuple[Any, ...], run: Any) -> tuple[Any, Any]:

@@ -123,7 +123,7 @@ def _replace(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
         new.chmod(0o644)  # mkstemp makes files that only their owner can read
         new.replace(path)
-    except BaseException:
+    except BaseException:  # an interrupt, too, must leave no file
         new.unlink(missing_ok=True)
         raise
 
@@ -182,4 +182,4 @@ def _choice(given: dict[str, Any]) -> Choice:
     times = {name: float(given[name]) for name in ("seconds", "default_seconds")}
     if min(times.values()) <= 0:
         raise ValueError(f"times: {times}")
-    return Choice(Kind(**kind), **names, **times)  # type: ignore[arg-type]
+    return Choice(Kind(**kind), **names, **times)  # type: ignore[arg-type]  # a dictionary has one type for all values

@@ -118,11 +118,8 @@ class Table:
 
     def merged(self, other: Table) -> Table:
         """Return the choices of both; of one kind, those measured last."""
-        newest: dict[Kind, Choice] = {}
-        for choice in sorted((*self.choices, *other.choices), key=lambda choice: choice.created):
-            newest.pop(choice.kind, None)
-            newest[choice.kind] = choice
-        return replace(self, choices=tuple(newest.values()))
+        choices = sorted((*self.choices, *other.choices), key=lambda choice: choice.created)
+        return replace(self, choices=tuple({choice.kind: choice for choice in choices}.values()))
 
 
 def joined(tables: Iterable[Table]) -> tuple[Table, ...]:

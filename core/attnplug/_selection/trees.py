@@ -45,4 +45,4 @@ def walked(tree: Tree, sizes: Sequence[int]) -> str | None:
                 break
         else:
             return None
-    return tree  # type: ignore[return-value]
+    return tree  # type: ignore[return-value]  # it is as deep as there are sizes

@@ -53,7 +53,7 @@ class Backward:
 
     def of_aliases(self, params: SDPAParams) -> SDPAParams:
         """Return the same call, of aliases."""
-        aliases = _Aliases.apply(self, *(getattr(params, name) for name in self._names))  # type: ignore[no-untyped-call]
+        aliases = _Aliases.apply(self, *(getattr(params, name) for name in self._names))
         return replace(params, **dict(zip(self._names, aliases, strict=True)))
 
     def listen(self, out: Tensor, lse: Tensor | None) -> None:
@@ -109,6 +109,8 @@ class _Hook:
 
 class _Aliases(torch.autograd.Function):
     """Other tensors in the same memory, which nobody else's gradients reach."""
+
+    apply: Any  # PyTorch's has no types
 
     @staticmethod
     def forward(ctx: Any, backward: Backward, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from attnplug._accuracy import Expected, Mistake, Outcome
-from attnplug._accuracy.rule import LSE
 from attnplug._call.facts import CallFacts
 from attnplug._call.prepare import prepare_dense
 from attnplug._call.requirements import needs_grad
@@ -37,8 +36,6 @@ def unfit(params: SDPAParams) -> str:
         return "dropout: nobody else draws the same"
     if query.is_nested:
         return "nested tensors"
-    if query.dtype not in LSE:
-        return f"{query.dtype}: no rule says how exact a result must be"
     if is_watched(query):
         return "a subclass of Tensor, or a dispatch mode, which would see the reference too"
     if is_transformed():

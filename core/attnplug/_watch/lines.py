@@ -37,7 +37,7 @@ def line_of(impl: str, params: SDPAParams, gradients: Sequence[str] = (), grad_l
         "sinks": None if params.sinks is None else True,
         "alibi": None if params.alibi_slopes is None else "bh"[-params.alibi_slopes.dim() :],
         "layout": None if query.is_contiguous() else "transposed",
-        "lse": params.return_lse or grad_lse or None,
+        "lse": params.return_lse or None,
         "gradients": tuple(gradients) or None,
         "lse_gradient": grad_lse or None,
     }

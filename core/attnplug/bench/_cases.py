@@ -7,28 +7,21 @@ half that nobody needs. That is what makes TFLOP/s of different kernels comparab
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import did_you_mean
-from attnplug._types import DTYPES
 from attnplug.bench._errors import BenchError
+from attnplug.bench._validate import FLAGS, LENGTHS, NUMBERS, check, check_lengths
 
 if TYPE_CHECKING:
     import torch
 
-MASKS = ("", "boolean", "additive")
-VARIANTS = ("UPPER_LEFT", "LOWER_RIGHT")
 BACKWARD = 2.5
 """Five products against two: the scores again, and one for each of dP, dV, dQ and dK."""
 
-_SIZES = ("batch", "heads", "kv_heads", "queries", "keys", "head_size", "value_head_size")
-_NUMBERS = ("softcap", "dropout")
-_MORE = ("sinks", "alibi", "lse", "mask_gradient", "sinks_gradient")
 _DEFAULTS = {"kv_heads": "heads", "keys": "queries", "value_head_size": "head_size"}
-LENGTHS = ("lengths_q", "lengths_k", "used")
 _FOLLOWS: Any = None
 """The default of a field that follows from others where it is not given; afterwards it is a number."""
 _GRADIENTS = {"attn_mask": "mask_gradient", "sinks": "sinks_gradient"}
@@ -112,7 +105,7 @@ class Case:
         for name in LENGTHS:
             put(self, name, _as_tuple(getattr(self, name)))
         if self.is_varlen:
-            _check_lengths(self)
+            check_lengths(self)
             put(self, "lengths_k", self.lengths_q if self.lengths_k is None else self.lengths_k)
             put(self, "causal_variant", "LOWER_RIGHT")
         longest = {"batch": 1, "queries": 1024} if self.lengths_q is None else _sizes_of(self.lengths_q, self.lengths_k)
@@ -125,7 +118,7 @@ class Case:
         put(self, "dtype", str(self.dtype).removeprefix("torch."))
         put(self, "device", str(self.device))
         put(self, "window", _as_tuple(self.window))
-        _check(self)
+        check(self)
         if not self.name:
             put(self, "name", self.label())
 
@@ -180,8 +173,8 @@ class Case:
             parts.append(f"window{self.window[0]},{self.window[1]}")
         if self.mask:
             parts.append(f"{self.mask}-mask" + (f"-{self.mask_dims}" if self.mask_dims != "b1qk" else ""))
-        parts += [f"{name}{getattr(self, name):g}" for name in _NUMBERS if getattr(self, name)]
-        parts += [name.replace("_", "-") for name in _MORE if getattr(self, name)]
+        parts += [f"{name}{getattr(self, name):g}" for name in NUMBERS if getattr(self, name)]
+        parts += [name.replace("_", "-") for name in FLAGS if getattr(self, name)]
         parts += [f"used{sum(self.used)}"] if self.used is not None else []
         parts += [f"pages-of-{self.page_size}"] if self.page_size is not None else []
         return " ".join([*parts, self.dtype, *(["fwd+bwd"] if self.backward else [])])
@@ -318,86 +311,6 @@ class Case:
             raise BenchError(f"{where}: {error}") from None
 
 
-def _check(case: Case) -> None:
-    for name in _SIZES:
-        size = getattr(case, name)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise BenchError(f"{name}: expected a number from 1 on, got {size!r}")
-    if case.heads % case.kv_heads:
-        raise BenchError(f"kv_heads: expected a divisor of heads ({case.heads}), got {case.kv_heads}")
-    for name, known in (("mask", MASKS), ("causal_variant", VARIANTS), ("dtype", DTYPES)):
-        if not isinstance(getattr(case, name), str) or getattr(case, name) not in known:
-            accepted = ", ".join(repr(item) for item in known)
-            raise BenchError(f"{name}: expected one of {accepted}, got {getattr(case, name)!r}")
-    for name in ("causal", "backward", *_MORE):
-        if not isinstance(getattr(case, name), bool):
-            raise BenchError(f"{name}: expected true or false, got {getattr(case, name)!r}")
-    for name in _NUMBERS:
-        value, most = getattr(case, name), 1.0 if name == "dropout" else math.inf
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < most:
-            raise BenchError(f"{name}: expected a number from 0 on, below {most:g}, got {value!r}")
-    window = case.window
-    sides = isinstance(window, tuple) and len(window) == 2 and all(type(side) is int and side >= -1 for side in window)
-    if not sides:
-        raise BenchError(f"window: expected two numbers from -1 on, such as [256, 0], got {window!r}")
-    if not isinstance(case.name, str):
-        raise BenchError(f"name: expected text, got {case.name!r}")
-    _check_mask(case)
-    _check_sequences(case)
-    device_type(case.device)
-
-
-def _check_mask(case: Case) -> None:
-    dims = case.mask_dims
-    if not (isinstance(dims, str) and re.fullmatch("[b1][h1][q1][k1]", dims)):
-        raise BenchError(f"mask_dims: expected each letter of 'bhqk', or 1 where the mask broadcasts, got {dims!r}")
-    for name, asked, is_given in (
-        ("mask_gradient", case.mask_gradient, case.mask == "additive"),
-        ("sinks_gradient", case.sinks_gradient, case.sinks),
-    ):
-        if asked and not (is_given and case.backward):
-            needed = "mask='additive'" if name == "mask_gradient" else "sinks"
-            raise BenchError(f"{name}: needs {needed} and backward")
-
-
-def _check_lengths(case: Case) -> None:
-    """Check what sizes are derived from, before they are."""
-    for name in ("lengths_q", "lengths_k"):
-        lengths = getattr(case, name)
-        if lengths is None:
-            continue
-        if not (isinstance(lengths, tuple) and lengths and all(type(each) is int and each >= 0 for each in lengths)):
-            raise BenchError(
-                f"{name}: expected a number from 0 on for each sequence, such as [5, 3, 8], got {lengths!r}"
-            )
-        if max(lengths) == 0:
-            raise BenchError(f"{name}: all sequences are empty")
-
-
-def _check_sequences(case: Case) -> None:
-    if not case.is_varlen:
-        for name in ("lengths_k", "page_size"):
-            if getattr(case, name) is not None:
-                raise BenchError(f"{name}: is for packed sequences, which lengths_q makes")
-    for name in LENGTHS:
-        lengths = getattr(case, name)
-        if lengths is not None and not (isinstance(lengths, tuple) and len(lengths) == case.batch):
-            raise BenchError(f"{name}: expected a number for each of {case.batch} sequences, got {lengths!r}")
-    for name, lengths in (("queries", case.lengths_q), ("keys", case.lengths_k)):
-        if lengths is not None and max(lengths) > getattr(case, name):
-            raise BenchError(
-                f"{name}: expected at least the longest sequence's, {max(lengths)}, got {getattr(case, name)}"
-            )
-    most = case.lengths_k or (case.keys,) * case.batch
-    for number, limit in zip(case.used or (), most, strict=False):
-        if type(number) is not int or not 0 <= number <= limit:
-            raise BenchError(f"used: expected numbers from 0 to {limit}, the keys that a sequence has, got {number!r}")
-    if case.page_size is not None and (type(case.page_size) is not int or case.page_size < 1):
-        raise BenchError(f"page_size: expected a number from 1 on, got {case.page_size!r}")
-    if case.is_varlen and case.mask:
-        raise BenchError("mask: packed sequences have none")
-
-
 def _as_tuple(given: Any) -> Any:
     """Return what JSON and YAML have as a list."""
     return tuple(given) if isinstance(given, list) else given
@@ -405,19 +318,3 @@ def _as_tuple(given: Any) -> Any:
 
 def _sizes_of(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...] | None) -> dict[str, int]:
     return {"batch": len(lengths_q), "queries": max(lengths_q), "keys": max(lengths_k or lengths_q)}
-
-
-def device_type(device: str) -> str:
-    """Return `cpu`, `cuda`, ...
-
-    Raises:
-        BenchError: PyTorch knows no such device.
-    """
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device):  # `bench compare` reads a report without PyTorch
-        return device.partition(":")[0]
-    import torch
-
-    try:
-        return torch.device(device).type
-    except RuntimeError:
-        raise BenchError(f"device: {device!r} is not a device; examples: cpu, cuda, cuda:1") from None

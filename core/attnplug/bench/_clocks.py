@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from attnplug.bench._cases import device_type
 from attnplug.bench._errors import BenchError
+from attnplug.bench._validate import device_type
 
 Call = Callable[[], Any]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from attnplug._arguments import as_path
 from attnplug.bench._captured import Cases
-from attnplug.bench._cases import LENGTHS, Case
+from attnplug.bench._cases import Case
 from attnplug.bench._errors import BenchError, needed
 from attnplug.bench._sets import default_device, default_dtype
+from attnplug.bench._validate import LENGTHS
 
 
 def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> list[Case] | Cases:

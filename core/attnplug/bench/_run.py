@@ -58,9 +58,7 @@ def run(
         [('torch', True), ('aten_math', True)]
     """
     names = _impls(impls, baseline)
-    caches = as_list("caches", caches, f"some of {CACHES}")
-    if not caches or not all(state in CACHES for state in caches):
-        raise BenchError(f"caches: expected some of {CACHES}, got {caches!r}")
+    caches = _caches(caches)
     expect("tiny", tiny, bool, "a bool")
     if not as_float("seconds", seconds, "a time") > 0:
         raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
@@ -78,7 +76,7 @@ def run(
         for number, case in enumerate(cases):
             steps.at(len(kinds) + number * (len(names) + 1))
             watch.look(case.device)
-            found = measure_case(
+            records += measure_case(
                 case,
                 names,
                 clocks[case.device],
@@ -87,7 +85,6 @@ def run(
                 seconds=seconds,
                 notify=steps.next,
             )
-            records += found
             watch.look(case.device)
     except KeyboardInterrupt:
         pass  # what is complete is worth keeping; the report says what is missing
@@ -136,6 +133,13 @@ def _cases(cases: str | Case | Iterable[Case], tiny: bool) -> list[Case]:
     if not cases:
         raise BenchError("cases: there are none")
     return list(dict.fromkeys(case.shrunk() if tiny else case for case in cases))
+
+
+def _caches(caches: Sequence[str]) -> list[str]:
+    states = as_list("caches", caches, f"some of {CACHES}")
+    if not states or not all(state in CACHES for state in states):
+        raise BenchError(f"caches: expected some of {CACHES}, got {states!r}")
+    return states
 
 
 def _impls(impls: Iterable[str] | None, baseline: str) -> list[str]:

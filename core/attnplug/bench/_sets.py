@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 from attnplug._errors import did_you_mean
-from attnplug.bench._cases import Case, device_type
+from attnplug.bench._cases import Case
 from attnplug.bench._errors import BenchError
+from attnplug.bench._validate import device_type
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 

@@ -63,10 +63,10 @@ def _report() -> dict[str, Any]:
 
 
 def _attempt(ask: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
-    """Return what `ask` returns, or, where it raises, `otherwise` of the error: a report is for such days."""
+    """Return what `ask` returns, or, where it raises, `otherwise` of the error."""
     try:
         return ask()
-    except Exception as error:
+    except Exception as error:  # whatever it is, a report is for such days
         return otherwise(f"failed: {type(error).__name__}: {error}")
 
 

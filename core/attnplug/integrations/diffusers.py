@@ -75,7 +75,7 @@ def bind(pipeline: Any, backends: Any, set_priority: bool = False) -> Handle:
     handles: list[Any] = [attnplug.patch_torch()]
     try:
         handles += [attnplug.bind(model, backends, set_priority) for model in models.values()]
-    except BaseException:
+    except BaseException:  # an interrupt, too, must leave nothing bound
         Handle(handles).remove()
         raise
     return Handle(handles)

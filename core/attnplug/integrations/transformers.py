@@ -210,7 +210,7 @@ def _with_own_names(method: Callable[..., str]) -> Callable[..., str]:
     def wrapper(self: Any, requested: str | None, *args: Any, **kwargs: Any) -> str:
         return method(self, _own_name(self, requested), *args, **kwargs)
 
-    wrapper.__attnplug__ = True  # type: ignore[attr-defined]
+    wrapper.__attnplug__ = True  # type: ignore[attr-defined]  # functions declare none
     return wrapper
 
 

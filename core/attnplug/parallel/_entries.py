@@ -64,7 +64,7 @@ def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
 @constant_in_traces
 def _traced(group_name: str, impl: str | None) -> str:
     """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself."""
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # private to PyTorch
     entry = _entry(resolve(group_name), impl)
     name = f"of_{list(_entries.values()).index(entry)}"
     setattr(_operators, name, operator_of(entry).forward)

@@ -134,7 +134,7 @@ def reporting(group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except ParallelError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever it is, nobody may wait for this rank
         _say(group, f"failed:{type(error).__name__}: {error}")
         raise
 

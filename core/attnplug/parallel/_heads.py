@@ -100,11 +100,13 @@ class Heads:
             from torch.distributed._functional_collectives import all_to_all_single_autograd
 
             return all_to_all_single_autograd(sent, received, counts, self.group)
-        return _AllToAll.apply(sent, received, counts, self.group)  # type: ignore[no-untyped-call]
+        return _AllToAll.apply(sent, received, counts, self.group)
 
 
 class _AllToAll(torch.autograd.Function):
     """Flat pieces sent to each rank, and one received from each; gradients go the way back."""
+
+    apply: Any  # PyTorch's has no types
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor, received: list[int], counts: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -119,4 +121,4 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _AllToAll.apply(grad, ctx.counts, ctx.received, ctx.group), None, None, None  # type: ignore[no-untyped-call]
+        return _AllToAll.apply(grad, ctx.counts, ctx.received, ctx.group), None, None, None

@@ -119,12 +119,10 @@ class _ByHeads(OfOneRank):
     """The kernel of a module whose ranks share heads: made of operators, and of whatever attends on one rank."""
 
     composite = True
+    supports = staticmethod(Ring.supports)
 
     def __init__(self, ranks: Any, impl: str | None) -> None:
         self._ranks, self._impl = ranks, impl
-
-    def supports(self, params: SDPAParams) -> str | None:
-        return Ring.supports(self, params)  # type: ignore[arg-type]
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         run = ulysses if isinstance(self._ranks, dist.ProcessGroup) else usp
@@ -252,7 +250,7 @@ class _Model:
         """Return outputs with the loss of all ranks."""
         loss = getattr(outputs, "loss", None)
         if loss is not None:
-            outputs.loss = _Sum.apply(loss, self.ranks)  # type: ignore[no-untyped-call]
+            outputs.loss = _Sum.apply(loss, self.ranks)
         return outputs
 
     def _cut(self, tensor: Tensor, dim: int) -> Tensor:
@@ -271,6 +269,8 @@ def _weak(method: Any) -> Any:
 
 class _Sum(torch.autograd.Function):
     """The sum over ranks of what each has; each has the sum then, so their gradients are summed too."""
+
+    apply: Any  # PyTorch's has no types
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, ranks: Any) -> Tensor:

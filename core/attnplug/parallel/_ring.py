@@ -63,7 +63,8 @@ class Ring(OfOneRank):
         self.scoped = scoped
         """Whether the scope around a call chooses the kernel; one that a module was bound to has led here already."""
 
-    def supports(self, params: SDPAParams) -> str | None:
+    @staticmethod
+    def supports(params: SDPAParams) -> str | None:
         """Decline what has no meaning for a rank's part of a sequence; asked before any message."""
         if params.is_causal and not params.is_varlen and params.query.shape[2] != params.key.shape[2]:
             return (

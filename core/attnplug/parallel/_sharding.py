@@ -136,7 +136,7 @@ def _joined(tensor: Tensor, group: dist.ProcessGroup, folded: bool, dim: int, le
         missing = list(tensor.shape)
         missing[dim] = longest - tensor.shape[dim]
         tensor = torch.cat([tensor, tensor.new_zeros(missing)], dim)
-    gathered = _Gather.apply(tensor.contiguous(), group)  # type: ignore[no-untyped-call]
+    gathered = _Gather.apply(tensor.contiguous(), group)
     pieces: dict[int, Tensor] = {}
     for each, ranges in enumerate(shares):
         row = 0
@@ -148,6 +148,8 @@ def _joined(tensor: Tensor, group: dist.ProcessGroup, folded: bool, dim: int, le
 
 class _Gather(torch.autograd.Function):
     """What every rank has, stacked; the gradients of all ranks are summed."""
+
+    apply: Any  # PyTorch's has no types
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -15,7 +15,7 @@ from attnplug._control.registration import check_name
 from attnplug._types import CausalVariant
 from attnplug.testing import _inputs
 from attnplug.testing._compare import assert_outcome, expected, is_quantized, revealed
-from attnplug.testing._failure import failure
+from attnplug.testing._failure import failing
 from attnplug.testing._fields import Fields
 from attnplug.testing._inputs import Inputs
 
@@ -103,10 +103,8 @@ class Call(Fields):
 
 def run(impl: str, call: Call, inputs: Inputs) -> Outcome:
     """Run a call; whatever the implementation raises is a failure."""
-    try:
+    with failing(call, "raised "):
         return call.run(impl, inputs)
-    except Exception as error:
-        raise failure(call, f"raised {type(error).__name__}: {error}") from error
 
 
 def compare(impl: str, call: Call, inputs: Inputs | None = None, outcome: Outcome | None = None) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from attnplug.testing._fields import Fields
 
 AGAIN = "again: "
@@ -32,3 +35,12 @@ def failure(call: Fields | None, message: str, hint: str = "") -> CheckFailure:
     if hint:
         lines.append(f"hint: {hint}")
     return CheckFailure("\n".join(lines), "" if call is None else f"call: {call!r}")
+
+
+@contextmanager
+def failing(call: Fields | None, what: str) -> Iterator[None]:
+    """Make a failure of what is raised inside, after `what`: a kernel may raise anything, and it is the kernel's."""
+    try:
+        yield
+    except Exception as error:
+        raise failure(call, f"{what}{type(error).__name__}: {error}") from error

@@ -26,6 +26,7 @@ from attnplug.testing._tasks import Task
 STARTING = 300.0
 """Seconds that a worker has for importing torch and attnplug."""
 _GRACE, _TOLD = 2.0, 12
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # PyTorch reads it once; without it, it refuses products in deterministic mode
 
 
 class Worker:
@@ -99,7 +100,7 @@ class Worker:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._errors,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    env={_WORKSPACE: ":4096:8", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 )
             except OSError as error:
                 raise RuntimeError(f"no worker could be started: {error}") from error

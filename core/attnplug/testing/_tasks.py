@@ -69,7 +69,7 @@ def lost(device: str) -> str:
         torch.zeros(1, device=device).add_(1).item()
     except torch.OutOfMemoryError:
         return ""
-    except Exception as error:
+    except Exception as error:  # a driver's faults have classes of their own
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
 
@@ -80,7 +80,7 @@ def _spec_to_send(impl: str) -> ImplSpec | None:
         return None
     try:
         pickle.dumps(entry.spec)
-    except Exception as error:
+    except Exception as error:  # whatever `__reduce__` of a kernel raises
         raise ValueError(
             f"workers: {impl!r} is registered by this program, and its kernel cannot be sent to another process "
             f"({type(error).__name__}: {error}); give ImplSpec.kernel as 'package.module', or use workers=0"

@@ -84,7 +84,8 @@ def dense(params: SDPAParams, positions: Positions) -> tuple[Tensor, Tensor, Ten
         key, value = (tensor[table].flatten(0, 2) for tensor in (key, value))
     unused = (positions.column_sequence < 0).view(-1, 1, 1)
     key, value = key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
-    return tuple(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # type: ignore[return-value]
+    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    return query, key, value
 
 
 def _packed(params: SDPAParams) -> Positions:

@@ -154,7 +154,7 @@ def _readable(seeds: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     if not seeds:
         return _no_seeds()
-    on_gpu = seeds[0].device.type == "cuda"
+    on_gpu = seeds[0].is_cuda
     if on_gpu == (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return seeds
     if on_gpu:

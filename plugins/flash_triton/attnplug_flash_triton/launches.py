@@ -32,7 +32,7 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
     makes few programs, the keys are split among more of them, and a last kernel adds up the parts.
     """
     problem = read(params, machine)
-    flags, rows = problem.flags, problem.rows
+    rows = problem.rows
     shape, dtype = (*params.query.shape[:-1], params.value.shape[-1]), params.query.dtype
     untouched = problem.packed  # there may be rows that no sequence has
     new = {
@@ -51,7 +51,6 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
     count, columns = cdiv(problem.longest_q * pack, tiles.block_m), problem.batch * problem.heads // pack
     splits = problem.splits(count * columns, tiles.block_n) if few else 1
     kept = 1.0 / (1.0 - params.dropout) if params.dropout < 1 else 0.0
-    rows_in_all = prod(rows)
     written: tuple[str | None, ...] = ("out", "lse", *statistics)
     if splits > 1:
         written = ("parts", "lse", "part_tops", "part_totals")
@@ -63,11 +62,11 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
     arguments = (
         *problem.leading,
         *(count, columns * splits, problem.section(columns) * splits),
-        *("sinks" if params.sinks is not None else None, *written, kept, splits, rows_in_all),
+        *("sinks" if params.sinks is not None else None, *written, kept, splits, prod(rows)),
     )
     compiled_in = dict(
-        **flags,
-        NEGATE=flags["FOLDED"] and problem.factor < 0,
+        **problem.flags,
+        NEGATE=problem.flags["FOLDED"] and problem.factor < 0,
         PAGE_SIZE=params.key.shape[1] if params.block_table is not None else 0,
         PACK=pack,
         SPLIT=splits > 1,
@@ -75,14 +74,19 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
     )
     launches = [Launch(forward_kernel, count * columns * splits, arguments, compiled_in)]
     if splits > 1:
-        arguments = (
-            *("parts", "part_tops", "part_totals", "out", "lse", *statistics),
-            *(kept, splits, rows_in_all, problem.heads, rows[-1]),
-        )
-        compiled_in = {name: flags[name] for name in ("FOLDED", "SIZE_V", "BLOCK_DV")}
-        compiled_in |= dict(PACKED=problem.packed, PARTS=MOST_PARTS, **FUSED)
-        launches.append(Launch(combine_kernel, rows_in_all, arguments, compiled_in))
+        launches.append(_of_parts(problem, statistics, kept, splits))
     return Plan(tuple(launches), new, results, _not_dense(params))
+
+
+def _of_parts(problem: Problem, statistics: tuple[str | None, str | None], kept: float, splits: int) -> Launch:
+    """Return the launch that adds up the parts of each row."""
+    rows = prod(problem.rows)
+    arguments = (
+        *("parts", "part_tops", "part_totals", "out", "lse", *statistics),
+        *(kept, splits, rows, problem.heads, problem.rows[-1]),
+    )
+    compiled_in = {name: problem.flags[name] for name in ("FOLDED", "SIZE_V", "BLOCK_DV")}
+    return Launch(combine_kernel, rows, arguments, compiled_in | dict(PACKED=problem.packed, PARTS=MOST_PARTS, **FUSED))
 
 
 def backward(
@@ -133,15 +137,12 @@ def backward(
     if problem.additive and params.attn_mask.requires_grad:
         new["grad_mask"] = New.contiguous(params.attn_mask.shape, torch.float32)
         launches.append(_of_mask(problem, shared))
-    compact = _not_dense(params)
+    compact = [*_not_dense(params)]
     if not is_dense(grad_out.shape, grad_out.stride(), rows):
-        compact += ("grad_out",)
-    compact += tuple(
-        name
-        for name, tensor in (("out", out), ("grad_lse", grad_lse))
-        if tensor is not None and not tensor.is_contiguous()
-    )
-    return Plan(tuple(launches), new, tuple(new), compact)
+        compact.append("grad_out")
+    whole = {"out": out, "grad_lse": grad_lse}
+    compact += [name for name, tensor in whole.items() if tensor is not None and not tensor.is_contiguous()]
+    return Plan(tuple(launches), new, tuple(new), tuple(compact))
 
 
 def _of_mask(problem: Problem, shared: tuple[Any, ...]) -> Launch:

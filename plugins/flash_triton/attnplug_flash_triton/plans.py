@@ -163,7 +163,9 @@ class _Kept:
             tensors[number] = tensors[number].contiguous()
         for shape, stride, dtype, fill in self.new:
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            tensors.append(tensor if fill is None else tensor.fill_(fill))
+            if fill is not None:
+                tensor.fill_(fill) if fill else tensor.zero_()  # which takes a third of the time
+            tensors.append(tensor)
         active = driver.active
         stream = active.get_current_stream(device.index or 0)
         pointers = [tensor.data_ptr() for tensor in tensors]

@@ -139,12 +139,8 @@ def read(params: SDPAParams, machine: Machine, *others: Form) -> Problem:
     low, high = params.window_size
     if params.is_causal:
         high = 0
-    mask, slopes = params.attn_mask, params.alibi_slopes
-    mask_strides = _mask_strides(mask)
-    factor = float(params.scale)
-    additive = mask is not None and mask.is_floating_point()
-    single = params.query.dtype == torch.float32
-    folded = not (single or params.softcap or slopes is not None or additive) and factor != 0  # -inf * 0 is NaN
+    slopes, factor = params.alibi_slopes, float(params.scale)
+    flags = _flags(params)
     strides = (*_strides(query, packed, False), *_strides(key, packed, paged), *_strides(value, packed, paged))
     steps_of_others = [_strides(form, packed, False) for form in others]
     aligned = 16 // params.query.element_size()
@@ -154,37 +150,46 @@ def read(params: SDPAParams, machine: Machine, *others: Form) -> Problem:
         *(name if getattr(params, name) is not None else None for name in POINTERS),
         "seed" if params.dropout > 0 else None,
         *(step // align for step in strides),
-        *mask_strides,
+        *_mask_strides(params.attn_mask),
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         params.block_table.stride(0) if paged else 0,
         *(heads, heads // kv_heads, num_q, num_k),
-        factor * LOG2E.value if folded else factor,
+        factor * LOG2E.value if flags["FOLDED"] else factor,
         float(params.softcap),
         float(params.dropout),
         *(min(max(side, 0), 2 * LONGEST) for side in (low, high)),
     )
-    flags = dict(
-        LOWER_RIGHT=params.causal_variant == CausalVariant.LOWER_RIGHT,
-        HAS_LOW=low >= 0,
-        HAS_HIGH=high >= 0,
-        MASK=(NO_MASK if mask is None else ADDITIVE if additive else BOOLEAN).value,
-        MASK_ROWS=mask is not None and mask.shape[2] > 1,
-        MASK_UNIT=mask_strides[3] == 1,
-        SOFTCAP=params.softcap > 0,
-        ALIBI=slopes is not None,
-        DROPOUT=params.dropout > 0,
-        FOLDED=folded,
-        ALIGN=align,
-        SIZE=query.shape[-1],
-        SIZE_V=value.shape[-1],
-        BLOCK_D=_block_of(query.shape[-1]),
-        BLOCK_DV=_block_of(value.shape[-1]),
-        PRECISION="tf32" if single and tf32_allowed() else "ieee",
-    )
+    flags["ALIGN"] = align
     rows = (heads, num_q) if packed else (batch, heads, num_q)
     scaled = tuple(tuple(step // align for step in steps) for steps in steps_of_others)
     group = heads // kv_heads
     return Problem(params, machine, leading, scaled, flags, batch, heads, group, longest_q, longest_k, rows, factor)
+
+
+def _flags(params: SDPAParams) -> dict[str, Any]:
+    """Return the compile-time arguments that every kernel has, but for the alignment of strides."""
+    mask, size, size_v = params.attn_mask, params.query.shape[-1], params.value.shape[-1]
+    additive = mask is not None and mask.is_floating_point()
+    single = params.query.dtype == torch.float32
+    plain = not (single or params.softcap or params.alibi_slopes is not None or additive)
+    low, high = params.window_size
+    return dict(
+        LOWER_RIGHT=params.causal_variant == CausalVariant.LOWER_RIGHT,
+        HAS_LOW=low >= 0,
+        HAS_HIGH=high >= 0 or params.is_causal,
+        MASK=(NO_MASK if mask is None else ADDITIVE if additive else BOOLEAN).value,
+        MASK_ROWS=mask is not None and mask.shape[2] > 1,
+        MASK_UNIT=_mask_strides(mask)[3] == 1,
+        SOFTCAP=params.softcap > 0,
+        ALIBI=params.alibi_slopes is not None,
+        DROPOUT=params.dropout > 0,
+        FOLDED=plain and params.scale != 0,  # -inf * 0 is NaN
+        SIZE=size,
+        SIZE_V=size_v,
+        BLOCK_D=_block_of(size),
+        BLOCK_DV=_block_of(size_v),
+        PRECISION="tf32" if single and tf32_allowed() else "ieee",
+    )
 
 
 def row_dim(params: SDPAParams) -> int:

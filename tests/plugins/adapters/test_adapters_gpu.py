@@ -31,6 +31,7 @@ def test_it_conforms(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow(first=True)
 def test_flex_conforms_in_a_few_kinds_of_calls() -> None:
     report = report_of("flex", FLEX)
     assert not wrong(report), "\n\n".join(wrong(report))

@@ -42,7 +42,7 @@ ADAPTERS = {
 def _adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     built_without = {"FP16": True, "LOCAL": True, "PAGEDKV": True, "BACKWARD": True, "HDIM64": False}
     config = type(sys)("flash_attn_config")
-    config.CONFIG = {"build_flags": {f"FLASHATTENTION_DISABLE_{part}": off for part, off in built_without.items()}}  # type: ignore[attr-defined]
+    config.CONFIG = {"build_flags": {f"FLASHATTENTION_DISABLE_{part}": off for part, off in built_without.items()}}
     for name, (adapter, library, capabilities) in ADAPTERS.items():
         kernel = adapter(standin(library))
         if name == "wheel":
@@ -190,7 +190,7 @@ def test_only_cutlass_kernels_of_xformers_are_deterministic() -> None:
 def test_a_build_without_a_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {f"FLASHATTENTION_DISABLE_{part}": True for part in ("SOFTCAP", "BACKWARD", "LOCAL", "HDIM256")}
     config = type(sys)("libraries.flash_attn3_config")
-    config.CONFIG = {"build_flags": flags}  # type: ignore[attr-defined]
+    config.CONFIG = {"build_flags": flags}
     monkeypatch.setitem(sys.modules, config.__name__, config)
     assert "this build has no softcap" in reasons("flash_attn3", (9, 0), softcap=5.0)
     assert "this build has no backward" in reasons("flash_attn3", (9, 0), grad=True)

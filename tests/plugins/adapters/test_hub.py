@@ -41,7 +41,7 @@ class FakeHub(types.ModuleType):
     ) -> types.ModuleType:
         self.asked.append({"repo_id": repo_id, "revision": revision, "version": version, "trust": trust_remote_code})
         package = types.ModuleType("flash_attn2_0123abc")
-        package.flash_attn_interface = self.library  # type: ignore[attr-defined]
+        package.flash_attn_interface = self.library
         return package
 
 

@@ -175,7 +175,7 @@ def with_upper_left_masks(self: Any, params: Any) -> Any:
 
 
 RIGHT_SCALE, RIGHT_BAND, RIGHT_SINKS = convert.positive_scale, convert.band, convert.with_sinks
-RIGHT_FORWARD = {adapter: adapter.forward for adapter in LIBRARIES}  # type: ignore[attr-defined]
+RIGHT_FORWARD = {adapter: adapter.forward for adapter in LIBRARIES}
 RIGHT_BACKWARD, RIGHT_BIAS, RIGHT_PACKED_BIAS = FlashAttn4.backward, XFormers._bias, xformers._Sequences.bias
 
 MISTAKES = [

@@ -6,6 +6,7 @@ operators in the form that their schemas ask for, or the call is declined with a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_the_schema_of_later_releases_is_no_change(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", sorted(operators._EXPECTED))
 def test_a_changed_schema_is_a_reason_that_names_operator_and_release(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, on_devices: Callable[..., None], name: str
 ) -> None:
     text = str(operators.find_schema(name))
     changes = {
@@ -274,7 +275,7 @@ def test_a_changed_schema_is_a_reason_that_names_operator_and_release(
             operators.changed.cache_clear()
             (found,) = attnplug.can_use_impl(implementation, params, compute_capability=(9, 0)).reasons
             assert reason in found and f"aten::{name}" in found and torch.__version__ in found
-            monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: {"cpu", "cuda"})
+            on_devices("cpu", "cuda")
             with pytest.raises(attnplug.NoImplementationError, match=f"aten::{name} of PyTorch"):
                 attnplug.activate_flash_attention_impl(implementation)
         appended = torch._C.parse_schema(text.replace(") ->", ", Tensor? sinks=None) ->", 1))

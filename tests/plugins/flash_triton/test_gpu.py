@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import attnplug
@@ -169,7 +172,7 @@ def test_a_replayed_graph_draws_new_dropout() -> None:
 
 @pytest.fixture
 def needs_memory() -> Iterator[Callable[[int], None]]:
-    """Skips where so much is not free; what a test took is given back, for other processes on the same GPU."""
+    """Skips where so much is not free; what a test took is given back, and one process at a time takes so much."""
 
     def needs(gibibytes: int) -> None:
         torch.cuda.empty_cache()
@@ -177,8 +180,9 @@ def needs_memory() -> Iterator[Callable[[int], None]]:
         if free < gibibytes * 2**30:
             pytest.skip(f"needs {gibibytes} GiB of free memory, there are {free / 2**30:.0f}")
 
-    yield needs
-    torch.cuda.empty_cache()
+    with FileLock(Path(tempfile.gettempdir()) / "attnplug_tests_of_memory.lock"):
+        yield needs
+        torch.cuda.empty_cache()
 
 
 def large(*shape: int) -> Tensor:

@@ -103,7 +103,7 @@ class Program:
                 function(*arguments)
                 if thread.stores or thread.products:
                     raise Fault(f"{thread.name} ends before its stores and products are over")
-        except BaseException as fault:
+        except BaseException as fault:  # raised again by the thread that waits for this one
             self.fault = self.fault or fault
         thread.ended = True
         self._next()

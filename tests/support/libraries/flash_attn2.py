@@ -201,7 +201,7 @@ def _flash_attn_varlen_backward(
     return torch.empty(0)
 
 
-def _mask(b, q, k, state, dropout_p, scale, causal, left, right, softcap, slopes) -> Mask:  # type: ignore[no-untyped-def]
+def _mask(b, q, k, state, dropout_p, scale, causal, left, right, softcap, slopes) -> Mask:
     if slopes is not None:
         assert slopes.dtype == torch.float32 and slopes.stride(-1) == 1
         slopes = slopes if slopes.dim() == 1 else slopes[b]

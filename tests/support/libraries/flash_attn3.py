@@ -98,7 +98,7 @@ def _flash_attn_backward(
     return torch.empty(0)
 
 
-def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, deterministic, grad_lse=None):  # type: ignore[no-untyped-def]
+def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, deterministic, grad_lse=None):
     """Write the gradients of each sequence; a row whose lse is minus infinity has none (`lse == -INF ? 0 : lse`)."""
     for b, (rows, query, key, value) in enumerate(sequences(q, k, v, cu_q, cu_k, used, None)):
         at = (rows, slice(int(cu_k[b]), int(cu_k[b]) + key.shape[0])) if cu_q is not None else (b, b)
@@ -114,7 +114,7 @@ def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, dete
                 grad[place][: part.shape[0]] = part
 
 
-def sequences(q, k, v, cu_q, cu_k, used, table):  # type: ignore[no-untyped-def]
+def sequences(q, k, v, cu_q, cu_k, used, table):
     """Yield the rows, queries, keys and values of each sequence."""
     batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     rows = [slice(0, q.shape[1])] * batch if cu_q is None else [slice(*pair) for pair in pairwise(cu_q.tolist())]

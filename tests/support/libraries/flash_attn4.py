@@ -133,7 +133,7 @@ def _flash_attn_bwd(
     return (*grads, gradient if cu_seqlens_q is not None else gradient.sum(0))
 
 
-def _mask(scale, causal, window, sinks, softcap) -> Mask:  # type: ignore[no-untyped-def]
+def _mask(scale, causal, window, sinks, softcap) -> Mask:
     left, right = window
     if causal:
         right = 0
@@ -148,7 +148,7 @@ def _mask(scale, causal, window, sinks, softcap) -> Mask:  # type: ignore[no-unt
     )
 
 
-def _forward(q, k, v, mask, cu_q, cu_k, used, table):  # type: ignore[no-untyped-def]
+def _forward(q, k, v, mask, cu_q, cu_k, used, table):
     check_memory(q, k, v)
     out = torch.full((*q.shape[:-1], v.shape[-1]), NAN, dtype=q.dtype)
     varlen = cu_q is not None

@@ -212,7 +212,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         return found if return_lse else found[0]
 
 
-def _attend(q, k, v, causal, scale, left, softcap):  # type: ignore[no-untyped-def]
+def _attend(q, k, v, causal, scale, left, softcap):
     assert q.shape[-1] in (64, 128, 256) and q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
     mask = Mask(scale=scale, causal=causal, left=left, softcap=softcap or 0.0)
     out, lse = forward(q, k, v, mask, math.inf)

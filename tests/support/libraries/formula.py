@@ -81,7 +81,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of one sequence from the lse that is given: what that is decides what comes out."""
     if key.shape[0] == 0 or query.shape[0] == 0:
-        return tuple(torch.zeros_like(tensor, dtype=torch.float64) for tensor in (query, key, value))  # type: ignore[return-value]
+        return tuple(torch.zeros_like(tensor, dtype=torch.float64) for tensor in (query, key, value))
     with torch.enable_grad():
         leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
         logits = mask.logits(leaves[0], leaves[1])

@@ -60,7 +60,7 @@ def sageattn_varlen(
     return out
 
 
-def attend(q, k, v, tensor_layout, is_causal, sm_scale, smooth=True):  # type: ignore[no-untyped-def]
+def attend(q, k, v, tensor_layout, is_causal, sm_scale, smooth=True):
     assert q.dtype == k.dtype == v.dtype
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Last dim of qkv must be contiguous."
     assert q.shape[-1] <= 128, f"Unsupported head_dim: {q.shape[-1]}"

@@ -16,7 +16,7 @@ from attnplug._registry.discovery import get_registry
 from attnplug._run.operator import arguments_of, operator_of
 from attnplug.testing._call import Call, compare
 from attnplug.testing._checks import check
-from attnplug.testing._failure import failure
+from attnplug.testing._failure import failing, failure
 from attnplug.testing._inputs import Inputs
 from attnplug.testing._subject import Subject
 
@@ -54,11 +54,9 @@ def check_compile(subject: Subject) -> None:
     for call, inputs in subject.taken(_calls(subject)):
         attend, tensors, leaves = _attend(subject, call, inputs)
         torch._dynamo.reset()
-        try:
+        with failing(call, "under torch.compile: "):
             compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
             outcome = _outcome(call, inputs, compiled(tensors), leaves)
-        except Exception as error:
-            raise failure(call, f"under torch.compile: {type(error).__name__}: {error}") from error
         compare(subject.name, call, inputs, outcome)
 
 
@@ -69,10 +67,8 @@ def check_compile_with_inductor(subject: Subject) -> None:
     for queries, keys in ((40, 40), (33, 50), (17, 90)):
         call, inputs = subject.one(subject.call(queries=queries, keys=keys, gradients=subject.gradients))
         attend, tensors, leaves = _attend(subject, call, inputs)
-        try:
+        with failing(call, "under torch.compile: "):
             outcome = _outcome(call, inputs, torch.compile(attend, fullgraph=True)(tensors), leaves)
-        except Exception as error:
-            raise failure(call, f"under torch.compile: {type(error).__name__}: {error}") from error
         compare(subject.name, call, inputs, outcome)
 
 
@@ -86,11 +82,9 @@ def check_export(subject: Subject) -> None:
 
     for call, inputs in subject.taken([each.but(gradients=()) for each in _calls(subject)]):
         attend, tensors, _ = _attend(subject, call, inputs)
-        try:
+        with failing(call, "under torch.export: "):
             exported = torch.export.export(Module(), (tensors,))
             outcome = _outcome(call, inputs, exported.module()(tensors), {})
-        except Exception as error:
-            raise failure(call, f"under torch.export: {type(error).__name__}: {error}") from error
         compare(subject.name, call, inputs, outcome)
 
 
@@ -102,11 +96,8 @@ def check_fake_tensors(subject: Subject) -> None:
     for call, inputs in subject.taken(_calls(subject)):
         attend, tensors, _ = _attend(subject, call, inputs)
         real = attend(tensors)
-        try:
-            with FakeTensorMode() as mode:
-                fake = attend({name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
-        except Exception as error:
-            raise failure(call, f"with fake tensors: {type(error).__name__}: {error}") from error
+        with failing(call, "with fake tensors: "), FakeTensorMode() as mode:
+            fake = attend({name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
         for name, made, wanted in zip(("out", "lse"), _both(fake), _both(real), strict=False):
             if (made.shape, made.dtype, made.device) != (wanted.shape, wanted.dtype, wanted.device):
                 raise failure(
@@ -130,7 +121,5 @@ def check_operator(subject: Subject) -> None:
         subject.uncovered.append("is traced into, and needs no operator")
         return
     params, _ = prepare_dense(call.params(inputs))
-    try:
+    with failing(call, "opcheck: "):
         torch.library.opcheck(operator_of(entry).forward, arguments_of(params))
-    except Exception as error:
-        raise failure(call, f"opcheck: {type(error).__name__}: {error}") from error

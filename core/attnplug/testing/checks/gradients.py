@@ -117,7 +117,7 @@ def _numerically(subject: Subject, call: Call, inputs: Inputs, test: Callable[..
 
     try:
         test(function, tuple(leaves.values()), fast_mode=True)
-    except Exception as error:
+    except Exception as error:  # as in `failing`, but for what gradcheck prints
         raise failure(call, f"{type(error).__name__}: {without_matrices(str(error))}") from error
 
 

@@ -14,7 +14,7 @@ from attnplug import Feature
 from attnplug._accuracy import Outcome
 from attnplug.testing._call import Call, compare, run
 from attnplug.testing._checks import check
-from attnplug.testing._failure import failure
+from attnplug.testing._failure import failing, failure
 from attnplug.testing._subject import Subject
 
 REPEATS, ROUNDS = 3, 8
@@ -106,7 +106,7 @@ def check_two_threads_at_once(subject: Subject) -> None:
             outcomes = [call.run(subject.name, inputs) for _ in range(ROUNDS)]
             for outcome in outcomes:
                 compare(subject.name, call, inputs, outcome)
-        except Exception as error:
+        except Exception as error:  # the thread that waits for this one raises it
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(position,)) for position in range(len(taken))]
@@ -134,12 +134,10 @@ def check_autocast(subject: Subject) -> None:
         inputs.arguments[name] = low_inputs.arguments[name].float()
     inputs.grad_out = low_inputs.grad_out.float()
     arguments, leaves = call.with_leaves(inputs)
-    try:
+    with failing(call, f"under autocast to {lower}: "):
         with torch.autocast(torch.device(subject.device).type, dtype=getattr(torch, lower)):
             out = attnplug.scaled_dot_product_attention(**arguments, impl=subject.name)
         gradients = call.backward(inputs, out, None, leaves)
-    except Exception as error:
-        raise failure(call, f"under autocast to {lower}: {type(error).__name__}: {error}") from error
     for name, gradient in gradients.items():
         if gradient.dtype != torch.float32:
             raise failure(call, f"under autocast: the gradient of {name} is {gradient.dtype}, not float32")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import e, log2
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -139,8 +139,13 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         *_scales(params, tiles.softcap),
         BYTES_IN_ORDER,
     )
+    compiled_in = _compiled_in(params, flags, size, tiles)
+    return Plan((Launch(forward_kernel, programs, arguments, compiled_in),), new, ("out", "lse"))
+
+
+def _compiled_in(params: SDPAParams, flags: dict[str, Any], size: int, tiles: Tiles) -> dict[str, Any]:
     registers, loader_registers, at_start = REGISTERS[tiles.consumers]
-    compiled_in = dict(
+    return dict(
         SIZE=size,
         BLOCK_N=tiles.block_n,
         CONSUMERS=tiles.consumers,
@@ -161,7 +166,6 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         maxnreg=at_start,
         **FUSED,
     )
-    return Plan((Launch(forward_kernel, programs, arguments, compiled_in),), new, ("out", "lse"))
 
 
 def _scales(params: SDPAParams, way: int) -> tuple[float, float]:

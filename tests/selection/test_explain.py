@@ -1,0 +1,154 @@
+"""What is said about a decision: `explain`, `can_use_impl`, and the reasons that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import attnplug
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
+
+Q = torch.randn(1, 2, 4, 8)
+
+
+def formula(params: SDPAParams) -> tuple[torch.Tensor, None]:
+    return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+
+@pytest.fixture
+def register() -> Callable[..., None]:
+    def add(name: str, **fields: Any) -> None:
+        spec = {"kernel": formula, "backend": SDPBackend.EFFICIENT_ATTENTION} | fields
+        attnplug.register_impl(ImplSpec(name=name, **spec))
+
+    return add
+
+
+def ran(**arguments: Any) -> str:
+    with attnplug.record() as calls:
+        attnplug.scaled_dot_product_attention(Q, Q, Q, **arguments)
+    return calls[-1].impl
+
+
+def test_explain_gives_every_reason_for_every_implementation() -> None:
+    query = torch.randn(1, 2, 4, 8, requires_grad=True)
+    explanation = attnplug.explain(query, query, query, softcap=3.0, return_lse=True, impl=None)
+    by_name = {verdict.name: verdict for verdict in explanation.candidates}
+    assert set(by_name) == set(attnplug.list_flash_attention_impls())
+    assert by_name["aten_math"].reasons == ("does not support softcap", "does not support return_lse")
+    assert not by_name["aten_math"].accepted
+    assert explanation.chosen == "math_ref"
+    assert explanation.candidates[0].name == "math_ref" and explanation.candidates[0].reasons == ()
+    assert all(verdict.reasons for verdict in explanation.candidates[1:])
+    for name in by_name:
+        assert name in str(explanation)
+
+
+def test_explain_runs_nothing_and_agrees_with_the_call(register: Callable[..., None]) -> None:
+    def must_not_run(params: SDPAParams) -> Any:
+        raise AssertionError("ran")
+
+    register("lazy", kernel=must_not_run)
+    with attnplug.sdpa_kernel(["lazy", "aten_math"], set_priority=True):
+        explanation = attnplug.explain(Q, Q, Q)
+    assert explanation.chosen == "lazy"
+    verdicts = {verdict.name: verdict for verdict in explanation.candidates}
+    assert verdicts["aten_math"].accepted and verdicts["aten_math"].reasons == ("lazy comes first",)
+    assert not verdicts["torch"].accepted and "outside sdpa_kernel" in verdicts["torch"].reasons[0]
+
+
+def test_explain_speaks_of_variable_length_calls_too() -> None:
+    tokens, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    explanation = attnplug.explain(tokens, tokens, tokens, cu_seq_q=starts, cu_seq_k=starts, max_q=3, max_k=3)
+    assert explanation.chosen == "math_ref"
+    others = {verdict.name: verdict.reasons for verdict in explanation.candidates}
+    assert any("varlen_attn" in reason for reason in others["aten_math"])
+
+
+def test_can_use_impl_is_truthy_when_it_accepts() -> None:
+    assert attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q, None, 0.0, True, False))
+    verdict = attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q, None, 0.1, True, False))
+    assert not verdict and verdict.reasons == ("does not support dropout",)
+    with attnplug.sdpa_kernel("aten_math"):  # whatever is selected
+        assert attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [
+        (Capabilities(devices=("cuda",)), "runs on cuda; the call is on cpu"),
+        (Capabilities(dtypes=("float16", "bfloat16")), "does not support float32 (only bfloat16, float16)"),
+        (Capabilities(head_sizes=range(16, 257, 16)), "head size 8 is below 16"),
+        (Capabilities(head_sizes=range(3, 257, 3)), "head size 8 is not a multiple of 3"),
+        (Capabilities(head_sizes=range(1, 5)), "head size 8 is above 4"),
+        (Capabilities(head_sizes={64, 128}), "head size 8 is not one of 64, 128"),
+    ],
+)
+def test_a_reason_says_what_is_supported_and_what_came(
+    capabilities: Capabilities, reason: str, register: Callable[..., None]
+) -> None:
+    register("picky", capabilities=capabilities)
+    assert attnplug.can_use_impl("picky", SDPAParams(Q, Q, Q)).reasons == (reason,)
+
+
+def test_capabilities_joined_with_or_are_alternatives(register: Callable[..., None]) -> None:
+    on_cpu = Capabilities(devices=("cpu",), features={Feature.SOFTCAP})
+    on_cuda = Capabilities(devices=("cuda",), dtypes=("float16",), features={Feature.CAUSAL})
+    register("both", capabilities=on_cpu | on_cuda)
+    both = on_cpu | on_cuda
+    assert both.devices == {"cpu", "cuda"} and both.dtypes is None
+    assert both.features == {Feature.SOFTCAP, Feature.CAUSAL}
+    assert attnplug.can_use_impl("both", SDPAParams(Q, Q, Q, softcap=1.0))
+    assert attnplug.can_use_impl("both", SDPAParams(Q, Q, Q, is_causal=True)).reasons == ("does not support is_causal",)
+
+
+def test_equal_lengths_need_neither_alignment(register: Callable[..., None]) -> None:
+    features = {Feature.CAUSAL, Feature.LOWER_RIGHT}
+    register("flash_like", capabilities=Capabilities(features=features))
+    longer = torch.randn(1, 2, 6, 8)
+    assert attnplug.can_use_impl("flash_like", SDPAParams(Q, Q, Q, is_causal=True))
+    verdict = attnplug.can_use_impl("flash_like", SDPAParams(Q, longer, longer, is_causal=True))
+    assert verdict.reasons == ("does not support upper-left alignment of unequal query and key lengths",)
+    # And a decision kept for equal lengths is not used for unequal ones.
+    for key in (Q, longer, Q, longer):
+        arguments = dict(is_causal=True, impl="flash_like")
+        if key is Q:
+            attnplug.scaled_dot_product_attention(Q, key, key, **arguments)
+        else:
+            with pytest.raises(attnplug.NoImplementationError):
+                attnplug.scaled_dot_product_attention(Q, key, key, **arguments)
+
+
+def test_supports_may_look_at_lengths_if_it_says_so(register: Callable[..., None]) -> None:
+    marked: list[int] = []
+
+    class Short:
+        shape_dependent = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[torch.Tensor, None]:
+            marked.append(params.key.shape[2])
+            return formula(params)
+
+        @staticmethod
+        def supports(params: SDPAParams) -> str | None:
+            return None if params.key.shape[2] <= 8 else f"takes up to 8 keys, got {params.key.shape[2]}"
+
+    register("short", kernel=Short)
+    with attnplug.sdpa_kernel(["short", "aten_math"], set_priority=True):
+        for keys, expected in ((4, "short"), (9, "aten_math"), (8, "short"), (9, "aten_math")):
+            key = torch.randn(1, 2, keys, 8)
+            with attnplug.record() as calls:
+                attnplug.scaled_dot_product_attention(Q, key, key)
+            assert calls[0].impl == expected
+            reasons = {"short": ("takes up to 8 keys, got 9",)} if expected == "aten_math" else {}
+            assert calls[0].passed_over == reasons
+        # Calls that nobody records go a shorter way.
+        for keys, runs in ((9, True), (4, False), (9, True)):
+            key = torch.randn(1, 2, keys, 8)
+            marked.clear()
+            attnplug.scaled_dot_product_attention(Q, key, key)
+            assert (marked == []) is runs
