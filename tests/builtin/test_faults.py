@@ -349,6 +349,30 @@ def test_more_than_2_31_draws_reach_pytorch_in_parts(on_cuda: list[tuple[Any, ..
         on_cuda.clear()
 
 
+def test_a_backward_of_more_than_2_31_numbers_is_computed_in_parts(
+    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SDPAParams, "needs_grad", True)  # without a driver there is no autograd of CUDA tensors
+    for shape, count in (
+        ((400, 4, 10496, 128), 2),
+        ((400, 4, 10368, 128), 1),
+        ((2**15, 16, 100, 16), 1),
+        ((2**15, 20, 100, 16), 2),
+    ):
+        with FakeTensorMode(), torch.no_grad(), OperatorCalls() as calls:
+            query, key = (
+                torch.empty(*shape[:2], length, shape[3], device="cuda", dtype=torch.half) for length in (shape[2], 128)
+            )
+            params = SDPAParams(query, key, key, scale=0.25, return_lse=True)
+            out, _ = torch_sdpa.forward(params)
+            flash, lse = aten_flash.forward(params)
+            aten_flash.plain(query, key, key, None, 0.0, False, 0.25, False)
+        assert out.shape == flash.shape == shape and lse.shape == shape[:-1]
+        assert len(on_cuda) == count and len(calls.given) == 2 * count
+        assert sum(given[0].shape[0] for given in on_cuda) == shape[0]
+        on_cuda.clear()
+
+
 EVERYWHERE = {
     "hidden keys": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="boolean")),
     "hidden keys of an additive mask": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="additive")),
@@ -415,7 +439,10 @@ def test_what_torch_rewrites_does_not_go_straight_to_pytorch(
         attend(one.clone().requires_grad_(), query, query, impl=impl)
         attend(query, query, query, dropout_p=0.25, impl=impl)
         attend(one, shared, shared, impl=impl)
-    assert (len(straight), len(on_cuda)) == (2, 3)
+        long = torch.empty(1, 2, 2**17, 64, device="cuda", dtype=torch.bfloat16)
+        attend(long, query, query, impl=impl)
+        attend(long.requires_grad_(), query, query, impl=impl)
+    assert (len(straight), len(on_cuda)) == (3, 4)
 
 
 def test_values_of_zero_give_zero_and_gradients_of_zero_whatever_the_values_were() -> None:
