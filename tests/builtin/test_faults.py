@@ -393,6 +393,40 @@ def test_what_is_added_to_a_call_changes_nothing(name: str, monkeypatch: pytest.
     assert_unchanged(call, faults.Faults(added), monkeypatch)
 
 
+TRACED = [
+    (torch_sdpa, PLAIN.but(heads=4, queries=33, mask="additive", dropout_p=0.2)),
+    (torch_sdpa, PLAIN.but(keys=64, mask="boolean", dropout_p=0.25, dtype="bfloat16", gradients=("query",))),
+    (aten_flash, PLAIN.but(is_causal=True)),
+]
+"""Calls of which something is rewritten for CUDA."""
+
+
+@pytest.mark.parametrize(("kernel", "call"), TRACED, ids=["another query", "hidden keys and dropout", "aten_flash"])
+def test_what_is_looked_at_and_rewritten_for_cuda_breaks_no_graph(
+    kernel: Any, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_hopper(device: torch.device) -> tuple[tuple[int, int], int]:
+        return (9, 0), 92000
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        key, value = (tensor[:, :1].expand_as(tensor) for tensor in (key, value))
+        return kernel.forward(SDPAParams(query, key, value, mask, call.dropout_p, scale=0.25))[0]
+
+    on_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    name = "OF_SDPA" if kernel is torch_sdpa else "OF_FLASH"
+    everywhere = [dataclasses.replace(fault, device=None) for fault in getattr(kernel, name).all]
+    monkeypatch.setattr(kernel, name, faults.Faults(*everywhere))
+    monkeypatch.setattr(faults, "_cudnn_on", on_hopper)
+    arguments, _ = call.with_leaves(call.make())
+    given = *(arguments[each] for each in ("query", "key", "value")), arguments.get("attn_mask")
+    results = []
+    for each in (forward, torch.compile(forward, backend="eager", fullgraph=True)):
+        torch.manual_seed(0)
+        results.append(each(*given))
+    torch._dynamo.reset()
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("dim", [-4, -3, -2])
 @pytest.mark.parametrize("mask_dims", ["", "bhqk", "b1qk", "11qk", "qk"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
