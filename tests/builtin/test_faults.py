@@ -396,7 +396,7 @@ def test_what_is_added_to_a_call_changes_nothing(name: str, monkeypatch: pytest.
 TRACED = [
     (torch_sdpa, PLAIN.but(heads=4, queries=33, mask="additive", dropout_p=0.2)),
     (torch_sdpa, PLAIN.but(keys=64, mask="boolean", dropout_p=0.25, dtype="bfloat16", gradients=("query",))),
-    (aten_flash, PLAIN.but(is_causal=True)),
+    (aten_flash, PLAIN.but(queries=24, dtype="float16", is_causal=True)),
 ]
 """Calls of which something is rewritten for CUDA."""
 
@@ -419,12 +419,15 @@ def test_what_is_looked_at_and_rewritten_for_cuda_breaks_no_graph(
     monkeypatch.setattr(faults, "_cudnn_on", on_hopper)
     arguments, _ = call.with_leaves(call.make())
     given = *(arguments[each] for each in ("query", "key", "value")), arguments.get("attn_mask")
+    if kernel is aten_flash:  # which has its operator for CUDA wherever it is not on a CPU
+        given = *(tensor.to("meta") for tensor in given[:3]), None
     results = []
     for each in (forward, torch.compile(forward, backend="eager", fullgraph=True)):
         torch.manual_seed(0)
         results.append(each(*given))
     torch._dynamo.reset()
-    assert torch.equal(*results)
+    first, other = results
+    assert first.shape == other.shape and (first.is_meta or torch.equal(first, other))
 
 
 @pytest.mark.parametrize("dim", [-4, -3, -2])
