@@ -180,7 +180,7 @@ def cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
 
 
 def with_sinks(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out and lse as if the kernel, which has no sinks, had had those of the call.
+    """Return out, in its own memory, and lse as if the kernel, which has no sinks, had had those of the call.
 
     A sink is one more summand of the softmax's denominator, so it scales each row of out, by `exp(lse) / (exp(lse) +
     exp(sink))`. A backward that is given these, as flash kernels' are, has the right probabilities as it is.
@@ -189,8 +189,10 @@ def with_sinks(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Te
         return out, lse
     whole = torch.logaddexp(lse, params.sinks.float().view(-1, 1))
     share = torch.exp(lse - whole).masked_fill(lse == MINUS_INFINITY, 0.0)
-    out = (out * (share.T if params.is_varlen else share).unsqueeze(-1)).to(out.dtype)
-    return outside_cleared(params, out, whole) if params.is_varlen else (out, whole)
+    if params.is_varlen:
+        whole = whole.masked_fill(outside(params.cu_seq_q, params.query.shape[0]), MINUS_INFINITY)
+        share = share.T
+    return out.mul_(share.unsqueeze(-1)), whole
 
 
 def gradients_of_sinks(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:

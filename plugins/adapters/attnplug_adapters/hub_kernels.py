@@ -6,6 +6,7 @@ downloaded that was not asked for, by name and pinned: a version, or the full ha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -61,25 +62,27 @@ def hub(
         ValueError: the repository is of no known library, or neither or both of version and revision are given.
         ModuleNotFoundError: `kernels` is not installed.
         attnplug.PluginError: the kernel has other functions than its adapter was written for.
-        attnplug.DuplicateImplementationError: the name is taken.
+        attnplug.DuplicateImplementationError: the name is taken; nothing was downloaded.
     """
     pinned = Pinned.of(repository, version, revision)
-    adapter = load(pinned, trust_remote_code)
-    if faults := adapter.unavailable():
-        raise attnplug.PluginError(f"{repository}: {'; '.join(faults)}")
-    name = name or f"hub.{pinned.library}"
-    spec = ImplSpec(
+    name = f"hub.{pinned.library}" if name is None else name
+    spec = ImplSpec(  # looked at before anything is downloaded
         name=name,
-        kernel=adapter,
+        kernel="attnplug_adapters.hub_kernels:kernel",
         backend=SDPBackend.FLASH_ATTENTION,
         capabilities=hub_pins.CAPABILITIES[pinned.library],
         priority=-37,
     )
-    try:
-        attnplug.register_impl(spec)
-    except attnplug.DuplicateImplementationError as error:
-        way_out = f"give this one another name with name=, or call unregister_impl({name!r}) first"
-        raise attnplug.DuplicateImplementationError(name, error.owner, error.claimant, way_out) from error
+    for record in attnplug.list_impls():
+        if record.name == name:
+            way_out = "give this one another name with name="
+            if record.distribution == "this program":
+                way_out += f", or call unregister_impl({name!r}) first"
+            raise attnplug.DuplicateImplementationError(name, record.distribution, repository, way_out)
+    adapter = load(pinned, trust_remote_code)
+    if faults := adapter.unavailable():
+        raise attnplug.PluginError(f"{repository}: {'; '.join(faults)}")
+    attnplug.register_impl(replace(spec, kernel=adapter))
     return name
 
 

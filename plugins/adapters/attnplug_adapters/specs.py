@@ -116,7 +116,14 @@ def all_specs() -> list[ImplSpec]:
     return [
         _spec("flash_attn4", flash, FLASH_ATTN4, -31, "flash_attn.cute.interface", "pip install --pre flash-attn-4"),
         _flash_attn3(),
-        _spec("flash_attn2", flash, FLASH_ATTN2, -33, "flash_attn.flash_attn_interface", "pip install flash-attn"),
+        _spec(
+            "flash_attn2",
+            flash,
+            FLASH_ATTN2,
+            -33,
+            "flash_attn.flash_attn_interface",
+            "pip install flash-attn --no-build-isolation",  # its build asks the torch that is there
+        ),
         _spec("xformers", efficient, XFORMERS, -34, "xformers.ops", "pip install xformers"),
         _spec("flashinfer", flash, FLASHINFER, -35, "flashinfer", "pip install flashinfer-python"),
         _spec("sage_attention", flash, _sage_attention(), -36, "sageattention", "pip install sageattention"),

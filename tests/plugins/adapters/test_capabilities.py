@@ -224,7 +224,9 @@ WORDS = {
 
 @pytest.mark.parametrize("spec", specs.all_specs(), ids=lambda spec: spec.name)
 def test_the_page_says_what_the_capabilities_say(spec: attnplug.ImplSpec) -> None:
-    found = re.search(r"\*\*Good for\*\*: (.*?)\*\*Lacks\*\*: (.*?)\n\n", (PAGES / f"{spec.name}.md").read_text(), re.S)
+    page = (PAGES / f"{spec.name}.md").read_text()
+    assert spec.install in page
+    found = re.search(r"\*\*Good for\*\*: (.*?)\*\*Lacks\*\*: (.*?)\n\n", page, re.S)
     assert found is not None
     has, lacks = (" ".join(text.split()) for text in found.groups())
     part = next(each for each in spec.capabilities.alternatives if "cuda" in (each.devices or ()))

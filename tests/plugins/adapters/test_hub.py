@@ -78,7 +78,15 @@ def test_two_versions_of_one_repository_need_names(fake_hub: FakeHub) -> None:
     attnplug_adapters.hub("kernels-community/flash-attn2", version=1)
     with pytest.raises(attnplug.DuplicateImplementationError, match="hub.flash-attn2.*name="):
         attnplug_adapters.hub("kernels-community/flash-attn2", version=2)
+    assert len(fake_hub.asked) == 1, "nothing is downloaded under a name that is taken"
     attnplug_adapters.hub("kernels-community/flash-attn2", version=2, name="second")
+
+
+@pytest.mark.parametrize("name", ["torch", "flash_attn2", "", "no name", 3])
+def test_a_name_that_cannot_be_had_is_refused_before_the_download(fake_hub: FakeHub, name: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="name"):
+        attnplug_adapters.hub("kernels-community/flash-attn2", version=1, name=name)
+    assert fake_hub.asked == []
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import attnplug
 from attnplug.testing import check_impl
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
@@ -18,6 +22,7 @@ from attnplug_adapters.flashinfer import FlashInfer
 from attnplug_adapters.sage_attention import SageAttention
 from attnplug_adapters.xformers import XFormers
 
+PAGE = Path(__file__).parents[3] / "docs" / "adapters.md"
 slow = pytest.mark.slow
 CASES = [
     (FlashAttn2, "flash_attn2", specs.FLASH_ATTN2, "float16"),
@@ -38,3 +43,49 @@ def test_the_adapter_conforms(adapter: Any, library: str, capabilities: Any, dty
     assert not wrong(report), "\n\n".join(wrong(report))
     declined = {result.check for result in report.results if result.status == "declined"}
     assert declined <= {"check_paged_gradients"}
+
+
+@pytest.mark.parametrize("blind", [math.inf, -math.inf])
+def test_whatever_xformers_writes_where_no_key_is_seen(blind: float) -> None:
+    """FlashAttention 2 and 3, of which its dispatcher takes what is there, write different infinities."""
+    library = standin("xformers")
+    library.BLIND = blind  # type: ignore[attr-defined]
+    register(XFormers(library), specs.XFORMERS)
+    checks = ["check_rows_before_the_first_key", "check_rows_before_the_window", "check_varlen_empty_sequences"]
+    report = check_impl("emulated", device="cpu", dtype="bfloat16", checks=checks)
+    assert report.passed, report.summary()
+
+
+def test_the_recipe_in_the_place_of_one_line_keeps_what_the_line_breaks() -> None:
+    """The page's own lines, on the stand-in: what SageAttention lacks goes to torch, in a scope and a bound model."""
+    register(SageAttention(standin("sage2")), specs.SAGE_ATTENTION, "sage_here")
+    blocks = [block.replace("sage_attention", "sage_here") for block in PAGE.read_text().split("```")[1::2]]
+    scope, bound = (block for block in blocks if "sage_here" in block)
+    query, shorter, wide = (torch.randn(1, 2, *shape).half() for shape in ((96, 64), (40, 64), (8, 256)))
+    mask = torch.rand(96, 96) > 0.5
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("sage_here", (query, query, query), {}),
+        ("sage_here", (query, query, query), {"is_causal": True}),
+        ("torch", (query, query, query), {"attn_mask": mask}),
+        ("torch", (query, shorter, shorter), {"is_causal": True}),
+        ("torch", (wide, wide, wide), {}),
+        ("torch", (query.clone().requires_grad_(), query, query), {}),
+    ]
+    ran: list[tuple[str, torch.Tensor]] = []
+
+    class Model(torch.nn.Module):
+        def forward(self, prompt: str) -> None:
+            for _, tensors, options in calls:
+                with attnplug.record() as seen:
+                    found = torch.nn.functional.scaled_dot_product_attention(*tensors, **options)
+                ran.append((seen[0].impl, found.detach()))
+
+    model = Model()
+    exec(scope, {"attnplug": attnplug, "pipeline": model, "prompt": ""})
+    with attnplug.patch_torch():  # what the block patches for good ends here
+        exec(bound.replace("attnplug.patch_torch()\n", ""), {"attnplug": attnplug, "model": model})
+        model("")
+    assert [name for name, _ in ran] == [name for name, _, _ in calls] * 2
+    for (name, found), (_, tensors, options) in zip(ran, calls * 2, strict=True):
+        exact = torch.nn.functional.scaled_dot_product_attention(*tensors, **options).detach()
+        assert (found - exact).norm() <= (0.05 if name == "sage_here" else 0) * exact.norm()
