@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def by_name(quick: bool) -> Iterator[Result]:
         "impl='aten_math', mask / bare", limits, plain(ours, mask, impl="aten_math"), plain(formula, four), quick
     )
     yield from compare("impl='torch' / F.sdpa", (1.3, 1.15), plain(ours, impl="torch"), plain(theirs), quick)
-    scope = lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)  # noqa: E731
+    scope = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
     yield from compare("scope FLASH_ATTENTION / bare", limits, plain(ours), plain(flash), quick, scope)
     attnplug.activate_flash_attention_impl("aten_flash")
     try:
@@ -131,7 +132,7 @@ def packed(quick: bool) -> Iterator[Result]:
     capabilities = Capabilities(features=set(Feature))
     attnplug.register_impl(ImplSpec(name="nothing", kernel=Nothing, backend=None, capabilities=capabilities))
     tokens, starts = torch.randn(8, 2, 16), torch.tensor([0, 4, 8], dtype=torch.int32)
-    call = lambda: attnplug.varlen_attn(tokens, tokens, tokens, starts, starts, 4, 4, impl="nothing")  # noqa: E731
+    call = partial(attnplug.varlen_attn, tokens, tokens, tokens, starts, starts, 4, 4, impl="nothing")
     times = alternate({"varlen_attn": call}, 3 if quick else 400, 100)
     attnplug.unregister_impl("nothing")
     yield Result("varlen_attn beyond its kernel", times.microseconds("varlen_attn"), "us", 15, 5)

@@ -88,6 +88,7 @@ capabilities = Capabilities(
 ) | Capabilities(features=Feature)
 assert_type(capabilities.features, frozenset[Feature])
 assert_type(capabilities.dtypes, frozenset[str] | None)
+# What is wrong is flagged: mypy refuses a comment that ignores nothing, here and below.
 Capabilities(features={Feature.CASUAL})  # type: ignore[attr-defined]
 Capabilities(planets=("mars",))  # type: ignore[call-arg]
 

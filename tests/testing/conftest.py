@@ -1,8 +1,25 @@
-"""How many mutants are caught is said at the end."""
+"""Kernels registered for a test; how many mutants are caught is said at the end."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import pytest
+
+import attnplug
+from attnplug import ImplSpec, SDPBackend
+from mutants.kernel import CAPABILITIES
+
+
+@pytest.fixture
+def register():
+    """Register a kernel for the length of a test and return its name."""
+
+    def add(kernel, capabilities=CAPABILITIES, name="mine"):
+        attnplug.register_impl(ImplSpec(name=name, kernel=kernel, backend=SDPBackend.MATH, capabilities=capabilities))
+        return name
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

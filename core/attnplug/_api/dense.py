@@ -219,7 +219,8 @@ def scaled_dot_product_attention(
     if state.watched and not is_compiling():
         impl = wished(impl)
     # The kept route's short way: a call like one before it. Some kernels need no record of the call.
-    way = found = None
+    way: tuple[Any, ...] | None = None
+    found = None
     if (
         not tracing
         and (plain or are_numbers(causal_variant, window_size, softcap, sinks, alibi_slopes, seqused_k))
@@ -249,7 +250,7 @@ def scaled_dot_product_attention(
             is_grad_enabled(),  # which decides about gradients, and is not among what tensors are compared by
         )
         if not plain:
-            way = (*way, causal_variant, window_size, softcap)  # type: ignore[assignment]
+            way = (*way, causal_variant, window_size, softcap)
         candidates = known.get(way)
         if candidates is not None:
             found = recognise(candidates, query, key, value, attn_mask)

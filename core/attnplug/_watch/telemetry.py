@@ -90,7 +90,7 @@ def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instr
 
     Raises:
         ImportError: OpenTelemetry's API is not installed.
-        TypeError: what is given is no provider.
+        TypeError: what is given is not a provider.
         ValueError: no provider is given and the process has none; or one is told already.
     """
     try:

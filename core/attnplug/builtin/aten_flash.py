@@ -63,7 +63,7 @@ def supports(params: SDPAParams) -> str | None:
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
     params = OF_FLASH.mended(params)
-    return _forward_cpu(params) if params.query.is_cpu else _forward_cuda(params)
+    return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
 
 
 def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Ten
     mended = OF_FLASH.mended(params)
     query, key, value = _with_dense_rows(mended)
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # the probability of a key that no row sees is 0
-    if query.is_cpu:
+    if query.device.type == "cpu":
         mask = as_additive(mended.attn_mask, query.dtype)
         grads = _backward("cpu")(
             *(grad_out, query, key, value, out, lse, 0.0, mended.is_causal), attn_mask=mask, scale=mended.scale

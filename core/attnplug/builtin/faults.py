@@ -83,7 +83,7 @@ class Faults:
 
     def mended(self, params: SDPAParams) -> SDPAParams:
         """Return a call of the same result that no fault with a way round concerns."""
-        for fault in self._mended.get(_kind(params.query), ()):
+        for fault in self._mended.get(params.query.device.type, ()):
             if fault.concerns(params):
                 assert fault.mend is not None
                 params = fault.mend(params)
@@ -91,7 +91,7 @@ class Faults:
 
     def cut(self, params: SDPAParams) -> int | None:
         """Return the dimension along which a call must be halved, None for nearly all."""
-        for fault in self._cut.get(_kind(params.query), ()):
+        for fault in self._cut.get(params.query.device.type, ()):
             if fault.concerns(params):
                 assert fault.cut is not None
                 return fault.cut(params)
@@ -99,13 +99,8 @@ class Faults:
 
     def reasons(self, params: SDPAParams) -> tuple[str, ...]:
         """Return why a call must not be given to PyTorch: the faults without a way round."""
-        found = self._declined.get(_kind(params.query), ())
+        found = self._declined.get(params.query.device.type, ())
         return tuple(fault.reason for fault in found if fault.concerns(params))
-
-
-def _kind(query: Tensor) -> str:
-    """Return `query.device.type`, which takes longer, or nothing for a device that is not in `KINDS`."""
-    return "cpu" if query.is_cpu else "cuda" if query.is_cuda else ""
 
 
 # Which calls are concerned.

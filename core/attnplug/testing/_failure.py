@@ -42,5 +42,5 @@ def failing(call: Fields | None, what: str) -> Iterator[None]:
     """Make a failure of what is raised inside, after `what`: a kernel may raise anything, and it is the kernel's."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # any, as said above
         raise failure(call, f"{what}{type(error).__name__}: {error}") from error

@@ -149,7 +149,7 @@ def _read(process: subprocess.Popen[bytes], answers: queue.SimpleQueue[Any]) -> 
         while True:
             try:
                 answers.put(pickle.load(stream))
-            except Exception as error:
+            except Exception as error:  # any, as said above
                 answers.put(error)
                 return
 
