@@ -161,6 +161,11 @@ class TestRealPackages:
         assert mask.make_local_attention_from_bottomright(2)._window_size == 2
         assert isinstance(library.fmha.flash.FwOp.is_available(), bool)
 
+    def test_flashinfer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUTE_DSL_CACHE_DIR", "")  # which its import sets
+        library = pytest.importorskip("flashinfer", reason="pip install flashinfer-python would run this")
+        assert not differences(library, flashinfer.Interface)
+
     def test_kernels(self) -> None:
         library = pytest.importorskip("kernels", reason="pip install kernels would run this")
         assert not differences(library, hub_kernels.Interface)
