@@ -349,6 +349,30 @@ def test_more_than_2_31_draws_reach_pytorch_in_parts(on_cuda: list[tuple[Any, ..
         on_cuda.clear()
 
 
+def test_a_backward_of_more_than_2_31_numbers_is_computed_in_parts(
+    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SDPAParams, "needs_grad", True)  # without a driver there is no autograd of CUDA tensors
+    for shape, count in (
+        ((400, 4, 10496, 128), 2),
+        ((400, 4, 10368, 128), 1),
+        ((2**15, 16, 100, 16), 1),
+        ((2**15, 20, 100, 16), 2),
+    ):
+        with FakeTensorMode(), torch.no_grad(), OperatorCalls() as calls:
+            query, key = (
+                torch.empty(*shape[:2], length, shape[3], device="cuda", dtype=torch.half) for length in (shape[2], 128)
+            )
+            params = SDPAParams(query, key, key, scale=0.25, return_lse=True)
+            out, _ = torch_sdpa.forward(params)
+            flash, lse = aten_flash.forward(params)
+            aten_flash.plain(query, key, key, None, 0.0, False, 0.25, False)
+        assert out.shape == flash.shape == shape and lse.shape == shape[:-1]
+        assert len(on_cuda) == count and len(calls.given) == 2 * count
+        assert sum(given[0].shape[0] for given in on_cuda) == shape[0]
+        on_cuda.clear()
+
+
 EVERYWHERE = {
     "hidden keys": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="boolean")),
     "hidden keys of an additive mask": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="additive")),
@@ -367,6 +391,43 @@ def test_what_is_added_to_a_call_changes_nothing(name: str, monkeypatch: pytest.
     mend, call = EVERYWHERE[name]
     added = faults.Fault("PyTorch", "2.11.0", None, lambda params: True, mend)
     assert_unchanged(call, faults.Faults(added), monkeypatch)
+
+
+TRACED = [
+    (torch_sdpa, PLAIN.but(heads=4, queries=33, mask="additive", dropout_p=0.2)),
+    (torch_sdpa, PLAIN.but(keys=64, mask="boolean", dropout_p=0.25, dtype="bfloat16", gradients=("query",))),
+    (aten_flash, PLAIN.but(queries=24, dtype="float16", is_causal=True)),
+]
+"""Calls of which something is rewritten for CUDA."""
+
+
+@pytest.mark.parametrize(("kernel", "call"), TRACED, ids=["another query", "hidden keys and dropout", "aten_flash"])
+def test_what_is_looked_at_and_rewritten_for_cuda_breaks_no_graph(
+    kernel: Any, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_hopper(device: torch.device) -> tuple[tuple[int, int], int]:
+        return (9, 0), 92000
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        key, value = (tensor[:, :1].expand_as(tensor) for tensor in (key, value))
+        return kernel.forward(SDPAParams(query, key, value, mask, call.dropout_p, scale=0.25))[0]
+
+    on_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    name = "OF_SDPA" if kernel is torch_sdpa else "OF_FLASH"
+    everywhere = [dataclasses.replace(fault, device=None) for fault in getattr(kernel, name).all]
+    monkeypatch.setattr(kernel, name, faults.Faults(*everywhere))
+    monkeypatch.setattr(faults, "_cudnn_on", on_hopper)
+    arguments, _ = call.with_leaves(call.make())
+    given = *(arguments[each] for each in ("query", "key", "value")), arguments.get("attn_mask")
+    if kernel is aten_flash:  # which has its operator for CUDA wherever it is not on a CPU
+        given = *(tensor.to("meta") for tensor in given[:3]), None
+    results = []
+    for each in (forward, torch.compile(forward, backend="eager", fullgraph=True)):
+        torch.manual_seed(0)
+        results.append(each(*given))
+    torch._dynamo.reset()
+    first, other = results
+    assert first.shape == other.shape and (first.is_meta or torch.equal(first, other))
 
 
 @pytest.mark.parametrize("dim", [-4, -3, -2])
@@ -415,7 +476,10 @@ def test_what_torch_rewrites_does_not_go_straight_to_pytorch(
         attend(one.clone().requires_grad_(), query, query, impl=impl)
         attend(query, query, query, dropout_p=0.25, impl=impl)
         attend(one, shared, shared, impl=impl)
-    assert (len(straight), len(on_cuda)) == (2, 3)
+        long = torch.empty(1, 2, 2**17, 64, device="cuda", dtype=torch.bfloat16)
+        attend(long, query, query, impl=impl)
+        attend(long.requires_grad_(), query, query, impl=impl)
+    assert (len(straight), len(on_cuda)) == (3, 4)
 
 
 def test_values_of_zero_give_zero_and_gradients_of_zero_whatever_the_values_were() -> None:

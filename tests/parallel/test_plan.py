@@ -5,8 +5,8 @@ The plan is private. It is tested by itself, because so it can be held against m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,17 @@ def pairs_of(block: Block, lower_right: bool) -> set[tuple[int, int]]:
     return found
 
 
+def wider(block: Block) -> Iterator[Block]:
+    """Yield the block without each of its limits."""
+    left, right = block.window
+    if block.is_causal:
+        yield replace(block, is_causal=False)
+    if left >= 0:
+        yield replace(block, window=(-1, right))
+    if right >= 0:
+        yield replace(block, window=(left, -1))
+
+
 def check(layout: Layout, sequence_of: list[int] | None = None) -> None:
     """Hold what all ranks compute against what the mask says, and what they send against what is needed."""
     lower_right = bool(layout.starts)  # kernels of packed sequences count from there
@@ -64,7 +75,10 @@ def check(layout: Layout, sequence_of: list[int] | None = None) -> None:
             taken = [keys[row] for row in positions(step.taken)]
             used = set()
             for block in step.blocks:
-                for row, column in pairs_of(block, lower_right):
+                seen = pairs_of(block, lower_right)
+                for opened in wider(block) if not block.lengths else ():
+                    assert seen < pairs_of(opened, lower_right), "a kernel is asked for a limit that hides nothing"
+                for row, column in seen:
                     pair = queries[row], taken[column]
                     computed[pair] = computed.get(pair, 0) + 1
                     used.add(column)

@@ -30,6 +30,9 @@ from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalVariant as TorchVariant
 
+LARGE = 2**22
+"""Of fewer elements no query is too large for a backward on CUDA, whatever its lengths are: see `builtin.faults`."""
+
 
 @overload
 def scaled_dot_product_attention(
@@ -358,6 +361,8 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
         return False
     if is_compiling():
         return True
+    if query.numel() >= LARGE and _records(query, key, value):
+        return False
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two

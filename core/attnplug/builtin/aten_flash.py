@@ -17,9 +17,11 @@ from attnplug import SDPAParams, compute_capability
 from attnplug.builtin.faults import OF_FLASH
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
-from attnplug.builtin.rewrites import is_aligned
+from attnplug.builtin.rewrites import halves, is_aligned
 
 composite = True
+SMALL = 2**22
+"""Of fewer elements no query is too large for backward, see `faults.TOO_FAR`, whatever its lengths are."""
 _flash_cpu = operator(
     "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
     "bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"
@@ -63,6 +65,9 @@ def supports(params: SDPAParams) -> str | None:
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
     params = OF_FLASH.mended(params)
+    if (dim := OF_FLASH.cut(params)) is not None:
+        outs, lses = zip(*map(forward, halves(params, dim)), strict=True)
+        return torch.cat(outs, dim), torch.cat(lses, dim + 1)
     return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
 
 
@@ -105,7 +110,7 @@ def plain(
             if scale is not None:
                 return _flash_cpu(query, key, value, 0.0, is_causal, scale=scale)
             return _flash_cpu(query, key, value, 0.0, True) if is_causal else _flash_cpu(query, key, value)
-        if dropout < 1.0 and is_aligned(query) and is_aligned(key) and is_aligned(value):
+        if dropout < 1.0 and query.numel() < SMALL and is_aligned(query) and is_aligned(key) and is_aligned(value):
             out, lse, *_ = _flash_cuda(query, key, value, dropout, is_causal, scale=scale)
             return out, lse
     if scale is None:

@@ -206,6 +206,13 @@ def _draws_too_often_in_all(params: SDPAParams) -> bool:
     return _draws_too_often(params) and _has_parts(params)
 
 
+def _counts_too_far_in_backward(params: SDPAParams) -> bool:
+    if not params.needs_grad or not _is_dense(params.query) or not _is_for_flash(params) or not _has_parts(params):
+        return False
+    batch, heads, queries, size = params.query.shape
+    return batch * heads * -(-queries // 128) * 128 * max(size, 32) > INT32
+
+
 def _has_parts(params: SDPAParams) -> bool:
     """Whether a call can be halved along batch or heads."""
     return params.query.shape[BATCH] > 1 or params.query.shape[HEADS] == params.key.shape[HEADS] > 1
@@ -265,6 +272,14 @@ MISALIGNED = Fault(
     "cuda",
     _is_misaligned,
     aligned,
+)
+TOO_FAR = Fault(
+    "PyTorch's flash kernel counts with 32 bits in backward, and faults where all queries have more than 2^31 numbers "
+    "(PriorLabs/TabPFN#1184)",
+    "of August 2026, the last of which was 2.13.0",
+    "cuda",
+    _counts_too_far_in_backward,
+    cut=batch_or_heads,
 )
 OF_SDPA = Faults(
     HIDDEN_BEFORE_SCALED,
@@ -365,8 +380,9 @@ OF_SDPA = Faults(
         _draws_too_often_in_all,
         cut=batch_or_heads,
     ),
+    TOO_FAR,
     MISALIGNED,
 )
 """Those of `torch.nn.functional.scaled_dot_product_attention`."""
-OF_FLASH = Faults(HIDDEN_BEFORE_SCALED, DROPS_EVERYTHING, MISALIGNED)
+OF_FLASH = Faults(HIDDEN_BEFORE_SCALED, DROPS_EVERYTHING, TOO_FAR, MISALIGNED)
 """Those of `aten::_scaled_dot_product_flash_attention` and its equivalent on the CPU."""

@@ -19,6 +19,8 @@ from attnplug import PluginError
 def operator(schema: str) -> Any:
     """Return the operator that `schema` declares, by PyTorch's own binding for it, which is called twice as fast.
 
+    Not so where it returns numbers: the binding makes tensors of them on the CPU, at which a trace breaks.
+
     Raises:
         PluginError: this release has no such operator, or one that calls written for `schema` do not fit.
             Arguments that a release adds behind the others, with a default, are no change.
@@ -33,7 +35,8 @@ def operator(schema: str) -> Any:
             f"torch {torch.__version__} has another {expected.name} than the one known here: expected {expected}, "
             f"found {found._schema}"
         )
-    return getattr(torch, name, found)
+    returns_numbers = any("int" in str(result.type) for result in found._schema.returns)
+    return found if returns_numbers else getattr(torch, name, found)
 
 
 def _fits(found: Any, expected: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import pad
 
 from attnplug import SDPAParams
@@ -121,5 +122,8 @@ def is_aligned(tensor: Tensor) -> bool:
 
 
 def starts_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor starts aligned; the memory that it lies in does, as all of PyTorch's."""
-    return tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0
+    """Whether a tensor starts aligned; the memory that it lies in does, as all of PyTorch's.
+
+    A trace has no storage to ask, and would break where it does; Inductor copies inputs that are not aligned.
+    """
+    return is_compiling() or tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0

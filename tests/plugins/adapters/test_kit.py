@@ -49,7 +49,7 @@ def test_the_adapter_conforms(adapter: Any, library: str, capabilities: Any, dty
 def test_whatever_xformers_writes_where_no_key_is_seen(blind: float) -> None:
     """FlashAttention 2 and 3, of which its dispatcher takes what is there, write different infinities."""
     library = standin("xformers")
-    library.BLIND = blind  # type: ignore[attr-defined]
+    library.BLIND = blind
     register(XFormers(library), specs.XFORMERS)
     checks = ["check_rows_before_the_first_key", "check_rows_before_the_window", "check_varlen_empty_sequences"]
     report = check_impl("emulated", device="cpu", dtype="bfloat16", checks=checks)
