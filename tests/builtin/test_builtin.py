@@ -261,6 +261,16 @@ def test_no_keys_give_zero_and_a_lse_of_minus_infinity() -> None:
     assert torch.equal(lse, sinks[None, :, None].expand(1, 4, 3))
 
 
+@pytest.mark.parametrize("name", ["attn_mask", "sinks"])
+def test_no_keys_give_every_argument_a_gradient_of_zero(name: str) -> None:
+    query, key = torch.randn(1, 4, 3, 8, dtype=torch.bfloat16), torch.randn(1, 4, 0, 8, dtype=torch.bfloat16)
+    given = torch.full((3, 1) if name == "attn_mask" else (4,), -torch.inf, requires_grad=True)
+    out = attnplug.scaled_dot_product_attention(query, key, key, **{name: given})
+    assert out.dtype == query.dtype and (out == 0).all()
+    out.sum().backward()
+    assert (given.grad == 0).all()
+
+
 def test_lse_without_a_gradient_says_so_instead_of_dropping_it() -> None:
     query = torch.randn(1, 2, 4, 8, requires_grad=True)
     out, lse = attnplug.scaled_dot_product_attention(query, query, query, return_lse=True, impl="aten_flash")

@@ -96,6 +96,9 @@ def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     if kv_heads != heads and kv_heads:
         key, value = (tensor.repeat_interleave(heads // kv_heads, -3) for tensor in (key, value))
     out = query @ key.transpose(-1, -2) @ value
+    for tensor in (params.attn_mask, params.sinks):
+        if tensor is not None and tensor.requires_grad:
+            out = out + tensor[..., :0].sum()
     if params.is_varlen:
         out = out.transpose(0, 1)
     if not params.return_lse:
