@@ -14,65 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnplug
 from attnplug import SDPAParams
 from attnplug._api import dense
-from attnplug.builtin import aten_flash, faults, rewrites, torch_sdpa
+from attnplug.builtin import aten_flash, faults, torch_sdpa
 from attnplug.testing import Call, assert_right
-from wrong_calls import BAD, PLAIN
+from wrong_calls import BAD, PLAIN, OperatorCalls, assert_fits, faked, params_of
 
 attend = attnplug.scaled_dot_product_attention
-
-
-def params_of(call: Call, **changes: Any) -> SDPAParams:
-    params = call.params(call.make())
-    fields = {name: getattr(params, name) for name in ("query", "key", "value", "attn_mask")}
-    fields |= {"dropout": params.dropout, "is_causal": params.is_causal, "scale": params.scale or 0.25} | changes
-    return SDPAParams(**fields)
-
-
-@pytest.fixture
-def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Let `torch` be called with fake CUDA tensors; what reaches PyTorch's function is collected."""
-    given: list[tuple[Any, ...]] = []
-
-    def sdpa(*arguments: Any, scale: float, enable_gqa: bool) -> Tensor:
-        given.append((*arguments, scale))
-        return arguments[0]
-
-    monkeypatch.setattr(torch_sdpa, "sdpa", sdpa)
-    return given
-
-
-def faked(params: SDPAParams, mode: FakeTensorMode) -> SDPAParams:
-    """Return the call with fake CUDA tensors that lie in memory as the real ones do."""
-
-    def fake(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-        memory = torch.empty(elements, dtype=tensor.dtype, device="cuda")
-        return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    with mode, torch.no_grad():
-        tensors = {name: fake(getattr(params, name)) for name in ("query", "key", "value", "attn_mask")}
-    return SDPAParams(**tensors, dropout=params.dropout, is_causal=params.is_causal, scale=params.scale)
-
-
-def assert_fits(given: tuple[Any, ...]) -> None:
-    """Assert that PyTorch's CUDA kernels take this, by what they are known to need."""
-    query, key, value, mask, dropout, is_causal, scale = given
-    for tensor in (query, key, value):
-        size = tensor.element_size()
-        assert tensor.storage_offset() * size % 16 == 0 and tensor.stride(-1) == 1
-        assert all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
-    if mask is not None:
-        assert mask.dim() > 1 and mask.shape[-1] == key.shape[-2] and mask.stride(-1) == 1
-        assert mask.storage_offset() * mask.element_size() % 16 == 0
-    assert dropout < 1
-    assert scale > 0 or not is_causal
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -84,21 +34,6 @@ def test_torch_on_cuda_gets_a_form_that_its_kernels_take(name: str, dtype: str, 
     with mode, torch.no_grad():
         torch_sdpa.forward(params)
     assert_fits(on_cuda[0])
-
-
-class OperatorCalls(TorchDispatchMode):
-    """Collects with what PyTorch's operator of FlashAttention-2 is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._scaled_dot_product_flash_attention.default:
-            options = kwargs or {}
-            dropout, is_causal, *_ = (*args[3:], *(0.0, False)[len(args) - 3 :])
-            self.given.append((*args[:3], None, dropout, is_causal, options["scale"]))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["plain", *(name for name, call in BAD.items() if not call.mask), "dropout"])
@@ -317,145 +252,6 @@ def test_dropout_is_kept_from_cudnn(
     assert not torch_sdpa.supports(dataclasses.replace(params, dropout=0.0))
     gpu_and_cudnn(monkeypatch, (8, 0), 91900)
     assert not torch_sdpa.supports(params)
-
-
-def large(mask_rows: int = 0, *, dropout: float = 0.0, shape: tuple[int, ...] = (1, 1, 70000, 8)) -> SDPAParams:
-    query = torch.empty(shape, device="cuda")
-    mask = torch.empty(mask_rows, shape[-2], device="cuda", dtype=torch.bool) if mask_rows else None
-    return SDPAParams(query, query, query, mask, dropout, scale=0.25)
-
-
-def test_masks_of_more_than_2_32_numbers_reach_pytorch_in_parts(
-    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for release, rows, lengths in (((2, 12), 70000, [35000, 35000]), ((2, 13), 70000, [70000]), ((2, 12), 1, [70000])):
-        monkeypatch.setattr(faults, "RELEASE", release)
-        with FakeTensorMode(), torch.no_grad():
-            out, _ = torch_sdpa.forward(large(rows))
-        assert out.shape[-2] == 70000
-        assert [query.shape[-2] for query, *_ in on_cuda] == lengths
-        assert [given[3].shape[-2] for given in on_cuda] == [min(rows, length) for length in lengths]
-        on_cuda.clear()
-
-
-def test_more_than_2_31_draws_reach_pytorch_in_parts(on_cuda: list[tuple[Any, ...]]) -> None:
-    for shape in ((4, 16, 8192, 8), (1, 3, 30000, 8), (2, 1, 50000, 8)):
-        with FakeTensorMode(), torch.no_grad():
-            out, _ = torch_sdpa.forward(large(dropout=0.1, shape=shape))
-        assert out.shape == shape
-        assert len(on_cuda) > 1
-        for query, key, *_ in on_cuda:
-            assert query.dim() == 5 or query.select(-1, 0).numel() * key.shape[-2] < 2**31
-        on_cuda.clear()
-
-
-def test_a_backward_of_more_than_2_31_numbers_is_computed_in_parts(
-    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SDPAParams, "needs_grad", True)  # without a driver there is no autograd of CUDA tensors
-    for shape, count in (
-        ((400, 4, 10496, 128), 2),
-        ((400, 4, 10368, 128), 1),
-        ((2**15, 16, 100, 16), 1),
-        ((2**15, 20, 100, 16), 2),
-    ):
-        with FakeTensorMode(), torch.no_grad(), OperatorCalls() as calls:
-            query, key = (
-                torch.empty(*shape[:2], length, shape[3], device="cuda", dtype=torch.half) for length in (shape[2], 128)
-            )
-            params = SDPAParams(query, key, key, scale=0.25, return_lse=True)
-            out, _ = torch_sdpa.forward(params)
-            flash, lse = aten_flash.forward(params)
-            aten_flash.plain(query, key, key, None, 0.0, False, 0.25, False)
-        assert out.shape == flash.shape == shape and lse.shape == shape[:-1]
-        assert len(on_cuda) == count and len(calls.given) == 2 * count
-        assert sum(given[0].shape[0] for given in on_cuda) == shape[0]
-        on_cuda.clear()
-
-
-EVERYWHERE = {
-    "hidden keys": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="boolean")),
-    "hidden keys of an additive mask": (rewrites.with_hidden_keys, PLAIN.but(keys=64, mask="additive")),
-    "another query": (rewrites.with_another_query, PLAIN),
-    "another query under a causal mask": (rewrites.with_another_query, PLAIN.but(is_causal=True)),
-    "another query of a mask": (rewrites.with_another_query, PLAIN.but(mask="additive")),
-    "another query of a mask of one row": (rewrites.with_another_query, PLAIN.but(mask="boolean", mask_dims="b11k")),
-    "a second query": (rewrites.with_another_query, PLAIN.but(queries=1, mask="boolean")),
-    "a fifth dimension": (rewrites.with_a_fifth_dimension, PLAIN),
-    "a fifth dimension of a mask": (rewrites.with_a_fifth_dimension, PLAIN.but(mask="additive", mask_dims="qk")),
-}
-
-
-@pytest.mark.parametrize("name", EVERYWHERE)
-def test_what_is_added_to_a_call_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mend, call = EVERYWHERE[name]
-    added = faults.Fault("PyTorch", "2.11.0", None, lambda params: True, mend)
-    assert_unchanged(call, faults.Faults(added), monkeypatch)
-
-
-TRACED = [
-    (torch_sdpa, PLAIN.but(heads=4, queries=33, mask="additive", dropout_p=0.2)),
-    (torch_sdpa, PLAIN.but(keys=64, mask="boolean", dropout_p=0.25, dtype="bfloat16", gradients=("query",))),
-    (aten_flash, PLAIN.but(queries=24, dtype="float16", is_causal=True)),
-]
-"""Calls of which something is rewritten for CUDA."""
-
-
-@pytest.mark.parametrize(("kernel", "call"), TRACED, ids=["another query", "hidden keys and dropout", "aten_flash"])
-def test_what_is_looked_at_and_rewritten_for_cuda_breaks_no_graph(
-    kernel: Any, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def on_hopper(device: torch.device) -> tuple[tuple[int, int], int]:
-        return (9, 0), 92000
-
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        key, value = (tensor[:, :1].expand_as(tensor) for tensor in (key, value))
-        return kernel.forward(SDPAParams(query, key, value, mask, call.dropout_p, scale=0.25))[0]
-
-    on_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    name = "OF_SDPA" if kernel is torch_sdpa else "OF_FLASH"
-    everywhere = [dataclasses.replace(fault, device=None) for fault in getattr(kernel, name).all]
-    monkeypatch.setattr(kernel, name, faults.Faults(*everywhere))
-    monkeypatch.setattr(faults, "_cudnn_on", on_hopper)
-    arguments, _ = call.with_leaves(call.make())
-    given = *(arguments[each] for each in ("query", "key", "value")), arguments.get("attn_mask")
-    if kernel is aten_flash:  # which has its operator for CUDA wherever it is not on a CPU
-        given = *(tensor.to("meta") for tensor in given[:3]), None
-    results = []
-    for each in (forward, torch.compile(forward, backend="eager", fullgraph=True)):
-        torch.manual_seed(0)
-        results.append(each(*given))
-    torch._dynamo.reset()
-    first, other = results
-    assert first.shape == other.shape and (first.is_meta or torch.equal(first, other))
-
-
-@pytest.mark.parametrize("dim", [-4, -3, -2])
-@pytest.mark.parametrize("mask_dims", ["", "bhqk", "b1qk", "11qk", "qk"])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
-def test_halves_are_the_whole(
-    dim: int, mask_dims: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call = PLAIN.but(batch=3, heads=heads[0], kv_heads=heads[1], queries=5)
-    call = call.but(mask="additive", mask_dims=mask_dims) if mask_dims else call
-    whole = call.make().arguments["query"].shape[dim]
-    too_large = faults.Fault(
-        "PyTorch", "2.11.0", None, lambda params: params.query.shape[dim] > 1, cut=lambda params: dim
-    )
-    assert whole > 2
-    assert_unchanged(call, faults.Faults(too_large), monkeypatch)
-
-
-def assert_unchanged(call: Call, given: faults.Faults, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Assert that `torch`, with these faults, is right of a call and its gradients."""
-    monkeypatch.setattr(torch_sdpa, "OF_SDPA", given)
-    call = call.but(gradients=("query", "key", "value"), dtype="bfloat16")
-    inputs = call.make()
-    arguments, leaves = call.with_leaves(inputs)
-    params = SDPAParams(**{"scale": 0.25, **{name: given for name, given in arguments.items() if name != "dropout_p"}})
-    out, _ = torch_sdpa.forward(params)
-    gradients = call.backward(inputs, out, None, leaves)
-    assert_right({**inputs.arguments, "scale": 0.25}, out.detach(), gradients=gradients, grad_out=inputs.grad_out)
 
 
 @pytest.mark.parametrize("impl", [None, "torch"])

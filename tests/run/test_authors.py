@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -146,6 +147,13 @@ def test_lse_gradients_are_refused_unless_declared(register: Callable[..., None]
     out, lse = attnplug.scaled_dot_product_attention(*inputs(), return_lse=True, impl="mine")
     with pytest.raises(attnplug.GradientError, match="'mine' gives no gradient through lse"):
         (out.sum() + lse.sum()).backward()
+
+
+def test_an_lse_in_a_graph_has_no_gradient_unless_declared(register: Callable[..., None]) -> None:
+    register("mine", WithBackward, Feature.LSE)
+    attend = functools.partial(attnplug.scaled_dot_product_attention, return_lse=True, impl="mine")
+    out, lse = torch.compile(attend, backend="aot_eager", fullgraph=True)(*inputs())
+    assert out.requires_grad and not lse.requires_grad
 
 
 def test_an_lse_that_is_kept_keeps_nothing_else_of_the_call(register: Callable[..., None]) -> None:

@@ -187,6 +187,19 @@ def test_func_grad_and_vmap_give_what_they_give_for_pytorch(impl: str) -> None:
     torch.testing.assert_close(per_sample, tuple(torch.stack(column) for column in zip(*theirs, strict=True)))
 
 
+def test_vmap_gives_a_kernel_elements_in_memory_of_their_own_whatever_dimension_it_took_away() -> None:
+    class Dense(Saving):
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor | None, ...]:
+            assert params.query.is_contiguous()
+            return Saving.forward(params)
+
+    attnplug.register_impl(ImplSpec(name="dense", kernel=Dense, backend=None))
+    query = torch.randn(*SHAPE, 3)
+    out = torch.func.vmap(lambda each: attnplug.scaled_dot_product_attention(each, each, each, impl="dense"), 4)(query)
+    torch.testing.assert_close(out, torch.stack([reference(*[query[..., n]] * 3) for n in range(3)]))
+
+
 def test_vmap_draws_anew_for_each_element_or_says_why_not() -> None:
     query = torch.randn(SHAPE).expand(4, *SHAPE)
 

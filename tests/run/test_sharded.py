@@ -64,6 +64,7 @@ def check(kv_heads: int, placement: Any, masked: bool) -> None:
     expected, expected_lse = attnplug.scaled_dot_product_attention(*whole, **arguments, impl="math_ref")
     out, lse = attnplug.scaled_dot_product_attention(*shared, **arguments, impl="opaque")
     assert isinstance(out, DTensor)
+    assert out.placements == (placement,)
     torch.testing.assert_close((out.full_tensor(), lse.full_tensor()), (expected, expected_lse))
     gradients = torch.autograd.grad(expected.square().sum(), whole)
     found = torch.autograd.grad(out.square().sum(), shared)
@@ -86,6 +87,7 @@ def check_all() -> None:
             with attnplug.patch_torch(), attnplug.sdpa_kernel(impl), attnplug.record() as calls:
                 hold(torch.nn.functional.scaled_dot_product_attention, attnplug.scaled_dot_product_attention, shared)
             assert calls[0].impl == impl
+    hold_sinks_that_every_rank_has([distribute_tensor(torch.randn(4, 4, 5, 8), mesh, [Shard(0)]) for _ in range(3)])
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)
     packed = [distribute_tensor(torch.randn(12, 4, 8), mesh, [Shard(1)]) for _ in range(3)]
     attend = functools.partial(
@@ -105,6 +107,17 @@ def hold(attend: Any, reference: Any, shared: list[Any]) -> None:
     gradients = torch.autograd.grad(expected.square().sum(), whole)
     found = torch.autograd.grad(out.square().sum(), shared)
     torch.testing.assert_close([gradient.full_tensor() for gradient in found], [*gradients], rtol=1e-4, atol=1e-5)
+
+
+def hold_sinks_that_every_rank_has(shared: list[Any]) -> None:
+    """Hold the gradient of a plain tensor, to which each rank adds its share, against that of the whole call."""
+    whole = [tensor.full_tensor() for tensor in shared]
+    gradients = []
+    for tensors in (shared, whole):
+        sinks = torch.linspace(-1.0, 1.0, 4).requires_grad_()
+        out = attnplug.scaled_dot_product_attention(*tensors, sinks=sinks, impl="math_ref")
+        gradients += torch.autograd.grad(out.square().sum(), sinks)
+    torch.testing.assert_close(*gradients)
 
 
 def check_compiled() -> None:

@@ -6,6 +6,7 @@ from it, no public name tells, so that part is tested where it is computed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -213,3 +214,18 @@ def test_two_units_in_the_last_place_are_allowed_and_no_more() -> None:
     assert_right(arguments, one + 2 * 2.0**-8)
     with pytest.raises(CheckFailure, match="out: largest error"):
         assert_right(arguments, one + 4 * 2.0**-8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 1e-3)],
+    ids=str,
+)
+def test_an_lse_may_be_off_by_what_the_contract_allows_its_dtype(dtype: torch.dtype, limit: float) -> None:
+    query = torch.zeros(1, 1, 1, 8, dtype=dtype)
+    key = torch.ones(1, 1, 1024, 8, dtype=dtype)
+    arguments = {"query": query, "key": key, "value": key}
+    lse = torch.full((1, 1, 1), math.log(1024), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_right(arguments, torch.ones_like(query), lse * (1 + 0.9 * limit))
+    with pytest.raises(CheckFailure, match="lse: largest"):
+        assert_right(arguments, torch.ones_like(query), lse * (1 + 1.1 * limit))

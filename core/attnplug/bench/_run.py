@@ -59,9 +59,7 @@ def run(
     """
     names = _impls(impls, baseline)
     caches = _caches(caches)
-    expect("tiny", tiny, bool, "a bool")
-    if not as_float("seconds", seconds, "a time") > 0:
-        raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
+    _check(seconds, tiny)
     cases = _cases(cases, tiny)
     clocks = {device: clock_for(device) for device in dict.fromkeys(case.device for case in cases)}
     kinds = list(dict.fromkeys((case.device, case.dtype) for case in cases))
@@ -140,6 +138,12 @@ def _caches(caches: Sequence[str]) -> list[str]:
     if not states or not all(state in CACHES for state in states):
         raise BenchError(f"caches: expected some of {CACHES}, got {states!r}")
     return states
+
+
+def _check(seconds: float, tiny: bool) -> None:
+    expect("tiny", tiny, bool, "a bool")
+    if not as_float("seconds", seconds, "a time") > 0:
+        raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
 
 
 def _impls(impls: Iterable[str] | None, baseline: str) -> list[str]:

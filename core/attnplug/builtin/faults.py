@@ -336,7 +336,8 @@ OF_SDPA = Faults(
         with_a_fifth_dimension,
     ),
     Fault(
-        "PyTorch's function prefers cuDNN on Hopper and Blackwell, which gives queries the same dropout mask",
+        "PyTorch's function prefers cuDNN on Hopper and Blackwell, before 2.12 for every dropout, where it gives "
+        "queries the same dropout mask",
         "2.11.0, cuDNN 9.19",
         "cuda",
         _cannot_keep_dropout_from_cudnn,
@@ -352,7 +353,7 @@ OF_SDPA = Faults(
     Fault(
         "PyTorch's efficient kernel gets a query that is left over wrong where heads share keys by a stride of 0 "
         "(pytorch#191937, pytorch#192138)",
-        "2.12.0, CUDA 13.0",
+        "2.12.0, CUDA 13.0; 2.13.0, by its source",
         "cuda",
         _shares_keys_with_a_query_left_over,
         with_another_query,
@@ -367,7 +368,7 @@ OF_SDPA = Faults(
     Fault(
         "PyTorch's efficient kernel counts the draws of dropout of one head with 32 bits, and differently in backward "
         "(pytorch#188015, pytorch#192138)",
-        "2.13.0",
+        "2.13.0, by its source",
         "cuda",
         _draws_too_often_in_one_head,
         with_a_fifth_dimension,
@@ -375,7 +376,7 @@ OF_SDPA = Faults(
     Fault(
         "PyTorch's efficient kernel counts its draws of dropout with 32 bits, and differently in backward "
         "(pytorch#188015, pytorch#192138)",
-        "2.13.0",
+        "2.13.0, by its source",
         "cuda",
         _draws_too_often_in_all,
         cut=batch_or_heads,

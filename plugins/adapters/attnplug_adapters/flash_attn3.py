@@ -89,10 +89,7 @@ class FlashAttn3(Adapter):
             flags = importlib.import_module(f"{self.name.removesuffix('_interface')}_config").CONFIG["build_flags"]
         except ModuleNotFoundError:
             return frozenset()
-        prefix = "FLASHATTENTION_DISABLE_"
-        return frozenset(
-            name.removeprefix(prefix) for name, value in flags.items() if value and name.startswith(prefix)
-        )
+        return frozenset(name.partition("_DISABLE_")[2] for name, value in flags.items() if value) - {""}
 
     def supports(self, params: SDPAParams) -> list[str]:
         """Return what the GPU, this build, or the combination of arguments rules out."""
@@ -118,6 +115,7 @@ class FlashAttn3(Adapter):
     def _asked(self, params: SDPAParams) -> dict[str, str]:
         """Return the parts of a build that the call needs."""
         left, right = convert.band(params)
+        size = params.query.shape[-1]
         asked = {
             "FP16": (params.query.dtype == torch.float16, "float16"),
             "LOCAL": (left >= 0 or right > 0, "window_size"),
@@ -125,6 +123,10 @@ class FlashAttn3(Adapter):
             "VARLEN": (params.is_varlen or params.seqused_k is not None, "sequences of different lengths"),
             "PAGEDKV": (params.block_table is not None, "paged keys"),
             "BACKWARD": (params.needs_grad, "backward"),
+            f"HDIMDIFF{64 if size <= 64 else 192}": (
+                size != params.value.shape[-1],
+                "kernel for another head size of values",
+            ),
         }
         return {part: what for part, (wanted, what) in asked.items() if wanted}
 

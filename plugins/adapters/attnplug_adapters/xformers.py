@@ -56,13 +56,13 @@ class XFormers(Adapter):
     def supports(self, params: SDPAParams) -> list[str]:
         """Return what no kernel of the library takes, or none on this GPU."""
         gpu, packed = compute_capability(params.query.device), params.is_varlen or params.seqused_k is not None
-        band, slow = convert.band(params), self._not_flash(params)
+        band, cause = convert.band(params), self._not_flash(params)
         newest = getattr(self.library.fmha.cutlass.FwOp, "CUDA_MAXIMUM_COMPUTE_CAPABILITY", None)
         too_new = gpu is not None and newest is not None and gpu > newest
         reasons = []
-        if slow and too_new:
+        if cause and too_new:
             most = ".".join(map(str, newest or ()))
-            reasons.append(f"has no kernel for {slow} above compute capability {most}")
+            reasons.append(f"has no kernel for {cause} above compute capability {most}")
         if packed and band != convert.OPEN and band[1] != 0:
             reasons.append("takes windows of packed sequences and with seqused_k only up to the diagonal: (left, 0)")
         if params.seqused_k is not None and not params.is_varlen:
@@ -70,9 +70,9 @@ class XFormers(Adapter):
                 reasons.append("takes no attn_mask together with seqused_k")
             if not convert.is_lower_right(params) and band != convert.OPEN:
                 reasons.append("takes seqused_k only with lower-right alignment")
-        if params.needs_grad and slow and packed and band not in (convert.OPEN, CAUSAL):
-            reasons.append(f"has no backward for windows of packed sequences and {slow}")
-        if params.needs_grad and not slow and torch.are_deterministic_algorithms_enabled():
+        if params.needs_grad and cause and packed and band not in (convert.OPEN, CAUSAL):
+            reasons.append(f"has no backward for windows of packed sequences and {cause}")
+        if params.needs_grad and not cause and torch.are_deterministic_algorithms_enabled():
             others = {"packed sequences": packed, "windows": band not in (convert.OPEN, CAUSAL), "this GPU": too_new}
             reasons += [f"has no deterministic backward for {call}" for call, holds in others.items() if holds]
         return reasons

@@ -189,12 +189,17 @@ def test_only_cutlass_kernels_of_xformers_are_deterministic() -> None:
 
 def test_a_build_without_a_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {f"FLASHATTENTION_DISABLE_{part}": True for part in ("SOFTCAP", "BACKWARD", "LOCAL", "HDIM256")}
+    flags |= {"FLASH_ATTENTION_DISABLE_HDIMDIFF192": True, "FLASHATTENTION_DISABLE_FP8": False}
     config = type(sys)("libraries.flash_attn3_config")
     config.CONFIG = {"build_flags": flags}
     monkeypatch.setitem(sys.modules, config.__name__, config)
     assert "this build has no softcap" in reasons("flash_attn3", (9, 0), softcap=5.0)
     assert "this build has no backward" in reasons("flash_attn3", (9, 0), grad=True)
     assert "this build has no window_size" in reasons("flash_attn3", (9, 0), window_size=(5, 5))
+    assert "this build has no kernel for another head size of values" in reasons(
+        "flash_attn3", (9, 0), size=192, value_size=128
+    )
+    assert reasons("flash_attn3", (9, 0), size=64, value_size=256) == ""
     assert "no head size above 192, got 256" in reasons("flash_attn3", (9, 0), size=256)
     assert reasons("flash_attn3", (9, 0), is_causal=True) == ""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import libraries
 
@@ -149,6 +150,21 @@ class TestRealPackages:
     def test_sageattention(self) -> None:
         library = pytest.importorskip("sageattention", reason="pip install sageattention would run this")
         assert not min((differences(library, item) for item in INTERFACES["sage_attention"]), key=len)
+        assert not differences(library, sage_attention.Packed)
+
+    def test_xformers(self) -> None:
+        library = pytest.importorskip("xformers.ops", reason="pip install --no-deps xformers would run this")
+        assert not differences(library, xformers.Interface)
+        masks = library.fmha.attn_bias
+        mask = masks.BlockDiagonalMask.from_seqlens([3, 4], [5, 9], device=torch.device("cpu"))
+        assert type(mask.make_causal_from_bottomright()) is masks.BlockDiagonalCausalFromBottomRightMask
+        assert mask.make_local_attention_from_bottomright(2)._window_size == 2
+        assert isinstance(library.fmha.flash.FwOp.is_available(), bool)
+
+    def test_flashinfer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUTE_DSL_CACHE_DIR", "")  # which its import sets
+        library = pytest.importorskip("flashinfer", reason="pip install flashinfer-python would run this")
+        assert not differences(library, flashinfer.Interface)
 
     def test_kernels(self) -> None:
         library = pytest.importorskip("kernels", reason="pip install kernels would run this")
