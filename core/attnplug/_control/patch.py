@@ -277,7 +277,8 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 
 def _fastpath_enabled() -> bool:
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # `torch.jit` does not say that it exports it
+    # TorchScript reads this function, and beside an ignored type no other comment. `torch.jit` exports the name unsaid.
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return _original_fastpath() and not _chosen() and process.bindings == 0
     return True
 
