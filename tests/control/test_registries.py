@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import textwrap
 import threading
 import warnings
@@ -79,6 +80,34 @@ def test_a_patch_that_fails_halfway_leaves_pytorch_s_function_and_the_activation
         with pytest.raises(error):
             attnplug.activate_flash_attention_impl("other")
     assert attnplug.current_flash_attention_impl() == "one" and said == ["one on"]
+
+
+class Interrupting:
+    """A module in which whoever looks for PyTorch's function is interrupted, once."""
+
+    looked = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dict__" and not Interrupting.looked:
+            Interrupting.looked = True
+            raise KeyboardInterrupt
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("is_active", [False, True])
+def test_what_is_interrupted_while_it_is_removed_is_gone(monkeypatch: pytest.MonkeyPatch, is_active: bool) -> None:
+    if is_active:
+        attnplug.activate_flash_attention_impl("aten_math")
+        remove = attnplug.restore_flash_attention_impl
+    else:
+        remove = attnplug.patch_torch().remove
+    assert F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention
+    Interrupting.looked = False
+    monkeypatch.setitem(sys.modules, "interrupting", Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        remove()
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    assert attnplug.current_flash_attention_impl() is None
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])

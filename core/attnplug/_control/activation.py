@@ -101,10 +101,11 @@ def activate_flash_attention_impl(impl: str) -> None:
             except BaseException:  # an interrupt, too: activation is all or nothing
                 _active = _redo(before)
                 raise
+            _become(_Active(impl, patch, register_fn, handle))
         except BaseException:  # as above
-            patch.remove()
+            if _active is None or _active.patch is not patch:
+                patch.remove()
             raise
-        _become(_Active(impl, patch, register_fn, handle))
         if before is not None:
             before.patch.remove()
 
@@ -121,8 +122,11 @@ def restore_flash_attention_impl() -> None:
             warn(UserWarning("restore_flash_attention_impl: no implementation is active"))
             return
         _undo(before)
-        _become(None)
-        before.patch.remove()
+        try:
+            _become(None)
+        finally:  # after an interrupt, too
+            if _active is None:
+                before.patch.remove()
 
 
 def _become(active: _Active | None) -> None:

@@ -52,9 +52,11 @@ class PatchHandle:
         """Undo the patch; a second call does nothing."""
         with _lock:
             if self in _handles:
-                _handles.remove(self)
-                if not _handles:
-                    _uninstall()
+                try:
+                    _handles.remove(self)
+                finally:  # after an interrupt, too
+                    if not _handles:
+                        _uninstall()
 
     def __repr__(self) -> str:
         return f"<PatchHandle: {'in place' if self in _handles else 'removed'}>"
@@ -83,10 +85,14 @@ def patch_torch() -> PatchHandle:
     """
     start()
     handle = PatchHandle()
-    with _lock:
-        if not _handles:
-            _install()
-        _handles.add(handle)
+    try:
+        with _lock:
+            if not _handles:
+                _install()
+            _handles.add(handle)
+    except BaseException:  # an interrupt leaves no patch that nobody can remove
+        handle.remove()
+        raise
     return handle
 
 
@@ -103,6 +109,14 @@ def _install() -> None:
 
 
 def _uninstall() -> None:
+    try:
+        _put_back()
+    except BaseException:  # an interrupt: what is begun is finished all the same
+        _put_back()
+        raise
+
+
+def _put_back() -> None:
     _sdpa.uninstall()
     _varlen_import.uninstall()
     if _varlen is not None:
@@ -263,7 +277,8 @@ _traceable_mha.__kwdefaults__ = _original_mha.__kwdefaults__
 
 
 def _fastpath_enabled() -> bool:
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # `torch.jit` does not say that it exports it
+    # TorchScript reads this function, and beside an ignored type no other comment. `torch.jit` exports the name unsaid.
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return _original_fastpath() and not _chosen() and process.bindings == 0
     return True
 

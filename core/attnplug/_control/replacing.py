@@ -23,28 +23,30 @@ class Replacement:
     def install(self) -> None:
         """Put the replacement in place."""
         self._seen.clear()
-        self._places[:] = self._find(self.original)
+        self._places.clear()
+        self._find(self.original)
         self._put(self.replaced)
 
     def uninstall(self) -> None:
-        """Put the original back, also in modules that have imported the replacement since."""
-        self._places.extend(self._find(self.replaced))
+        """Put the original back, also in modules that have imported the replacement since.
+
+        What is interrupted here goes on where it was when this is called again.
+        """
+        self._find(self.replaced)
         self._put(self.original)
 
-    def _find(self, function: Any) -> list[tuple[dict[str, Any], str]]:
+    def _find(self, function: Any) -> None:
         """Find the names of a function in the modules not yet seen, apart from PyTorch's bindings and attnplug itself.
 
         Runs in C for all but the few modules that hold it: there are some 100,000 names.
         """
-        found = []
         for name, module in list(sys.modules.items()):
             names = getattr(module, "__dict__", None)
             if name in self._seen or not names or name.partition(".")[0] == "attnplug" or name.startswith("torch._C"):
                 continue
-            self._seen.add(name)
             if True in map(is_, list(names.values()), repeat(function)):
-                found += [(names, attribute) for attribute, value in list(names.items()) if value is function]
-        return found
+                self._places += [(names, attribute) for attribute, value in list(names.items()) if value is function]
+            self._seen.add(name)
 
     def _put(self, function: Any) -> None:
         """Give all places this function, but for those that somebody else has given another since."""
