@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import attnplug
 from attnplug import SDPAParams
 from attnplug._api import dense
-from attnplug.builtin import aten_flash, faults, torch_sdpa
+from attnplug._call import device as gpu
+from attnplug.builtin import aten_flash, faults, gpus, torch_sdpa
 from attnplug.testing import Call, assert_right
 from wrong_calls import BAD, PLAIN, OperatorCalls, assert_fits, faked, params_of
 
@@ -96,7 +97,7 @@ def test_what_is_rewritten_for_cuda_means_the_same(name: str) -> None:
 
 
 def gpu_and_cudnn(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: int | None) -> None:
-    monkeypatch.setattr(faults, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(gpus, "compute_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
 
 
@@ -171,7 +172,7 @@ def test_single_queries_of_blackwell_do_not_go_straight_to_pytorch(
     with FakeTensorMode():
         query, key = (torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for length in (1, 64))
         for errs, expected in ((False, (1, 0)), (True, (1, 1))):
-            monkeypatch.setattr(dense, "errs_with_one_query", lambda index, answer=errs: (answer, False))
+            monkeypatch.setattr(dense, "cudnn_errs", lambda index, answer=errs: (answer, False, False))
             attend(query, key, key, impl=impl)
             assert (len(straight), len(on_cuda)) == expected
     assert on_cuda[0][0].shape[-2] == 2
@@ -195,8 +196,9 @@ def shared_on_cuda(call: Call, on_cuda: list[tuple[Any, ...]], requires_grad: bo
 @pytest.mark.parametrize("queries", [1, 33, 65])
 @pytest.mark.parametrize(("mask", "mask_dims"), [("", "bhqk"), ("boolean", "bhqk"), ("additive", "b11k")])
 def test_no_query_is_left_over_where_heads_share_their_keys(
-    queries: int, mask: str, mask_dims: str, on_cuda: list[tuple[Any, ...]]
+    queries: int, mask: str, mask_dims: str, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gpu_and_cudnn(monkeypatch, (8, 0), None)
     call = SHARED.but(queries=queries, mask=mask, mask_dims=mask_dims)
     query, _, _, given_mask, *_ = shared_on_cuda(call, on_cuda)
     assert query.shape[-2] == queries + 1
@@ -261,7 +263,7 @@ def test_what_torch_rewrites_does_not_go_straight_to_pytorch(
     straight: list[Tensor] = []
     gpu_and_cudnn(monkeypatch, (9, 0), 92600)
     monkeypatch.setattr(torch_sdpa, "OF_SDPA", faults.Faults())  # no autograd of CUDA tensors without a driver
-    monkeypatch.setattr(dense, "errs_with_one_query", lambda index: (False, True))
+    monkeypatch.setattr(dense, "cudnn_errs", lambda index: (False, True, True))
     monkeypatch.setattr(dense, "_torch_sdpa", lambda query, *others: straight.append(query) or query)
     with FakeTensorMode():
         one, query = (torch.empty(1, 2, length, 64, device="cuda", dtype=torch.bfloat16) for length in (1, 64))
@@ -275,7 +277,32 @@ def test_what_torch_rewrites_does_not_go_straight_to_pytorch(
         long = torch.empty(1, 2, 2**17, 64, device="cuda", dtype=torch.bfloat16)
         attend(long, query, query, impl=impl)
         attend(long.requires_grad_(), query, query, impl=impl)
-    assert (len(straight), len(on_cuda)) == (3, 4)
+        assert (len(straight), len(on_cuda)) == (3, 4)
+        narrow = torch.empty(1, 2, 64, 4, device="cuda", dtype=torch.bfloat16)
+        attend(narrow.clone().requires_grad_(), narrow, narrow, impl=impl)
+        assert (len(straight), len(on_cuda)) == (3, 5)
+        fits = torch.compile(dense._fit_cuda, backend="eager", fullgraph=True)
+        assert [fits(each, query, query, 0.0) for each in (long, long.detach(), query)] == [False, True, True]
+
+
+@pytest.mark.parametrize("impl", [None, "torch"])
+def test_dropout_goes_straight_to_pytorch_where_no_cudnn_is_preferred(
+    impl: str | None, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight: list[Tensor] = []
+    monkeypatch.setattr(dense, "_torch_sdpa", lambda query, *others: straight.append(query) or query)
+    monkeypatch.setattr(gpu, "_cudnn_errs", {})
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    with FakeTensorMode(), torch.no_grad():
+        query, long = (torch.empty(2, 2, length, 64, device="cuda") for length in (64, 40000))
+        for capability, expected in (((8, 0), (1, 0)), ((12, 0), (2, 0)), ((9, 0), (2, 1)), ((10, 0), (2, 2))):
+            gpu._cudnn_errs.clear()
+            monkeypatch.setattr(gpu, "compute_capability", lambda device, answer=capability: answer)
+            attend(query, query, query, dropout_p=0.25, impl=impl)
+            assert (len(straight), len(on_cuda)) == expected
+        gpu._cudnn_errs[0] = False, False, False
+        attend(long, long, long, dropout_p=0.25, impl=impl)
+    assert len(straight) == 2 and len(on_cuda) > 3  # too many draws
 
 
 def test_values_of_zero_give_zero_and_gradients_of_zero_whatever_the_values_were() -> None:

@@ -54,7 +54,7 @@ def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: {"cpu", "cuda"})
     monkeypatch.setattr(device._described, "capability", HOPPER)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: CUDNN)
-    monkeypatch.setitem(device._errs_with_one_query, 0, (False, True))
+    monkeypatch.setitem(device._cudnn_errs, 0, (False, True, True))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under th
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
-from attnplug._call.device import errs_with_one_query
+from attnplug._call.device import cudnn_errs
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
@@ -25,13 +25,18 @@ from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
+from attnplug._tracing import holds
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalVariant as TorchVariant
 
 LARGE = 2**22
-"""Of fewer elements no query is too large for a backward on CUDA, whatever its lengths are: see `builtin.faults`."""
+"""Of fewer elements, and head sizes of 8 and above, no query is too large for a backward on CUDA, whatever its lengths.
+
+See `TOO_FAR` in `builtin.faults`: one query of head size 8 counts as 128 of 32. `builtin.aten_flash` has the same as
+`SMALL`, because built-in kernels keep to public names.
+"""
 
 
 @overload
@@ -348,21 +353,23 @@ def _is_open(window: Any) -> bool:
 def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether PyTorch's CUDA kernels get such tensors right without what `torch` rewrites: see `builtin.faults`.
 
-    They load 16 bytes at once, and fault where a tensor does not start at a multiple of it. A trace has no storage to
-    ask; Inductor copies inputs that are not aligned.
+    They load 16 bytes at once, and fault where a tensor does not start at a multiple of it. A trace cannot ask, and
+    assumes it: see `builtin.rewrites.starts_aligned`.
     """
     if dropout:
-        return False
-    if query.shape[-2] == 1:
-        errs, errs_in_gradients = errs_with_one_query(query.get_device())
+        *_, errs = cudnn_errs(query.get_device())
+        if errs or holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
+            return False
+    if holds(query.shape[-2] == 1):
+        errs, errs_in_gradients, _ = cudnn_errs(query.get_device())
         if errs or (errs_in_gradients and _records(query, key, value)):
             return False
-    if key.stride(-3) == 0 == value.stride(-3):  # heads that share their keys
+    if holds(key.stride(-3) == 0) and holds(value.stride(-3) == 0):  # heads that share their keys
+        return False
+    if _records(query, key, value) and (holds(query.numel() >= LARGE) or holds(query.shape[-1] < 8)):
         return False
     if is_compiling():
         return True
-    if query.numel() >= LARGE and _records(query, key, value):
-        return False
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two

@@ -78,17 +78,21 @@ def compute_capability(device: torch.device | str) -> Capability | None:
 
 
 @constant_in_traces
-def errs_with_one_query(index: int) -> tuple[bool, bool]:
-    """Whether the cuDNN of a CUDA device here may get single queries wrong, and their gradients: `builtin.faults`."""
-    found = _errs_with_one_query.get(index)
+def cudnn_errs(index: int) -> tuple[bool, bool, bool]:
+    """Whether PyTorch prefers a cuDNN on a CUDA device that may get single queries, their gradients or dropout wrong.
+
+    `builtin.faults` tells which calls it does get wrong.
+    """
+    found = _cudnn_errs.get(index)
     if found is None:
         capability, cudnn = compute_capability(torch.device("cuda", index)), torch.backends.cudnn.version() or 0
         major = 0 if capability is None else capability[0]
-        found = _errs_with_one_query[index] = major in (10, 11) and cudnn <= 92500, major == 9
+        prefers = major in (9, 10) and cudnn > 91500
+        found = _cudnn_errs[index] = major in (10, 11) and cudnn <= 92500, major == 9 and prefers, prefers
     return found
 
 
-_errs_with_one_query: dict[int, tuple[bool, bool]] = {}
+_cudnn_errs: dict[int, tuple[bool, bool, bool]] = {}
 
 
 def as_device(argument: str, value: Any) -> torch.device:

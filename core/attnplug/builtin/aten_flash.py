@@ -15,13 +15,17 @@ from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
 from attnplug.builtin.faults import OF_FLASH
+from attnplug.builtin.gpus import counts_too_far, lacks_backward
 from attnplug.builtin.masks import as_additive
 from attnplug.builtin.operators import operator
-from attnplug.builtin.rewrites import halves, is_aligned
+from attnplug.builtin.rewrites import divisible, halves, is_aligned
 
 composite = True
 SMALL = 2**22
-"""Of fewer elements no query is too large for backward, see `faults.TOO_FAR`, whatever its lengths are."""
+"""Of fewer elements no query is too large for backward, see `faults.TOO_FAR`, whatever its lengths are.
+
+One query of head size 8, the smallest here, counts as 128 of 32. The core has the same for its passthrough, as `LARGE`.
+"""
 _flash_cpu = operator(
     "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
     "bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"
@@ -52,14 +56,12 @@ def _backward(device_type: str) -> Any:
 
 
 def supports(params: SDPAParams) -> str | None:
-    """Decline what FlashAttention-2's backward refuses, on GPUs whose multiprocessors have less shared memory."""
+    """Decline what FlashAttention-2's backward refuses on some GPUs."""
     gpu, size = compute_capability(params.query.device), params.query.shape[-1]
-    if gpu is None or not ((8, 6) <= gpu <= (8, 9) or gpu[0] == 12) or not params.needs_grad:
+    if gpu is None or not lacks_backward(gpu, params):
         return None
-    if 192 < size <= 224 or (size > 224 and params.dropout > 0):
-        dropout = " with dropout" if size > 224 else ""
-        return f"has no backward for head size {size}{dropout} on compute capability {gpu[0]}.{gpu[1]}"
-    return None
+    dropout = " with dropout" if size > 224 else ""
+    return f"has no backward for head size {size}{dropout} on compute capability {gpu[0]}.{gpu[1]}"
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,9 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
 
 def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value from `out` and `lse` over more keys than these; without dropout."""
+    # Inside a backward nothing needs a gradient, which is what the fault's own question would begin with.
+    if counts_too_far(params.query) and (dim := divisible(params)) is not None:
+        return _partial_backward_in_halves(params, dim, grad_out, out, lse)
     mended = OF_FLASH.mended(params)
     query, key, value = _with_dense_rows(mended)
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # the probability of a key that no row sees is 0
@@ -92,6 +97,20 @@ def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Ten
         assert params.scale is not None
         grads = (grads[0] * (-1 if params.scale < 0 else 0), *grads[1:])
     return tuple(grads)
+
+
+def _partial_backward_in_halves(
+    params: SDPAParams, dim: int, grad_out: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second = halves(params, dim)
+    sizes = [half.query.shape[dim] for half in (first, second)]
+    rows = zip(grad_out.split(sizes, dim), out.split(sizes, dim), lse.split(sizes, dim + 1), strict=True)
+    grads = [partial_backward(half, *each) for half, each in zip((first, second), rows, strict=True)]
+    query, key, value = (
+        torch.cat(pair, dim) if pair[0].shape != whole.shape else pair[0] + pair[1]  # both halves have what is not cut
+        for whole, pair in zip((params.query, params.key, params.value), zip(*grads, strict=True), strict=True)
+    )
+    return query, key, value
 
 
 def plain(

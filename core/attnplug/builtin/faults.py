@@ -1,10 +1,12 @@
 """Calls that PyTorch's own kernels get wrong: what each is, where it was seen, and the exact way round it.
 
 PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an error from deep inside.
-`torch` and `aten_flash` never pass them on as they are: `mended` rewrites a call where that is exact and costs little
-beside attention itself, `cut` tells along which dimension one that is too large is computed in halves, and `reasons`
-declines the rest. A decision is kept whatever the lengths are, so no reason may look at them. A plain call is looked at
-for about a microsecond.
+`torch` and `aten_flash` do not pass them on as they are: `mended` rewrites a call where that is exact, `cut` tells
+along which dimension one that is too large is computed in halves, and `reasons` declines the rest. A decision is kept
+whatever the lengths are, so no reason may look at them. Two calls of one causal head and one batch are therefore not
+helped: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it is, and too many draws of dropout are left to
+PyTorch's formula, which needs the memory of all logits. In an exported program, a fault that depends on a size which is
+left open is not seen. A plain call is looked at for about a microsecond.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams, compute_capability
+from attnplug import SDPAParams
+from attnplug.builtin.gpus import HALF, counts_too_far, cudnn_on, flash_on, lacks_backward
 from attnplug.builtin.rewrites import (
     BATCH,
     HEADS,
     QUERIES,
     aligned,
-    batch_or_heads,
+    divisible,
+    holds,
     is_aligned,
     starts_aligned,
     with_a_fifth_dimension,
@@ -36,7 +40,6 @@ from attnplug.builtin.rewrites import (
 )
 
 KINDS = ("cpu", "cuda")
-HALF = (torch.float16, torch.bfloat16)
 RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
 INT32, UINT32 = 2**31, 2**32
 PREFERRED_CUDNN = 91500
@@ -53,7 +56,8 @@ class Fault:
         device: the device type that it happens on; None for any.
         concerns: whether a call is one of these, given that it is on such a device.
         mend: returns the same call, exactly, in a form that PyTorch gets right; None where there is none.
-        cut: returns the dimension of the query along which halves of the call are right, or smaller at least.
+        cut: returns the dimension of the query along which halves of the call are right, or smaller at least; None
+            where there is none.
     """
 
     says: str
@@ -61,7 +65,7 @@ class Fault:
     device: str | None
     concerns: Callable[[SDPAParams], bool]
     mend: Callable[[SDPAParams], SDPAParams] | None = None
-    cut: Callable[[SDPAParams], int] | None = None
+    cut: Callable[[SDPAParams], int | None] | None = None
 
     @property
     def reason(self) -> str:
@@ -130,36 +134,36 @@ def _has_a_mask_of_one_dimension(params: SDPAParams) -> bool:
 
 def _has_a_mask_whose_rows_are_not_dense(params: SDPAParams) -> bool:
     mask = params.attn_mask
-    return mask is not None and (mask.shape[-1] != params.key.shape[-2] or mask.stride(-1) != 1)
+    return mask is not None and (holds(mask.shape[-1] != params.key.shape[-2]) or holds(mask.stride(-1) != 1))
 
 
 def _has_gradients_that_cudnn_loses(params: SDPAParams) -> bool:
     if params.attn_mask is None or params.query.dtype not in HALF or not params.needs_grad:
         return False
-    capability, version = _cudnn_on(params.query.device)
-    return capability == (9, 0) and 0 < version < 92600 and params.key.shape[-2] % 128 == 64
+    capability, version = cudnn_on(params.query.device)
+    return capability == (9, 0) and 0 < version < 92600 and holds(params.key.shape[-2] % 128 == 64)
 
 
 def _decodes_where_cudnn_errs(params: SDPAParams) -> bool:
-    if params.query.is_nested or params.query.dtype not in HALF or params.query.shape[-2] != 1:
+    if params.query.is_nested or params.query.dtype not in HALF or not holds(params.query.shape[-2] == 1):
         return False
-    capability, version = _cudnn_on(params.query.device)
+    capability, version = cudnn_on(params.query.device)
     blackwell = capability is not None and capability[0] in (10, 11)
     return blackwell and 91900 <= version <= 92500 and version != 92401
 
 
 def _asks_cudnn_for_gradients_of_one_query(params: SDPAParams) -> bool:
     query = params.query
-    if not _is_dense(query) or query.dtype not in HALF or query.shape[-2] != 1 or not params.needs_grad:
+    if not _is_dense(query) or query.dtype not in HALF or not params.needs_grad or not holds(query.shape[-2] == 1):
         return False
-    capability, version = _cudnn_on(query.device)
+    capability, version = cudnn_on(query.device)
     return capability == (9, 0) and version > PREFERRED_CUDNN
 
 
 def _asks_cudnn_for_dropout(params: SDPAParams) -> bool:
     if params.dropout <= 0 or params.query.dtype not in HALF:
         return False
-    capability, version = _cudnn_on(params.query.device)
+    capability, version = cudnn_on(params.query.device)
     return capability is not None and capability[0] in (9, 10) and version > PREFERRED_CUDNN
 
 
@@ -175,9 +179,10 @@ def _shares_keys_with_a_query_left_over(params: SDPAParams) -> bool:
     query, key, value = params.query, params.key, params.value
     return (
         _is_dense(query)
-        and query.shape[HEADS] > 1
-        and key.stride(HEADS) == 0 == value.stride(HEADS)
-        and query.shape[QUERIES] % 32 == 1  # a block has 32 or 64 queries
+        and holds(key.stride(HEADS) == 0)
+        and holds(value.stride(HEADS) == 0)
+        and holds(query.shape[HEADS] > 1)
+        and holds(query.shape[QUERIES] % 32 == 1)  # a block has 32 or 64 queries
         and not _is_for_flash(params)
         and not params.needs_grad  # which takes an lse, and with one the kernel another way
     )
@@ -187,35 +192,28 @@ def _has_a_mask_of_far_rows(params: SDPAParams) -> bool:
     mask = params.attn_mask
     if RELEASE >= (2, 13) or mask is None or not _is_dense(params.query):
         return False
-    rows = mask.shape[-2] if mask.dim() > 1 else 1
-    return rows > 1 and (rows - 1) * max(mask.stride(-2), -(-mask.shape[-1] // 16) * 16) >= UINT32
+    if mask.dim() < 2:
+        return False
+    rows, padded = mask.shape[-2] - 1, -(-mask.shape[-1] // 16) * 16
+    return holds(rows * mask.stride(-2) >= UINT32) or holds(rows * padded >= UINT32)
 
 
 def _draws_too_often(params: SDPAParams) -> bool:
     query, keys = params.query, params.key.shape[-2]
     if params.dropout <= 0 or not _is_dense(query) or _is_for_flash(params):
         return False
-    return query.shape[BATCH] * query.shape[HEADS] * query.shape[QUERIES] * keys >= INT32
+    return holds(query.shape[BATCH] * query.shape[HEADS] * query.shape[QUERIES] * keys >= INT32)
 
 
 def _draws_too_often_in_one_head(params: SDPAParams) -> bool:
-    return _draws_too_often(params) and not _has_parts(params)
-
-
-def _draws_too_often_in_all(params: SDPAParams) -> bool:
-    return _draws_too_often(params) and _has_parts(params)
+    return _draws_too_often(params) and divisible(params) is None
 
 
 def _counts_too_far_in_backward(params: SDPAParams) -> bool:
-    if not params.needs_grad or not _is_dense(params.query) or not _is_for_flash(params) or not _has_parts(params):
+    query = params.query  # of FlashAttention-2, whichever kernel PyTorch then has for it
+    if not params.needs_grad or params.attn_mask is not None or query.dtype not in HALF:
         return False
-    batch, heads, queries, size = params.query.shape
-    return batch * heads * -(-queries // 128) * 128 * max(size, 32) > INT32
-
-
-def _has_parts(params: SDPAParams) -> bool:
-    """Whether a call can be halved along batch or heads."""
-    return params.query.shape[BATCH] > 1 or params.query.shape[HEADS] == params.key.shape[HEADS] > 1
+    return _is_dense(query) and counts_too_far(query)
 
 
 def _is_dense(query: Tensor) -> bool:
@@ -224,23 +222,17 @@ def _is_dense(query: Tensor) -> bool:
 
 
 def _is_for_flash(params: SDPAParams) -> bool:
-    """Whether PyTorch has FlashAttention-2 or cuDNN for a dense call, and so does not come to its efficient kernel."""
+    """Whether PyTorch has FlashAttention-2 for a dense call, and so does not come to its efficient kernel."""
     query, key, value = params.query, params.key, params.value
     return (
         params.attn_mask is None
         and query.dtype in HALF
-        and query.shape[-1] == value.shape[-1] <= 256
-        and (not params.is_causal or query.shape[-2] == key.shape[-2])
+        and holds(query.shape[-1] == value.shape[-1])
+        and holds(query.shape[-1] <= 256)
+        and (not params.is_causal or holds(query.shape[-2] == key.shape[-2]))
+        and (capability := flash_on(query.device)) is not None
+        and not lacks_backward(capability, params)
     )
-
-
-def _cudnn_on(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    """Return the compute capability of a device and the version of cuDNN, 0 where there is none."""
-    return compute_capability(device), torch.backends.cudnn.version() or 0
-
-
-# What `torch.compiler.assume_constant_result` does, which would import Dynamo: a trace cannot ask cuDNN.
-_cudnn_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
 
 
 def _is_misaligned(params: SDPAParams) -> bool:
@@ -275,11 +267,11 @@ MISALIGNED = Fault(
 )
 TOO_FAR = Fault(
     "PyTorch's flash kernel counts with 32 bits in backward, and faults where all queries have more than 2^31 numbers "
-    "(PriorLabs/TabPFN#1184)",
+    "(PriorLabs/TabPFN#1184); still so for one causal head of one batch, which has no parts",
     "of August 2026, the last of which was 2.13.0",
     "cuda",
     _counts_too_far_in_backward,
-    cut=batch_or_heads,
+    cut=divisible,
 )
 OF_SDPA = Faults(
     HIDDEN_BEFORE_SCALED,
@@ -366,8 +358,8 @@ OF_SDPA = Faults(
         cut=lambda params: QUERIES,
     ),
     Fault(
-        "PyTorch's efficient kernel counts the draws of dropout of one head with 32 bits, and differently in backward "
-        "(pytorch#188015, pytorch#192138)",
+        "PyTorch's efficient kernel counts the draws of dropout of one causal head with 32 bits, and differently in "
+        "backward (pytorch#188015, pytorch#192138); PyTorch's formula takes it, in the memory of all logits",
         "2.13.0, by its source",
         "cuda",
         _draws_too_often_in_one_head,
@@ -378,8 +370,8 @@ OF_SDPA = Faults(
         "(pytorch#188015, pytorch#192138)",
         "2.13.0, by its source",
         "cuda",
-        _draws_too_often_in_all,
-        cut=batch_or_heads,
+        _draws_too_often,
+        cut=divisible,
     ),
     TOO_FAR,
     MISALIGNED,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import pad
 
 from attnplug import SDPAParams
@@ -64,29 +64,43 @@ def with_another_query(params: SDPAParams) -> SDPAParams:
 
 
 def with_a_fifth_dimension(params: SDPAParams) -> SDPAParams:
-    """Return a call that PyTorch has only its formula for; what calls it takes the dimension away."""
+    """Return a call that PyTorch has only its formula for, in the memory of all logits.
+
+    What calls it takes the dimension away.
+    """
     mask = params.attn_mask
     query, key, value = (tensor.unsqueeze(0) for tensor in (params.query, params.key, params.value))
     return replace(params, query=query, key=key, value=value, attn_mask=None if mask is None else mask.unsqueeze(0))
 
 
 def with_dropout_between_steps(params: SDPAParams) -> SDPAParams:
-    """Return a call with the next larger probability, which is the same in the float32 of kernels."""
+    """Return a call with a probability larger by one or two units in the last place, the same in float32."""
     return replace(params, dropout=params.dropout * (1 + 2**-52))
 
 
-def batch_or_heads(params: SDPAParams) -> int:
-    return BATCH if params.query.shape[BATCH] > 1 else HEADS
+def divisible(params: SDPAParams) -> int | None:
+    """Return along which dimension of its query a dense call can be halved; None for one causal head, one query."""
+    shape = params.query.shape
+    if holds(shape[BATCH] > 1):
+        return BATCH
+    if holds(shape[HEADS] > 1):
+        return HEADS
+    return QUERIES if not params.is_causal and holds(shape[QUERIES] > 1) else None
 
 
 def halves(params: SDPAParams, dim: int) -> tuple[SDPAParams, SDPAParams]:
     """Return a dense call as two, of the first and of the other batches, heads or queries."""
+    whole, groups = params.query.shape[dim], params.key.shape[dim]
+    if dim != HEADS or groups == 1:
+        groups = whole
+    first = groups // 2 * (whole // groups)  # query heads that share keys stay together
 
     def part(tensor: Tensor | None, second: bool) -> Tensor | None:
         if tensor is None or tensor.dim() < -dim or tensor.shape[dim] == 1:
             return tensor  # which broadcasts
         size = tensor.shape[dim]
-        return tensor.narrow(dim, size // 2, size - size // 2) if second else tensor.narrow(dim, 0, size // 2)
+        at = first * size // whole
+        return tensor.narrow(dim, at, size - at) if second else tensor.narrow(dim, 0, at)
 
     def half(second: bool) -> SDPAParams:
         names = ("query", "attn_mask") if dim == QUERIES else ("query", "key", "value", "attn_mask")
@@ -116,14 +130,28 @@ def is_aligned(tensor: Tensor) -> bool:
     elements = ALIGNMENT // tensor.element_size()
     *strides, step = tensor.stride()
     for at, stride in enumerate(strides):
-        if stride % elements and tensor.shape[at] != 1:
+        if not holds(stride % elements == 0) and not holds(tensor.shape[at] == 1):
             return False
-    return step == 1 or tensor.shape[-1] == 1
+    return holds(step == 1) or holds(tensor.shape[-1] == 1)
 
 
 def starts_aligned(tensor: Tensor) -> bool:
     """Whether a tensor starts aligned; the memory that it lies in does, as all of PyTorch's.
 
-    A trace has no storage to ask, and would break where it does; Inductor copies inputs that are not aligned.
+    A trace cannot ask, and assumes it. Of a graph's inputs Inductor copies those that are not; of views that are made
+    in the graph, and with other backends, nobody looks.
     """
     return is_compiling() or tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0
+
+
+def holds(comparison: bool) -> bool:
+    """Whether a comparison of sizes holds: in a trace with a guard, in an exported program for all that they may be.
+
+    Such a program has one form for the whole range of a size, which a guard would narrow. `attnplug._tracing.holds` is
+    the same: this package keeps to public names.
+    """
+    if not is_compiling():
+        return comparison
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
+
+    return statically_known_true(comparison) if is_exporting() else guard_or_false(comparison)
