@@ -85,6 +85,16 @@ def test_a_declared_pair_that_is_declined_is_reported_but_no_failure(register):
     assert all("no sinks under causal masks" in text for text in result.declined)
 
 
+@pytest.mark.parametrize("check", ["check_outputs_are_fully_written", "check_nothing_outside_is_written"])
+def test_a_kernel_without_a_deterministic_mode_declines_checks_of_new_memory(register, check):
+    class NotDeterministic(Kernel):
+        def supports(self, params):
+            return "no deterministic mode" if torch.are_deterministic_algorithms_enabled() else None
+
+    result = result_of(register(NotDeterministic()), check)
+    assert (result.status, result.reason.partition(" -- ")[0]) == ("declined", "no deterministic mode")
+
+
 def test_windows_of_one_side_alone_pass_and_the_report_says_what_is_declined(register):
     class LeftWindows(Kernel):
         def supports(self, params):

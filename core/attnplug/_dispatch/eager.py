@@ -83,7 +83,7 @@ def _planned(params: SDPAParams, impl: str | None) -> Plan | None:
         fields["attn_mask"] = mask
         return None
     grouped = facts.heads != facts.kv_heads
-    fields["enable_gqa"] = True if grouped else False  # noqa: SIM210  (sizes are tensors in torch.jit.trace)
+    fields["enable_gqa"] = True if grouped else False  # noqa: SIM210, sizes are tensors in torch.jit.trace
     if plan is None:
         _check_impl(impl)
         if params.scale is None:

@@ -237,7 +237,7 @@ class Registry:
         contested = self._contested.get(name)
         if contested is not None:
             raise _duplicate(None, contested)
-        raise UnknownImplementationError(name, (*self.names(), *also), where, self.absent() | _FAMILIES)
+        raise UnknownImplementationError(name, (*self.names(), *also), where, _FAMILIES | self.absent())
 
     def absent(self) -> dict[str, str]:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""

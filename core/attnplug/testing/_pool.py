@@ -66,7 +66,7 @@ class Worker:
             try:
                 reason = f"ended its process{early}: {_how(process.wait(_GRACE))}"
             except subprocess.TimeoutExpired:
-                reason = f"answered with something else than a result: {answer!r}"
+                reason = f"answered with something else than a result: {type(answer).__name__}"
         self._end()
         return task.failed(f"{reason}{self._told()}", time.perf_counter() - start)
 
@@ -108,7 +108,10 @@ class Worker:
         try:
             greeting = self._answers.get(timeout=STARTING)
         except queue.Empty:
-            greeting = None
+            self._end()
+            raise RuntimeError(
+                f"no worker could be started: it did not answer within {STARTING:g} s{self._told()}"
+            ) from None
         if type(greeting) is not str:
             code = self._end(_GRACE)
             raise RuntimeError(f"no worker could be started: {_how(code)}{self._told()}")

@@ -40,9 +40,13 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     positions = flex_mods.Positions.of(params)
     query, key, value = flex_mods.dense(params, positions)
     wants_lse = params.return_lse or params.sinks is not None
-    constants = (params.scale, query.shape[1] != key.shape[1], wants_lse)
+    if query.device.type == "cpu" and not torch.is_grad_enabled():  # flex looks at tensors alone, and refuses backward
+        query, key, value = query.detach(), key.detach(), value.detach()
     # A trace gets flex_attention itself, for its own graph; a kernel would read fake tensors, which have no memory.
     traced = flex_mods.is_watched() or isinstance(query, FakeTensor)
+    # Of an int PyTorch 2.13 makes a symbol, which its kernel for the CPU then does not know.
+    scale = params.scale if traced else float(params.scale)
+    constants = (scale, query.shape[1] != key.shape[1], wants_lse)
     attend = flex_kinds.attention(*constants) if traced else partial(flex_kinds.attend, constants)
     score_mod = flex_mods.score_mod(params, positions)
     if traced and query.device.type == "cpu" and not wants_lse:

@@ -172,6 +172,14 @@ def test_blocks_of_a_band_are_those_of_each_pair() -> None:
             assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
+@pytest.mark.usefixtures("_unfused")
+def test_leaves_that_require_a_gradient_are_taken_where_none_is_recorded() -> None:
+    query = torch.randn(1, 2, 24, 16, requires_grad=True)
+    with torch.no_grad():
+        out = attnplug.scaled_dot_product_attention(query, query, query, impl="flex")
+        torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, query, query))
+
+
 def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -191,6 +199,15 @@ def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:
 def test_features_on_the_cpu_are_those_that_need_neither_lse_nor_gradients() -> None:
     only_cuda = frozenset(specs.FLEX_CUDA.features) - frozenset(specs.FLEX_CPU.features)
     assert only_cuda == {Feature.LSE, Feature.LSE_GRADIENT, Feature.SINKS, Feature.SINKS_GRADIENT}
+
+
+@pytest.mark.slow
+def test_a_scale_may_be_an_int() -> None:
+    """Inductor's kernel for a CPU names a symbol for it, and does not declare it."""
+    query = torch.randn(2, 1, 24, 16)
+    out = attnplug.scaled_dot_product_attention(query, query, query, is_causal=True, scale=1, impl="flex")
+    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True, scale=1)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.slow

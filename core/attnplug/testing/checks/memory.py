@@ -136,24 +136,27 @@ def _calls(subject: Subject) -> list[Call]:
     return calls
 
 
-@check()
+@check(may_decline=True)  # new memory is filled in deterministic mode, which not every kernel has
 def check_outputs_are_fully_written(subject: Subject) -> None:
     """Every element of out, lse and the gradients is written: new memory full of NaN leaves no trace."""
-    for call, inputs in subject.taken(_calls(subject)):
+    for call in _calls(subject):
+        inputs = call.make()
         with GuardedAllocator():
-            if subject.refusals(call, inputs):  # it asks for deterministic algorithms, which not every kernel has
+            if not subject.takes(call, inputs):
                 continue
             outcome = run(subject.name, call, inputs)
         compare(subject.name, call, inputs, outcome)
 
 
-@check()
+@check(may_decline=True)
 def check_nothing_outside_is_written(subject: Subject) -> None:
     """Nothing is written before or after a tensor that the kernel allocates."""
-    for call, inputs in subject.taken(_calls(subject)):
+    for call in _calls(subject):
+        inputs = call.make()
         with GuardedAllocator() as allocator:
-            if not subject.refusals(call, inputs):
-                run(subject.name, call, inputs)
+            if not subject.takes(call, inputs):
+                continue
+            run(subject.name, call, inputs)
         if allocator.overrun():
             raise failure(call, "memory next to a tensor that the kernel allocated was written")
 
