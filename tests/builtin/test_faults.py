@@ -285,6 +285,14 @@ def test_what_torch_rewrites_does_not_go_straight_to_pytorch(
         assert [fits(each, query, query, 0.0) for each in (long, long.detach(), query)] == [False, True, True]
 
 
+@pytest.mark.parametrize("size", [8, 32, 40, 64, 96, 256])
+def test_what_the_short_ways_take_without_counting_is_never_too_much(size: int) -> None:
+    assert dense.LARGE == aten_flash.SMALL
+    single_queries = torch.empty((dense.LARGE - 1) // size, 1, 1, size, device="meta")
+    assert not gpus.counts_too_far(single_queries)
+    assert gpus.counts_too_far(torch.empty(2**19 + 1, 1, 1, size, device="meta"))
+
+
 @pytest.mark.parametrize("impl", [None, "torch"])
 def test_dropout_goes_straight_to_pytorch_where_no_cudnn_is_preferred(
     impl: str | None, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
