@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C._autograd import _profiler_enabled
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.overrides import handle_torch_function
 
 from attnplug._call.device import cudnn_errs
@@ -25,7 +25,6 @@ from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
-from attnplug._tracing import holds
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
@@ -358,21 +357,34 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     """
     if dropout:
         *_, errs = cudnn_errs(query.get_device())
-        if errs or holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
+        if errs or _holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
             return False
-    if holds(query.shape[-2] == 1):
+    if _holds(query.shape[-2] == 1):
         errs, errs_in_gradients, _ = cudnn_errs(query.get_device())
         if errs or (errs_in_gradients and _records(query, key, value)):
             return False
-    if holds(key.stride(-3) == 0) and holds(value.stride(-3) == 0):  # heads that share their keys
+    if _holds(key.stride(-3) == 0) and _holds(value.stride(-3) == 0):  # heads that share their keys
         return False
-    if _records(query, key, value) and (holds(query.numel() >= LARGE) or holds(query.shape[-1] < 8)):
+    if _records(query, key, value) and (_holds(query.numel() >= LARGE) or _holds(query.shape[-1] < 8)):
         return False
     if is_compiling():
         return True
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
+
+
+def _holds(comparison: bool) -> bool:
+    """Whether a comparison of sizes holds: in a trace with a guard, in an exported program for all that they may be.
+
+    Such a program has one form for the whole range of a size, which a guard would narrow. `builtin.rewrites.holds` is
+    the same: built-in kernels keep to public names.
+    """
+    if not is_compiling():
+        return comparison
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
+
+    return statically_known_true(comparison) if is_exporting() else guard_or_false(comparison)
 
 
 def _records(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -129,10 +129,11 @@ def is_aligned(tensor: Tensor) -> bool:
         return False
     elements = ALIGNMENT // tensor.element_size()
     *strides, step = tensor.stride()
+    ask = holds if is_compiling() else bool  # once, and not for each dimension
     for at, stride in enumerate(strides):
-        if not holds(stride % elements == 0) and not holds(tensor.shape[at] == 1):
+        if not ask(stride % elements == 0) and not ask(tensor.shape[at] == 1):
             return False
-    return holds(step == 1) or holds(tensor.shape[-1] == 1)
+    return ask(step == 1) or ask(tensor.shape[-1] == 1)
 
 
 def starts_aligned(tensor: Tensor) -> bool:
@@ -147,8 +148,8 @@ def starts_aligned(tensor: Tensor) -> bool:
 def holds(comparison: bool) -> bool:
     """Whether a comparison of sizes holds: in a trace with a guard, in an exported program for all that they may be.
 
-    Such a program has one form for the whole range of a size, which a guard would narrow. `attnplug._tracing.holds` is
-    the same: this package keeps to public names.
+    Such a program has one form for the whole range of a size, which a guard would narrow. The core's passthrough
+    has the same: this package keeps to public names.
     """
     if not is_compiling():
         return comparison
