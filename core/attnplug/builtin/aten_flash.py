@@ -67,10 +67,12 @@ def supports(params: SDPAParams) -> str | None:
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
     params = OF_FLASH.mended(params)
+    if params.query.device.type == "cpu":
+        return _forward_cpu(params)
     if (dim := OF_FLASH.cut(params)) is not None:
         outs, lses = zip(*map(forward, halves(params, dim)), strict=True)
         return torch.cat(outs, dim), torch.cat(lses, dim + 1)
-    return _forward_cpu(params) if params.query.device.type == "cpu" else _forward_cuda(params)
+    return _forward_cuda(params)
 
 
 def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
