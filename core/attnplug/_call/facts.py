@@ -123,7 +123,7 @@ class CallFacts(NamedTuple):
             if not _is_regular_mask(mask, query, key):
                 return None
             facts_of_mask = TensorFacts(mask.dtype, grad and mask.requires_grad)
-        if _is_plain(params):
+        if is_plain(params):
             extensions = LSE_ALONE if params.return_lse else None
             square = not is_causal or sizes[4]
         else:
@@ -146,7 +146,7 @@ class CallFacts(NamedTuple):
         return self.dtype in FLOATING and (mask is None or mask.dtype in (torch.bool, self.dtype, torch.float32))
 
 
-def _is_plain(params: SDPAParams) -> bool:
+def is_plain(params: SDPAParams) -> bool:
     """Whether a call asks for nothing beyond PyTorch's own arguments and an lse."""
     return (
         (params.return_lse is False or params.return_lse is True)

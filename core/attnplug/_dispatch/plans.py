@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from copy import copy
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from attnplug._dispatch.watched import among_watchers
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
-from attnplug._run.contract import Result, checked_forward, declares
+from attnplug._run.contract import TENSORS, KernelCall, Result, check_outputs, checked_forward, declares, in_kernel
 from attnplug._run.operator import is_watched, operator_of
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
@@ -52,7 +53,7 @@ class Plan:
         grad: whether autograd records the call.
         unfused: whether a MATH implementation runs because others could not.
         simple: whether nothing has to be done around the kernel: no autograd, no check, no warning.
-        plain: the kernel's `plain`, if all is simple.
+        plain: the kernel's `plain`, if all is simple, or what it prepared.
         checked: whether there is nothing around the kernel but a check of what it returns.
     """
 
@@ -131,6 +132,40 @@ class Plan:
         if not kernel.composite and is_watched(params.query) and not params.query.is_nested:
             return operator_of(entry).run(params)
         return run(entry, params, self.grad)
+
+
+    def repeated(self, params: SDPAParams) -> Plan:
+        """Return the plan for calls that differ from this one in nothing but where their tensors lie in memory.
+
+        The call asks for nothing beyond PyTorch's arguments and an lse.
+        """
+        prepare = self.decision.kernel.prepare
+        if prepare is None or not self.checked or params.attn_mask is not None:
+            return self
+        run = in_kernel(prepare, params)
+        if run is None:
+            return self
+        plan = copy(self)
+        plan.plain = _Prepared(KernelCall.of(self.decision.entry, params), run)
+        return plan
+
+
+class _Prepared:
+    """What a kernel prepared for calls like one before, in the place of its `plain`. What it returns is checked once."""
+
+    def __init__(self, call: KernelCall, run: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        self.call, self.run, self.is_checked = call, run, False
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
+        returned = in_kernel(self.run, query, key, value)
+        if returned is None or not self.is_checked:
+            tensors = (query, key, value, *(None,) * (len(TENSORS) - 3))
+            if returned is None:
+                out, lse, *_ = self.call.forward(tensors)
+                return out, lse
+            check_outputs(self.call.entry.name, self.call.params(tensors), returned)
+            self.is_checked = True
+        return returned
 
 
 BY_LAYOUT = object()
