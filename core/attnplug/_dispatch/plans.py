@@ -74,7 +74,7 @@ class Plan:
         return self._profiled(params)
 
     def _profiled(self, params: SDPAParams) -> Result:
-        return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
+        return in_range(self.decision.name, params, self.carry_out) if is_profiled() else self.carry_out(params)
 
     def run_as_given(self, params: SDPAParams) -> Result:
         """Run a call that was recognised, whose record was just built, with the user's mask and scale."""
@@ -121,7 +121,8 @@ class Plan:
         given = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
         return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]  # as above
 
-    def _run(self, params: SDPAParams) -> Result:
+    def carry_out(self, params: SDPAParams) -> Result:
+        """Run the kernel, with what it needs around it, unseen by those who watch calls."""
         if self.simple and not any_autocast():
             return self._forward(params)
         if self.unfused and unfused_warnings_wanted():
@@ -132,7 +133,6 @@ class Plan:
         if not kernel.composite and is_watched(params.query) and not params.query.is_nested:
             return operator_of(entry).run(params)
         return run(entry, params, self.grad)
-
 
     def repeated(self, params: SDPAParams) -> Plan:
         """Return the plan for calls that differ from this one in nothing but where their tensors lie in memory.
@@ -146,26 +146,27 @@ class Plan:
         if run is None:
             return self
         plan = copy(self)
-        plan.plain = _Prepared(KernelCall.of(self.decision.entry, params), run)
+        plan.plain = _Prepared(self, params, run)
         return plan
 
 
 class _Prepared:
-    """What a kernel prepared for calls like one before, in the place of its `plain`. What it returns is checked once."""
+    """What a kernel prepared for calls that repeat one, in the place of its `plain`; its output is checked once."""
 
-    def __init__(self, call: KernelCall, run: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
-        self.call, self.run, self.is_checked = call, run, False
+    def __init__(self, plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        self.plan, self.prepared, self.is_checked = plan, run, False
+        self.call = KernelCall.of(plan.decision.entry, params)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
-        returned = in_kernel(self.run, query, key, value)
+        returned = None if is_transformed() else in_kernel(self.prepared, query, key, value)
         if returned is None or not self.is_checked:
-            tensors = (query, key, value, *(None,) * (len(TENSORS) - 3))
+            params = self.call.params((query, key, value, *(None,) * (len(TENSORS) - 3)))
             if returned is None:
-                out, lse, *_ = self.call.forward(tensors)
-                return out, lse
-            check_outputs(self.call.entry.name, self.call.params(tensors), returned)
+                return self.plan.carry_out(params)
+            check_outputs(self.plan.decision.name, params, returned)
             self.is_checked = True
-        return returned
+        out, lse, *_ = returned
+        return out, lse
 
 
 BY_LAYOUT = object()

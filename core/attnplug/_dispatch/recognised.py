@@ -89,6 +89,8 @@ def recognise(
             if alike is None:
                 continue
             if batch is None:
+                if torch._C._get_tracing_state() is not None:  # as in `remember`
+                    return None
                 batch, _, queries, _ = query.shape
                 key_shape, value_shape = key.shape, value.shape
                 key_batch, _, keys, _ = key_shape
@@ -153,7 +155,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         len(others) >= SEVERAL
         or (all_count and params.is_varlen)  # whose longest sequences count too
         or is_transformed()
-        or any(tensor.is_neg() for tensor in tensors)  # what kernels see is first resolved
+        or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
         or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))

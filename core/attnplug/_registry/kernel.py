@@ -87,7 +87,7 @@ class Kernel:
     shape_dependent: bool = False
     any_form: bool = False
     plain: Callable[..., Any] | None = None
-    prepare: Callable[[SDPAParams], Callable[[Tensor, Tensor, Tensor], Any] | None] | None = None
+    prepare: Callable[[SDPAParams], Callable[..., Any] | None] | None = None
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
     register_fn: Callable[[], Any] | None = None
