@@ -181,7 +181,7 @@ class XFormers(Adapter):
         return tensor.unsqueeze(0) if params.is_varlen else tensor
 
     def _given(self, params: SDPAParams) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value as `(B, S, Hq, E)`; grouped heads are repeated, as the library has no backward for them."""
+        """Return query, key and value as `(B, S, Hq, E)`; grouped heads are repeated: they have no backward."""
         heads = params.query.shape[1]
         query, key, value = (self._as_given(params, tensor) for tensor in (params.query, params.key, params.value))
         return query, convert.spread_heads(key, heads), convert.spread_heads(value, heads)
