@@ -27,7 +27,7 @@ class Kernel:
 
     Only `forward` must be there. A public attribute whose name is nearly one of these, such as `support` or
     `shape_dependant`, is an error if the author defined it: it would be ignored, and a lost `supports` means wrong
-    results. What is imported from elsewhere, and whatever begins with an underscore, is the author's own business.
+    results. Imported names, and names that begin with an underscore, are not checked.
 
     Attributes:
         forward: `forward(params) -> (out, lse, *saved)`. `out` has the query's dtype; `lse` is float32
@@ -35,7 +35,7 @@ class Kernel:
             that backward needs besides.
         backward: `backward(params, grad_out, grad_lse, out, lse, *saved) -> (grad_query, grad_key,
             grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
-            where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
+            where the tensor's `requires_grad` says so. `grad_lse` is None unless lse has a gradient.
         partial_backward: `partial_backward(params, grad_out, out, lse) -> (grad_query, grad_key, grad_value)`, for a
             composite kernel without `backward`: the gradients of a call whose keys are only a part of all, from `out`
             and `lse` over all of them. `attnplug.parallel` asks; a `backward` that computes with the `out` and `lse`
