@@ -196,7 +196,7 @@ def declares(entry: Entry, feature: Feature) -> bool:
 
 
 def _as_in_memory(tensors: Given) -> Given:
-    """Return tensors that are what their memory holds, which kernels read: PyTorch puts off a minus (`z.conj().imag`)."""
+    """Return tensors that are as they lie in memory, where kernels read: PyTorch puts off a minus (`z.conj().imag`)."""
     return tuple([tensor if tensor is None else tensor.resolve_neg() for tensor in tensors])
 
 
