@@ -287,7 +287,6 @@ def _shares(profile: Any, key_of: Callable[[str, Any], Key | None]) -> dict[Key,
     }
 
 
-
 def kind_of(params: SDPAParams) -> str:
     """Return what a call has in common with others of its kind, in a line."""
     query, key, value = params.query, params.key, params.value

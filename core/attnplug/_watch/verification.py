@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -114,13 +115,13 @@ class verify:
         *,
         seed: int = 0,
     ) -> None:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate <= 1:
             raise ValueError(f"rate: expected a number from 0 to 1, the share of calls to verify, got {rate!r}")
         if not callable(on_mismatch) and not (isinstance(on_mismatch, str) and on_mismatch in ("warn", "raise")):
             raise ValueError(f"on_mismatch: expected 'warn', 'raise' or a function, got {on_mismatch!r}")
         self.seed = as_int("seed", seed, "an integer")
         start().get(reference, "reference")
-        self.rate, self.reference, self.on_mismatch = rate, reference, on_mismatch
+        self.rate, self.reference, self.on_mismatch = float(rate), reference, on_mismatch
         self.calls = self.results = self.gradients = self.wrong = 0
         self.mismatches: list[Mismatch] = []
         self.skipped: Counter[str] = Counter()
