@@ -185,7 +185,7 @@ def test_a_class_that_keeps_a_list_of_its_own_hears_of_no_binding() -> None:
 
     module = Listed()
     attnplug.bind(module, MATH)
-    assert ran(lambda: module(Q)) == [MATH] and not Listed.known
+    assert ran_in(lambda: module(Q)) == [MATH] and not Listed.known
 
     class Derived(type(module), name="derived"):  # type: ignore[misc]  # by somebody else, as parametrizations are
         pass
