@@ -64,6 +64,12 @@ class Kernel:
             no record to build. `attn_mask` has two to four dimensions that broadcast; `scale` may be None; the last
             stride of each tensor but the mask is 1; and autocast, for which they are cast already, may be on. For
             composite kernels that need no backward; it saves tiny calls some microseconds.
+        prepare: `prepare(params) -> run or None`: asked of a call without mask, gradients or anything beyond PyTorch's
+            arguments and an lse, with a function for those that repeat it. `run(query, key, value) -> (out, lse)` does
+            what forward does of a call that is the same in all but where its tensors lie in memory: same shapes,
+            strides, dtype, device, scale. It returns None to have forward called, as it must where it depends on
+            alignment or a setting that has changed. `params` must not be kept. For kernels that are not composite; it
+            saves what looking up a plan, building a record and checking the output take.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -85,6 +91,7 @@ class Kernel:
     shape_dependent: bool = False
     any_form: bool = False
     plain: Callable[..., Any] | None = None
+    prepare: Callable[[SDPAParams], Callable[..., Any] | None] | None = None
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
     register_fn: Callable[[], Any] | None = None
@@ -145,6 +152,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "lacks": ("device", "dtype"),
     "notes": ("params",),
     "plain": ("query", "key", "value", "attn_mask", "dropout", "is_causal", "scale", "enable_gqa"),
+    "prepare": ("params",),
     "fake": ("params",),
     "family": ("params",),
     "register_fn": (),
