@@ -1,12 +1,12 @@
-"""Calls that PyTorch's own kernels get wrong: what each is, where it was seen, and the exact way round it.
+"""Calls that PyTorch's own kernels get wrong: what each is, where it was seen, and its exact workaround.
 
-PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an error from deep inside.
+PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an internal error.
 `torch` and `aten_flash` do not pass them on as they are: `mended` rewrites a call where that is exact, `cut` tells
-along which dimension one that is too large is computed in halves, and `reasons` declines the rest. A decision is kept
-whatever the lengths are, so no reason may look at them. Two calls of one causal head and one batch are therefore not
-helped: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it is, and too many draws of dropout are left to
-PyTorch's formula, which needs the memory of all logits. In an exported program, a fault that depends on a size which
-is left open is not seen. A plain call is looked at for about a microsecond.
+along which dimension one that is too large is computed in halves, and `reasons` declines the rest. Decisions do not
+depend on lengths, so no reason may look at them. Two kinds of calls, of one causal head and one batch, therefore have
+no workaround: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it is, and too many draws of dropout are
+left to PyTorch's formula, which needs the memory of all logits. In an exported program, a fault that depends on a
+dynamic size is not seen. Checking a plain call takes about a microsecond.
 
 What goes wrong in every call with a feature is said of the feature, by `lacking`.
 """
@@ -75,7 +75,7 @@ class Fault:
 
 
 class Faults:
-    """The faults of one function of PyTorch's, in the order in which they are mended."""
+    """The faults of one function of PyTorch, in the order in which calls are rewritten."""
 
     def __init__(self, *faults: Fault) -> None:
         self.all = faults
@@ -88,7 +88,7 @@ class Faults:
         }
 
     def mended(self, params: SDPAParams) -> SDPAParams:
-        """Return a call of the same result that no fault with a way round concerns."""
+        """Return an equivalent call that no fault with a rewrite concerns."""
         for fault in self._mended.get(params.query.device.type, ()):
             if fault.concerns(params):
                 assert fault.mend is not None
@@ -104,7 +104,7 @@ class Faults:
         return None
 
     def reasons(self, params: SDPAParams) -> tuple[str, ...]:
-        """Return why a call must not be given to PyTorch: the faults without a way round."""
+        """Return why a call must not be given to PyTorch: the faults without a rewrite or a cut."""
         found = self._declined.get(params.query.device.type, ())
         return tuple(fault.reason for fault in found if fault.concerns(params))
 
@@ -266,7 +266,7 @@ MISALIGNED = Fault(
 )
 TOO_FAR = Fault(
     "PyTorch's flash kernel counts with 32 bits in backward, and faults where all queries have more than 2^31 numbers "
-    "(PriorLabs/TabPFN#1184); still so for one causal head of one batch, which has no parts",
+    "(PriorLabs/TabPFN#1184); still so for one causal head of one batch, which cannot be divided",
     "of August 2026, the last of which was 2.13.0",
     "cuda",
     _counts_too_far_in_backward,
@@ -289,7 +289,7 @@ OF_SDPA = Faults(
         with_a_mask_of_double,
     ),
     Fault(
-        "PyTorch's function trips over an attn_mask of one dimension",
+        "PyTorch's function fails for an attn_mask of one dimension",
         "2.13.0, CPU",
         None,
         _has_a_mask_of_one_dimension,
