@@ -7,6 +7,8 @@ depend on lengths, so no reason may look at them. Two kinds of calls, of one cau
 no workaround: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it is, and too many draws of dropout are
 left to PyTorch's formula, which needs the memory of all logits. In an exported program, a fault that depends on a
 dynamic size is not seen. Checking a plain call takes about a microsecond.
+
+What goes wrong in every call with a feature is said of the feature, by `lacking`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams
+from attnplug import Feature, SDPAParams
 from attnplug.builtin.gpus import HALF, counts_too_far, cudnn_on, flash_on, lacks_backward
 from attnplug.builtin.rewrites import (
     BATCH,
@@ -160,19 +162,16 @@ def _asks_cudnn_for_gradients_of_one_query(params: SDPAParams) -> bool:
     return capability == (9, 0) and version > PREFERRED_CUDNN
 
 
-def _asks_cudnn_for_dropout(params: SDPAParams) -> bool:
-    if params.dropout <= 0 or params.query.dtype not in HALF:
+def _prefers_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
+    if dtype not in HALF:
         return False
-    capability, version = cudnn_on(params.query.device)
+    capability, version = cudnn_on(device)
     return capability is not None and capability[0] in (9, 10) and version > PREFERRED_CUDNN
 
 
-def _cannot_keep_dropout_from_cudnn(params: SDPAParams) -> bool:
-    return RELEASE < (2, 12) and _asks_cudnn_for_dropout(params)
-
-
 def _has_dropout_in_the_steps_of_cudnn(params: SDPAParams) -> bool:
-    return (params.dropout * 16) % 1 == 0 and RELEASE >= (2, 12) and _asks_cudnn_for_dropout(params)
+    query = params.query
+    return params.dropout > 0 and (params.dropout * 16) % 1 == 0 and _prefers_cudnn(query.device, query.dtype)
 
 
 def _shares_keys_with_a_query_left_over(params: SDPAParams) -> bool:
@@ -328,13 +327,6 @@ OF_SDPA = Faults(
         with_a_fifth_dimension,
     ),
     Fault(
-        "PyTorch's function prefers cuDNN on Hopper and Blackwell, before 2.12 for every dropout, where it gives "
-        "queries the same dropout mask",
-        "2.11.0, cuDNN 9.19",
-        "cuda",
-        _cannot_keep_dropout_from_cudnn,
-    ),
-    Fault(
         "PyTorch's function prefers cuDNN on Hopper and Blackwell for dropout in steps of 1/16, where it gives queries "
         "the same dropout mask",
         "2.11.0, cuDNN 9.19",
@@ -379,3 +371,13 @@ OF_SDPA = Faults(
 """Those of `torch.nn.functional.scaled_dot_product_attention`."""
 OF_FLASH = Faults(HIDDEN_BEFORE_SCALED, DROPS_EVERYTHING, TOO_FAR, MISALIGNED)
 """Those of `aten::_scaled_dot_product_flash_attention` and its equivalent on the CPU."""
+
+
+def lacking(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
+    """Return the features that PyTorch's function gets wrong in every call on such a device, with no way round."""
+    if RELEASE >= (2, 12) or not _prefers_cudnn(device, dtype):
+        return {}
+    return {
+        Feature.DROPOUT: "PyTorch's function prefers cuDNN on Hopper and Blackwell, before 2.12 for every dropout, "
+        "where it gives queries the same dropout mask (seen in PyTorch 2.11.0, cuDNN 9.19)"
+    }
