@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import attnplug
-from attnplug import ImplSpec, SDPAParams
+from attnplug import Capabilities, ImplSpec, SDPAParams
 
 Q = torch.randn(1, 2, 4, 8)
 ROUTES = [None, "torch", "aten_math"]
@@ -92,7 +92,9 @@ def test_a_kernel_of_any_form_is_told_of_groups_only_where_there_are_some() -> N
             told.append(params.enable_gqa)
             return params.query.clone(), None
 
-    attnplug.register_impl(ImplSpec(name="any_form", kernel=AnyForm, backend=None))
+    attnplug.register_impl(
+        ImplSpec(name="any_form", kernel=AnyForm, backend=None, capabilities=Capabilities(features=("GQA",)))
+    )
     for query, key in ((Q, Q), (Q[0], Q[0]), (Q, Q[:, :1]), (Q[0], Q[0, :1])):
         attend(query, key, key, enable_gqa=True, impl="any_form")
     assert told == [False, False, True, True]
