@@ -300,7 +300,7 @@ def _operator_name(name: str) -> str:
 
 
 class _Namespace(torch._ops._OpNamespace):
-    """`torch.ops.attnplug`, which defines the operator of an implementation when somebody asks for it.
+    """`torch.ops.attnplug`, which defines the operator of an implementation when it is looked up.
 
     A program that was exported in another process names operators that nothing has needed yet in this one.
     """
