@@ -50,7 +50,7 @@ class Entry:
     """What that entry point names."""
     broken: str = ""
     remedy: str = ""
-    """What mends it where it is broken."""
+    """The command that fixes it where it is broken."""
     loaded: Kernel | None = None
     _error: BaseException | None = None
     _loading: bool = False
