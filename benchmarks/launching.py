@@ -86,7 +86,7 @@ def stubbed(turns: int) -> Iterator[Result]:
     driver.set_active(Stub())
     os.environ["FLASH_TRITON_HOPPER"] = "0"  # tensor maps, which those kernels take, only a driver can make
     impl.machine_of = lambda device: HOPPER  # CPU tensors, launched as if they were on the GPU
-    kernel = SimpleNamespace(forward=impl.forward, backward=impl.backward)
+    kernel = SimpleNamespace(forward=impl.forward, backward=impl.backward, prepare=impl.prepare)
     capabilities = Capabilities(features={Feature.GQA, Feature.VARLEN, Feature.LSE})
     attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=capabilities))
     query, key, value, grad = torch.randn(4, 1, 1, 16, 64, dtype=torch.bfloat16)
@@ -151,7 +151,7 @@ def to_the_operators(turns: int) -> Iterator[Result]:
     operators.cudnn_forward = lambda *args, **options: (out, lse[..., :16], None, None, 16, 16, seed, seed, None)
     candidates: dict[str, Any] = {}
     for name, kernel in (("efficient_cuda", efficient), ("cudnn", cudnn)):
-        given = SimpleNamespace(forward=kernel.forward, backward=kernel.backward)
+        given = SimpleNamespace(forward=kernel.forward, backward=kernel.backward, prepare=kernel.prepare)
         capabilities = Capabilities(features={Feature.LSE})
         attnplug.register_impl(ImplSpec(name=f"{name}_stubbed", kernel=given, backend=None, capabilities=capabilities))
         candidates[f"{name}, to the operator"] = lambda name=f"{name}_stubbed": attnplug.scaled_dot_product_attention(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import attnplug
 
@@ -28,6 +30,10 @@ def of_one_dimension_more(tensor: Tensor) -> Tensor:
         ((Q, Q.to_sparse(), Q), ValueError, "key: expected a dense tensor"),
         ((Q, of_one_dimension_more(Q), of_one_dimension_more(Q)), ValueError, "all three nested or none"),
         ((of_one_dimension_more(Q), Q, Q), ValueError, "all three nested or none"),
+        ((Q[0], of_one_dimension_more(Q[0]), Q[0]), ValueError, "all three nested or none"),
+        ((Q[0, 0], Q[0, 0].to_sparse(), Q[0, 0]), ValueError, "key: expected a dense tensor"),
+        ((Q[0, 0, 0], Q[0, 0, 0], Q[0, 0, 0]), ValueError, "query: expected at least 2 dimensions"),
+        ((Q[0], Q[0], Q[0], torch.zeros(1, 1, 4, 4)), ValueError, "attn_mask: shape .* does not broadcast"),
         (([1.0], [1.0], [1.0]), TypeError, "query: expected a torch.Tensor, got list"),
         (([1.0], [1.0], [1.0], torch.ones(4, 4)), TypeError, "query: expected a torch.Tensor, got list"),
         ((Q, Q, Q, [1.0]), TypeError, "attn_mask: expected a torch.Tensor or None, got list"),
@@ -39,6 +45,31 @@ def test_what_is_no_dense_tensor_is_an_error_that_says_so(
     for function in (attend, attnplug.explain):
         with pytest.raises(error, match=message):
             function(*arguments, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3, 4), (2, 1, 3, 2)])
+def test_calls_of_any_rank_are_right_again_and_again(leading: tuple[int, ...], impl: str | None) -> None:
+    for length in (5, 9):
+        query, key, value = (torch.randn(*leading, size, 8) for size in (5, length, length))
+        apart = [tensor.transpose(0, -3) for tensor in (query, key, value)] if len(leading) > 1 else [query, key, value]
+        for options in ({}, {"is_causal": True}, {"attn_mask": torch.randn(5, length)}):
+            for given in ([query, key, value], apart):
+                expected = sdpa(*given, **options)
+                torch.testing.assert_close(attend(*given, **options, impl=impl), expected)
+        out, lse = attend(query, key, value, return_lse=True)
+        assert (out.shape, lse.shape) == (query.shape, query.shape[:-1])
+        torch.testing.assert_close(lse, (query @ key.mT / 8**0.5).logsumexp(-1))
+
+
+@pytest.mark.parametrize("impl", [None, "math_ref"])
+def test_causal_biases_are_right_again_and_again(impl: str | None) -> None:
+    for length in (4, 6):
+        key = torch.randn(1, 2, length, 8)
+        for bias in (causal_lower_right(4, length), causal_upper_left(4, length)):
+            torch.testing.assert_close(attend(Q, key, key, bias, impl=impl), sdpa(Q, key, key, bias))
+    with pytest.raises(ValueError, match=r"CausalBias for lengths \(4, 5\), the call has \(4, 4\)"):
+        attend(Q, Q, Q, causal_lower_right(4, 5), impl=impl)
 
 
 @pytest.mark.parametrize("impl", ROUTES)

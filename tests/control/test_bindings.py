@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,38 +15,8 @@ from torch.nn.attention import bias
 from torch.utils.checkpoint import checkpoint
 
 import attnplug
+from attending import DEFAULT, FLASH, MATH, Attention, Model, Q, ran, ran_in
 from attnplug import ImplSpec, Kernel, SDPBackend
-
-Q = torch.randn(1, 2, 4, 8)
-MATH, FLASH, DEFAULT = "aten_math", "aten_flash", "torch"
-
-
-class Model(torch.nn.Module):
-    def forward(self, query: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, query, query)
-
-
-class Attention(nn.Module):
-    """A module that does something before it attends."""
-
-    def __init__(self, before: Callable[[], Any] = lambda: None) -> None:
-        super().__init__()
-        self.before = before
-
-    def forward(self, hidden: Tensor) -> Any:
-        self.before()
-        return attnplug.scaled_dot_product_attention(hidden, hidden, hidden)
-
-
-def ran(function: Callable[[], Any]) -> list[str]:
-    with attnplug.record() as calls:
-        function()
-    return [call.impl for call in calls]
-
-
-def now() -> str:
-    """Return what runs now."""
-    return ran(lambda: attnplug.scaled_dot_product_attention(Q, Q, Q))[0]
 
 
 class TwoLayers(torch.nn.Module):
@@ -63,12 +32,12 @@ def test_a_binding_holds_for_one_module() -> None:
     model = TwoLayers()
     with attnplug.patch_torch():
         handle = attnplug.bind(model.first, SDPBackend.MATH)
-        assert ran(lambda: model(Q)) == ["aten_math", "torch"]
+        assert ran_in(lambda: model(Q)) == ["aten_math", "torch"]
         with attnplug.sdpa_kernel("aten_flash"):
-            assert ran(lambda: model(Q)) == ["aten_math", "aten_flash"]
+            assert ran_in(lambda: model(Q)) == ["aten_math", "aten_flash"]
         handle.remove()
         handle.remove()
-        assert ran(lambda: model(Q)) == ["torch", "torch"]
+        assert ran_in(lambda: model(Q)) == ["torch", "torch"]
 
 
 def test_a_binding_ends_when_the_forward_raises() -> None:
@@ -104,9 +73,9 @@ def test_bindings_survive_copies_and_pickles() -> None:
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     handle.remove()
     with attnplug.patch_torch():
-        assert ran(lambda: model(Q)) == ["torch", "torch"]
+        assert ran_in(lambda: model(Q)) == ["torch", "torch"]
         for other in copies:
-            assert ran(lambda other=other: other(Q)) == ["torch", "aten_math"]
+            assert ran_in(lambda other=other: other(Q)) == ["torch", "aten_math"]
 
 
 def test_compiled_models_follow_a_binding() -> None:
@@ -158,7 +127,7 @@ def test_a_checkpoint_of_an_unmodified_model_recomputes_alike() -> None:
     with attnplug.patch_torch():
         with attnplug.sdpa_kernel("aten_math"):
             out = checkpoint(Model(), query, use_reentrant=False, context_fn=attnplug.checkpoint_contexts)
-        assert ran(lambda: out.sum().backward()) == ["aten_math"]
+        assert ran_in(lambda: out.sum().backward()) == ["aten_math"]
 
 
 def test_a_compiled_function_in_a_checkpoint_recomputes_under_the_activation_of_its_forward() -> None:
@@ -189,8 +158,8 @@ def test_a_hook_that_fails_before_a_bound_forward_leaves_the_user_s_scope() -> N
     with attnplug.sdpa_kernel(FLASH):
         with pytest.raises(ValueError):
             module(Q)
-        assert now() == FLASH
-    assert now() == DEFAULT
+        assert ran() == FLASH
+    assert ran() == DEFAULT
 
 
 def test_a_bound_module_is_of_its_class_and_afterwards_nothing_else() -> None:
@@ -209,7 +178,7 @@ def test_a_bound_module_is_of_its_class_and_afterwards_nothing_else() -> None:
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_of_several_bindings_the_last_counts_and_they_go_in_any_order(order: tuple[int, int]) -> None:
     seen: list[str] = []
-    module = Attention(lambda: seen.append(now()))
+    module = Attention(lambda: seen.append(ran()))
     handles = [attnplug.bind(module, name) for name in (MATH, FLASH)]
     module(Q)
     handles[order[0]].remove()
@@ -228,7 +197,7 @@ def test_a_replica_of_a_bound_module_attends_with_its_own_weights() -> None:
             self.weight = nn.Parameter(torch.ones(8))
 
         def forward(self, hidden: Tensor) -> Tensor:
-            seen.append(now())
+            seen.append(ran())
             return hidden * self.weight
 
     seen: list[str] = []

@@ -14,37 +14,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import attnplug
-
-Q = torch.randn(1, 2, 4, 8)
-MATH, FLASH, DEFAULT = "aten_math", "aten_flash", "torch"
-
-
-def ran() -> str:
-    """Return what runs now."""
-    with attnplug.record() as calls:
-        attnplug.scaled_dot_product_attention(Q, Q, Q)
-    return calls[0].impl
+from attending import DEFAULT, FLASH, MATH, Attention, Q, ran
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result(timeout=60)
-
-
-class Attention(nn.Module):
-    """A module that does something before it attends."""
-
-    def __init__(self, before: Callable[[], Any] = lambda: None) -> None:
-        super().__init__()
-        self.before = before
-
-    def forward(self, hidden: Tensor) -> Any:
-        self.before()
-        return attnplug.scaled_dot_product_attention(hidden, hidden, hidden)
 
 
 # --- left out of order, twice, elsewhere, never ---
@@ -274,8 +251,11 @@ def test_threads_patches_registrations_and_forks_do_not_disturb_each_other() -> 
                     child = os.fork()
                     if child == 0:
                         signal.alarm(30)
-                        with attnplug.sdpa_kernel(MATH), attnplug.patch_torch():
-                            os._exit(ran() != MATH)
+                        try:
+                            with attnplug.sdpa_kernel(MATH), attnplug.patch_torch():
+                                os._exit(ran() != MATH)
+                        finally:
+                            os._exit(2)  # what fails here must not wait for threads that a fork does not have
                     ends.append(os.waitpid(child, 0)[1])
                     attnplug.unregister_impl(f"one_of_many_{turn}")
         finally:

@@ -18,29 +18,18 @@ from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 from torch.testing._internal.common_methods_invocations import op_db
 
 import attnplug
+from attending import Model, Q, ran_in
 from attnplug import ImplSpec, SDPBackend
 
-Q = torch.randn(1, 2, 4, 8)
 ORIGINAL = F.scaled_dot_product_attention
-
-
-class Model(torch.nn.Module):
-    def forward(self, query: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, query, query)
-
-
-def ran(function: Callable[[], Any]) -> list[str]:
-    with attnplug.record() as calls:
-        function()
-    return [call.impl for call in calls]
 
 
 def test_scopes_apply_to_pytorch_s_function_while_it_is_patched() -> None:
     model = Model()
     with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
-        assert ran(lambda: model(Q)) == ["aten_math"]
+        assert ran_in(lambda: model(Q)) == ["aten_math"]
     with attnplug.sdpa_kernel("aten_math"):
-        assert ran(lambda: model(Q)) == []
+        assert ran_in(lambda: model(Q)) == []
     assert F.scaled_dot_product_attention is ORIGINAL
 
 
@@ -60,11 +49,11 @@ def test_a_name_imported_before_follows_and_is_put_back(monkeypatch: pytest.Monk
     module.sdpa = imported_by_name
     monkeypatch.setitem(sys.modules, "some_model", module)
     with attnplug.patch_torch(), attnplug.sdpa_kernel("aten_math"):
-        assert ran(lambda: module.sdpa(Q, Q, Q)) == ["aten_math"]
+        assert ran_in(lambda: module.sdpa(Q, Q, Q)) == ["aten_math"]
         kept = module.sdpa
     assert module.sdpa is ORIGINAL
     with attnplug.sdpa_kernel("aten_math"):
-        assert ran(lambda: kept(Q, Q, Q)) == []  # a reference that outlives the patch calls PyTorch
+        assert ran_in(lambda: kept(Q, Q, Q)) == []  # a reference that outlives the patch calls PyTorch
 
 
 def test_several_patches_are_removed_in_any_order() -> None:
@@ -72,10 +61,10 @@ def test_several_patches_are_removed_in_any_order() -> None:
     attnplug.activate_flash_attention_impl("aten_math")
     for handle in (handles[1], handles[0], handles[0], handles[2]):
         handle.remove()
-    assert ran(lambda: Model()(Q)) == ["aten_math"]
+    assert ran_in(lambda: Model()(Q)) == ["aten_math"]
     attnplug.restore_flash_attention_impl()
     assert F.scaled_dot_product_attention is ORIGINAL
-    assert ran(lambda: Model()(Q)) == []
+    assert ran_in(lambda: Model()(Q)) == []
 
 
 def test_models_compiled_before_follow_the_activation_and_the_restore() -> None:
@@ -105,7 +94,7 @@ def test_transformer_layers_follow_in_spite_of_their_fast_path(compiled: bool) -
             with attnplug.sdpa_kernel("aten_math"):
                 torch.testing.assert_close(model(inputs), expected)
                 if not compiled:
-                    assert ran(lambda: model(inputs)) == ["aten_math"]
+                    assert ran_in(lambda: model(inputs)) == ["aten_math"]
         assert torch.equal(model(inputs), expected)
 
 
@@ -151,6 +140,9 @@ def test_a_provider_written_for_pytorch_works_unchanged() -> None:
         attnplug.scaled_dot_product_attention(Q, Q, Q, impl="theirs")
     attnplug.activate_flash_attention_impl("theirs")
     assert attnplug.current_flash_attention_impl() == "theirs"
+    attnplug.register_flash_attention_impl("another", register_fn=provider)
+    with pytest.raises(attnplug.NoImplementationError, match=r"activate_flash_attention_impl\('another'\)"):
+        attnplug.scaled_dot_product_attention(Q, Q, Q, impl="another")
     with torch.no_grad():
         assert torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 1)
         assert torch.equal(attnplug.scaled_dot_product_attention(Q, Q, Q), Q + 1)
@@ -253,7 +245,7 @@ def test_worker_processes_make_choices_of_their_own(method: str) -> None:
 def test_an_activation_holds_in_every_thread() -> None:
     attnplug.activate_flash_attention_impl("aten_math")
     seen: list[str] = []
-    thread = threading.Thread(target=lambda: seen.extend(ran(lambda: Model()(Q))))
+    thread = threading.Thread(target=lambda: seen.extend(ran_in(lambda: Model()(Q))))
     thread.start()
     thread.join()
     assert seen == ["aten_math"]
@@ -269,7 +261,7 @@ def test_implementations_can_be_activated_through_pytorch_s_registry() -> None:
     assert set(attnplug.list_flash_attention_impls()) <= set(theirs.list_flash_attention_impls())
     theirs.activate_flash_attention_impl("aten_math")
     assert attnplug.current_flash_attention_impl() == theirs.current_flash_attention_impl() == "aten_math"
-    assert ran(lambda: Model()(Q)) == ["aten_math"]
+    assert ran_in(lambda: Model()(Q)) == ["aten_math"]
     theirs.restore_flash_attention_impl()
     assert attnplug.current_flash_attention_impl() is None
     assert F.scaled_dot_product_attention is ORIGINAL

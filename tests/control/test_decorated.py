@@ -8,19 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import torch
 
 import attnplug
-
-Q = torch.randn(1, 2, 4, 8)
-MATH, FLASH, DEFAULT = "aten_math", "aten_flash", "torch"
-
-
-def ran() -> str:
-    """Return what runs now."""
-    with attnplug.record() as calls:
-        attnplug.scaled_dot_product_attention(Q, Q, Q)
-    return calls[0].impl
+from attending import DEFAULT, FLASH, MATH, ran
 
 
 def test_a_coroutine_s_with_block_is_the_thread_s_until_it_is_left() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import attnplug
 import forked
@@ -177,7 +181,18 @@ class Shaped(Opaque):
         return "takes an even number of keys alone" if params.key.shape[2] % 2 else None
 
 
-OURS = {"opaque": Opaque, "shaped": Shaped}
+class Preparing(Opaque):
+    """A kernel that looks up nothing for a call that repeats another."""
+
+    @staticmethod
+    def prepare(params: SDPAParams) -> Any:
+        if params.dropout > 0:
+            return None
+        options = {"is_causal": params.is_causal, "scale": params.scale, "return_lse": params.return_lse}
+        return lambda *tensors: Opaque.forward(SDPAParams(*tensors, **options))
+
+
+OURS = {"opaque": Opaque, "shaped": Shaped, "preparing": Preparing}
 
 
 @pytest.fixture(params=["torch", "aten_flash", "aten_math", "math_ref", *OURS])
@@ -372,14 +387,86 @@ def test_transforms_see_through_calls_that_were_made_before(impl: str) -> None:
     torch.testing.assert_close(gradient, query.grad)
 
 
-def test_a_dual_tensor_is_seen_after_calls_of_plain_ones() -> None:
+@pytest.mark.parametrize("kernel", [Opaque, Preparing])
+def test_a_dual_tensor_is_seen_after_calls_of_plain_ones(kernel: Any) -> None:
     """No dispatch key tells the two apart."""
-    attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque, backend=None))
+    attnplug.register_impl(ImplSpec(name="opaque", kernel=kernel, backend=None))
     for _ in range(3):
         attnplug.scaled_dot_product_attention(Q, K, V, impl="opaque")
     with forward_ad.dual_level(), pytest.raises(attnplug.GradientError, match="has no forward-mode derivatives"):
         attnplug.scaled_dot_product_attention(forward_ad.make_dual(Q, Q), K, V, impl="opaque")
     attnplug.unregister_impl("opaque")
+
+
+class Prepares(Opaque):
+    """Counts how often forward runs, and what it prepared; `answer` is what that returns."""
+
+    def __init__(self, answer: Any = Opaque.forward) -> None:
+        self.forwards = self.runs = 0
+        self.answer = answer
+
+    def forward(self, params: SDPAParams) -> Any:  # type: ignore[override]  # of Opaque it is static
+        self.forwards += 1
+        return Opaque.forward(params)
+
+    def prepare(self, params: SDPAParams) -> Any:
+        options = {"is_causal": params.is_causal, "scale": params.scale}
+
+        def run(*tensors: Tensor) -> Any:
+            self.runs += 1
+            return self.answer(SDPAParams(*tensors, **options))
+
+        return run
+
+
+@contextmanager
+def registered(kernel: Prepares) -> Iterator[Callable[..., Any]]:
+    attnplug.register_impl(ImplSpec(name="prepares", kernel=kernel, backend=None))
+    yield partial(attnplug.scaled_dot_product_attention, impl="prepares")
+    attnplug.unregister_impl("prepares")
+
+
+def test_a_call_that_repeats_another_runs_what_the_kernel_prepared() -> None:
+    with registered(kernel := Prepares()) as attend:
+        for number in range(1, 5):
+            torch.testing.assert_close(attend(Q * number, K, V), sdpa(Q * number, K, V))
+        assert (kernel.forwards, kernel.runs) == (1, 3)
+        for around in (torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False), profile()):
+            with around:
+                attend(Q, K, V)
+        attend(RECORDED, K, V)
+        attend(Q, K, V, scale=0.3)
+        attend(Q[:1], K[:1], V[:1])
+        assert (kernel.forwards, kernel.runs) == (7, 3)
+        with attnplug.record() as calls, torch.no_grad():
+            for _ in range(3):
+                attend(K, Q, V)
+        assert [call.impl for call in calls] == ["prepares"] * 3
+
+
+def test_a_kernel_may_have_forward_called_after_all() -> None:
+    with registered(kernel := Prepares(lambda params: None)) as attend:
+        for number in range(3):
+            torch.testing.assert_close(attend(Q * number, K, V), sdpa(Q * number, K, V))
+        assert (kernel.forwards, kernel.runs) == (3, 2)
+
+
+@pytest.mark.parametrize("answer", [lambda params: params.query, lambda params: (params.query[:1], None)])
+def test_what_a_prepared_call_returns_is_checked(answer: Any) -> None:
+    with registered(Prepares(answer)) as attend:
+        attend(Q, K, V)
+        with pytest.raises(attnplug.KernelError, match="'prepares'"):
+            attend(Q, K, V)
+
+
+def test_pytorchs_function_is_itself_in_what_a_kernel_prepared() -> None:
+    def answer(params: SDPAParams) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(params.query, params.key, params.value), None
+
+    with registered(kernel := Prepares(answer)), attnplug.patch_torch(), attnplug.sdpa_kernel("prepares"):
+        for _ in range(3):
+            torch.nn.functional.scaled_dot_product_attention(Q, K, V)
+    assert (kernel.forwards, kernel.runs) == (1, 2)
 
 
 def test_a_decode_loop_decides_once_wherever_its_lengths_are_equal() -> None:
@@ -431,10 +518,10 @@ def test_decisions_by_length_do_not_pile_up() -> None:
 
     attnplug.register_impl(ImplSpec(name="asked", kernel=Asked, backend=None))
     query, keys = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 5000, 8)
-    for length in (*range(1, 5001), 20):
+    for length in (*range(1, 21), *range(1, 5001), 20):
         attnplug.scaled_dot_product_attention(query, keys[:, :, :length], keys[:, :, :length], impl="asked")
+    assert asked.count(19) == asked.count(5000) == 1
     assert asked.count(20) == 2
-    assert asked.count(5000) == 1
 
 
 def test_more_kinds_of_tensors_than_are_recognised_are_decided_as_well() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -84,14 +83,6 @@ BROKEN = RAISING_MODULES | BAD_HOOKS | {name: (plugin(source), reason) for name,
 
 LISTING = "report['records'] = listed(); listed()"
 FAILURE = "report['failure'] = failure(attnplug.list_impls)"
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    """A folder that holds one healthy plugin."""
-    site = Site(tmp_path / "site")
-    site.install_healthy()
-    return site
 
 
 @pytest.mark.parametrize("name", BROKEN)

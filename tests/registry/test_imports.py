@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-
-import pytest
 
 from packages import HEAD, HOOK, Site
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    """A folder that holds one healthy plugin."""
-    site = Site(tmp_path / "site")
-    site.install_healthy()
-    return site
 
 
 def imported(site: Site, script: str) -> set[str]:

@@ -5,8 +5,6 @@ Each case runs in a new interpreter that finds fake installed distributions.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from packages import KERNEL, Site, of_plugins, plugin, spec
@@ -23,14 +21,6 @@ report["failures"] = [
 report["names"] = attnplug.list_flash_attention_impls()
 report["works"] = works(), works(impl="healthy")
 """
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    """A folder that holds one healthy plugin."""
-    site = Site(tmp_path / "site")
-    site.install_healthy()
-    return site
 
 
 def test_name_of_two_distributions_is_listed_twice_and_an_error_where_it_is_used(site: Site) -> None:

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import attnplug
-from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
-
-Q = torch.randn(1, 2, 4, 8)
-
-
-def formula(params: SDPAParams) -> tuple[torch.Tensor, None]:
-    return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
-
-
-@pytest.fixture
-def register() -> Callable[..., None]:
-    def add(name: str, **fields: Any) -> None:
-        spec = {"kernel": formula, "backend": SDPBackend.EFFICIENT_ATTENTION} | fields
-        attnplug.register_impl(ImplSpec(name=name, **spec))
-
-    return add
-
-
-def ran(**arguments: Any) -> str:
-    with attnplug.record() as calls:
-        attnplug.scaled_dot_product_attention(Q, Q, Q, **arguments)
-    return calls[-1].impl
+from attending import Q, formula, register
+from attnplug import Capabilities, Feature, SDPAParams
 
 
 def test_explain_gives_every_reason_for_every_implementation() -> None:
@@ -47,7 +26,7 @@ def test_explain_gives_every_reason_for_every_implementation() -> None:
         assert name in str(explanation)
 
 
-def test_explain_runs_nothing_and_agrees_with_the_call(register: Callable[..., None]) -> None:
+def test_explain_runs_nothing_and_agrees_with_the_call() -> None:
     def must_not_run(params: SDPAParams) -> Any:
         raise AssertionError("ran")
 
@@ -87,14 +66,12 @@ def test_can_use_impl_is_truthy_when_it_accepts() -> None:
         (Capabilities(head_sizes={64, 128}), "head size 8 is not one of 64, 128"),
     ],
 )
-def test_a_reason_says_what_is_supported_and_what_came(
-    capabilities: Capabilities, reason: str, register: Callable[..., None]
-) -> None:
+def test_a_reason_says_what_is_supported_and_what_came(capabilities: Capabilities, reason: str) -> None:
     register("picky", capabilities=capabilities)
     assert attnplug.can_use_impl("picky", SDPAParams(Q, Q, Q)).reasons == (reason,)
 
 
-def test_capabilities_joined_with_or_are_alternatives(register: Callable[..., None]) -> None:
+def test_capabilities_joined_with_or_are_alternatives() -> None:
     on_cpu = Capabilities(devices=("cpu",), features={Feature.SOFTCAP})
     on_cuda = Capabilities(devices=("cuda",), dtypes=("float16",), features={Feature.CAUSAL})
     register("both", capabilities=on_cpu | on_cuda)
@@ -105,7 +82,7 @@ def test_capabilities_joined_with_or_are_alternatives(register: Callable[..., No
     assert attnplug.can_use_impl("both", SDPAParams(Q, Q, Q, is_causal=True)).reasons == ("does not support is_causal",)
 
 
-def test_equal_lengths_need_neither_alignment(register: Callable[..., None]) -> None:
+def test_equal_lengths_need_neither_alignment() -> None:
     features = {Feature.CAUSAL, Feature.LOWER_RIGHT}
     register("flash_like", capabilities=Capabilities(features=features))
     longer = torch.randn(1, 2, 6, 8)
@@ -122,7 +99,7 @@ def test_equal_lengths_need_neither_alignment(register: Callable[..., None]) -> 
                 attnplug.scaled_dot_product_attention(Q, key, key, **arguments)
 
 
-def test_supports_may_look_at_lengths_if_it_says_so(register: Callable[..., None]) -> None:
+def test_supports_may_look_at_lengths_if_it_says_so() -> None:
     marked: list[int] = []
 
     class Short:

@@ -7,7 +7,6 @@ import dataclasses
 import pickle
 import threading
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,37 +15,17 @@ import torch
 import torch.nn.attention as torch_attention
 
 import attnplug
+from attending import Q, formula, ran, register
 from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend
 
-Q = torch.randn(1, 2, 4, 8)
 
-
-def formula(params: SDPAParams) -> tuple[torch.Tensor, None]:
-    return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
-
-
-@pytest.fixture
-def register() -> Callable[..., None]:
-    def add(name: str, **fields: Any) -> None:
-        spec = {"kernel": formula, "backend": SDPBackend.EFFICIENT_ATTENTION} | fields
-        attnplug.register_impl(ImplSpec(name=name, **spec))
-
-    return add
-
-
-def ran(**arguments: Any) -> str:
-    with attnplug.record() as calls:
-        attnplug.scaled_dot_product_attention(Q, Q, Q, **arguments)
-    return calls[-1].impl
-
-
-def test_installing_changes_nothing_by_itself(register: Callable[..., None]) -> None:
+def test_installing_changes_nothing_by_itself() -> None:
     register("eager_beaver", priority=10**9)
     assert ran() == "torch"
     assert ran(impl="eager_beaver") == "eager_beaver"
 
 
-def test_what_torch_cannot_do_goes_to_the_next_that_can(register: Callable[..., None]) -> None:
+def test_what_torch_cannot_do_goes_to_the_next_that_can() -> None:
     register("capped", priority=7, capabilities=Capabilities(features={Feature.SOFTCAP}))
     register("capped_too", priority=8, capabilities=Capabilities(features={Feature.SOFTCAP}))
     assert ran(softcap=5.0) == "math_ref"  # attnplug's own, whatever the others claim
@@ -75,7 +54,7 @@ def test_replacing_takes_the_place_of_what_a_program_registered_and_of_nothing_e
         attnplug.register_impl(spec("other", 1.0), replace=1)
 
 
-def test_impl_beats_scope_beats_activation(register: Callable[..., None]) -> None:
+def test_impl_beats_scope_beats_activation() -> None:
     register("active")
     attnplug.activate_flash_attention_impl("active")
     assert ran() == "active"
@@ -146,7 +125,7 @@ def test_a_wrong_scope_is_an_error_before_it_is_entered(backends: Any, error: ty
         attnplug.sdpa_kernel(backends)
 
 
-def test_what_a_scope_allows_twice_is_asked_once(register: Callable[..., None]) -> None:
+def test_what_a_scope_allows_twice_is_asked_once() -> None:
     asked: list[SDPAParams] = []
 
     class Declining:
@@ -217,7 +196,7 @@ def test_many_threads_with_scopes_of_their_own_do_not_disturb_each_other() -> No
     assert not wrong
 
 
-def test_an_activation_falls_back_and_says_so_once_per_reason(register: Callable[..., None]) -> None:
+def test_an_activation_falls_back_and_says_so_once_per_reason() -> None:
     register("plain_only")
     attnplug.activate_flash_attention_impl("plain_only")
     with pytest.warns(attnplug.FallbackWarning, match=r"'plain_only' is preferred but does not support is_causal"):
@@ -230,7 +209,7 @@ def test_an_activation_falls_back_and_says_so_once_per_reason(register: Callable
         ran(dropout_p=0.1)
 
 
-def test_a_fallback_in_a_layer_of_pytorch_points_at_who_called_the_layer(register: Callable[..., None]) -> None:
+def test_a_fallback_in_a_layer_of_pytorch_points_at_who_called_the_layer() -> None:
     register("plain_only_in_layers")
     attnplug.activate_flash_attention_impl("plain_only_in_layers")
     layer = torch.nn.MultiheadAttention(8, 2, dropout=0.1)
@@ -279,7 +258,7 @@ def test_falling_back_to_math_warns_when_asked_to(monkeypatch: pytest.MonkeyPatc
                 attnplug.scaled_dot_product_attention(query, query, query, dropout_p=0.1)
 
 
-def test_a_change_of_the_registry_is_seen_by_the_next_call(register: Callable[..., None]) -> None:
+def test_a_change_of_the_registry_is_seen_by_the_next_call() -> None:
     with attnplug.sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         register("first", priority=1)
         assert ran() == "first"
@@ -290,7 +269,7 @@ def test_a_change_of_the_registry_is_seen_by_the_next_call(register: Callable[..
 
 
 @pytest.mark.parametrize("backends", ["mine", ["mine"]])
-def test_a_scope_names_what_is_registered_when_it_is_made(register: Callable[..., None], backends: Any) -> None:
+def test_a_scope_names_what_is_registered_when_it_is_made(backends: Any) -> None:
     register("mine")
     with attnplug.sdpa_kernel(backends):
         assert ran() == "mine"
@@ -299,7 +278,7 @@ def test_a_scope_names_what_is_registered_when_it_is_made(register: Callable[...
         attnplug.sdpa_kernel(backends)
 
 
-def test_names_are_unique_and_what_is_installed_stays(register: Callable[..., None]) -> None:
+def test_names_are_unique_and_what_is_installed_stays() -> None:
     register("twice")
     with pytest.raises(
         attnplug.DuplicateImplementationError,
@@ -316,7 +295,7 @@ def test_names_are_unique_and_what_is_installed_stays(register: Callable[..., No
         attnplug.register_impl("torch")
 
 
-def test_a_missing_module_makes_an_implementation_unavailable(register: Callable[..., None]) -> None:
+def test_a_missing_module_makes_an_implementation_unavailable() -> None:
     register("needy", requires=("no_such_module",))
     record = next(record for record in attnplug.list_impls() if record.name == "needy")
     assert (record.status, record.reason) == ("unavailable", "needs no_such_module, not installed")

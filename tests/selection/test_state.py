@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.data import DataLoader, Dataset
 
 import attnplug
+from attending import ran_in
 from attnplug import Capabilities, ImplSpec, SDPAParams, SDPBackend
 
 SHAPE = (1, 2, 4, 8)
@@ -80,12 +81,6 @@ def query() -> Tensor:
 def in_thread(function: Callable[[], Any], name: str = "another") -> Any:
     with ThreadPoolExecutor(1, thread_name_prefix=name) as pool:
         return pool.submit(function).result(timeout=60)
-
-
-def ran(function: Callable[[], Any]) -> list[str]:
-    with attnplug.record() as calls:
-        function()
-    return [call.impl for call in calls]
 
 
 # --- backward is its forward's, wherever and whenever it runs ---
@@ -210,7 +205,7 @@ def test_autocast_gives_the_type_and_the_gradients_that_it_gives_without_the_dro
         assert all(map(torch.equal, step(), expected))
         with attnplug.sdpa_kernel(impl):
             found = step()
-            assert ran(step) == [impl]
+            assert ran_in(step) == [impl]
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
@@ -259,7 +254,7 @@ def test_a_copy_carries_its_binding_and_the_same_weights(bind: Any, clone: Any) 
     bind(model, "aten_math")
     other = clone(model)
     with attnplug.patch_torch():
-        assert ran(lambda: other(hidden)) == ["aten_math"]
+        assert ran_in(lambda: other(hidden)) == ["aten_math"]
         torch.testing.assert_close(other(hidden), model(hidden))
     assert model.state_dict().keys() == Attention().state_dict().keys()
 
@@ -278,7 +273,7 @@ def test_a_model_that_is_itself_bound_can_be_compiled(bind: Any, order: str) -> 
             compiled(hidden)
             bind(model, "aten_math")
         torch.testing.assert_close(compiled(hidden), expected)
-        assert ran(lambda: attnplug.scaled_dot_product_attention(*[hidden[None]] * 3)) == ["torch"]
+        assert ran_in(lambda: attnplug.scaled_dot_product_attention(*[hidden[None]] * 3)) == ["torch"]
     torch._dynamo.reset()
 
 
@@ -287,14 +282,14 @@ def test_a_compiled_model_sees_what_inside_it_is_bound_and_let_go(bind: Any) -> 
     model, hidden = nn.Sequential(Attention(), nn.Identity()), torch.randn(1, 4, 8)
     with attnplug.patch_torch():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
-        found = [ran(lambda: compiled(hidden))]
+        found = [ran_in(lambda: compiled(hidden))]
         handles = []
         for impl in ("aten_math", "aten_flash"):
             handles.append(bind(model[0], impl))
-            found.append(ran(lambda: compiled(hidden)))
+            found.append(ran_in(lambda: compiled(hidden)))
         for handle in reversed(handles):
             handle.remove()
-            found.append(ran(lambda: compiled(hidden)))
+            found.append(ran_in(lambda: compiled(hidden)))
     assert found == [["torch"], ["aten_math"], ["aten_flash"], ["aten_math"], ["torch"]]
     torch._dynamo.reset()
 
@@ -326,7 +321,8 @@ def test_a_bound_model_may_run_in_many_threads_at_once(bind: Any) -> None:
     model, hidden = Attention(), torch.randn(1, 4, 8)
     bind(model, "aten_math")
     with attnplug.patch_torch(), ThreadPoolExecutor(4) as pool:
-        seen = list(pool.map(lambda _: [*ran(lambda: model(hidden)), *ran(lambda: Attention()(hidden))], range(40)))
+        one_of_each = [lambda: (model(hidden), Attention()(hidden))] * 40
+        seen = list(pool.map(ran_in, one_of_each))
     assert seen == [["aten_math", "torch"]] * 40
 
 

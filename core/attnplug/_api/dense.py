@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.overrides import handle_torch_function
 
 from attnplug._call.device import cudnn_errs
-from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_in_three
+from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_alike
 from attnplug._call.prepare import prepare_dense
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import Plan, is_deterministic
@@ -163,6 +163,8 @@ def scaled_dot_product_attention(
     # Each comparison below is a share of a tiny call's time. PyTorch's keyword arguments cost 0.8 us, so they are
     # left out where they say nothing.
     state = thread.state
+    if scale is not None and type(scale) is not float and isinstance(scale, float):  # numpy's, of 1 / np.sqrt(size)
+        scale = float(scale)
     tracing = is_dynamo_compiling()
     if tracing or (not process.plain and is_compiling()):  # Dynamo, which may begin again, must find the same way
         start_outside()
@@ -209,7 +211,9 @@ def scaled_dot_product_attention(
         and dropout_p < 1.0
         and (enable_gqa is False or enable_gqa is True)
         and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
-        and (dense_sizes(query, key, value, enable_gqa) is not None or fit_in_three(query, key, value))
+        and (
+            dense_sizes(query, key, value, enable_gqa) is not None or (not enable_gqa and fit_alike(query, key, value))
+        )
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
     ):
@@ -355,33 +359,33 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     They load 16 bytes at once, and fault where a tensor does not start at a multiple of it. A trace cannot ask, and
     assumes it: see `builtin.rewrites.starts_aligned`.
     """
+    tracing = is_compiling()
+    holds = _holds_in_trace if tracing else bool
     if dropout:
         *_, errs = cudnn_errs(query.get_device())
-        if errs or _holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
+        if errs or holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
             return False
-    if _holds(query.shape[-2] == 1):
+    if holds(query.shape[-2] == 1):
         errs, errs_in_gradients, _ = cudnn_errs(query.get_device())
         if errs or (errs_in_gradients and _records(query, key, value)):
             return False
-    if _holds(key.stride(-3) == 0) and _holds(value.stride(-3) == 0):  # heads that share their keys
+    if query.dim() > 2 and holds(key.stride(-3) == 0) and holds(value.stride(-3) == 0):  # heads that share their keys
         return False
-    if _records(query, key, value) and (_holds(query.numel() >= LARGE) or _holds(query.shape[-1] < 8)):
+    if _records(query, key, value) and (holds(query.numel() >= LARGE) or holds(query.shape[-1] < 8)):
         return False
-    if is_compiling():
+    if tracing:
         return True
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
 
 
-def _holds(comparison: bool) -> bool:
-    """Whether a comparison of sizes holds: in a trace with a guard, in an exported program for all that they may be.
+def _holds_in_trace(comparison: bool) -> bool:
+    """Whether a comparison of sizes holds: with a guard, or in an exported program for all that they may be.
 
     Such a program has one form for the whole range of a size, which a guard would narrow. `builtin.rewrites.holds` is
     the same: built-in kernels keep to public names.
     """
-    if not is_compiling():
-        return comparison
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
 
     return statically_known_true(comparison) if is_exporting() else guard_or_false(comparison)

@@ -123,7 +123,7 @@ class CallFacts(NamedTuple):
             if not _is_regular_mask(mask, query, key):
                 return None
             facts_of_mask = TensorFacts(mask.dtype, grad and mask.requires_grad)
-        if _is_plain(params):
+        if is_plain(params):
             extensions = LSE_ALONE if params.return_lse else None
             square = not is_causal or sizes[4]
         else:
@@ -146,7 +146,7 @@ class CallFacts(NamedTuple):
         return self.dtype in FLOATING and (mask is None or mask.dtype in (torch.bool, self.dtype, torch.float32))
 
 
-def _is_plain(params: SDPAParams) -> bool:
+def is_plain(params: SDPAParams) -> bool:
     """Whether a call asks for nothing beyond PyTorch's own arguments and an lse."""
     return (
         (params.return_lse is False or params.return_lse is True)
@@ -182,16 +182,17 @@ def dense_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> 
     return None
 
 
-def fit_in_three(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether tensors of three dimensions fit each other, and none is empty."""
+def fit_alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether tensors of any rank from two on fit each other, with no dimension to broadcast, and none is empty."""
     try:
-        heads, queries, size = query.shape
-        key_heads, keys, key_size = key.shape
-        value_heads, values, _ = value.shape
-    except (AttributeError, RuntimeError, ValueError):  # no tensor, a nested one, or another rank
+        *rows, queries, size = query.shape
+        *key_rows, keys, key_size = key.shape
+        *value_rows, values, _ = value.shape
+    except (AttributeError, RuntimeError, ValueError):  # no tensor, a nested one, or one of fewer dimensions
         return False
-    fitting = heads == key_heads == value_heads and keys == values and size == key_size
-    return fitting and heads > 0 and queries > 0 and keys > 0 < size
+    fitting = rows == key_rows == value_rows and keys == values and size == key_size
+    fitting = fitting and query.layout is key.layout is value.layout is _STRIDED
+    return fitting and all(row > 0 for row in rows) and queries > 0 and keys > 0 < size
 
 
 def packed_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, paged: bool) -> Sizes | None:

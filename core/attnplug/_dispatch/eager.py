@@ -39,8 +39,10 @@ def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
     given = params
     if any_autocast():
         params = autocasted(params)
+    if is_causal_bias(params.attn_mask):
+        params = own_terms(params)
     query, mask = params.query, params.attn_mask
-    if isinstance(query, Tensor) and query.dim() == 3 and not query.is_nested:
+    if isinstance(query, Tensor) and query.dim() != 4:
         return _lifted(params, impl) or _decided(params, impl)
     plan = _planned(params, impl)
     if plan is None:
@@ -104,12 +106,21 @@ def _kept(params: SDPAParams, impl: str | None) -> tuple[CallFacts | None, Plan 
 
 
 def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
-    """Run a call of three dimensions as one of four, if it is in the form that kernels know then."""
-    query, key, value = params.query, params.key, params.value
-    if not (isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == value.dim() == 3):
+    """Run a call of another rank as one of four dimensions, if it is in the form that kernels know then."""
+    tensors, rank, mask = (params.query, params.key, params.value), params.query.dim(), params.attn_mask
+    if rank < 2 or not all(
+        isinstance(tensor, Tensor) and tensor.dim() == rank and not tensor.is_nested for tensor in tensors
+    ):
         return None
-    four = {"query": query.unsqueeze(0), "key": key.unsqueeze(0), "value": value.unsqueeze(0)}
-    lifted = params_of(params.__dict__ | four)
+    if mask is not None and (rank > 4 or not isinstance(mask, Tensor) or mask.dim() > rank):
+        return None
+    rows = params.query.shape[:-1]
+    if rank > 4 and any(tensor.shape[:-3] != rows[:-2] for tensor in tensors):
+        return None
+    query, key, value = (
+        tensor.flatten(0, rank - 4) if rank > 4 else tensor[(None,) * (4 - rank)] for tensor in tensors
+    )
+    lifted = params_of(params.__dict__ | {"query": query, "key": key, "value": value})
     plan = _planned(lifted, impl)
     if plan is None:
         return None
@@ -117,7 +128,7 @@ def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
         params.__dict__["enable_gqa"] = lifted.enable_gqa
         return plan.run(params)
     out, lse = plan.run(lifted)
-    return out.squeeze(0), lse if lse is None else lse.squeeze(0)
+    return out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
 
 
 def _decided(params: SDPAParams, impl: str | None) -> Result:

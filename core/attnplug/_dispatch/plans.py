@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from copy import copy
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from attnplug._dispatch.watched import among_watchers
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
-from attnplug._run.contract import Result, checked_forward, declares
+from attnplug._run.contract import TENSORS, KernelCall, Result, check_outputs, checked_forward, declares, in_kernel
 from attnplug._run.operator import is_watched, operator_of
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
@@ -52,7 +53,7 @@ class Plan:
         grad: whether autograd records the call.
         unfused: whether a MATH implementation runs because others could not.
         simple: whether nothing has to be done around the kernel: no autograd, no check, no warning.
-        plain: the kernel's `plain`, if all is simple.
+        plain: the kernel's `plain`, if all is simple, or what it prepared.
         checked: whether there is nothing around the kernel but a check of what it returns.
     """
 
@@ -73,7 +74,7 @@ class Plan:
         return self._profiled(params)
 
     def _profiled(self, params: SDPAParams) -> Result:
-        return in_range(self.decision.name, params, self._run) if is_profiled() else self._run(params)
+        return in_range(self.decision.name, params, self.carry_out) if is_profiled() else self.carry_out(params)
 
     def run_as_given(self, params: SDPAParams) -> Result:
         """Run a call that was recognised, whose record was just built, with the user's mask and scale."""
@@ -113,14 +114,15 @@ class Plan:
         params, as_it_is = params_of(fields), self._run_plain
         run = among_watchers(self.decision, params, as_it_is)
         if run is as_it_is:
-            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]  # who comes here has seen one
+            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]  # only called where there is one
         return run(params)
 
     def _run_plain(self, params: SDPAParams) -> Result:
         given = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
         return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]  # as above
 
-    def _run(self, params: SDPAParams) -> Result:
+    def carry_out(self, params: SDPAParams) -> Result:
+        """Run the kernel, with what it needs around it, unseen by those who watch calls."""
         if self.simple and not any_autocast():
             return self._forward(params)
         if self.unfused and unfused_warnings_wanted():
@@ -131,6 +133,40 @@ class Plan:
         if not kernel.composite and is_watched(params.query) and not params.query.is_nested:
             return operator_of(entry).run(params)
         return run(entry, params, self.grad)
+
+    def repeated(self, params: SDPAParams) -> Plan:
+        """Return the plan for calls that differ from this one in nothing but where their tensors lie in memory.
+
+        The call asks for nothing beyond PyTorch's arguments and an lse.
+        """
+        prepare = self.decision.kernel.prepare
+        if prepare is None or not self.checked or params.attn_mask is not None:
+            return self
+        run = in_kernel(prepare, params)
+        if run is None:
+            return self
+        plan = copy(self)
+        plan.plain = _Prepared(self, params, run)
+        return plan
+
+
+class _Prepared:
+    """What a kernel prepared for calls that repeat one, in the place of its `plain`; its output is checked once."""
+
+    def __init__(self, plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        self.plan, self.prepared, self.is_checked = plan, run, False
+        self.call = KernelCall.of(plan.decision.entry, params)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
+        returned = None if is_transformed() else in_kernel(self.prepared, query, key, value)
+        if returned is None or not self.is_checked:
+            params = self.call.params((query, key, value, *(None,) * (len(TENSORS) - 3)))
+            if returned is None:
+                return self.plan.carry_out(params)
+            check_outputs(self.plan.decision.name, params, returned)
+            self.is_checked = True
+        out, lse, *_ = returned
+        return out, lse
 
 
 BY_LAYOUT = object()
@@ -225,7 +261,7 @@ def who_decides(impl: str | None) -> tuple[Hashable, ...]:
 
 
 def _is_simple(decision: Decision, grad: bool, facts: CallFacts) -> bool:
-    """Whether nothing has to be done around the kernel's forward. The built-in ones are taken at their word."""
+    """Whether forward is all that has to run. Only built-in kernels qualify: their results are not checked."""
     entry, kernel = decision.entry, decision.kernel
     ours = entry.distribution == BUILTIN and kernel.composite and kernel.backward is None
     refuses_lse_gradient = grad and facts.extensions is not None and not declares(entry, Feature.LSE_GRADIENT)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnplug._call.autocast import any_autocast
+from attnplug._call.facts import is_plain
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
@@ -45,6 +46,7 @@ class Known:
         square: whether there must be as many queries as keys; None where it does not count.
         cast: a type of device, and the dtype that autocast must cast to there; None without autocast.
         plan: how to carry out such a call.
+        repeated: the same for one that `same` recognises.
     """
 
     same: Callable[..., bool] | None
@@ -52,6 +54,7 @@ class Known:
     square: bool | None
     cast: tuple[str, torch.dtype] | None
     plan: Plan
+    repeated: Plan
 
 
 known: dict[Hashable, tuple[Known, ...]] = {}
@@ -82,10 +85,12 @@ def recognise(
                 and (same(query, key, value) if mask is None else same(query, key, value, mask))
                 and (one.cast is None or _is_cast(one.cast))
             ):
-                return one.plan
+                return one.repeated
             if alike is None:
                 continue
             if batch is None:
+                if torch._C._get_tracing_state() is not None:  # as in `remember`
+                    return None
                 batch, _, queries, _ = query.shape
                 key_shape, value_shape = key.shape, value.shape
                 key_batch, _, keys, _ = key_shape
@@ -150,6 +155,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         len(others) >= SEVERAL
         or (all_count and params.is_varlen)  # whose longest sequences count too
         or is_transformed()
+        or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
         or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))
@@ -163,7 +169,8 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     cast = (query.device.type, query.dtype) if autocasts else None
     if len(known) >= WAYS:
         known.clear()
-    known[way] = (*others, Known(same, alike, square, cast, plan))
+    repeated = plan if same is None or autocasts or not is_plain(params) else plan.repeated(params)
+    known[way] = (*others, Known(same, alike, square, cast, plan, repeated))
 
 
 def _has_positions(params: SDPAParams) -> bool:

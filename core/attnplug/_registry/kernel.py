@@ -27,7 +27,7 @@ class Kernel:
 
     Only `forward` must be there. A public attribute whose name is nearly one of these, such as `support` or
     `shape_dependant`, is an error if the author defined it: it would be ignored, and a lost `supports` means wrong
-    results. What is imported from elsewhere, and whatever begins with an underscore, is the author's own business.
+    results. Imported names, and names that begin with an underscore, are not checked.
 
     Attributes:
         forward: `forward(params) -> (out, lse, *saved)`. `out` has the query's dtype; `lse` is float32
@@ -35,7 +35,7 @@ class Kernel:
             that backward needs besides.
         backward: `backward(params, grad_out, grad_lse, out, lse, *saved) -> (grad_query, grad_key,
             grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
-            where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
+            where the tensor's `requires_grad` says so. `grad_lse` is None unless lse has a gradient.
         partial_backward: `partial_backward(params, grad_out, out, lse) -> (grad_query, grad_key, grad_value)`, for a
             composite kernel without `backward`: the gradients of a call whose keys are only a part of all, from `out`
             and `lse` over all of them. `attnplug.parallel` asks; a `backward` that computes with the `out` and `lse`
@@ -60,6 +60,12 @@ class Kernel:
             no record to build. `attn_mask` has two to four dimensions that broadcast; `scale` may be None; the last
             stride of each tensor but the mask is 1; and autocast, for which they are cast already, may be on. For
             composite kernels that need no backward; it saves tiny calls some microseconds.
+        prepare: `prepare(params) -> run or None`: asked of a call without mask, gradients or anything beyond PyTorch's
+            arguments and an lse, with a function for those that repeat it. `run(query, key, value) -> (out, lse)` does
+            what forward does of a call that is the same in all but where its tensors lie in memory: same shapes,
+            strides, dtype, device, scale. It returns None to have forward called, as it must where it depends on
+            alignment or a setting that has changed. `params` must not be kept. For kernels that are not composite; it
+            saves what looking up a plan, building a record and checking the output take.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -81,6 +87,7 @@ class Kernel:
     shape_dependent: bool = False
     any_form: bool = False
     plain: Callable[..., Any] | None = None
+    prepare: Callable[[SDPAParams], Callable[..., Any] | None] | None = None
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
     register_fn: Callable[[], Any] | None = None
@@ -141,6 +148,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "lacks": (),
     "notes": ("params",),
     "plain": ("query", "key", "value", "attn_mask", "dropout", "is_causal", "scale", "enable_gqa"),
+    "prepare": ("params",),
     "fake": ("params",),
     "family": ("params",),
     "register_fn": (),

@@ -123,7 +123,7 @@ class KernelCall:
 
 
 def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
-    """Run a kernel's forward, without autocast, and check what it returns; built-in ones are taken at their word."""
+    """Run a kernel's forward, without autocast, and check what it returns; built-in kernels are not checked."""
     if entry.distribution == BUILTIN:
         run = entry.kernel.forward
     else:
@@ -178,12 +178,12 @@ def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
 
 
 def no_lse_gradient(entry: Entry) -> str:
-    """Return the message for whoever asks for a gradient through lse that there is none of."""
+    """Return the message of the error for a gradient through lse that the implementation does not give."""
     return f"implementation {entry.name!r} gives no gradient through lse; detach lse, or use one that does"
 
 
 def no_second_derivatives(entry: Entry) -> str:
-    """Return the message for whoever asks for second derivatives that there are none."""
+    """Return the message of the error for second derivatives that the implementation does not have."""
     return (
         f"implementation {entry.name!r} has no second derivatives; use one of the MATH family for them, "
         f"for example inside sdpa_kernel(SDPBackend.MATH)"
@@ -236,7 +236,7 @@ def _checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Ten
             grads.append(None)
             continue
         if grad is None:
-            raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which was asked for")
+            raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which is required")
         if field == "attn_mask":
             grad = _summed(name, grad, tensor)
         _check_output(name, f"the gradient of {field}", grad, tuple(tensor.shape), tensor.dtype, tensor.device)

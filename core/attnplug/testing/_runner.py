@@ -42,20 +42,20 @@ def check_impl(
 ) -> Report:
     """Check an implementation against everything that its capabilities promise.
 
-    On a GPU each check is made in one of several worker processes. A kernel that faults there ends the CUDA context
-    of its process; the check that it was in has then failed, and says what the driver said, and the others go on in a
-    fresh process. In this process, the default on a CPU, a kernel's crash would be yours.
+    On a GPU each check runs in one of several worker processes. A kernel that faults there ends the CUDA context
+    of its process; that check has then failed, with the driver's message, and the others continue in a
+    fresh process. In this process, the default on a CPU, a kernel's crash ends your program.
 
     Args:
         name: of a registered implementation.
         device: such as `cpu` or `cuda`; by default a GPU if there is one that the implementation runs on.
-        dtype: the only one to check; by default each that is declared.
+        dtype: the dtype to check; by default each that is declared.
         level: `quick`, seconds for a fast kernel, or `full`: every dtype in every check, and long sequences.
-        checks: the names of the only ones to make; by default all.
+        checks: the names of the checks to run; by default all.
         on_result: called with each result as it is found.
         workers: how many processes; 0 checks in this one. By default 0 on a CPU, else as many as there are cores, at
             most 8; and 0 for an implementation that was registered by a program and cannot be sent to another process.
-        timeout: seconds that a check has in a worker; one that takes longer has failed, and its process is ended.
+        timeout: seconds that a check may take in a worker; one that takes longer has failed, and its process is ended.
 
     Raises:
         UnknownImplementationError: there is no implementation of this name.

@@ -8,6 +8,7 @@ such rows are cleared afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -67,6 +68,24 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
         out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, MINUS_INFINITY)
     out = laid_out_like(query, out)
     return torch.zeros_like(out) if params.dropout == 1 else out, lse, *own, *seeds
+
+
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
+    """Return what runs a call whose tensors are like these, if the operator takes them as they are."""
+    told = direct.of(params)
+    if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
+        return None
+    rows, told_out = params.query.shape[:-1], told.out
+    options = (None, None, None, rows[2], params.key.shape[2], True, 0.0, params.is_causal, False)
+    scale = params.scale
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not (layout.starts_aligned(query) and layout.starts_aligned(key) and layout.starts_aligned(value)):
+            return None
+        out, lse, *_ = operators.cudnn_forward(query, key, value, *options, scale=scale)
+        return out if out.stride() == told_out else laid_out_like(query, out), lse.reshape(rows)
+
+    return run
 
 
 def _run(

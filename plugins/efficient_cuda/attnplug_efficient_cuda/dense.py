@@ -8,7 +8,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -118,6 +118,28 @@ def _forward_directly(params: SDPAParams, told: Direct) -> tuple[Tensor, ...]:
     out, lse = found[0].transpose(1, 2), found[1]
     lse = lse.narrow(2, 0, query.shape[2]) if told.padded else lse
     return (out, lse, *found[2:4]) if params.dropout > 0 else (out, lse)
+
+
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
+    """Return what runs a call whose tensors are like these, if the kernel takes them as they are."""
+    told = direct.of(params)
+    if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
+        return None
+    options = (None, None, None, None, None, 0.0, told.mask_type, True)
+    queries, scale, window = params.query.shape[2], params.scale, told.window
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not (layout.starts_aligned(query) and layout.starts_aligned(key) and layout.starts_aligned(value)):
+            return None
+        out, lse, *_ = operators.efficient_forward(
+            *(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)),
+            *options,
+            scale=scale,
+            window_size=window,
+        )
+        return out.transpose(1, 2), lse.narrow(2, 0, queries) if told.padded else lse
+
+    return run
 
 
 def _backward_directly(

@@ -59,6 +59,9 @@ def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *s
     return dense.backward(params, grad_out, out, lse, *saved)
 
 
+prepare = dense.prepare
+
+
 def unavailable() -> tuple[str, ...]:
     """Return how PyTorch's operators differ from those that this plugin was written for."""
     return operators.changed("_efficient_attention_forward", "_efficient_attention_backward")

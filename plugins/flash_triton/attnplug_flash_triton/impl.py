@@ -79,6 +79,23 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     return (*results, given["seed"]) if params.dropout > 0 else results
 
 
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None] | None:
+    """Return what runs a call whose tensors are like these; None if it draws numbers, or they are not aligned."""
+    given, device = tensors_of(params), params.query.device
+    if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
+        return None
+    plan = _plan_of(params, given, device, lambda machine: family_for(params, machine).forward(params, machine))
+    settings = _settings(params.query.dtype)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
+        aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED == 0
+        if not aligned or _settings(query.dtype) != settings:
+            return None
+        return _run_plan(plan, {"query": query, "key": key, "value": value}, device)[:2]
+
+    return run
+
+
 def backward(
     params: SDPAParams,
     grad_out: Tensor,
@@ -119,7 +136,14 @@ def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
 def _run(
     params: SDPAParams, given: dict[str, Tensor], device: torch.device, make: Callable[[Machine], Plan]
 ) -> tuple[Tensor, ...]:
-    """Run the plan that is kept for calls of this kind, or make and keep one."""
+    """Run the plan for calls of this kind."""
+    return _run_plan(_plan_of(params, given, device, make), given, device)
+
+
+def _plan_of(
+    params: SDPAParams, given: dict[str, Tensor], device: torch.device, make: Callable[[Machine], Plan]
+) -> Plan:
+    """Return the plan that is kept for calls of this kind, or make and keep one."""
     kind = _kind(params, given, device)
     plan = _plans.get(kind)
     if plan is None:
@@ -127,7 +151,11 @@ def _run(
         if len(_plans) >= PLANS_KEPT:
             _plans.clear()
         _plans[kind] = plan
-    if not params.query.is_cuda:  # `device.type` takes three times as long
+    return plan
+
+
+def _run_plan(plan: Plan, given: dict[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    if not given["query"].is_cuda:  # `device.type` takes three times as long
         with _interpreter:  # Triton's interpreter keeps the program at work in a variable of the process
             return plan.run(given, device)
     if torch.cuda.current_device() == device.index:
@@ -143,7 +171,7 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
         *given,
         *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNED) for tensor in given.values()],
         device,
-        config.version(),
+        *_settings(dtype),
         params.dropout,
         params.is_causal,
         params.scale,
@@ -153,9 +181,13 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
         params.max_q,
         params.max_k,
         mask is not None and mask.requires_grad,
-        dtype is torch.float32 and tf32_allowed(),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _settings(dtype: torch.dtype) -> tuple[int, bool]:
+    """Return what a plan depends on besides the call and PyTorch's deterministic mode."""
+    return config.version(), dtype is torch.float32 and tf32_allowed()
 
 
 def tensors_of(params: SDPAParams) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ its own.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +205,52 @@ def test_what_changes_a_launch_is_part_of_what_it_is_kept_under(change: dict[str
         impl.forward(SDPAParams(*given, **{"scale": 0.1, **extra}))
         launched.append(numbered(driver.active.launched[-1:]))
     assert launched[0] == launched[2] != launched[1] == launched[3]
+
+
+def prepared(params: SDPAParams) -> Any:
+    run = impl.prepare(params)
+    assert run is not None
+    return run
+
+
+def test_what_is_prepared_launches_what_forward_launches_with_the_tensors_that_it_is_given(gpu: Driver) -> None:
+    first, second = tensors(32, 32), tensors(32, 32)
+    run = prepared(SDPAParams(*first, is_causal=True, scale=0.1))
+    impl.forward(SDPAParams(*second, is_causal=True, scale=0.1))
+    for _ in range(2):
+        run(*second)
+    pointers = [tensor.data_ptr() for tensor in second]
+    launches = [numbered([launch]) for launch in gpu.launched]
+    assert launches[0] == launches[1] == launches[2] and len(launches) == 3
+    assert all([item for item in launch[3:] if item in pointers] == pointers for launch in gpu.launched)
+
+
+def test_what_is_prepared_leaves_tensors_that_start_elsewhere_and_other_settings_to_forward(gpu: Driver) -> None:
+    query, key, value = tensors(32, 32)
+    shifted = torch.empty(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape)
+    run = prepared(SDPAParams(query, key, value, scale=0.1))
+    assert run(shifted, key, value) is run(query, shifted, value) is run(query, key, shifted) is None
+    wide = prepared(SDPAParams(query.float(), key.float(), value.float(), scale=0.1))
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert wide(query.float(), key.float(), value.float()) is None
+        assert run(query, key, value) is not None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    before = config.use(config.table_of("sm_90"))
+    config.use(before)
+    assert run(query, key, value) is None
+    assert impl.prepare(SDPAParams(shifted, key, value, scale=0.1)) is None
+    assert impl.prepare(SDPAParams(query, key, value, dropout=0.5, scale=0.1)) is None
+
+
+def test_what_is_prepared_keeps_no_tensor_alive() -> None:
+    given = tensors(32, 32)
+    run, kept = prepared(SDPAParams(*given, scale=0.1)), [weakref.ref(tensor) for tensor in given]
+    run(*given)
+    given.clear()
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None, None]
 
 
 def test_float32_products_follow_pytorchs_setting() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ class RemembersShapes(Kernel):
         out, *rest = super().forward(params)
         shape = (params.query.shape, params.key.shape, params.query.dtype)
         return (out + 0 * out + (out - self.kept.setdefault(shape, out)) * 0.01, *rest)
+
+
+@wrong("check_calls_that_repeat_another")
+class PreparesWithoutTheScale(Kernel):
+    """Prepares for calls that repeat another, and forgets the scale."""
+
+    def prepare(self, params: SDPAParams) -> Any:
+        return lambda *tensors: self.forward(SDPAParams(*tensors, is_causal=params.is_causal, scale=0.125))
+
+
+@wrong("check_calls_that_repeat_another")
+class PreparesWithTheFirstTensors(Kernel):
+    """Prepares for calls that repeat another, and reads the keys where those of the first call lie."""
+
+    def prepare(self, params: SDPAParams) -> Any:
+        key = params.key
+        return lambda query, _, value: self.forward(replace(params, query=query, key=key, value=value))
 
 
 @wrong("check_softcap")

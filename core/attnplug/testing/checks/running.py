@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,6 +26,19 @@ def check_calls_do_not_depend_on_earlier_calls(subject: Subject) -> None:
     """A call gives the same after others of its shape, of other shapes, and with other numbers."""
     calls = [subject.call(seed=seed, keys=keys) for keys in (40, 70) for seed in (1, 2)]
     subject.compare(*calls, *calls)
+
+
+@check()
+def check_calls_that_repeat_another(subject: Subject) -> None:
+    """Calls that differ in their numbers alone, or in where their tensors start, are right each time."""
+    kinds: list[dict[str, Any]] = [{}, {"scale": 0.3}]
+    if subject.has(Feature.CAUSAL):
+        kinds.append({"is_causal": True})
+    if subject.has(Feature.GQA):
+        kinds.append({"heads": 4, "kv_heads": 2})
+    for kind in kinds:
+        layouts = ("contiguous", "contiguous", "offset", "misaligned", "contiguous")
+        subject.compare(*(subject.call(layout=layout, seed=seed, **kind) for seed, layout in enumerate(layouts)))
 
 
 @check(Feature.DETERMINISTIC)
