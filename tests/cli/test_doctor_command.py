@@ -121,6 +121,20 @@ def test_a_variable_that_means_nothing_is_to_be_unset(shell):
     assert "ATTNPLUG_STRIC: no such variable" in done.out and "unset ATTNPLUG_STRIC\n" in done.out
 
 
+def test_a_variable_whose_name_nothing_can_run_is_the_finding(site):
+    site.install_healthy("healthy")
+    site.install("fake-other", {"other": (site.folder / "healthy.py").read_text()})
+    for variable, value, said in (
+        ("ATTNPLUG_IMPL", "nosuch", "unknown implementation 'nosuch'"),
+        ("ATTNPLUG_IMPL", "healthy", "'healthy'"),  # two claim it
+        ("ATTNPLUG_VERIFY", "0.5", "'math_ref' is disabled"),
+    ):
+        status, data = diagnosed(site, **{"ATTNPLUG_DISABLE": "math_ref", variable: value})
+        (found,) = data["findings"]
+        assert (status, found["name"], found["remedy"]) == (1, variable, f"unset {variable}")
+        assert said in found["reason"]
+
+
 def test_what_no_installation_mends_has_no_command(on_devices):
     on_devices("cpu")
     on_gpu_alone = [each for each in attnplug.list_impls() if each.capabilities.devices == {"cuda"}]

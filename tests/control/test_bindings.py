@@ -175,6 +175,24 @@ def test_a_bound_module_is_of_its_class_and_afterwards_nothing_else() -> None:
     assert type(module) is Special and vars(module).keys() == vars(Special()).keys()
 
 
+def test_a_class_that_keeps_a_list_of_its_own_hears_of_no_binding() -> None:
+    class Listed(Attention):
+        known: dict[str, type] = {}
+
+        def __init_subclass__(cls, *, name: str, **arguments: Any) -> None:
+            super().__init_subclass__(**arguments)
+            Listed.known[name] = cls
+
+    module = Listed()
+    attnplug.bind(module, MATH)
+    assert ran_in(lambda: module(Q)) == [MATH] and not Listed.known
+
+    class Derived(type(module), name="derived"):  # type: ignore[misc]  # by somebody else, as parametrizations are
+        pass
+
+    assert Listed.known == {"derived": Derived}
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_of_several_bindings_the_last_counts_and_they_go_in_any_order(order: tuple[int, int]) -> None:
     seen: list[str] = []

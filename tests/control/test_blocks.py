@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import random
 import signal
 import threading
@@ -156,6 +158,18 @@ def test_what_nobody_can_leave_any_more_is_left() -> None:
     del scope, recording
     gc.collect()
     assert ran() == DEFAULT
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_copies_of_a_block_that_is_entered_are_not_and_leave_nothing(copied: Callable[[Any], Any]) -> None:
+    scope, recording, capturing = attnplug.sdpa_kernel(MATH), attnplug.record(), attnplug.capture()
+    with scope, recording as calls, capturing as cases:
+        for block in (scope, recording, capturing):
+            with copied(block):  # a copy is another block
+                pass
+        gc.collect()
+        attnplug.scaled_dot_product_attention(Q, Q, Q)
+    assert [call.impl for call in calls] == [MATH] and len(cases) == 1 and ran() == DEFAULT
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, BaseException])

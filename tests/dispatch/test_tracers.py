@@ -86,6 +86,15 @@ def test_names_that_differ_in_punctuation_alone_have_operators_of_their_own() ->
 # --- recordings ---
 
 
+@pytest.mark.parametrize("name", ["told", "seen"])
+def test_an_implementation_may_be_called_as_what_tells_of_calls_is(name: str) -> None:
+    register(name)
+    function = compiled(lambda query: attend(query, query, query, impl=name))
+    with attnplug.record() as calls:
+        assert torch.equal(function(Q), Q * 2)
+    assert [call.impl for call in calls] == [name]
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_recording_sees_compiled_calls_in_order_and_compiles_once_more(backend: str) -> None:
     register("opaque")

@@ -206,6 +206,8 @@ def test_unknown_name_in_load_is_an_error_with_the_closest_match(site: Site) -> 
 def test_load_means_entry_points_not_implementations(site: Site) -> None:
     report = site.run(FAILURE, ATTNPLUG_LOAD="torch")
     assert "ConfigError" in report.failure["kinds"] and "'torch'" in report.failure["message"]
+    report = site.run(FAILURE, ATTNPLUG_LOAD="cudnn")
+    assert "did you mean 'efficient_cuda', which has this implementation?" in report.failure["message"]
 
 
 @pytest.mark.parametrize("strict", ["0", "1"])

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,8 +309,12 @@ def test_threads_that_verify_together_lose_nothing() -> None:
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         attnplug.verify(**arguments)
+
+
+def test_a_rate_may_be_a_number_of_numpy() -> None:
+    assert attnplug.verify(np.float32(0.5)).rate == 0.5 and attnplug.verify(1).rate == 1.0
 
 
 def test_it_is_started_once_and_stopped_once() -> None:

@@ -85,8 +85,8 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     block = sdpa_kernel(backends, set_priority).block  # a mistake is an error here, not in the middle of a forward
     start()
     with _lock:
-        module.__dict__[_BLOCKS] = (*module.__dict__.get(_BLOCKS, ()), block)
         _give_class(module)
+        module.__dict__[_BLOCKS] = (*module.__dict__.get(_BLOCKS, ()), block)
         handle = BindingHandle(module, block)
     return handle
 
@@ -95,6 +95,10 @@ class _Bound:
     """What a bound module's class has before the class that the module had."""
 
     _attnplug_blocks = ()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        if _Bound not in cls.__bases__:  # else a module's class, which may keep a list of such, would hear of a binding
+            super().__init_subclass__(**arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         blocks = self._attnplug_blocks

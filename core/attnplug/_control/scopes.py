@@ -88,6 +88,10 @@ class sdpa_kernel:
         if getattr(self, "_open", 0):
             self._leave()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: the scope, but not that somebody is in it, which only the original ends."""
+        return {"_open": 0, "_outer": None, "block": (*self.block,)}
+
     def __call__(self, function: _Function) -> _Function:
         return _decorated(function, self.block)
 

@@ -56,6 +56,9 @@ class record:
         if self._list is not None:
             remove_watcher(self._list)
 
+    def __getstate__(self) -> None:
+        """Return nothing: a copy is entered by nobody."""
+
 
 class _List(Watcher):
     """Keeps what it is told."""

@@ -42,13 +42,13 @@ def _around(watcher: Watcher, call: RecordedCall, run: Run) -> Run:
 def tell(call: tuple[str, ...]) -> None:
     """Put into the graph that is being traced that it is about to make a call."""
     _define()
-    torch.ops.attnplug.told.default(*call)
+    torch.ops.attnplug_watched.told.default(*call)
 
 
 def show(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
     """Put into the graph that is being traced that it has made a call, with its tensors, if somebody wants them."""
     if call and thread.state.watched == TENSORS:
-        torch.ops.attnplug.seen.default(*call, *arguments_of(params), out, lse)
+        torch.ops.attnplug_watched.seen.default(*call, *arguments_of(params), out, lse)
 
 
 def as_constants(decision: Decision) -> tuple[str, ...]:
@@ -64,17 +64,20 @@ _CALL = "str impl, str family, str passed_over, str device"
 
 @cache
 def _operators() -> Any:
-    """Define the operators with which a graph tells the watchers of the thread that runs it."""
+    """Define the operators with which a graph tells the watchers of the thread that runs it.
+
+    In a namespace of their own: in `attnplug` an implementation may have any name.
+    """
     from torch._higher_order_ops.effects import _EffectType
     from torch.fx.node import has_side_effect
     from torch.library import _register_effectful_op
 
-    library = torch.library.Library("attnplug", "FRAGMENT")
+    library = torch.library.Library("attnplug_watched", "FRAGMENT")
     for name, more, function in (("told", "", _told), ("seen", f", {_GIVEN}, Tensor out, Tensor? lse", _seen)):
         library.define(f"{name}({_CALL}{more}) -> ()")
         library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"attnplug::{name}", lambda *_: None, lib=library)
-        operator = getattr(torch.ops.attnplug, name).default
+        torch.library.register_fake(f"attnplug_watched::{name}", lambda *_: None, lib=library)
+        operator = getattr(torch.ops.attnplug_watched, name).default
         has_side_effect(operator)  # or a graph would drop it, as nothing uses what it returns
         _register_effectful_op(operator, _EffectType.ORDERED)
     return library

@@ -210,13 +210,14 @@ def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
     config = get_config()
     names, known = sorted({plugin.name for plugin in plugins}), {name for plugin in plugins for name in plugin.names}
     for name in sorted((config.load or frozenset()) - known):
-        install = f"; to install it: {KNOWN[name].install}" if name in KNOWN else ""
+        close = _meant(name, known)
+        install = f"; to install it: {KNOWN[name].install}" if name in KNOWN and not close else ""
         raise ConfigError(
-            f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{did_you_mean(name, known) or ';'} "
+            f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{close or ';'} "
             f"installed: {', '.join(names) or 'none'}{install}"
         )
     for name in sorted(config.disable - known):
-        warn(PluginWarning(f"ATTNPLUG_DISABLE: no installed plugin is named {name!r}{did_you_mean(name, known)}"))
+        warn(PluginWarning(f"ATTNPLUG_DISABLE: no installed plugin is named {name!r}{_meant(name, known)}"))
     allowed = []
     for plugin in plugins:
         reason = ""
@@ -229,6 +230,14 @@ def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
         else:
             allowed.append(plugin)
     return allowed
+
+
+def _meant(name: str, plugins: set[str]) -> str:
+    """Return which plugin was probably meant, by a name that none has, among others that of an implementation."""
+    own = KNOWN.get(name)
+    if own is not None and own.entry_point in plugins:
+        return f"; did you mean {own.entry_point!r}, which has this implementation?"
+    return did_you_mean(name, plugins)
 
 
 def _version_mismatch(plugin: Plugin, error: BaseException) -> tuple[str, str]:

@@ -274,7 +274,7 @@ def _shares(profile: Any, key_of: Callable[[str, Any], Key | None]) -> dict[Key,
     times: dict[Key, list[float]] = {}
     for event in profile.events():
         name = event.name.removeprefix("attnplug::")
-        if name == event.name or name in _OTHERS or event.device_type != DeviceType.CPU:
+        if name == event.name or event.device_type != DeviceType.CPU:
             continue
         impl = name.removesuffix("_backward")
         key = key_of(impl, event)
@@ -285,9 +285,6 @@ def _shares(profile: Any, key_of: Callable[[str, Any], Key | None]) -> dict[Key,
         key: Share(forward, backward, (forward + backward) * 1e6 / total if total else 0.0)
         for key, (forward, backward) in sorted(times.items(), key=lambda item: -sum(item[1]))
     }
-
-
-_OTHERS = frozenset({"told", "seen"})  # operators of the namespace that are no implementation's
 
 
 def kind_of(params: SDPAParams) -> str:

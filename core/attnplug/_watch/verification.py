@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from attnplug._accuracy import Mistake
-from attnplug._arguments import as_int
+from attnplug._arguments import as_float, as_int
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
 from attnplug._messages import printable, warn
 from attnplug._registry.kernel import OfOneRank
@@ -114,13 +114,14 @@ class verify:
         *,
         seed: int = 0,
     ) -> None:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-            raise ValueError(f"rate: expected a number from 0 to 1, the share of calls to verify, got {rate!r}")
+        wanted_rate = "a number from 0 to 1, the share of calls to verify"
+        if not 0 <= as_float("rate", rate, wanted_rate) <= 1:
+            raise ValueError(f"rate: expected {wanted_rate}, got {rate!r}")
         if not callable(on_mismatch) and not (isinstance(on_mismatch, str) and on_mismatch in ("warn", "raise")):
             raise ValueError(f"on_mismatch: expected 'warn', 'raise' or a function, got {on_mismatch!r}")
         self.seed = as_int("seed", seed, "an integer")
         start().get(reference, "reference")
-        self.rate, self.reference, self.on_mismatch = rate, reference, on_mismatch
+        self.rate, self.reference, self.on_mismatch = float(rate), reference, on_mismatch
         self.calls = self.results = self.gradients = self.wrong = 0
         self.mismatches: list[Mismatch] = []
         self.skipped: Counter[str] = Counter()

@@ -131,19 +131,15 @@ def _print(report: Report, failures_only: bool) -> None:
 
 def _is_usable(name: str) -> bool:
     """Whether an implementation can run here; if not, say why."""
-    reason = _unusable(name)
-    if reason is not None:
-        print(f"attnplug: {name} cannot be checked: it is {reason}", file=sys.stderr)
-    return reason is None
+    from attnplug.testing._running import find
 
-
-def _unusable(name: str) -> str | None:
-    """Return why an implementation cannot run here, or None if it can."""
-    records = {record.name: record for record in attnplug.list_impls()}
-    if name not in records:
-        check_name(name)
-    record = records[name]
-    return None if record.status == "available" else f"{record.status}: {record.reason}"
+    check_name(name)
+    try:
+        find(name)
+    except ValueError as error:
+        print(f"attnplug: cannot be checked: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _found(written: TextIO | None, name: str, result: Result) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import attnplug
-from attnplug import AttnplugError, ConfigError, ImplRecord
+from attnplug import AttnplugError, ConfigError, ImplRecord, UnknownImplementationError
 from attnplug._registry.catalogue import KNOWN
+from attnplug._registry.config import get_config
 from attnplug._registry.machine import lacks_gpu_build
 from attnplug._registry.remedies import gpu_build
 from attnplug._selection.state import start
@@ -82,11 +83,13 @@ def _of_torch() -> list[Finding]:
 def _of_environment() -> list[Finding]:
     try:
         start()
-    except ConfigError as error:
+    except (ConfigError, UnknownImplementationError) as error:
         variable, _, reason = str(error).partition(": ")
         return [Finding(variable, _BROKEN, reason, f"unset {variable}")]
-    except AttnplugError as error:  # a broken plugin, under ATTNPLUG_STRICT
-        return [Finding("ATTNPLUG_STRICT", _BROKEN, str(error), "ATTNPLUG_STRICT=0 attnplug doctor")]
+    except AttnplugError as error:
+        if get_config().strict:  # a broken plugin
+            return [Finding("ATTNPLUG_STRICT", _BROKEN, str(error), "ATTNPLUG_STRICT=0 attnplug doctor")]
+        return [Finding("ATTNPLUG_IMPL", _BROKEN, str(error), "unset ATTNPLUG_IMPL")]  # a name that several claim
     return []
 
 

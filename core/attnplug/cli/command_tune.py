@@ -57,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     place = default_place() if arguments.output is None else Path(arguments.output)
     arguments.cases += arguments.capture
     measured = cases.of(arguments)
-    check_writable(place)  # before anything is measured
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     if not arguments.force and (reason := busy({case.device for case in measured})):
@@ -66,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    check_writable(place)  # before anything is measured
     with render.progress_bar() as progress, warnings.catch_warnings():
         if arguments.force:
             warnings.simplefilter("ignore", attnplug.ChoicesWarning)

@@ -67,6 +67,9 @@ class capture:
         if self._watcher is not None:
             self.__exit__()
 
+    def __getstate__(self) -> None:
+        """Return nothing: a copy is entered by nobody."""
+
 
 class _Watcher(Watcher):
     """Takes note of each call's arguments."""
