@@ -91,6 +91,21 @@ def test_pytorchs_function_is_itself_in_what_a_kernel_prepared() -> None:
     assert (kernel.forwards, kernel.runs) == (1, 2)
 
 
+def test_a_kernel_prepares_for_as_many_sizes_as_are_recognised() -> None:
+    def attend_all() -> None:
+        for length in lengths:
+            attend(Q, K[:, :, :length], V[:, :, :length])
+
+    with registered(kernel := Prepares()) as attend:
+        lengths = [6, 5, 4]
+        for _ in range(4):
+            attend_all()
+        assert (kernel.forwards, kernel.runs) == (3, 9)
+        lengths = [6, 6]
+        attend_all()
+        assert (kernel.forwards, kernel.runs) == (3, 11)
+
+
 def test_a_decode_loop_decides_once_wherever_its_lengths_are_equal() -> None:
     asked = []
 
