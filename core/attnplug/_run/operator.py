@@ -117,7 +117,9 @@ class Operator:
         params = call.params(tensors)
         query, value = params.query, params.value
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(call, tensors)]
+        before = [
+            torch.empty(state.shape, dtype=state.dtype, device="cpu") for state in self._random_state(call, tensors)
+        ]
         if not self._gives_lse:
             return out, _no_lse(call, tensors), before
         return out, query.new_empty(params.lse_shape, dtype=params.lse_dtype), before
@@ -257,7 +259,7 @@ def _generator_state(device: torch.device) -> Tensor:
         return torch.get_rng_state()
     module = torch.get_device_module(device)
     if not module.is_available():  # fake tensors of a device that is not there: seed and offset, 8 bytes each
-        return torch.empty(16, dtype=torch.uint8)
+        return torch.empty(16, dtype=torch.uint8, device="cpu")
     return module.get_rng_state(device)
 
 
