@@ -1,7 +1,7 @@
-"""A plugin registry for attention kernels on PyTorch: install a kernel package and it is there.
+"""A plugin registry for attention kernels on PyTorch: install a kernel package and select it.
 
 Importing attnplug imports nothing else: no torch, no plugin, no kernel. What needs torch is imported
-when it is first used, plugins when the registry is first asked, and a kernel when it is first chosen.
+when it is first used, plugins when the registry is first used, and a kernel when it is first chosen.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class UnknownImplementationError(AttnplugError, ValueError):
     Args:
         name: what was asked for.
         available: the names that exist.
-        where: where the name came from, when it was not an argument (for example `ATTNPLUG_IMPL`).
+        where: where the name came from, if it was not an argument (for example `ATTNPLUG_IMPL`).
         absent: names that are known and cannot be used, with the reason, a phrase such as
             `is disabled by ATTNPLUG_DISABLE`.
     """
@@ -49,8 +49,8 @@ class DuplicateImplementationError(AttnplugError, ValueError):
     Args:
         name: the name that both claim.
         owner: the distribution (or program) that has it, or claimed it first.
-        claimant: the distribution (or program) that wanted it too.
-        way_out: what settles it.
+        claimant: the distribution (or program) that claimed it too.
+        way_out: what resolves the conflict.
     """
 
     def __init__(self, name: str, owner: str, claimant: str, way_out: str = "rename one of them") -> None:
@@ -85,11 +85,11 @@ class NoImplementationError(AttnplugError, RuntimeError):
 
 
 class ConfigError(AttnplugError, ValueError):
-    """An environment variable of attnplug has a value that means nothing."""
+    """An environment variable of attnplug has an invalid name or value."""
 
 
 class ChoicesError(AttnplugError, ValueError):
-    """A file of measured choices cannot be read or written, or says something that no such file says."""
+    """A file of measured choices cannot be read or written, or is not such a file."""
 
 
 class SpecError(AttnplugError, ValueError):
@@ -101,11 +101,11 @@ class PluginError(AttnplugError, RuntimeError):
 
 
 class KernelError(AttnplugError, RuntimeError):
-    """A kernel broke its promise: what it returned does not have the shape, dtype or device it must."""
+    """A kernel broke its contract: what it returned does not have the required shape, dtype or device."""
 
 
 class GradientError(AttnplugError, RuntimeError):
-    """A gradient was asked for that the implementation which ran forward does not give."""
+    """A gradient is needed that the implementation that ran forward does not compute."""
 
 
 class MismatchError(AttnplugError, RuntimeError):
@@ -128,7 +128,7 @@ class ScopeError(AttnplugError, RuntimeError):
 
 
 class PluginWarning(UserWarning):
-    """A plugin, or its kernel, is broken; everything else goes on working."""
+    """A plugin, or its kernel, is broken; everything else keeps working."""
 
 
 class MismatchWarning(UserWarning):
@@ -140,7 +140,7 @@ class FallbackWarning(UserWarning):
 
 
 class ChoicesWarning(UserWarning):
-    """Measured choices are in use and do not hold here, or not for a call: it runs in the default order."""
+    """Measured choices are in use but do not apply here, or not to a call, which then runs in the default order."""
 
 
 def did_you_mean(name: object, known: Iterable[str], remarks: Mapping[str, str] | None = None) -> str:

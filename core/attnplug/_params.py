@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 MaybeNone = Any
 """In the type of a field that is None where a call does not have it, or before it is prepared.
 
-As in typeshed, a checker asks nobody to look: a kernel knows from `is_varlen` and from the features that it declares
-what is there.
+As in typeshed, the type checker requires no test for None: a kernel knows from `is_varlen` and from the features that
+it declares which fields are set.
 """
 
 OPEN_WINDOW = (-1, -1)
@@ -65,10 +65,10 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SDPAParams:
-    """A read-only record of one call; building one checks nothing.
+    """A read-only description of one call; building one checks nothing.
 
     The first seven fields are those of `torch.backends.cuda.SDPAParams`, in its order. What a kernel's
-    forward receives is such a record, already checked and brought into one form:
+    forward receives is such a description, already validated and normalized:
 
     * dense: `query (B, Hq, Sq, E)`, `key (B, Hkv, Sk, E)`, `value (B, Hkv, Sk, Ev)`, `attn_mask` of
       four dimensions, each 1 or the full size of `(B, Hq, Sq, Sk)`;

@@ -87,19 +87,19 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a kernel supports, stated so that it can be read without importing the kernel.
+    """What a kernel supports, declared so that it can be read without importing the kernel.
 
     `None` means no limit. Collections are kept as frozen sets, `head_sizes` as a range if it is one.
 
-    Two statements joined with `|` mean "either": a kernel that does one thing on CPU and another on CUDA
+    Two declarations joined with `|` mean "either": a kernel that supports one thing on CPU and another on CUDA
     says `on_cpu | on_cuda`; the fields of the union are then the unions of the parts' fields, and
     `alternatives` holds the parts.
 
     Args:
         devices: torch device types, such as `("cpu", "cuda")`.
         dtypes: of the query: float16, bfloat16, float32, float64, by name or as torch's own.
-        compute_capability: the least NVIDIA compute capability, such as `(8, 0)`.
-        architectures: AMD architectures, such as `("gfx942",)`; matched by prefix, asked only on ROCm.
+        compute_capability: the minimum NVIDIA compute capability, such as `(8, 0)`.
+        architectures: AMD architectures, such as `("gfx942",)`; matched by prefix, only on ROCm.
         head_sizes: the query head sizes; `range(8, 257, 8)` says multiples of 8 up to 256.
         features: the `Feature`s, or their names, beyond the plain formula.
         quantized: whether the kernel rounds its inputs to fewer bits. It is then right within 5 % of the result's
@@ -189,7 +189,7 @@ class Capabilities:
 
 @dataclass(frozen=True, kw_only=True)
 class ImplSpec:
-    """One implementation, as its author describes it.
+    """One implementation, as its author declares it.
 
     Args:
         name: what users write in `impl=`, scopes and `ATTNPLUG_IMPL`.
@@ -201,10 +201,10 @@ class ImplSpec:
             it is named.
         capabilities: what it supports.
         priority: higher is preferred among those of one rank: `torch` stands first, attnplug's own implementations
-            next, everybody else's last, whatever they claim.
+            next, all others last, whatever priority they claim.
         requires: modules that must be installed, such as `("triton",)` or `("flash_attn.cute",)`; without them
             the implementation is listed as unavailable, and its kernel is never imported.
-        install: the command that brings what it requires, such as `pip install triton`; shown where that is missing.
+        install: the command that installs what it requires, such as `pip install triton`; shown where that is missing.
         named_only: whether it runs only where it is named: by `impl=`, a scope, an activation or the environment.
 
     Raises:
@@ -304,7 +304,7 @@ class ImplRecord:
         status: `available`, `unavailable` (something it needs is not on this machine, or the environment
             keeps its plugin from loading) or `broken` (it failed to load, or another claims its name).
         reason: what is lacking or what failed; empty when it is available.
-        remedy: the command that mends it; empty when it is available, and where no command can.
+        remedy: the command that fixes it; empty when it is available, and where no command can.
         entry_point: the name of the entry point that brought it, which `ATTNPLUG_LOAD` and `ATTNPLUG_DISABLE` take;
             empty for what is built in or registered by a program.
         module: the module, or the object in one, that the entry point names.

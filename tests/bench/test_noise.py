@@ -140,4 +140,4 @@ def test_shrunk_cases_crown_nobody_and_say_so():
     report = bench.run(Case(queries=128), ["torch", "aten_math"], seconds=0.002, tiny=True)
     assert [case.queries for case in report.cases] == [2]
     assert not any(record.fastest for record in report)
-    assert report.conclusions()[0].endswith("the times mean nothing, and nobody is the fastest.")
+    assert report.conclusions()[0].endswith("the times mean nothing, and none is called the fastest.")

@@ -203,4 +203,4 @@ def test_nobody_is_the_fastest_of_shrunk_cases(started, tmp_path):
     with shown(started, tmp_path / "tiny.html") as tab:
         _, rows = table(tab)
         assert [row["verdict"] for row in rows] == ["right", "right"]
-        assert "nobody is the fastest" in tab.inner_text("body")
+        assert "none is called the fastest" in tab.inner_text("body")

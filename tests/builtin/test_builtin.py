@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.testing._internal.common_methods_invocations import op_db
 
 import attnplug
@@ -110,6 +111,19 @@ def test_gradients_are_right(impl: str, dtype: torch.dtype, is_causal: bool) -> 
             torch.testing.assert_close(actual, right)
         else:
             assert_right(actual, right, plainly, GRADIENT)
+
+
+def test_flash_never_drops_the_tangent_of_a_mask() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    mask = torch.nn.Parameter(torch.randn(4, 4))
+
+    def attend(each: torch.Tensor) -> torch.Tensor:
+        return attnplug.scaled_dot_product_attention(query, query, query, each, impl="aten_flash")
+
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(attend, (mask.detach(),), (mask.detach(),))
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
+        attend(forward_ad.make_dual(mask, mask.detach()))
 
 
 @pytest.mark.parametrize("impl", [None, "torch", "aten_math"])

@@ -20,7 +20,7 @@ from attnplug import SDPAParams
 from attnplug._api import dense
 from attnplug._call import device as gpu
 from attnplug.builtin import aten_flash, faults, gpus, torch_sdpa
-from attnplug.testing import Call, assert_right
+from attnplug.testing import Call, assert_right, check_impl
 from wrong_calls import BAD, PLAIN, OperatorCalls, assert_fits, faked, params_of
 
 attend = attnplug.scaled_dot_product_attention
@@ -241,7 +241,7 @@ def test_dropout_is_kept_from_cudnn(
     mode = FakeTensorMode()
     params = faked(params_of(PLAIN.but(dtype="float16"), dropout=dropout), mode)
     monkeypatch.setattr(faults, "RELEASE", (2, 12))
-    assert not torch_sdpa.supports(params)
+    assert attnplug.can_use_impl("torch", params)
     for given, changed in ((dropout, True), (0.1, False)):
         with mode, torch.no_grad():
             torch_sdpa.forward(dataclasses.replace(params, dropout=given))
@@ -249,11 +249,20 @@ def test_dropout_is_kept_from_cudnn(
         assert (reached * 16 != math.floor(reached * 16)) and (reached != given) is changed
         assert torch.tensor(reached, dtype=torch.float32) == torch.tensor(given, dtype=torch.float32)
     monkeypatch.setattr(faults, "RELEASE", (2, 11))
-    (reason,) = torch_sdpa.supports(params)
+    (reason,) = attnplug.can_use_impl("torch", params).reasons
     assert "gives queries the same dropout mask" in reason
-    assert not torch_sdpa.supports(dataclasses.replace(params, dropout=0.0))
+    assert attnplug.can_use_impl("torch", dataclasses.replace(params, dropout=0.0))
     gpu_and_cudnn(monkeypatch, (8, 0), 91900)
-    assert not torch_sdpa.supports(params)
+    assert attnplug.can_use_impl("torch", params)
+
+
+def test_the_kit_says_declined_of_dropout_that_cannot_be_kept_from_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_and_cudnn(monkeypatch, (9, 0), 91900)
+    for release, status in (((2, 11), "declined"), ((2, 12), "passed")):
+        monkeypatch.setattr(faults, "RELEASE", release)
+        report = check_impl("torch", device="cpu", level="full", checks=["check_dropout_of_everything"])
+        found = {result.dtype: result.status for result in report.results}
+        assert found == {"float32": "passed", "float16": status, "bfloat16": status, "float64": "passed"}
 
 
 @pytest.mark.parametrize("impl", [None, "torch"])

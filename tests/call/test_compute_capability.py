@@ -73,14 +73,16 @@ def test_there_is_none_on_other_devices_and_where_no_gpu_is(
     assert attnplug.compute_capability("cuda") is None
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_a_question_about_another_gpu_reaches_the_kernel_and_ends_with_the_answer(
-    here: Callable[..., None], curious: Curious
+    here: Callable[..., None], curious: Curious, device: str
 ) -> None:
-    here((8, 0))
-    query = fake_query()
+    here((8, 0), (8, 0))
+    query = fake_query(device)
     params = SDPAParams(query, query, query)
     assert attnplug.can_use_impl("curious", params, compute_capability=(9, 0))
     attnplug.explain(query, query, query, impl="curious", compute_capability=(12, 0))
+    assert attnplug.compute_capability(device) == (8, 0)
     attnplug.explain(query, query, query, impl="curious")
     assert curious.told == [(9, 0), (12, 0), (8, 0)]
 

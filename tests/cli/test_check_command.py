@@ -139,9 +139,14 @@ def test_output_into_a_folder_that_does_not_exist_is_an_error_before_work_begins
     assert "nowhere' is not a folder" in done.err and list(tmp_path.iterdir()) == []
 
 
-def test_one_of_several_that_is_not_available_is_said_and_the_others_are_checked(cli, register):
+def test_one_of_several_that_is_not_available_is_said_and_the_others_are_checked(cli, register, tmp_path, monkeypatch):
+    kernel = "def forward(params): ...\ndef unavailable(): return 'needs another compiler'\n"
+    (tmp_path / "kernel_without_compiler.py").write_text(kernel)
+    monkeypatch.syspath_prepend(tmp_path)
     register(name="lacking", requires=("a_module_that_is_nowhere",))
-    done = cli("check", "lacking", "torch", "--device", "cpu", "--only", "check_scale")
+    register(name="once_loaded", kernel="kernel_without_compiler")
+    done = cli("check", "lacking", "once_loaded", "torch", "--device", "cpu", "--only", "check_scale")
     assert done.status == 1
-    assert "lacking cannot be checked: it is unavailable" in done.err
+    assert "implementation 'once_loaded' is unavailable: needs another compiler" in done.err
+    assert "implementation 'lacking' is unavailable" in done.err
     assert "torch on cpu, quick: " in done.out

@@ -140,6 +140,9 @@ def test_a_provider_written_for_pytorch_works_unchanged() -> None:
         attnplug.scaled_dot_product_attention(Q, Q, Q, impl="theirs")
     attnplug.activate_flash_attention_impl("theirs")
     assert attnplug.current_flash_attention_impl() == "theirs"
+    attnplug.register_flash_attention_impl("another", register_fn=provider)
+    with pytest.raises(attnplug.NoImplementationError, match=r"activate_flash_attention_impl\('another'\)"):
+        attnplug.scaled_dot_product_attention(Q, Q, Q, impl="another")
     with torch.no_grad():
         assert torch.equal(F.scaled_dot_product_attention(Q, Q, Q), Q + 1)
         assert torch.equal(attnplug.scaled_dot_product_attention(Q, Q, Q), Q + 1)

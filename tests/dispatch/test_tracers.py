@@ -332,3 +332,12 @@ def test_jit_traces_what_is_decided_for_the_first_time() -> None:
         traced = torch.jit.trace(lambda query: attend(query, query, query), (Q,))
     longer = torch.randn(3, 2, 9, 8)
     torch.testing.assert_close(traced(longer), attend(longer, longer, longer))
+
+
+def test_jit_traces_a_call_that_was_made_before() -> None:
+    """PyTorch traces twice, the second time without gradients, and compares the graphs: both must be decided alike."""
+    for _ in range(2):
+        attend(Q, Q, Q, is_causal=True, impl="math_ref")
+    with pytest.warns(torch.jit.TracerWarning):
+        traced = torch.jit.trace(lambda query: attend(query, query, query, is_causal=True, impl="math_ref"), (Q,))
+    torch.testing.assert_close(traced(Q), attend(Q, Q, Q, is_causal=True))

@@ -38,6 +38,14 @@ def test_a_backward_that_does_not_use_what_it_is_given_is_declined_before_any_me
     assert "its backward computes out and lse anew for the keys of one rank" in text
 
 
+def test_a_kernel_that_declines_the_call_on_which_its_backward_is_tested_is_declined_with_its_reason(
+    world: Worlds,
+) -> None:
+    world(2).run(ranks_do.register, "long")
+    text = error_of(world(2), ranks_do.dense, impl="long", length=160)
+    assert "declines the call of 64 positions on which its backward is tested: takes more than 64 queries" in text
+
+
 def test_a_gradient_of_lse_that_the_kernel_does_not_give_is_an_error_before_any_message(world: Worlds) -> None:
     text = error_of(world(2), ranks_do.dense, impl="aten_flash", is_causal=True, lse_gradient=True)
     assert text == (
@@ -76,7 +84,7 @@ def test_heads_that_do_not_divide_are_an_error_that_says_what_would(world: World
             "TypeError: group: expected a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, got str",
         ),
         ("mesh", "TypeError: mesh: expected a DeviceMesh of two dimensions, (ring, heads), got str"),
-        ("starts", "ValueError: cu_seq: expected values that start at 0 and never fall, got [0, 9, 5]"),
+        ("starts", "ValueError: cu_seq: expected values that start at 0 and never decrease, got [0, 9, 5]"),
         ("impl", "TypeError: impl: expected the name of an implementation or None, got list"),
         ("mask", "ValueError: attn_mask: "),
         ("scale", "TypeError: scale: "),

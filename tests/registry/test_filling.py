@@ -18,7 +18,7 @@ def test_plugin_that_asks_the_registry_while_it_loads_is_told_when_to_ask(site: 
     report = site.run(LISTING)
     for name in ("asks", "adds"):
         assert report.records[name]["status"] == "broken"
-        assert "while it loads the plugins; a plugin answers the hook" in report.records[name]["reason"]
+        assert "while it loads the plugins; a plugin only implements" in report.records[name]["reason"]
     assert report.records["healthy"]["status"] == "available"
 
 

@@ -282,14 +282,19 @@ def test_what_is_unavailable_here_cannot_be_activated_and_declines_every_call(re
 
 def test_a_feature_that_this_machines_libraries_lack_declines_the_calls_that_ask_for_it(register: Any) -> None:
     lacking = {Feature.SOFTCAP: "needs Wrong 3.0 for softcap, found 2.1"}
-    register("wrong", SimpleNamespace(forward=formula, composite=True, lacks=lambda: lacking), priority=2000)
+
+    def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
+        return lacking if dtype is torch.float32 else {}
+
+    register("wrong", SimpleNamespace(forward=formula, composite=True, lacks=lacks), priority=2000)
     attnplug.scaled_dot_product_attention(*inputs(), impl="wrong")
     with pytest.raises(attnplug.NoImplementationError, match=r"needs Wrong 3.0 for softcap, found 2.1"):
         attnplug.scaled_dot_product_attention(*inputs(), softcap=2.0, impl="wrong")
+    assert attnplug.can_use_impl("wrong", SDPAParams(*(tensor.bfloat16() for tensor in inputs()), softcap=2.0))
 
 
 def test_lacks_that_raises_declines_with_what_it_raised(register: Any) -> None:
-    def lacks() -> dict[Feature, str]:
+    def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
         raise OSError("no such library")
 
     register("wrong", SimpleNamespace(forward=formula, composite=True, lacks=lacks), priority=2000)

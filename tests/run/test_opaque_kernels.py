@@ -6,6 +6,7 @@ The kernel here saves what its backward needs, draws its own dropout, and says n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -251,3 +252,38 @@ def test_a_transform_that_is_compiled_gives_what_it_gives_uncompiled() -> None:
 
     query = torch.randn(SHAPE)
     torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(query), gradient(query))
+
+
+class OfNumpy:
+    """Reads the memory of its tensors, as a GPU's kernels do; numpy refuses one whose numbers do not lie there."""
+
+    @staticmethod
+    def forward(params: SDPAParams) -> tuple[Tensor, ...]:
+        read = [torch.from_numpy(tensor.detach().numpy()) for tensor in (params.query, params.key, params.value)]
+        return Saving.forward(replace(params, query=read[0], key=read[1], value=read[2]))[:2]  # type: ignore[return-value]  # both are there
+
+    @staticmethod
+    def backward(params: SDPAParams, grad_out: Tensor, grad_lse: None, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, grad_out = (
+            torch.from_numpy(tensor.detach().numpy()) for tensor in (params.query, params.key, params.value, grad_out)
+        )
+        weights = torch.exp(params.scale * query @ key.mT - lse.unsqueeze(-1))
+        return Saving.backward(
+            replace(params, query=query, key=key, value=value), grad_out, grad_lse, out, lse, weights, None
+        )
+
+
+def test_a_minus_that_pytorch_has_put_off_is_in_the_memory_that_a_kernel_reads() -> None:
+    """The imaginary part of a conjugate is a view of the number's own memory, with the other sign."""
+    attnplug.register_impl(ImplSpec(name="reading", kernel=OfNumpy, backend=None))
+    numbers = [torch.randn(SHAPE, dtype=torch.complex64).requires_grad_() for _ in range(3)]
+
+    def gradients(impl: str) -> tuple[Tensor, ...]:
+        query, key, value = (each.conj().imag for each in numbers)
+        assert query.is_neg()
+        out = attnplug.scaled_dot_product_attention(query, key, value, impl=impl)
+        return (out, *torch.autograd.grad(torch.complex(out, out).conj().imag.square().sum(), numbers))
+
+    for _ in range(2):
+        torch.testing.assert_close(gradients("reading"), gradients("aten_math"))
+    attnplug.unregister_impl("reading")

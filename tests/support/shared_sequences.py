@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import attnplug
-from attnplug import Capabilities, Feature, ImplSpec, SDPAParams, SDPBackend, parallel
+from attnplug import Capabilities, ImplSpec, SDPAParams, parallel
 from attnplug._accuracy import Expected, Outcome
 from attnplug.testing import assert_right
 
@@ -231,15 +231,23 @@ class Indeterministic(Opaque):
         return "is not deterministic" if torch.are_deterministic_algorithms_enabled() else ""
 
 
+class LongAlone(Opaque):
+    """Declines the short call on which its backward is tested."""
+
+    shape_dependent = True
+
+    def supports(self, params: SDPAParams) -> str:
+        return "" if params.query.shape[2] > 64 else "takes more than 64 queries"
+
+
+KERNELS = {"opaque": Opaque, "own_statistics": OwnStatistics, "indeterministic": Indeterministic, "long": LongAlone}
+
+
 def register(name: str) -> None:
     """Register one of the kernels above in this process, if it is not there."""
     if name not in attnplug.list_flash_attention_impls():
-        features = (Feature.LSE, Feature.GQA, Feature.CAUSAL)
-        kernels = {"opaque": Opaque, "own_statistics": OwnStatistics, "indeterministic": Indeterministic}
-        capabilities = Capabilities(dtypes=("float32", "bfloat16"), features=features)
-        attnplug.register_impl(
-            ImplSpec(name=name, kernel=kernels[name](), backend=SDPBackend.FLASH_ATTENTION, capabilities=capabilities)
-        )
+        capabilities = Capabilities(dtypes=("float32", "bfloat16"), features=("LSE", "GQA", "CAUSAL"))
+        attnplug.register_impl(ImplSpec(name=name, kernel=KERNELS[name](), backend=None, capabilities=capabilities))
 
 
 def _given(

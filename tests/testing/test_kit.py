@@ -328,11 +328,29 @@ def test_capabilities_for_nothing_are_refused():
     assert (Capabilities(features=PACKED, dense=False) | Capabilities(devices=("cuda",))).dense
 
 
+def test_dropout_is_checked_at_a_smaller_head_size_where_the_backward_of_the_largest_is_declined(register):
+    class Small(Kernel):
+        largest = 128
+
+        def supports(self, params):
+            size = params.query.shape[-1]
+            return "no room" if size > self.largest and params.dropout > 0 and params.needs_grad else None
+
+    def status(name):
+        made = check_impl(name, device="cpu", dtype="float32", level="full", checks=["check_dropout_mask_of_backward"])
+        return made.results[0].status
+
+    assert status(register(Small())) == "passed"
+    Small.largest = 0
+    assert status("mine") == "failed"
+
+
 def test_a_feature_that_this_machine_lacks_is_declined_with_the_reason_and_no_failure(register):
     class Lacks(DeclinesSoftcap):
-        def lacks(self):
-            return {Feature.SOFTCAP: "softcap needs a later library"}
+        def lacks(self, device, dtype):
+            return {Feature.SOFTCAP: "softcap needs a later library"} if dtype is torch.float32 else {}
 
     assert result_of(register(DeclinesSoftcap()), "check_softcap").status == "failed"
     result = result_of(register(Lacks(), name="other"), "check_softcap")
     assert (result.status, result.reason) == ("declined", "softcap needs a later library")
+    assert result_of("other", "check_softcap", dtype="float64").status == "failed"

@@ -168,7 +168,7 @@ ODD = [
     ("more than there is memory", b"\x8e" + b"\xff" * 7 + b"\x7f", "dies", "ended its process: SIGKILL"),
     ("a class of no module", b"cno_such_module\nname\n.", "stays", "ModuleNotFoundError"),
     ("a class that is not there", b"cos\nno_such_name\n.", "stays", "AttributeError"),
-    ("a number", b"I1\n.", "stays", "something else than a result: int"),
+    ("a number", b"I1\n.", "stays", "something other than a result: int"),
     ("text", b"hello", "stays", "UnpicklingError"),
     ("nothing more", b"", "stays", "EOFError"),
     ("no start", b"", "never begins", "no worker could be started: exit status 7"),

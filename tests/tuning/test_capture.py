@@ -108,7 +108,7 @@ def test_what_no_case_describes_is_left_out_and_said():
         F.scaled_dot_product_attention(query, query, query, dropout_p=1.0)
     assert len(cases) == 0
     assert str(cases).splitlines() == [
-        "left out, 1 calls: with nested tensors, whose sizes nobody can ask for",
+        "left out, 1 calls: with nested tensors, whose sizes cannot be read without waiting for the device",
         "left out, 1 calls: that drop everything",
     ]
 

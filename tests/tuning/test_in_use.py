@@ -185,7 +185,7 @@ def test_a_call_of_another_kind_runs_in_the_default_order_with_the_reason_and_on
     )
     assert explained.measured in " ".join(str(explained).split())
     (warning,) = (each for each in warned if each.category is ChoicesWarning)
-    assert "said once" in str(warning.message) and warning.filename == __file__
+    assert "given once" in str(warning.message) and warning.filename == __file__
 
 
 def test_kinds_differ_by_all_that_a_kernel_may_be_fast_or_slow_for():
@@ -313,7 +313,7 @@ def test_what_was_in_use_before_is_no_longer_and_restoring_ends_all():
     assert ran() == "aten_flash"
     attnplug.restore_choices()
     assert ran(attnplug.scaled_dot_product_attention) == "torch"
-    with pytest.warns(UserWarning, match="no choices have been put to use"):
+    with pytest.warns(UserWarning, match="no choices are in use"):
         attnplug.restore_choices()
 
 

@@ -141,7 +141,9 @@ def test_an_interruption_keeps_the_kinds_that_are_complete():
 
 def test_a_busy_machine_is_said_to_be_busy(share):
     share["share"] = 0.4
-    with pytest.warns(ChoicesWarning, match=r"this machine is busy: of the time of the \d+ threads? .* got 40%"):
+    with pytest.warns(
+        ChoicesWarning, match=r"this machine is busy: this program got 40% of the time of the \d+ threads?"
+    ):
         attnplug.tune([CASE], ["torch"], **QUICK)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import attnplug
+from attnplug import SDPAParams
 from spoiled_kernels import Formula, register, tensors
 
 attend: Any = attnplug.scaled_dot_product_attention
@@ -33,6 +34,29 @@ def test_forward_and_backward_are_ranges(impl: str) -> None:
 def test_the_default_call_is_a_range_too() -> None:
     given = tensors()
     assert ranges(lambda: attend(*given)) == {"attnplug::torch": 1}
+
+
+def test_a_call_like_one_before_is_a_range_too() -> None:
+    given, impl = tensors(), register(Formula)
+    for _ in range(3):
+        attend(*given, impl=impl)
+    assert ranges(lambda: attend(*given, impl=impl)) == {f"attnplug::{impl}": 1}
+
+
+def test_a_backward_of_hundreds_of_nodes_has_no_ranges() -> None:
+    class Long:
+        composite = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> Any:
+            out = params.query + params.key + params.value
+            for _ in range(300):
+                out = out + 1
+            return out, None
+
+    attnplug.register_impl(attnplug.ImplSpec(name="long", kernel=Long, backend=None))
+    found = ranges(lambda: attend(*tensors(requires_grad=True), impl="long").sum().backward())
+    assert found == {"attnplug::long": 1}
 
 
 def test_calls_of_variable_length_are_ranges() -> None:

@@ -142,7 +142,7 @@ def test_after_remove_nothing_is_counted_and_a_provider_can_be_told_again() -> N
 
 
 def test_a_provider_is_not_told_twice(metrics: Metrics) -> None:
-    with pytest.raises(ValueError, match="attnplug tells this provider already"):
+    with pytest.raises(ValueError, match="attnplug already reports to this provider"):
         attnplug.instrument(metrics.provider)
 
 

@@ -29,7 +29,7 @@ _INF = float("inf")
 
 @dataclass
 class Outcome:
-    """What a call returned, and the gradients of what was asked for."""
+    """What a call returned, and the gradients that were requested."""
 
     out: Tensor
     lse: Tensor | None = None

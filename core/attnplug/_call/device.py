@@ -51,7 +51,7 @@ def compute_capability(device: torch.device | str) -> Capability | None:
     """Return the NVIDIA compute capability of a device: what a kernel's `supports` asks about the GPU.
 
     Within `explain(..., compute_capability=(9, 0))` and `can_use_impl(..., compute_capability=(9, 0))` it is the
-    one that was given there, so that an implementation that asks here can be asked about GPUs that it never saw.
+    one that was given there, so that an implementation can be explained for a GPU that is not on this machine.
     What is concluded from it must therefore not be kept under the device alone.
 
     Args:

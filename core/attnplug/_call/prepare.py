@@ -79,7 +79,7 @@ def is_empty(params: SDPAParams) -> bool:
 
 
 def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
-    """Return what the formulas say when nothing can be attended to, or nobody attends.
+    """Return what the formulas give where there are no keys, or no queries.
 
     A product over no keys is zero and its gradient too; it keeps the inputs in the graph, and needs no
     kernel of attention.
@@ -163,7 +163,7 @@ def _with_heads(tensor: Tensor) -> Tensor:
 def _paired_heads(heads: int, key_heads: int, value_heads: int, enable_gqa: bool) -> tuple[int, int]:
     """Return the numbers of query and of key/value heads, once sizes of 1 are broadcast as PyTorch does."""
     kv_heads = 0 if 0 in (key_heads, value_heads) else max(key_heads, value_heads)
-    if enable_gqa and heads >= kv_heads > 0:
+    if enable_gqa and kv_heads:  # and so fewer than `heads`: `_without_idle_groups`
         return heads, kv_heads
     both = 0 if 0 in (heads, kv_heads) else max(heads, kv_heads)
     return both, both

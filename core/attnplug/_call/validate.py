@@ -166,7 +166,7 @@ def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int,
     if params.sinks is not None:
         _floating("sinks", params.sinks, device)
         if tuple(params.sinks.shape) != (heads,):
-            raise ValueError(f"sinks: expected shape ({heads},), one logit a query head, got {shape(params.sinks)}")
+            raise ValueError(f"sinks: expected shape ({heads},), one logit per query head, got {shape(params.sinks)}")
     if params.alibi_slopes is not None:
         _floating("alibi_slopes", params.alibi_slopes, device)
         found = tuple(params.alibi_slopes.shape)

@@ -120,7 +120,7 @@ def _cumulative(name: str, cumulative: Tensor, total: int | None, limit: str, lo
     values = cumulative.tolist()
     lengths = [*map(sub, values[1:], values)] or [0]
     if values[0] != 0 or min(lengths) < 0:
-        raise ValueError(f"{name}: expected values that start at 0 and never fall, got {values}")
+        raise ValueError(f"{name}: expected values that start at 0 and never decrease, got {values}")
     if total is not None and values[-1] > total:
         raise ValueError(f"{name}: ends at {values[-1]}, beyond the {total} tokens that there are")
     if max(lengths) > longest:

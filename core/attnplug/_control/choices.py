@@ -17,14 +17,14 @@ _patch: PatchHandle | None = None
 
 
 def use_choices(choices: Choices | str | os.PathLike[str]) -> None:
-    """Let measured choices decide, in the whole process, wherever nothing stronger does.
+    """Let measured choices decide, in the whole process, where nothing with higher precedence does.
 
     Stronger are `impl=`, a scope, an activation and `ATTNPLUG_IMPL`. A call of a kind that was not measured, or a table
     of another device or of other versions, falls to the default order: `explain` says why, and one `ChoicesWarning`.
     An implementation that was chosen and declines a call is passed over, with a `FallbackWarning`.
 
     `torch.nn.functional.scaled_dot_product_attention` follows, in unmodified and already compiled models, as it does
-    for an activation. What was in use before is no longer.
+    for an activation. These choices replace those in use before.
 
     Args:
         choices: what `tune` returned, or the path of a file.
@@ -53,11 +53,11 @@ def use_choices(choices: Choices | str | os.PathLike[str]) -> None:
 
 
 def restore_choices() -> None:
-    """Undo `use_choices`: what `ATTNPLUG_CHOICES` names is in use again, or nothing. If nothing is to undo, warn."""
+    """Undo `use_choices`: what `ATTNPLUG_CHOICES` names is in use again, or nothing. Without choices in use, warn."""
     global _patch
     with _lock:
         if _patch is None:
-            warn(UserWarning("restore_choices: no choices have been put to use"))
+            warn(UserWarning("restore_choices: no choices are in use"))
             return
         _become(choices_of_environment())
         _patch.remove()

@@ -61,7 +61,7 @@ class Explanation:
         ]
 
     def advice(self) -> str:
-        """Return who comes closest and what would let it run, in one line; empty where nobody is missed."""
+        """Return the nearest miss and what would let it run, in one line; empty where nothing better exists."""
         if self.nearest is None:
             return ""
         reasons = "; ".join(self.nearest.reasons)
@@ -95,20 +95,20 @@ def explain(
     compute_capability: tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Say which implementation would run a call, and for every other each reason why not.
+    """Explain which implementation would run a call, and why each of the others would not.
 
     Takes the arguments of `scaled_dot_product_attention`, or, if `cu_seq_q` is given by name, those of
-    `varlen_attn`. Nothing runs; but what the kernels themselves must be asked makes them be imported.
+    `varlen_attn`. Nothing runs, but kernels whose `supports` has to be called are imported.
 
     Args:
-        query: as for the call. Fake tensors will do, on a device that is not here too.
+        query: as for the call. May be a fake tensor, even on a device that this machine does not have.
         key: likewise.
         value: likewise.
         *args: the rest of the call, by position.
         **kwargs: the rest of the call, by name.
         impl: as `impl=` of the call.
-        compute_capability: answer for an NVIDIA GPU of this compute capability, such as `(9, 0)`, in the place
-            of the one that is here, if any; everything but the GPU is what is installed here.
+        compute_capability: answer for an NVIDIA GPU of this compute capability, such as `(9, 0)`, instead of
+            this machine's; everything but the GPU is as installed on this machine.
 
     Raises:
         TypeError, ValueError: what the call itself would raise for its arguments; `compute_capability` is not one,
@@ -161,7 +161,7 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
     Args:
         name: of the implementation.
         params: the call.
-        compute_capability: as in `explain`: answer for a GPU that is not here.
+        compute_capability: as in `explain`: answer for a GPU of this compute capability.
 
     Raises:
         UnknownImplementationError: no implementation has this name.
@@ -220,7 +220,9 @@ def _explanation(answer: Answer) -> Explanation:
 
 def _refuse_device(compute_capability: tuple[int, int] | None) -> None:
     if compute_capability is not None:
-        raise ValueError("compute_capability: inside torch.compile only the device that is here can be asked about")
+        raise ValueError(
+            "compute_capability: cannot be given inside torch.compile; call explain outside of compiled code"
+        )
 
 
 def _facts(prepared: SDPAParams) -> CallFacts:

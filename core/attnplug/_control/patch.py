@@ -46,7 +46,7 @@ _handles: set[PatchHandle] = set()
 
 
 class PatchHandle:
-    """Undoes one `patch_torch()`; the last one removed takes the routing away. Also a context manager."""
+    """Undoes one `patch_torch()`; removing the last one ends the routing. Also a context manager."""
 
     def remove(self) -> None:
         """Undo the patch; a second call does nothing."""
@@ -71,7 +71,7 @@ class PatchHandle:
 def patch_torch() -> PatchHandle:
     """Route `torch.nn.functional.scaled_dot_product_attention` through attnplug, until the handle is removed.
 
-    So is `torch.nn.attention.varlen.varlen_attn`. Scopes, `bind`, `record` and the environment then apply to
+    `torch.nn.attention.varlen.varlen_attn` is routed too. Scopes, `bind`, `record` and the environment then apply to
     unmodified models too. Inside `torch.nn.attention.sdpa_kernel(...)` only implementations of the families that are
     enabled there run.
 

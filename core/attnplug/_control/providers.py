@@ -65,7 +65,7 @@ def _supports_fa4(params: SDPAParams) -> str | None:
         return reason
     size, found = params.query.shape[-1], compute_capability(params.query.device)
     if found is not None and found[0] == 10 and 128 < size < 256:
-        return f"head size {size} is above 128 and not 256, which compute capability 10 asks for"
+        return f"head size {size} is above 128 and not 256, which compute capability 10 requires"
     return None
 
 

@@ -21,7 +21,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class sdpa_kernel:
     """Restrict this thread's choice to some families or implementations, in a `with` block or a function.
 
-    An inner scope replaces the outer one; leaving, however that happens, takes away this scope and nothing else.
+    An inner scope replaces the outer one; leaving it, in whatever way, removes this scope and nothing else.
     No other thread sees it, and PyTorch's own process-wide flags are not touched.
 
     A scope belongs to its thread. A coroutine or a generator that is suspended in a `with` block leaves the scope

@@ -102,7 +102,7 @@ def _say(reason: str) -> None:
     cause = reason.partition(" (")[0]
     if not reason.startswith("measured") and cause not in _told:
         _told.add(cause)
-        warn(ChoicesWarning(f"{reason}. Such calls run in the default order; this is said once"))
+        warn(ChoicesWarning(f"{reason}. Such calls run in the default order; this warning is given once"))
 
 
 def why_not_here(one: Table) -> str:

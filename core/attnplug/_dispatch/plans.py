@@ -114,7 +114,7 @@ class Plan:
         params, as_it_is = params_of(fields), self._run_plain
         run = among_watchers(self.decision, params, as_it_is)
         if run is as_it_is:
-            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]  # who comes here has seen one
+            return self.plain(query, key, value, mask, dropout, is_causal, scale, enable_gqa)  # type: ignore[misc]  # only called where there is one
         return run(params)
 
     def _run_plain(self, params: SDPAParams) -> Result:
@@ -261,7 +261,7 @@ def who_decides(impl: str | None) -> tuple[Hashable, ...]:
 
 
 def _is_simple(decision: Decision, grad: bool, facts: CallFacts) -> bool:
-    """Whether nothing has to be done around the kernel's forward. The built-in ones are taken at their word."""
+    """Whether forward is all that has to run. Only built-in kernels qualify: their results are not checked."""
     entry, kernel = decision.entry, decision.kernel
     ours = entry.distribution == BUILTIN and kernel.composite and kernel.backward is None
     refuses_lse_gradient = grad and facts.extensions is not None and not declares(entry, Feature.LSE_GRADIENT)

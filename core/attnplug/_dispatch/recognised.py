@@ -41,7 +41,8 @@ class Known:
     """Calls whose plan is known.
 
     Attributes:
-        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary.
+        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary, of a
+            kernel that prepares for calls that repeat one more often than there is room for.
         alike: compares all but batch and lengths; None where they count.
         square: whether there must be as many queries as keys; None where it does not count.
         cast: a type of device, and the dtype that autocast must cast to there; None without autocast.
@@ -77,39 +78,45 @@ def recognise(
             mask is not None and (mask.layout is not _strided or mask.is_nested)
         ):
             return None
+        if query.is_nested or key.is_nested or value.is_nested:
+            return None
+        given = (query, key, value) if mask is None else (query, key, value, mask)
         for one in candidates:
-            same, alike = one.same, one.alike
-            if (
-                same is not None
-                and not (query.is_nested or key.is_nested or value.is_nested)
-                and (same(query, key, value) if mask is None else same(query, key, value, mask))
-                and (one.cast is None or _is_cast(one.cast))
-            ):
+            if one.same is not None and one.same(*given) and (one.cast is None or _is_cast(one.cast)):
                 return one.repeated
-            if alike is None:
-                continue
-            if batch is None:
-                if torch._C._get_tracing_state() is not None:  # as in `remember`
-                    return None
-                batch, _, queries, _ = query.shape
-                key_shape, value_shape = key.shape, value.shape
-                key_batch, _, keys, _ = key_shape
-                if (
-                    not (batch == key_batch > 0 and keys > 0 < queries)
-                    or (value_shape != key_shape and (len(value_shape) != 4 or value_shape[::2] != key_shape[::2]))
-                    or (mask is not None and not _broadcasts(mask.shape, batch, queries, keys))
-                ):
-                    return None
+        if torch._C._get_tracing_state() is not None:  # as in `remember`
+            return None
+        batch, _, queries, _ = query.shape
+        key_shape, value_shape = key.shape, value.shape
+        key_batch, _, keys, _ = key_shape
+        if (
+            not (batch == key_batch > 0 and keys > 0 < queries)
+            or (value_shape != key_shape and (len(value_shape) != 4 or value_shape[::2] != key_shape[::2]))
+            or (mask is not None and not _broadcasts(mask.shape, batch, queries, keys))
+        ):
+            return None
+        for one in candidates:
             if (
-                (alike(query, key, value) if mask is None else alike(query, key, value, mask))
+                one.alike is not None
+                and one.alike(*given)
                 and (one.square is None or one.square is (queries == keys))
                 and (one.cast is None or _is_cast(one.cast))
             ):
-                one.same = None
+                if one.repeated is not one.plan and len(candidates) < SEVERAL:
+                    return None  # to be remembered, and prepared for, in these sizes too
+                _outdate(candidates, one)
                 return one.plan
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
         return None
     return None
+
+
+def _outdate(candidates: tuple[Known, ...], found: Known) -> None:
+    """Compare no more with all sizes of one of the calls of a plan: those that come have others."""
+    for one in candidates:
+        if one.plan is found.plan and one.same is not None:
+            one.same = None
+            return
 
 
 def _is_cast(cast: tuple[str, torch.dtype]) -> bool:

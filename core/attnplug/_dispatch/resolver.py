@@ -115,7 +115,7 @@ def refusals(entry: Entry, call: CallFacts, params: SDPAParams) -> tuple[str, ..
         reasons += (
             f"overrides PyTorch's flash operator, so it runs only after activate_flash_attention_impl({entry.name!r})",
         )
-    return reasons + kernel.missing(features(call)) + kernel.refusals(params)
+    return reasons + kernel.missing(features(call), call.device, call.dtype) + kernel.refusals(params)
 
 
 def verdict_of(entry: Entry, call: CallFacts, params: SDPAParams) -> Verdict:

@@ -42,7 +42,7 @@ _filling = False
 def get_registry() -> Registry:
     """Return the registry of this process; the first call fills it with the built-ins and the plugins.
 
-    Nobody sees it before it is full: another thread waits, and what asks in the middle of it, a plugin that is being
+    It cannot be used before it is filled: other threads wait, and what asks meanwhile, a plugin that is being
     imported or a signal handler, is refused.
 
     Raises:
@@ -57,8 +57,8 @@ def get_registry() -> Registry:
         if _registry is None:
             if _filling:
                 raise PluginError(
-                    "attnplug is asked for its implementations while it loads the plugins; a plugin answers the hook "
-                    "attnplug_register_impls, and asks when it is used"
+                    "attnplug was asked for its implementations while it loads the plugins; a plugin only implements "
+                    "the hook attnplug_register_impls here, and may ask once it is used"
                 )
             _filling = True
             try:
@@ -289,7 +289,8 @@ def ask(name: str, plugin: Any, where: str = "") -> list[ImplSpec]:
             )
     if not manager.hook.attnplug_register_impls.get_hookimpls():
         raise SpecError(
-            f"{name} answers no hook of attnplug; define attnplug_register_impls() and mark it with @attnplug.hookimpl"
+            f"{name} implements no hook of attnplug; define attnplug_register_impls() and mark it with "
+            "@attnplug.hookimpl"
         )
     answers = manager.hook.attnplug_register_impls()
     if not answers:  # pluggy drops an answer of None

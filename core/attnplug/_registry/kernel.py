@@ -12,11 +12,14 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import SpecError, did_you_mean
 from attnplug._messages import printable
 from attnplug._types import Feature, ImplSpec, SDPAParams
+
+if TYPE_CHECKING:
+    import torch
 
 Reasons = str | Sequence[str] | None
 
@@ -27,7 +30,7 @@ class Kernel:
 
     Only `forward` must be there. A public attribute whose name is nearly one of these, such as `support` or
     `shape_dependant`, is an error if the author defined it: it would be ignored, and a lost `supports` means wrong
-    results. What is imported from elsewhere, and whatever begins with an underscore, is the author's own business.
+    results. Imported names, and names that begin with an underscore, are not checked.
 
     Attributes:
         forward: `forward(params) -> (out, lse, *saved)`. `out` has the query's dtype; `lse` is float32
@@ -35,7 +38,7 @@ class Kernel:
             that backward needs besides.
         backward: `backward(params, grad_out, grad_lse, out, lse, *saved) -> (grad_query, grad_key,
             grad_value[, grad_attn_mask[, grad_sinks]])`. A gradient is wanted for `attn_mask` and `sinks`
-            where the tensor's `requires_grad` says so. `grad_lse` is None unless someone asked.
+            where the tensor's `requires_grad` says so. `grad_lse` is None unless lse has a gradient.
         partial_backward: `partial_backward(params, grad_out, out, lse) -> (grad_query, grad_key, grad_value)`, for a
             composite kernel without `backward`: the gradients of a call whose keys are only a part of all, from `out`
             and `lse` over all of them. `attnplug.parallel` asks; a `backward` that computes with the `out` and `lse`
@@ -45,8 +48,9 @@ class Kernel:
         unavailable: `unavailable() -> reason or None`: what keeps every call from running here, and shows only
             once the kernel is imported: an operator of PyTorch's that has changed, a compiler that is missing.
             Asked when it is activated, and with each decision.
-        lacks: `lacks() -> {Feature: reason}`: the declared features that this machine's libraries do not have. A call
-            that asks for one is declined with the reason, and so are the checks of the conformance kit about it.
+        lacks: `lacks(device, dtype) -> {Feature: reason}`: the declared features that this machine, its libraries or
+            that device, does not have for that dtype. A call that asks for one is declined with the reason, and so
+            are the checks of the conformance kit about it.
         notes: `notes(params) -> text, texts or None`: what is worth knowing of a call that it takes, such as which of
             several kernels runs it, and why. `explain` shows it; nothing else asks.
         composite: forward is made of differentiable PyTorch operators, so `torch.compile` traces through
@@ -81,7 +85,7 @@ class Kernel:
     partial_backward: Callable[..., Any] | None = None
     supports: Callable[[SDPAParams], Reasons] | None = None
     unavailable: Callable[[], Reasons] | None = None
-    lacks: Callable[[], Mapping[Feature, str]] | None = None
+    lacks: Callable[[torch.device, torch.dtype], Mapping[Feature, str]] | None = None
     notes: Callable[[SDPAParams], Reasons] | None = None
     composite: bool = False
     shape_dependent: bool = False
@@ -101,12 +105,12 @@ class Kernel:
         """Return the reasons of `unavailable`; none means that some call may run here."""
         return _reasons("unavailable", self.unavailable)
 
-    def missing(self, asked: Collection[Feature]) -> tuple[str, ...]:
+    def missing(self, asked: Collection[Feature], device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
         """Return the reasons of `lacks` about the features that are asked for."""
         if self.lacks is None:
             return ()
         try:
-            lacking = {Feature(feature): str(reason) for feature, reason in self.lacks().items()}
+            lacking = {Feature(feature): str(reason) for feature, reason in self.lacks(device, dtype).items()}
         except Exception as error:  # as with `supports`
             return (f"lacks() raised {type(error).__name__}: {error}",)
         return tuple(reason for feature, reason in lacking.items() if feature in asked)
@@ -145,7 +149,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "partial_backward": ("params", "grad_out", "out", "lse"),
     "supports": ("params",),
     "unavailable": (),
-    "lacks": (),
+    "lacks": ("device", "dtype"),
     "notes": ("params",),
     "plain": ("query", "key", "value", "attn_mask", "dropout", "is_causal", "scale", "enable_gqa"),
     "prepare": ("params",),

@@ -107,6 +107,7 @@ class KernelCall:
             return [None] * len(DIFFERENTIABLE)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        tensors, grad_out, grad_lse = _as_in_memory(tensors), *_as_in_memory((grad_out, grad_lse))
         once = not (torch.is_grad_enabled() and declares(entry, Feature.SECOND_DERIVATIVES))
         if once:  # second derivatives go through the tensors themselves
             tensors = (*map(_marked, tensors, wanted), *tensors[len(wanted) :])
@@ -122,8 +123,14 @@ class KernelCall:
 
 
 def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
-    """Run a kernel's forward, without autocast, and check what it returns; built-in ones are taken at their word."""
-    run = entry.kernel.forward if entry.distribution == BUILTIN else partial(checked_forward, entry)
+    """Run a kernel's forward, without autocast, and check what it returns; built-in kernels are not checked."""
+    if entry.distribution == BUILTIN:
+        run = entry.kernel.forward
+    else:
+        run = partial(checked_forward, entry)
+        given = tensors_of(params)
+        if any(tensor is not None and tensor.is_neg() for tensor in given):
+            params = KernelCall.of(entry, params).params(_as_in_memory(given))
     if any_autocast():
         with no_autocast(params.query):
             return run(params)
@@ -171,12 +178,12 @@ def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
 
 
 def no_lse_gradient(entry: Entry) -> str:
-    """Return the message for whoever asks for a gradient through lse that there is none of."""
+    """Return the message of the error for a gradient through lse that the implementation does not give."""
     return f"implementation {entry.name!r} gives no gradient through lse; detach lse, or use one that does"
 
 
 def no_second_derivatives(entry: Entry) -> str:
-    """Return the message for whoever asks for second derivatives that there are none."""
+    """Return the message of the error for second derivatives that the implementation does not have."""
     return (
         f"implementation {entry.name!r} has no second derivatives; use one of the MATH family for them, "
         f"for example inside sdpa_kernel(SDPBackend.MATH)"
@@ -186,6 +193,11 @@ def no_second_derivatives(entry: Entry) -> str:
 def declares(entry: Entry, feature: Feature) -> bool:
     """Whether the implementation's capabilities name this feature."""
     return feature in entry.spec.capabilities.features
+
+
+def _as_in_memory(tensors: Given) -> Given:
+    """Return tensors that are as they lie in memory, where kernels read: PyTorch puts off a minus (`z.conj().imag`)."""
+    return tuple([tensor if tensor is None else tensor.resolve_neg() for tensor in tensors])
 
 
 def _marked(tensor: Tensor | None, want: bool) -> Tensor | None:
@@ -224,7 +236,7 @@ def _checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Ten
             grads.append(None)
             continue
         if grad is None:
-            raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which was asked for")
+            raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which is required")
         if field == "attn_mask":
             grad = _summed(name, grad, tensor)
         _check_output(name, f"the gradient of {field}", grad, tuple(tensor.shape), tensor.dtype, tensor.device)

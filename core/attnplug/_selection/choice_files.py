@@ -163,7 +163,7 @@ def from_plain(given: Any, where: str) -> tuple[Table, ...]:
     try:
         return tuple(_table(one) for one in given["tables"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ChoicesError(f"{where}: is damaged ({error!r}); take it away and measure again: attnplug tune") from error
+        raise ChoicesError(f"{where}: is damaged ({error!r}); remove it and measure again: attnplug tune") from error
 
 
 def _table(given: dict[str, Any]) -> Table:

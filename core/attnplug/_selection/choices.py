@@ -16,11 +16,11 @@ from attnplug._tables import html_table, table
 class Choices:
     """Measured choices; `str()` is a table, iteration gives each `Choice`.
 
-    `first | second` holds what both hold; of one kind of call on one machine, what was measured last.
+    `first | second` has the choices of both; of one kind of call on one machine, the one measured last.
 
     Attributes:
         tables: one for each device and set of versions.
-        notes: what is worth knowing of the measurement, in sentences; not saved.
+        notes: remarks on the measurement, in sentences; not saved.
         source: the file that they came from, if any.
     """
 
@@ -47,8 +47,8 @@ class Choices:
     def save(self, path: str | Path | None = None) -> Path:
         """Add these choices to a file, and return its path.
 
-        What the file holds already stays, but for kinds of calls that were measured again. Several processes may save
-        to one file at once; who reads it meanwhile finds it whole.
+        The file keeps what it has, except for kinds of calls that were measured again. Several processes may save
+        to one file at once; a concurrent reader sees a complete file.
 
         Args:
             path: of the file, whose folder is made; by default `choices.json` in this user's cache folder.

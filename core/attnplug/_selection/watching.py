@@ -42,13 +42,13 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One attention call: the implementation that ran, its family, and who was passed over for what reasons.
+    """One attention call: the implementation that ran, its family, and which were passed over for what reasons.
 
     Attributes:
         impl: the implementation that ran.
         backend: its family; for `torch`, which belongs to none, that of the kernel that PyTorch chose, and None in
             compiled code, where the compiler chooses.
-        passed_over: implementation to reasons, for each that was asked before.
+        passed_over: implementation to reasons, for each that was preferred but declined.
         device: the device that it ran on, such as `cuda:0`.
         module: the class of the innermost module bound by `bind` that it was made in; empty outside any, and in
             compiled code.

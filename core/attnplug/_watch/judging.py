@@ -33,7 +33,7 @@ def unfit(params: SDPAParams) -> str:
     """Return why a call of this kind cannot be judged; empty if it can."""
     query = params.query
     if params.dropout > 0:
-        return "dropout: nobody else draws the same"
+        return "dropout: no other implementation draws the same numbers"
     if query.is_nested:
         return "nested tensors"
     if is_watched(query):

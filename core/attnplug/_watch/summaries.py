@@ -37,7 +37,7 @@ class Ran:
         impl: the implementation that ran.
         backend: its family; None for none.
         device: `cpu`, `cuda` and so on.
-        passed_over: implementation to reasons, for each that was asked before.
+        passed_over: implementation to reasons, for each that was preferred but declined.
         calls: how many there were.
     """
 
@@ -69,7 +69,7 @@ class summary:
     """Collect what runs: how often, by module of the model, kind of call and implementation.
 
     As a `with` block it collects this thread's calls, from when the block is entered until it is left; `start()` and
-    `stop()` are for the whole process. Calls before are not known: nothing is counted while nobody listens. `str()` is
+    `stop()` are for the whole process. Earlier calls are not known: nothing is counted without a summary. `str()` is
     a table of 80 columns; a notebook shows it as HTML.
 
     Raises:

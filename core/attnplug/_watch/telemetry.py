@@ -59,7 +59,7 @@ class Instrumentation:
         add_watcher(self._watcher, everywhere=True)
 
     def remove(self) -> None:
-        """Tell the providers nothing more; a second call does nothing."""
+        """Stop reporting to the providers; a second call does nothing."""
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             remove_watcher(watcher)
@@ -76,7 +76,7 @@ class Instrumentation:
 
 
 def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instrumentation:
-    """Tell OpenTelemetry what runs, in every thread: metrics, and spans in traces that are recorded.
+    """Report to OpenTelemetry what runs, in every thread: metrics, and spans in traces that are recorded.
 
     Where a program has set a provider before attnplug is first used, this happens by itself. It is for programs that
     set one later, and for providers that are not the process's own.
@@ -91,7 +91,7 @@ def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instr
     Raises:
         ImportError: OpenTelemetry's API is not installed.
         TypeError: what is given is not a provider.
-        ValueError: no provider is given and the process has none; or one is told already.
+        ValueError: no provider is given and the process has none; or attnplug already reports to it.
     """
     try:
         import opentelemetry.metrics
@@ -114,7 +114,7 @@ def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instr
             raise TypeError(f"{argument}: expected a provider of OpenTelemetry, got {shown(provider)}")
     told = [each for watcher in _told for each in watcher.providers if each is not None]
     if any(each is meters or each is tracers for each in told):
-        raise ValueError("meter_provider, tracer_provider: attnplug tells this provider already")
+        raise ValueError("meter_provider, tracer_provider: attnplug already reports to this provider")
     return Instrumentation(meters, tracers)
 
 

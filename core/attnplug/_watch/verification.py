@@ -41,7 +41,7 @@ class Mismatch:
         allowed: the largest that is allowed.
         place: where it is, in the form `(B, Hq, Sq, E)`, or `(Tq, Hq, E)` for variable length.
         call: a line of Python that makes a call like this one, with random numbers, and checks it.
-        reference: the implementation that it was held against.
+        reference: the implementation that it was compared with.
         module: the class of the bound module that made the call; empty if none did.
         arguments: the arguments of the call, for a function that `on_mismatch` names to save; what is kept has none.
     """
@@ -70,7 +70,7 @@ def _together(mismatches: Sequence[Mismatch]) -> str:
 
 
 class verify:
-    """Compute a sampled share of attention calls again by a reference, and compare; the caller gets what was chosen.
+    """Verify a sampled share of attention calls against a reference; the caller gets the original result.
 
     As a `with` block it is for this thread's calls, from when the block is entered until it is left; `start()` and
     `stop()` are for the whole process, and so is the environment variable `ATTNPLUG_VERIFY`. A call is sampled with

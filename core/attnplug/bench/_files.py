@@ -80,7 +80,7 @@ def _load(path: Path) -> Any:
     try:
         return parser(text)
     except Exception as error:  # the two libraries have errors of their own
-        raise BenchError(f"{path}: is no {suffix[1:].upper()}: {error}") from error
+        raise BenchError(f"{path}: is not {suffix[1:].upper()}: {error}") from error
 
 
 def _toml() -> Any:

@@ -191,7 +191,7 @@ class Report:
         lines = []
         if self.settings.get("tiny"):
             lines.append(
-                "Cases were shrunk to see that everything runs: the times mean nothing, and nobody is the fastest."
+                "Cases were shrunk to see that everything runs: the times mean nothing, and none is called the fastest."
             )
         if self.wrong:
             wrong = dict.fromkeys(record.impl for record in self.wrong)

@@ -44,7 +44,7 @@ def run(
         baseline: the one that ratios are to, measured even if it is not among `impls`.
         caches: `warm`, `cold`, or both.
         seconds: how long to measure each implementation on each case, for each direction and state of the caches.
-        tiny: shrink every case, to see that everything runs. Such times mean nothing, so nobody is the fastest.
+        tiny: shrink every case, to see that everything runs. Such times mean nothing, so none is called the fastest.
         progress: called with what is done next, how many steps are done, and how many there are.
 
     Raises:

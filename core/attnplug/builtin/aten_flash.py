@@ -144,7 +144,8 @@ def plain(
 def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
     mask = as_additive(params.attn_mask, params.query.dtype)
     if mask is not None:
-        mask = mask.detach()  # the operator rejects a mask that could have a gradient, wanted or not
+        # The operator rejects a mask that could have a gradient, wanted or not; `detach` would drop its tangent.
+        mask = mask.view_as(mask)
     query, key, value = _with_dense_rows(params)
     out, lse = _flash_cpu(query, key, value, 0.0, params.is_causal, attn_mask=mask, scale=params.scale)
     if mask is not None and params.return_lse:

@@ -1,12 +1,14 @@
-"""Calls that PyTorch's own kernels get wrong: what each is, where it was seen, and the exact way round it.
+"""Calls that PyTorch's own kernels get wrong: what each is, where it was seen, and its exact workaround.
 
-PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an error from deep inside.
+PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an internal error.
 `torch` and `aten_flash` do not pass them on as they are: `mended` rewrites a call where that is exact, `cut` tells
-along which dimension one that is too large is computed in halves, and `reasons` declines the rest. A decision is kept
-whatever the lengths are, so no reason may look at them. Two calls of one causal head and one batch are therefore not
-helped: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it is, and too many draws of dropout are left to
-PyTorch's formula, which needs the memory of all logits. In an exported program, a fault that depends on a size which is
-left open is not seen. A plain call is looked at for about a microsecond.
+along which dimension one that is too large is computed in halves, and `reasons` declines the rest. Decisions do not
+depend on lengths, so no reason may look at them. Two kinds of calls, of one causal head and one batch, therefore have
+no workaround: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it is, and too many draws of dropout are
+left to PyTorch's formula, which needs the memory of all logits. In an exported program, a fault that depends on a
+dynamic size is not seen. Checking a plain call takes about a microsecond.
+
+What goes wrong in every call with a feature is said of the feature, by `lacking`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams
+from attnplug import Feature, SDPAParams
 from attnplug.builtin.gpus import HALF, counts_too_far, cudnn_on, flash_on, lacks_backward
 from attnplug.builtin.rewrites import (
     BATCH,
@@ -73,7 +75,7 @@ class Fault:
 
 
 class Faults:
-    """The faults of one function of PyTorch's, in the order in which they are mended."""
+    """The faults of one function of PyTorch, in the order in which calls are rewritten."""
 
     def __init__(self, *faults: Fault) -> None:
         self.all = faults
@@ -86,7 +88,7 @@ class Faults:
         }
 
     def mended(self, params: SDPAParams) -> SDPAParams:
-        """Return a call of the same result that no fault with a way round concerns."""
+        """Return an equivalent call that no fault with a rewrite concerns."""
         for fault in self._mended.get(params.query.device.type, ()):
             if fault.concerns(params):
                 assert fault.mend is not None
@@ -102,7 +104,7 @@ class Faults:
         return None
 
     def reasons(self, params: SDPAParams) -> tuple[str, ...]:
-        """Return why a call must not be given to PyTorch: the faults without a way round."""
+        """Return why a call must not be given to PyTorch: the faults without a rewrite or a cut."""
         found = self._declined.get(params.query.device.type, ())
         return tuple(fault.reason for fault in found if fault.concerns(params))
 
@@ -160,19 +162,16 @@ def _asks_cudnn_for_gradients_of_one_query(params: SDPAParams) -> bool:
     return capability == (9, 0) and version > PREFERRED_CUDNN
 
 
-def _asks_cudnn_for_dropout(params: SDPAParams) -> bool:
-    if params.dropout <= 0 or params.query.dtype not in HALF:
+def _prefers_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
+    if dtype not in HALF:
         return False
-    capability, version = cudnn_on(params.query.device)
+    capability, version = cudnn_on(device)
     return capability is not None and capability[0] in (9, 10) and version > PREFERRED_CUDNN
 
 
-def _cannot_keep_dropout_from_cudnn(params: SDPAParams) -> bool:
-    return RELEASE < (2, 12) and _asks_cudnn_for_dropout(params)
-
-
 def _has_dropout_in_the_steps_of_cudnn(params: SDPAParams) -> bool:
-    return (params.dropout * 16) % 1 == 0 and RELEASE >= (2, 12) and _asks_cudnn_for_dropout(params)
+    query = params.query
+    return params.dropout > 0 and (params.dropout * 16) % 1 == 0 and _prefers_cudnn(query.device, query.dtype)
 
 
 def _shares_keys_with_a_query_left_over(params: SDPAParams) -> bool:
@@ -267,7 +266,7 @@ MISALIGNED = Fault(
 )
 TOO_FAR = Fault(
     "PyTorch's flash kernel counts with 32 bits in backward, and faults where all queries have more than 2^31 numbers "
-    "(PriorLabs/TabPFN#1184); still so for one causal head of one batch, which has no parts",
+    "(PriorLabs/TabPFN#1184); still so for one causal head of one batch, which cannot be divided",
     "of August 2026, the last of which was 2.13.0",
     "cuda",
     _counts_too_far_in_backward,
@@ -290,7 +289,7 @@ OF_SDPA = Faults(
         with_a_mask_of_double,
     ),
     Fault(
-        "PyTorch's function trips over an attn_mask of one dimension",
+        "PyTorch's function fails for an attn_mask of one dimension",
         "2.13.0, CPU",
         None,
         _has_a_mask_of_one_dimension,
@@ -326,13 +325,6 @@ OF_SDPA = Faults(
         "cuda",
         _asks_cudnn_for_gradients_of_one_query,
         with_a_fifth_dimension,
-    ),
-    Fault(
-        "PyTorch's function prefers cuDNN on Hopper and Blackwell, before 2.12 for every dropout, where it gives "
-        "queries the same dropout mask",
-        "2.11.0, cuDNN 9.19",
-        "cuda",
-        _cannot_keep_dropout_from_cudnn,
     ),
     Fault(
         "PyTorch's function prefers cuDNN on Hopper and Blackwell for dropout in steps of 1/16, where it gives queries "
@@ -379,3 +371,13 @@ OF_SDPA = Faults(
 """Those of `torch.nn.functional.scaled_dot_product_attention`."""
 OF_FLASH = Faults(HIDDEN_BEFORE_SCALED, DROPS_EVERYTHING, TOO_FAR, MISALIGNED)
 """Those of `aten::_scaled_dot_product_flash_attention` and its equivalent on the CPU."""
+
+
+def lacking(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
+    """Return the features that PyTorch's function gets wrong in every call on such a device, with no way round."""
+    if RELEASE >= (2, 12) or not _prefers_cudnn(device, dtype):
+        return {}
+    return {
+        Feature.DROPOUT: "PyTorch's function prefers cuDNN on Hopper and Blackwell, before 2.12 for every dropout, "
+        "where it gives queries the same dropout mask (seen in PyTorch 2.11.0, cuDNN 9.19)"
+    }

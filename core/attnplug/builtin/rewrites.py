@@ -1,4 +1,4 @@
-"""The ways round what PyTorch gets wrong: each returns a call of the same result."""
+"""Workarounds for what PyTorch gets wrong: each returns an equivalent call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_hidden_keys(params: SDPAParams) -> SDPAParams:
 
 
 def with_another_query(params: SDPAParams) -> SDPAParams:
-    """Return a call with the last query twice; what calls PyTorch leaves the row of the second out."""
+    """Return a call with the last query twice; the caller drops the last row of the result."""
     query, mask = params.query, params.attn_mask
     if mask is not None:
         if mask.shape[-2] == 1:
@@ -64,9 +64,9 @@ def with_another_query(params: SDPAParams) -> SDPAParams:
 
 
 def with_a_fifth_dimension(params: SDPAParams) -> SDPAParams:
-    """Return a call that PyTorch has only its formula for, in the memory of all logits.
+    """Return a call for which PyTorch has only its formula, which needs the memory of all logits.
 
-    What calls it takes the dimension away.
+    The caller removes the dimension again.
     """
     mask = params.attn_mask
     query, key, value = (tensor.unsqueeze(0) for tensor in (params.query, params.key, params.value))
@@ -139,14 +139,14 @@ def is_aligned(tensor: Tensor) -> bool:
 def starts_aligned(tensor: Tensor) -> bool:
     """Whether a tensor starts aligned; the memory that it lies in does, as all of PyTorch's.
 
-    A trace cannot ask, and assumes it. Of a graph's inputs Inductor copies those that are not; of views that are made
-    in the graph, and with other backends, nobody looks.
+    A trace cannot ask, and assumes it. Of a graph's inputs Inductor copies those that are not; views that are made
+    in the graph, and inputs of other backends, are not checked.
     """
     return is_compiling() or tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0
 
 
 def holds(comparison: bool) -> bool:
-    """Whether a comparison of sizes holds: in a trace with a guard, in an exported program for all that they may be.
+    """Whether a comparison of sizes holds: in a trace with a guard, in an exported program for all their values.
 
     Such a program has one form for the whole range of a size, which a guard would narrow. The core's passthrough
     has the same: this package keeps to public names.

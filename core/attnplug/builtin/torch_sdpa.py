@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as sdpa  # which patch_torch leaves alone
 
-from attnplug import SDPAParams, SDPBackend
-from attnplug.builtin.faults import OF_SDPA
+from attnplug import Feature, SDPAParams, SDPBackend
+from attnplug.builtin.faults import OF_SDPA, lacking
 from attnplug.builtin.rewrites import halves
 
 _FAMILIES = {int(member): member for member in SDPBackend}
@@ -26,6 +26,11 @@ def supports(params: SDPAParams) -> tuple[str, ...]:
     if params.is_causal and query.is_nested and query.layout is torch.strided and query.device.type == "cpu":
         return ("PyTorch has no kernel for strided nested tensors with is_causal on CPU",)
     return OF_SDPA.reasons(params)
+
+
+def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
+    """Return the features of which PyTorch's function gets every call wrong on such a device."""
+    return lacking(device, dtype)
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:

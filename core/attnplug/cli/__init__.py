@@ -32,7 +32,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 (the answer is no) or 2 (it could not be asked)."""
+    """Run one command and return the exit status: 0, 1 (the answer is no) or 2 (it could not run)."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch's; nothing here needs it

@@ -1,8 +1,8 @@
 """Measure every implementation on this machine: which is fastest, and is it right?
 
 Without options: every implementation, on a set of cases that takes about a minute on a CPU, and is meant to take
-two on a GPU. A file's name says what is written: .json (all of it), .csv (a line a record), .html (one page to be sent
-on), .png (plots); {device} and {time} in it are filled in. Ctrl-C keeps what is measured.
+two on a GPU. The extension of a file says what is written: .json (all of it), .csv (one line per record), .html (one
+self-contained page), .png (plots); {device} and {time} in its name are filled in. Ctrl-C keeps what is measured.
 Exit status 1: a result is wrong, nothing ran, or it was interrupted; of compare: there is a regression.
 
 examples:
@@ -37,11 +37,13 @@ USAGE = "attnplug bench [options]\n       attnplug bench compare BEFORE.json AFT
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     cases.configure(what)
-    what.add_argument("--impl", type=values.names, metavar="NAMES", help="the only implementations; by default all")
-    what.add_argument("--tiny", action="store_true", help="shrink every case: see that it runs; nobody is the fastest")
+    what.add_argument("--impl", type=values.names, metavar="NAMES", help="implementations to measure; by default all")
+    what.add_argument("--tiny", action="store_true", help="shrink every case, to see that it runs; names no fastest")
     what.add_argument("--sets", action="store_true", help="list the named sets, and measure nothing")
     how = parser.add_argument_group("how it is measured and reported")
-    how.add_argument("--baseline", default="torch", metavar="NAME", help="what ratios are to; torch if not given")
+    how.add_argument(
+        "--baseline", default="torch", metavar="NAME", help="what ratios are relative to; by default torch"
+    )
     how.add_argument("--caches", choices=("warm", "cold", "both"), default="both")
     how.add_argument(
         "--seconds", type=values.seconds, metavar="S", help="for each implementation, direction and caches"

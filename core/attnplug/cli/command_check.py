@@ -1,8 +1,8 @@
 """Check implementations against everything that their capabilities promise.
 
-A quick run takes seconds for a fast kernel; a full one makes every check for every dtype, and long
-sequences. What fails is shown with a line of Python that does it again, the simplest first: an early failure often
-explains those that follow. On a GPU each check is made in one of several worker processes, so that a kernel's fault
+A quick run takes seconds for a fast kernel; a full one runs every check for every dtype, and long
+sequences. Failures are shown with a line of Python that reproduces them, the simplest first: an early failure often
+explains those that follow. On a GPU each check runs in one of several worker processes, so that a kernel's fault
 costs one check. Exit status 1: something failed.
 
 examples:
@@ -40,13 +40,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     names = parser.add_argument("names", metavar="IMPL", nargs="+", help="an implementation")
     complete_with(names, attnplug.list_flash_attention_impls)
     parser.add_argument("--device", help="cpu, cuda, ...; by default a GPU if it runs on one that is here")
-    parser.add_argument("--dtype", type=values.dtype, help="the only one to check; by default each that is declared")
+    parser.add_argument("--dtype", type=values.dtype, help="the dtype to check; by default each that is declared")
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quick", dest="level", action="store_const", const="quick", help="seconds; the default")
     level.add_argument("--full", dest="level", action="store_const", const="full", help="everything")
     parser.set_defaults(level="quick")
     only = parser.add_argument(
-        "--only", dest="checks", metavar="CHECK", action="append", help="make this check alone; may be repeated"
+        "--only", dest="checks", metavar="CHECK", action="append", help="run only this check; repeatable"
     )
     complete_with(only, _checks)
     parser.add_argument("--failed", action="store_true", help="show failures only")
@@ -54,17 +54,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=values.count,
         metavar="N",
-        help="processes that make checks; 0: this one, the default on a CPU; on a GPU at most 8",
+        help="processes that run checks; 0: this one, the default on a CPU; on a GPU at most 8",
     )
     parser.add_argument(
         "--timeout",
         type=values.seconds,
         default=300.0,
         metavar="SECONDS",
-        help="that a check has in a worker (default: 300)",
+        help="time limit of a check in a worker (default: 300)",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="also write each result as it is found, a line of JSON each"
+        "-o", "--output", type=Path, metavar="FILE", help="also write each result as it is found, one line of JSON each"
     )
 
 
@@ -131,19 +131,15 @@ def _print(report: Report, failures_only: bool) -> None:
 
 def _is_usable(name: str) -> bool:
     """Whether an implementation can run here; if not, say why."""
-    reason = _unusable(name)
-    if reason is not None:
-        print(f"attnplug: {name} cannot be checked: it is {reason}", file=sys.stderr)
-    return reason is None
+    from attnplug.testing._running import find
 
-
-def _unusable(name: str) -> str | None:
-    """Return why an implementation cannot run here, or None if it can."""
-    records = {record.name: record for record in attnplug.list_impls()}
-    if name not in records:
-        check_name(name)
-    record = records[name]
-    return None if record.status == "available" else f"{record.status}: {record.reason}"
+    check_name(name)
+    try:
+        find(name)
+    except ValueError as error:
+        print(f"attnplug: cannot be checked: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _found(written: TextIO | None, name: str, result: Result) -> None:

@@ -1,4 +1,4 @@
-"""Say what is wrong here, and the command that mends it.
+"""Report what is wrong on this machine, and the command that fixes it.
 
 Each implementation that cannot run on this machine is listed with the reason and, where one helps, the command. Kernels
 are imported for that, so that one whose import fails is found before a call needs it; none is run. Exit status 1:
@@ -23,7 +23,7 @@ from attnplug._selection.state import start
 from attnplug._tables import wrap
 from attnplug.cli import render
 
-HELP = "say what is wrong here, and the command that mends it"
+HELP = "report what is wrong on this machine, and the command that fixes it"
 
 _TORCH = (2, 11)
 _WIDTH = 80

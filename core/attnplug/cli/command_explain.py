@@ -1,6 +1,6 @@
-"""Say which implementation would run a call, and for every other each reason why not.
+"""Explain which implementation would run a call, and why each of the others would not.
 
-Nothing runs and nothing is allocated, so a call on a device that is not here can be asked about too; with
+Nothing runs and nothing is allocated, so a call on a device that this machine does not have can be explained too; with
 --capability, what an NVIDIA GPU of that compute capability would run, with what is installed here. Where
 neither --impl nor --scope says otherwise, torch comes first, until there are measurements. Where nothing would run, or
 nothing but the formulas (MATH), the nearest miss is named, with what would let it run.
@@ -25,7 +25,7 @@ from attnplug._control.registration import check_name
 from attnplug.cli import render, values
 from attnplug.cli.parser import complete_with
 
-HELP = "say which implementation would run a call, and why not the others"
+HELP = "show which implementation would run a call, and why the others would not"
 USAGE = "attnplug explain --query SHAPE [options]"
 
 
@@ -35,12 +35,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     tensors.add_argument("--key", type=values.sizes, metavar="SHAPE", help="as the query if not given")
     tensors.add_argument("--value", type=values.sizes, metavar="SHAPE", help="as the key if not given")
     tensors.add_argument("--dtype", type=values.dtype, default="float32", help=values.DTYPE_HELP)
-    tensors.add_argument("--device", default="cpu", help="cpu (default), cuda, ...; need not be here")
+    tensors.add_argument("--device", default="cpu", help="cpu (default), cuda, ...; need not be on this machine")
     tensors.add_argument(
         "--capability",
         type=values.capability,
         metavar="X.Y",
-        help="answer for an NVIDIA GPU of this compute capability, here or not; with --device cuda",
+        help="answer for an NVIDIA GPU of this compute capability, present or not; with --device cuda",
     )
     tensors.add_argument("--grad", action="store_true", help="query, key and value need gradients")
     _configure_mask(parser.add_argument_group("which query sees which key"))
@@ -66,7 +66,7 @@ def _configure_mask(group: Any) -> None:
         "--mask",
         type=values.mask,
         metavar="bool|float[:SHAPE]",
-        help="attn_mask, of (query length, key length) if no SHAPE",
+        help="attn_mask; by default of shape (query length, key length)",
     )
     group.add_argument("--mask-grad", action="store_true", help="the mask needs a gradient")
     group.add_argument("--seqused", action="store_true", help="seqused_k")
@@ -86,7 +86,7 @@ def _configure_rest(group: Any) -> None:
     group.add_argument("--scale", type=float)
     group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout_p")
     group.add_argument("--softcap", type=float, default=0.0)
-    group.add_argument("--sinks", action="store_true", help="one more logit a head")
+    group.add_argument("--sinks", action="store_true", help="one more logit per head")
     group.add_argument("--sinks-grad", action="store_true", help="sinks that need a gradient")
     group.add_argument("--alibi", action="store_true", help="alibi_slopes")
     group.add_argument("--lse", action="store_true", help="return_lse")

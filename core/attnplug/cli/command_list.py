@@ -14,7 +14,7 @@ from attnplug import Capabilities, Feature, ImplRecord
 from attnplug.cli import choices, describe, render
 from attnplug.cli.values import DTYPES
 
-HELP = "list the implementations and whether they can work here"
+HELP = "list the implementations, and whether they work on this machine"
 
 _HEADERS = (
     *("name", "family", "priority", "distribution", "entry point", "status"),

@@ -22,7 +22,7 @@ from pathlib import Path
 import attnplug
 from attnplug.cli import render
 
-HELP = "write a plugin package that works at once"
+HELP = "create a plugin package that works as generated"
 
 # The templates are a package called my_kernel. The suffix keeps tools from taking them for modules of this one.
 _NAME, _SUFFIX, _HIDDEN = "my_kernel", "-tpl", "dot_"
@@ -62,7 +62,7 @@ def _unusable(name: str) -> str | None:
         if record.name == name:
             return f"NAME: {name!r} is taken: {record.distribution} has an implementation of this name"
     if name in sys.builtin_module_names or _is_module(name):
-        return f"NAME: {name!r} is taken: there is a module of this name, which the plugin would hide or never be"
+        return f"NAME: {name!r} is taken: a module of this name exists, and one would hide the other"
     return None
 
 

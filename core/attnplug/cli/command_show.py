@@ -25,7 +25,7 @@ from attnplug.cli.parser import complete_with
 if TYPE_CHECKING:
     from email.message import Message
 
-HELP = "show all that is known of an implementation"
+HELP = "show everything that is known about an implementation"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

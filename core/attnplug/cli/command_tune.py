@@ -24,7 +24,7 @@ from attnplug.cli import cases, choices, render, values
 if TYPE_CHECKING:
     from attnplug import Choices
 
-HELP = "measure what is the fastest right implementation for each kind of call, and save it"
+HELP = "measure which correct implementation is fastest for each kind of call, and save it"
 USAGE = "attnplug tune [--capture FILE | --set NAME | --cases FILE] [options]"
 
 
@@ -35,13 +35,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     cases.configure(what)
     how = parser.add_argument_group("how it is measured and kept")
-    how.add_argument(
-        "--impl", type=values.names, metavar="NAMES", help="the only candidates beside torch; by default all"
-    )
+    how.add_argument("--impl", type=values.names, metavar="NAMES", help="candidates besides torch; by default all")
     how.add_argument("--seconds", type=values.seconds, metavar="S", help="for each implementation and direction")
     how.add_argument("--threads", type=values.size, metavar="N", help="threads of PyTorch on a CPU")
-    how.add_argument("--force", action="store_true", help="measure although the machine is busy")
-    how.add_argument("--output", "-o", metavar="FILE", help="add the choices to this file, not to this user's")
+    how.add_argument("--force", action="store_true", help="measure even if the machine is busy")
+    how.add_argument("--output", "-o", metavar="FILE", help="add the choices to this file instead of this user's")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ COMMANDS = ("list", "show", "explain", "doctor", "info", "check", "bench", "tune
 
 _DESCRIPTION = "Attention kernels as plugins: what is installed, what would run, and whether it is right."
 _EPILOG = """\
-Exit status: 0; 1, the answer is no; 2, it could not be asked.
+Exit status: 0, success; 1, the answer is no; 2, the command could not run.
 Completion in a shell: pip install "attnplug[cli]", then eval "$(register-python-argcomplete attnplug)"."""
 
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         self._refuse_unknown(args)
         found, more = super().parse_known_args(args, namespace)
         if more:
-            self.error(f"unexpected {', '.join(more)}; --help says what is taken")
+            self.error(f"unexpected {', '.join(more)}; --help lists what is accepted")
         return found, more
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""Attention of diffusers' pipelines, by names of attnplug.
+"""Attention of diffusers' pipelines, chosen by attnplug.
 
 diffusers chooses attention from a closed list of its own, `"native"` and others, and leaves an argument that the
 chosen one does not know, such as a mask, to warnings at most. Behind `"native"` stands PyTorch's function, so
-binding a model to a scope is all that it takes: whatever a kernel declines goes to the next name in the scope, with
+binding a model to a scope is enough: whatever a kernel declines goes to the next name in the scope, with
 the reason in `explain`, and nothing that a call asks for is lost.
 """
 

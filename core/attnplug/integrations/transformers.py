@@ -2,7 +2,7 @@
 
 After `register()`, `"attnplug"` leaves the choice to attnplug (scopes, activation, priorities) and
 `"attnplug:<implementation>"` is `impl=<implementation>`, in `from_pretrained`, `from_config` and
-`set_attn_implementation`. Whatever a model asks of its attention is computed or refused with an error that
+`set_attn_implementation`. Whatever a model asks of its attention is computed, or refused with an error that
 names it: PyTorch's function knows neither softcap nor sinks, so transformers keeps models that need them away
 from `"sdpa"`; here they are arguments of the call.
 
@@ -57,12 +57,12 @@ _UNSUPPORTED = {
 def register() -> None:
     """Make `"attnplug"` and `"attnplug:<implementation>"` names of attention in transformers.
 
-    Every registered implementation has its name; one that is registered later gets it when a model first asks
+    Every registered implementation gets such a name; one that is registered later gets it when a model first asks
     for it. Calling this again changes nothing.
 
     transformers takes every name that contains `flash` for its own Flash Attention, and loads packages for it.
-    So two methods of `PreTrainedModel` that look at the names are wrapped: they see through to `attnplug:` and
-    otherwise do what they did.
+    So two methods of `PreTrainedModel` that look at the names are wrapped: they recognise names that begin with
+    `attnplug:`, and otherwise do what they did.
 
     Raises:
         ImportError: transformers is missing, or of a version that this does not know.
@@ -226,7 +226,7 @@ def _own_name(model: Any, requested: str | None) -> str | None:
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"attn_implementation={requested!r}: {type(model).__name__} computes attention in its own code, which "
-            f"does not ask for a name. If it is a part of a model, name the other parts: "
+            f"ignores the name. If it is part of a model, name the other parts: "
             f"attn_implementation={{'text_config': {requested!r}}}"
         )
     return _publish(FAMILY if model._supports_sdpa else _EAGER_MASKS, impl)

@@ -1,7 +1,7 @@
-"""Attention over a sequence that several ranks share, each of which holds a part.
+"""Attention over a sequence that is split among several ranks.
 
-Results and gradients are those of the call on one rank. Imported when it is first asked for, because
-a program on one GPU needs nothing of `torch.distributed`.
+Results and gradients are those of the call on one rank. Imported on first access, because
+a program on one GPU does not need `torch.distributed`.
 """
 
 from attnplug.parallel._attention import ring_attention, ulysses_attention, usp_attention

@@ -164,7 +164,7 @@ def ulysses_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Any:
-    """Compute attention over a sequence of which each rank holds a contiguous part, by changing sequence for heads.
+    """Compute attention over a sequence of which each rank holds a contiguous part, by exchanging sequence for heads.
 
     Each rank gets all of the sequence for its share of the heads, attends as on one rank, and gives the results back.
     Any implementation runs; the numbers of query and of key/value heads must be multiples of the number of ranks.
@@ -254,7 +254,7 @@ def usp_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Any:
-    """Compute attention by both at once: a ring along the first dimension of a mesh, heads shared along the second.
+    """Compute attention by both methods: a ring along the first dimension of a mesh, heads split along the second.
 
     The sequence is cut for the ring, and each of these parts contiguously: `shard_sequence(..., group=mesh)`. Fang and
     Zhao, "USP: A Unified Sequence Parallelism Approach for Long Context Generative AI", 2024.

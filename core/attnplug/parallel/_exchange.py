@@ -49,7 +49,7 @@ def as_group(group: Any, argument: str = "group") -> dist.ProcessGroup:
 
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"{argument}: expected a device mesh of one dimension, got {group}; take one by its name")
+            raise ValueError(f"{argument}: expected a device mesh of one dimension, got {group}; select one by name")
         return group.get_group()
     raise TypeError(
         f"{argument}: expected a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, "
@@ -162,7 +162,7 @@ def blamed(group: dist.ProcessGroup, peer: int, waited: float, error: BaseExcept
 
 
 def blamed_by_all(group: dist.ProcessGroup, waited: float, error: BaseException) -> ParallelError:
-    """Return the same for a collective, in which everybody waits for everybody: at fault is who does not say so."""
+    """Return the same for a collective, in which all wait for each other: the rank that does not report is at fault."""
     _say(group, "waits:all")
     deadline = time.monotonic() + GRACE
     told = {rank: _heard(group, rank, deadline) for rank in range(dist.get_world_size(group)) if rank != group.rank()}
@@ -192,7 +192,7 @@ def _store(group: dist.ProcessGroup) -> Any:
 
 
 def _say(group: dist.ProcessGroup, text: str) -> None:
-    """Tell whoever asks why this rank does not go on."""
+    """Tell ranks that ask why this rank does not go on."""
     with suppress(Exception):  # the store goes with the process that holds it; then there is nobody to tell
         _store(group).set(str(group.rank()), text)
         _said.add(group)

@@ -117,8 +117,10 @@ def source_of(entry: Entry, block: SDPAParams) -> Source | str:
 def _find_source(entry: Entry, block: SDPAParams) -> Source | str:
     kernel = entry.kernel
     partial = kernel.partial_backward is not None and block.dropout == 0
-    tried = partial or kernel.backward is not None
-    if tried and _undisturbed(lambda: _uses_what_it_is_given(entry, block), block.query.device):
+    trial, arguments = _trial(block)
+    declined = kernel.refusals(trial)
+    tried = not declined and (partial or kernel.backward is not None)
+    if tried and _undisturbed(lambda: _uses_what_it_is_given(entry, trial, arguments), block.query.device):
         return Source.WHOLE
     if declares(entry, Feature.LSE_GRADIENT) and (kernel.backward is not None or block.dropout == 0):
         return Source.PART
@@ -126,18 +128,17 @@ def _find_source(entry: Entry, block: SDPAParams) -> Source | str:
         return "draws dropout anew whenever it is differentiated, so a ring cannot repeat what forward drew"
     if kernel.backward is None and kernel.partial_backward is None:
         return "has no backward of its own (nor partial_backward), and gives no gradient through lse"
+    if declined:
+        return f"declines the call of {_TRIED} positions on which its backward is tested: {'; '.join(declined)}"
     return "its backward computes out and lse anew for the keys of one rank, and it gives no gradient through lse"
 
 
-def _uses_what_it_is_given(entry: Entry, block: SDPAParams) -> bool:
-    """Whether a backward that is told of twice the denominator, and of an out of 0, believes it.
+def _uses_what_it_is_given(entry: Entry, params: SDPAParams, arguments: dict[str, Any]) -> bool:
+    """Whether a backward that is given twice the denominator, and an out of 0, computes with them.
 
     All probabilities are then half of what they would be, and no mean is taken off: the gradients are those of
     `(out + stopped(grad_out * out) * lse) / 2`.
     """
-    params, arguments = _trial(block)
-    if entry.kernel.refusals(params):
-        return False
     call = KernelCall.of(entry, params)
     with torch.no_grad():
         out, lse, *saved = call.forward(tensors_of(params))

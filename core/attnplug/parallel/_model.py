@@ -28,7 +28,7 @@ from attnplug.parallel._sharding import sequence_positions, shard_sequence
 
 METHODS: dict[str, Any] = {"ring": ring_attention, "ulysses": ulysses_attention, "usp": usp_attention}
 IGNORED = -100
-"""The label of a token that is no part of the loss, in transformers and in PyTorch."""
+"""The label of a token that does not count in the loss, in transformers and in PyTorch."""
 _PREFIX = "attnplug_parallel_"
 """Of the names of attention that models get in transformers."""
 _numbers = itertools.count()
@@ -144,7 +144,8 @@ class _Model:
         config = self.model.config
         if getattr(config, "attention_chunk_size", None) is not None:
             raise ValueError(
-                f"module: {type(self.model).__name__} attends within chunks, which parts of a sequence do not know"
+                f"module: {type(self.model).__name__} attends within chunks, which is not "
+                "supported when the sequence is split"
             )
         before, name = config._attn_implementation, f"{_PREFIX}{next(_numbers)}"
         if str(before).startswith(_PREFIX):

@@ -158,5 +158,5 @@ def _packed(params: SDPAParams) -> SDPAParams:
     check_int32("cu_seq", starts, (None,), getattr(starts, "device", query.device))
     starts = starts.cpu()
     if can_look(starts) and (starts.numel() < 2 or starts[0] != 0 or bool((starts.diff() < 0).any())):
-        raise ValueError(f"cu_seq: expected values that start at 0 and never fall, got {starts.tolist()}")
+        raise ValueError(f"cu_seq: expected values that start at 0 and never decrease, got {starts.tolist()}")
     return replace(params, **plain_scalars(params), cu_seq_q=starts, cu_seq_k=starts)

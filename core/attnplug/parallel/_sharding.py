@@ -47,7 +47,7 @@ def shard_sequence(tensor: Tensor, *, group: Any, dim: int = -2, is_causal: bool
 def unshard_sequence(
     tensor: Tensor, *, group: Any, dim: int = -2, is_causal: bool = True, length: int | None = None
 ) -> Tensor:
-    """Return the whole sequence, on every rank, of which each has a part: the inverse of `shard_sequence`.
+    """Return the whole sequence on every rank, from the part of each: the inverse of `shard_sequence`.
 
     Args:
         tensor: this rank's part.
@@ -60,7 +60,7 @@ def unshard_sequence(
         The whole sequence. Its gradient is that of the sum over ranks, as every rank may use all of it.
 
     Raises:
-        ValueError: the part has not the length that it would have been cut to.
+        ValueError: the part does not have the length that `shard_sequence` would have given it.
     """
     levels = _levels(group, is_causal)
     _check(tensor, dim)

@@ -1,13 +1,13 @@
-"""Conformance: whether a kernel is right, learnt before any user does.
+"""The conformance kit: finds out whether a kernel is right before its users do.
 
-Three ways in, one list of checks:
+Three ways to run the same checks:
 
 * `check_impl("my_kernel")` from Python returns a report;
 * `@parametrize_with_checks("my_kernel")` makes each check a case of a test of your own;
 * `attnplug check my_kernel` needs no code at all.
 
-What is checked follows from what the implementation declares, and when a result is right from the
-contract; no implementation has a tolerance of its own. attnplug itself never imports this package.
+What is checked follows from what the implementation declares, and the tolerance is the same for
+every implementation. attnplug itself never imports this package.
 """
 
 from attnplug._accuracy import Outcome

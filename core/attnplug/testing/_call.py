@@ -22,7 +22,7 @@ from attnplug.testing._inputs import Inputs
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Call(Fields):
-    """A call with random inputs, the same ones for the same fields.
+    """A call with random inputs, the same for the same fields.
 
     Attributes:
         queries, keys: lengths; with `lengths_q` and `lengths_k`, one for each sequence, a call of `varlen_attn`.

@@ -40,7 +40,7 @@ def assert_right(
     grad_lse: Tensor | None = None,
     quantized: bool = False,
 ) -> None:
-    """Assert that what a call returned is right, by the one rule that every implementation is held to.
+    """Assert that what a call returned is right, by the rule that applies to every implementation.
 
     Args:
         arguments: of `attnplug.scaled_dot_product_attention`, with tensors of four dimensions, or of

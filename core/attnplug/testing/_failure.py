@@ -11,7 +11,7 @@ AGAIN = "again: "
 
 
 class CheckFailure(AssertionError):
-    """What a check found wrong; `str()` ends with what an author needs to see it again.
+    """What a check found wrong; `str()` ends with what an author needs to reproduce it.
 
     Attributes:
         again: the call, or a line of Python that fails in the same way.

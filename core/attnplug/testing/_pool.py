@@ -1,7 +1,7 @@
-"""Checks in worker processes: a kernel that takes its process down costs one check, and several compile at once.
+"""Checks in worker processes: a kernel that crashes its process costs one check, and several compile at once.
 
-A fault on a GPU ends the CUDA context of the process: whatever it does afterwards fails, and says something else. So
-a worker that lost its device, died or did not answer in time is replaced, and the check that it was making has failed.
+A fault on a GPU ends the CUDA context of the process, and everything that it does afterwards fails. So a worker that
+lost its device, died or did not answer in time is replaced, and the check that it was running has failed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from attnplug.testing._report import Result
 from attnplug.testing._tasks import Task
 
 STARTING = 300.0
-"""Seconds that a worker has for importing torch and attnplug."""
+"""Seconds that a worker may take to import torch and attnplug."""
 _GRACE, _TOLD = 2.0, 12
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # PyTorch reads it once; without it, it refuses products in deterministic mode
 
 
 class Worker:
-    """One process that makes checks, replaced when a check has taken it down."""
+    """One process that runs checks, replaced when a check has crashed it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -39,7 +39,7 @@ class Worker:
         self._closed = False
 
     def run(self, task: Task, timeout: float) -> Result:
-        """Make a check; if that takes the process down, the check has failed.
+        """Run a check; if that crashes the process, the check has failed.
 
         Raises:
             RuntimeError: no worker could be started, the first time; or this one was closed.
@@ -66,7 +66,7 @@ class Worker:
             try:
                 reason = f"ended its process{early}: {_how(process.wait(_GRACE))}"
             except subprocess.TimeoutExpired:
-                reason = f"answered with something else than a result: {type(answer).__name__}"
+                reason = f"answered with something other than a result: {type(answer).__name__}"
         self._end()
         return task.failed(f"{reason}{self._told()}", time.perf_counter() - start)
 
@@ -171,7 +171,7 @@ def _how(code: int | None) -> str:
 def run_all(
     tasks: Sequence[Task], workers: int, timeout: float, on_result: Callable[[int, Result], None] | None = None
 ) -> list[Result]:
-    """Make checks in several processes at once, the last first: those take longest.
+    """Run checks in several processes at once, the last first: those take longest.
 
     Args:
         tasks: what to make.

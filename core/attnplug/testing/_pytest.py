@@ -78,9 +78,9 @@ def parametrize_with_checks(
         device: as for `check_impl`.
         dtype: as for `check_impl`.
         level: as for `check_impl`.
-        isolated: whether checks are made in another process, which is replaced when a kernel takes it down. By
+        isolated: whether checks run in another process, which is replaced when a kernel crashes it. By
             default on a GPU, for an implementation that other processes find: one that is installed.
-        timeout: seconds that a check has there.
+        timeout: seconds that a check may take there.
 
     Raises:
         ValueError: a name in `expected_failures` is not a check.

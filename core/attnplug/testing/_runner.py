@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-import attnplug
 from attnplug._arguments import as_float, as_int, as_list
 from attnplug._call.device import as_device
 from attnplug._errors import did_you_mean
-from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check
 from attnplug.testing._pool import run_all
@@ -42,20 +39,20 @@ def check_impl(
 ) -> Report:
     """Check an implementation against everything that its capabilities promise.
 
-    On a GPU each check is made in one of several worker processes. A kernel that faults there ends the CUDA context
-    of its process; the check that it was in has then failed, and says what the driver said, and the others go on in a
-    fresh process. In this process, the default on a CPU, a kernel's crash would be yours.
+    On a GPU each check runs in one of several worker processes. A kernel that faults there ends the CUDA context
+    of its process; that check has then failed, with the driver's message, and the others continue in a
+    fresh process. In this process, the default on a CPU, a kernel's crash ends your program.
 
     Args:
         name: of a registered implementation.
         device: such as `cpu` or `cuda`; by default a GPU if there is one that the implementation runs on.
-        dtype: the only one to check; by default each that is declared.
+        dtype: the dtype to check; by default each that is declared.
         level: `quick`, seconds for a fast kernel, or `full`: every dtype in every check, and long sequences.
-        checks: the names of the only ones to make; by default all.
+        checks: the names of the checks to run; by default all.
         on_result: called with each result as it is found.
         workers: how many processes; 0 checks in this one. By default 0 on a CPU, else as many as there are cores, at
             most 8; and 0 for an implementation that was registered by a program and cannot be sent to another process.
-        timeout: seconds that a check has in a worker; one that takes longer has failed, and its process is ended.
+        timeout: seconds that a check may take in a worker; one that takes longer has failed, and its process is ended.
 
     Raises:
         UnknownImplementationError: there is no implementation of this name.
@@ -179,9 +176,7 @@ def plan(
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     device = _device(record, device)
     dtypes = _dtypes(record, device, dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", attnplug.PluginWarning)  # the check of this says the same
-        loads = get_registry().get(record.name).load() is not None
+    loads = record.status != "broken"
     for check in all_checks():
         if loads or check.name == LOADING:
             for each in check.dtypes_of(dtypes, level):

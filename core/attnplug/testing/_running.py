@@ -20,16 +20,27 @@ from attnplug.testing._subject import DTYPES, Subject
 def find(name: str) -> ImplRecord:
     """Return the record of the implementation to check.
 
+    Its kernel is loaded, because some say only then what is missing here. A check tells of one that cannot be.
+
     Raises:
         UnknownImplementationError: there is none.
-        ValueError: it cannot run on this machine, or is broken; says why.
+        ValueError: it cannot run on this machine, or its plugin is broken; says why.
     """
+    record = _record(name)
+    if record.status == "available":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", attnplug.PluginWarning)  # the check of this says the same
+            get_registry().get(name).load()
+        record = _record(name)
+    if record.status != "available" and not (record.status == "broken" and name in get_registry()):
+        raise ValueError(f"implementation {name!r} is {record.status}: {record.reason}")
+    return record
+
+
+def _record(name: str) -> ImplRecord:
     records = {record.name: record for record in attnplug.list_impls()}
     if not isinstance(name, str) or name not in records:
         check_name(name, "name")
-    loads = records[name].status == "broken" and name in get_registry()  # a kernel, not a plugin: a check says so
-    if records[name].status != "available" and not loads:
-        raise ValueError(f"implementation {name!r} is {records[name].status}: {records[name].reason}")
     return records[name]
 
 

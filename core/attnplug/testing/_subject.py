@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 import attnplug
 from attnplug import Capabilities, Feature
 from attnplug._call.facts import CallFacts
@@ -62,9 +64,10 @@ class Subject:
         return self.features.issuperset(features)
 
     def lacking(self, features: Iterable[Feature]) -> tuple[str, ...]:
-        """Return why this machine's libraries do not have some of the features, which are declared; see `Kernel`."""
+        """Return why this machine does not have some of the features, which are declared; see `Kernel`."""
         kernel = get_registry().get(self.name, "impl").load()
-        return () if kernel is None else kernel.missing(frozenset(features))
+        asked, device, dtype = frozenset(features), torch.device(self.device), getattr(torch, self.dtype)
+        return () if kernel is None else kernel.missing(asked, device, dtype)
 
     @cached_property
     def head_sizes(self) -> Any:

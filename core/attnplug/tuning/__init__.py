@@ -1,4 +1,4 @@
-"""The fastest implementation that is right, by measurement: from what a program calls to choices in use.
+"""Choosing the fastest correct implementation by measurement.
 
     with attnplug.capture() as cases:
         model(batch)
@@ -6,7 +6,7 @@
     print(choices)
     attnplug.use_choices(choices)
 
-`attnplug tune` does the same from a shell. Here is what choices are made of.
+`attnplug tune` does the same from a shell. This module has the types that choices consist of.
 """
 
 from attnplug._selection.choice_tables import Choice, Kind, Table

@@ -23,7 +23,7 @@ class capture:
 
     Calls of attnplug's functions and of `torch.nn.functional.scaled_dot_product_attention`, in unmodified models too;
     in training with the gradients that they need, in `generate` with each length. Compiled functions run as if they
-    were not compiled meanwhile, so that their calls are seen. What runs, and what comes of it, is what it would be
+    were not compiled meanwhile, so that their calls are seen. The calls run, and return, what they would
     otherwise.
 
     What no case describes is counted in `left_out` of the result, with the reason.
@@ -93,7 +93,7 @@ def _indescribable(params: SDPAParams) -> str:
     query = params.query
     has_lengths = params.is_varlen or params.seqused_k is not None
     reasons = {
-        "with nested tensors, whose sizes nobody can ask for": query.is_nested,
+        "with nested tensors, whose sizes cannot be read without waiting for the device": query.is_nested,
         "that drop everything": params.dropout == 1.0,
         f"in {query.dtype}": str(query.dtype).removeprefix("torch.") not in DTYPES,
         "whose lengths are on a GPU that captures a graph": has_lengths and query.is_cuda and _is_capturing(),

@@ -13,10 +13,10 @@ _SIZE = 256
 
 
 def busy(devices: Iterable[str]) -> str:
-    """Return, as a sentence, that others take processor time from this program; empty if they do not.
+    """Return, as a sentence, that other programs take processor time from this one; empty if they do not.
 
-    What is asked is what matters, how much of the time this program gets, rather than a load average, in which the
-    program that has just been started has its part, and which knows nothing of a container's limit. Takes 0.2 s.
+    It measures the share of the time that this program gets, rather than a load average, which counts this program
+    too and ignores a container's limit. Takes 0.2 s.
     """
     on_cpu = any(torch.device(device).type == "cpu" for device in devices)
     threads = torch.get_num_threads() if on_cpu else 1
@@ -24,8 +24,8 @@ def busy(devices: Iterable[str]) -> str:
     if share >= _LEAST:
         return ""
     return (
-        f"this machine is busy: of the time of the {threads} thread{'s' if threads > 1 else ''} that PyTorch computes "
-        f"with here, this program got {share:.0%}"
+        f"this machine is busy: this program got {share:.0%} of the time of the {threads} "
+        f"thread{'s' if threads > 1 else ''} that PyTorch uses"
     )
 
 

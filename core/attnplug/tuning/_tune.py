@@ -38,7 +38,7 @@ def tune(
     seconds: float = SECONDS,
     progress: Progress | None = None,
 ) -> Choices:
-    """Measure every implementation on the cases, and say which is the fastest for each kind of call.
+    """Measure every implementation on the cases, and choose the fastest for each kind of call.
 
     Candidates alternate, as in `attnplug.bench.run`. What counts is the time of forward and, where a case has backward,
     of backward. Only an implementation whose result in this very measurement is right can be chosen, and within the
@@ -55,10 +55,10 @@ def tune(
         progress: called with what is done next, how many steps are done, and how many there are.
 
     Returns:
-        Choices; `str()` is a table, `save()` keeps them, `use_choices` puts them to use.
+        Choices; `str()` is a table, `save()` writes them to a file, `use_choices` applies them.
 
     Warns:
-        ChoicesWarning: the machine does other things meanwhile.
+        ChoicesWarning: the machine is busy with other programs.
 
     Raises:
         UnknownImplementationError: `impls` name no implementation.
@@ -76,7 +76,7 @@ def tune(
         raise BenchError(f"seconds: expected a time above 0, got {seconds!r}")
     clocks = {device: clock_for(device) for device in dict.fromkeys(case.device for case in counts)}
     if reason := busy(clocks):
-        warn(ChoicesWarning(f"{reason}; measured times are worth little, so that what runs now may stay needlessly"))
+        warn(ChoicesWarning(f"{reason}; measured times are unreliable, so fewer choices are made"))
     kinds = _representatives(counts)
     steps = Steps(progress, len(kinds) * (len(names) + 1))
     records: list[Record] = []

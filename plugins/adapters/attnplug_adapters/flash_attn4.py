@@ -168,6 +168,9 @@ class FlashAttn4(Adapter):
         grads: list[Tensor | None] = [None, None, None]
         if params.is_varlen or params.seqused_k is not None:  # what is of no sequence, or not used, is not written
             grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in given[:3]]
+        dlse = None if grad_lse is None else grad_lse.masked_fill(lse == convert.MINUS_INFINITY, 0.0)
+        if params.sinks is not None:  # a row without a denominator would make exp(sink - lse) * 0 a NaN
+            lse = lse.masked_fill(lse == convert.MINUS_INFINITY, -convert.MINUS_INFINITY)
         left, right = _open_as_none(convert.band(params))
         found = self.library._flash_attn_bwd(
             *given,
@@ -186,7 +189,7 @@ class FlashAttn4(Adapter):
             dq=grads[0],
             dk=grads[1],
             dv=grads[2],
-            dlse=None if grad_lse is None else grad_lse.masked_fill(lse == convert.MINUS_INFINITY, 0.0),
+            dlse=dlse,
             learnable_sink=params.sinks,
         )
         sizes = (tensor.shape[-1] for tensor in (params.query, params.key, params.value))

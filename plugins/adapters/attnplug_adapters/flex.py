@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from attnplug import SDPAParams
+from attnplug import GradientError, SDPAParams
 from attnplug_adapters import convert, flex_kinds, flex_mods
 
 composite = True
@@ -36,7 +37,18 @@ def supports(params: SDPAParams) -> str | None:
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
-    """Return `out` and, if it is asked for, `lse`."""
+    """Return `out` and, if it is asked for, `lse`.
+
+    Raises:
+        GradientError: an argument has a tangent, which a compiled function would drop in silence.
+    """
+    if not flex_mods.is_watched() and any(
+        map(_has_tangent, (params.query, params.key, params.value, params.attn_mask, params.sinks))
+    ):
+        raise GradientError(
+            "implementation 'flex' has no forward-mode derivatives; use one of the MATH family, for example inside "
+            "sdpa_kernel(SDPBackend.MATH)"
+        )
     positions = flex_mods.Positions.of(params)
     query, key, value = flex_mods.dense(params, positions)
     wants_lse = params.return_lse or params.sinks is not None
@@ -62,6 +74,10 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     if params.is_varlen:
         out, lse = out[0].transpose(0, 1), None if lse is None else lse[0]
     return out, lse if params.return_lse else None
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and unpack_dual(tensor).tangent is not None
 
 
 def _in_operators(scale: Any, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask_mod: Any) -> Tensor:

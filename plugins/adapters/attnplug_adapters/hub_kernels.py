@@ -128,7 +128,7 @@ class Hub:
         if self._fault:
             return self._fault
         if self._adapter is None:
-            return f"no kernel was asked for: set {VARIABLE}=repository@version, or call attnplug_adapters.hub(...)"
+            return f"no kernel is selected: set {VARIABLE}=repository@version, or call attnplug_adapters.hub(...)"
         return self._adapter.unavailable()
 
     def supports(self, params: SDPAParams) -> Any:

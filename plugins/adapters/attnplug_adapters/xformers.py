@@ -3,8 +3,8 @@
 Written for 0.0.30 to 0.0.35 (`xformers/ops/fmha/__init__.py`, `attn_bias.py`, `dispatch.py`, `cutlass.py`, `flash.py`,
 `flash3.py`). Tensors are `(B, S, H, E)`, packed sequences one batch of them; masks are objects, upper left and lower
 right by different classes. `lse` is natural, its rows padded by CUTLASS and not by flash; of packed sequences CUTLASS
-gives one for each sequence, flash one for all. What stands in a row that sees no key is another thing in each kernel,
-so such rows are known here and cleared; plus infinity in their place keeps them out of every backward.
+gives one for each sequence, flash one for all. Each kernel leaves something else in a row that sees no key,
+so such rows are found here and cleared; plus infinity in their lse keeps them out of every backward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CAUSAL = (-1, 0)
 
 
 class Interface:
-    """What is called of `xformers.ops`."""
+    """The functions of `xformers.ops` that are called."""
 
     @staticmethod
     def memory_efficient_attention_forward_requires_grad(
@@ -181,7 +181,7 @@ class XFormers(Adapter):
         return tensor.unsqueeze(0) if params.is_varlen else tensor
 
     def _given(self, params: SDPAParams) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value as `(B, S, Hq, E)`; grouped heads are repeated, whose backward there is none."""
+        """Return query, key and value as `(B, S, Hq, E)`; grouped heads are repeated: they have no backward."""
         heads = params.query.shape[1]
         query, key, value = (self._as_given(params, tensor) for tensor in (params.query, params.key, params.value))
         return query, convert.spread_heads(key, heads), convert.spread_heads(value, heads)
@@ -204,9 +204,9 @@ class XFormers(Adapter):
 
 
 class _Sequences:
-    """Packed sequences as the library takes them: without queries that see no key, and keys that nobody reads.
+    """Packed sequences as the library takes them: without queries that see no key, and keys that no query sees.
 
-    Its masks refuse a sequence of more queries than keys, and know no gaps. Lengths are numbers of the host, as in the
+    Its masks refuse a sequence of more queries than keys, and have no gaps. Lengths are Python numbers, as in the
     library, so a call waits for the GPU.
     """
 

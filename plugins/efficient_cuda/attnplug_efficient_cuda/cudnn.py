@@ -166,7 +166,7 @@ def unavailable() -> tuple[str, ...]:
     return operators.changed("_cudnn_attention_forward", "_cudnn_attention_backward")
 
 
-def lacks() -> dict[Feature, str]:
+def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
     """Return the features for which the PyTorch or the cuDNN of this machine is too old."""
     version = torch.backends.cudnn.version()
     found = {Feature.VARLEN: cudnn_packed.lacking(version)}

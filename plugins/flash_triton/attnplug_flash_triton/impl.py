@@ -36,10 +36,10 @@ def supports(params: SDPAParams) -> list[str]:
     return reasons
 
 
-def lacks() -> dict[Feature, str]:
-    """Return the declared features that the GPUs of this machine do not have."""
-    majors = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
-    if 9 not in majors or torch.version.hip is not None:
+def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
+    """Return the declared features that a device does not have."""
+    found = compute_capability(device)
+    if found is None or found[0] != 9 or dtype == torch.float32:
         return {}
     from attnplug_flash_triton.hopper import choose
 

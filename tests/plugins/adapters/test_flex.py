@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.autograd import forward_ad
 from torch.nn.attention import flex_attention as torch_flex
 
 import attnplug
@@ -178,6 +179,12 @@ def test_leaves_that_require_a_gradient_are_taken_where_none_is_recorded() -> No
     with torch.no_grad():
         out = attnplug.scaled_dot_product_attention(query, query, query, impl="flex")
         torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, query, query))
+
+
+def test_a_tangent_is_an_error_and_never_dropped() -> None:
+    query = torch.randn(1, 2, 24, 16)
+    with forward_ad.dual_level(), pytest.raises(attnplug.GradientError, match="'flex' has no forward-mode derivatives"):
+        attnplug.scaled_dot_product_attention(query, forward_ad.make_dual(query, query), query, impl="flex")
 
 
 def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:

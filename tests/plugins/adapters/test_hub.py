@@ -132,7 +132,7 @@ class TestEnvironment:
         self, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("ATTNPLUG_HUB", raising=False)
-        assert "no kernel was asked for: set ATTNPLUG_HUB=" in str(Hub().unavailable())
+        assert "no kernel is selected: set ATTNPLUG_HUB=" in str(Hub().unavailable())
         assert fake_hub.asked == []
 
     @pytest.mark.parametrize(("pin", "version", "revision"), [("3", 3, None), (COMMIT, None, COMMIT)])

@@ -141,12 +141,17 @@ def test_a_gradient_that_tma_cannot_read_runs_on_the_plain_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "variable", "lacking"), [((9, 0), "", True), ((9, 0), "0", False), ((8, 0), "", False)]
+    ("capability", "variable", "dtype", "lacking"),
+    [
+        ((9, 0), "", torch.bfloat16, True),
+        ((9, 0), "", torch.float32, False),
+        ((9, 0), "0", torch.bfloat16, False),
+        ((8, 0), "", torch.bfloat16, False),
+    ],
 )
 def test_equal_bits_are_said_to_be_lacking_where_additions_have_no_order(
-    capability: tuple[int, int], variable: str, lacking: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], variable: str, dtype: torch.dtype, lacking: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(impl, "compute_capability", lambda device: capability)
     monkeypatch.setenv("FLASH_TRITON_HOPPER", variable)
-    assert set(impl.lacks()) == ({Feature.DETERMINISTIC} if lacking else set())
+    assert set(impl.lacks(torch.device("cuda"), dtype)) == ({Feature.DETERMINISTIC} if lacking else set())

@@ -103,19 +103,23 @@ def check_unused_pages_are_not_felt(subject: Subject) -> None:
 @check(Feature.VARLEN)
 def check_tokens_of_no_sequence(subject: Subject) -> None:
     """Packed tokens behind the last sequence are not read, whatever they hold, and give 0 and, of lse, -inf."""
-    calls = [packed(subject, (5, 17), (33, 20), lse=lse, gradients=subject.gradients) for lse in (False, True)]
-    for call, inputs in subject.taken(calls if subject.has(Feature.LSE) else calls[:1]):
+    fields: list[dict[str, Any]] = [{"gradients": subject.gradients}]
+    if subject.has(Feature.LSE):
+        fields.append({"lse": True, "gradients": subject.gradients})
+    if subject.gradients and subject.has(Feature.SINKS_GRADIENT):
+        fields.append({"sinks": True, "gradients": (*subject.gradients, "sinks")})
+    for call, inputs in subject.taken([packed(subject, (5, 17), (33, 20), **each) for each in fields]):
         longer = {name: _and_behind(inputs.arguments[name], NAN) for name in ("query", "key", "value")}
         padded = replace(inputs, arguments={**inputs.arguments, **longer}, grad_out=_and_behind(inputs.grad_out, 1.0))
         found = run(subject.name, call, padded)
-        for name in found.names:
+        for name in [name for name in found.names if name != "sinks"]:
             behind = found[name].exp()[:, -BEHIND:] if name == "lse" else found[name][-BEHIND:]
             if behind.count_nonzero():
                 raise failure(
                     call, f"{name} of tokens behind the last sequence is not {'-inf' if name == 'lse' else 0}"
                 )
         lse = None if found.lse is None else found.lse[:, :-BEHIND]
-        gradients = {name: gradient[:-BEHIND] for name, gradient in found.gradients.items()}
+        gradients = {name: grad if name == "sinks" else grad[:-BEHIND] for name, grad in found.gradients.items()}
         compare(subject.name, call, inputs, Outcome(found.out[:-BEHIND], lse, gradients))
 
 

@@ -1,0 +1,186 @@
+"""What is decided, or prepared, for a call holds for those that repeat it, and for no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnplug
+import forked
+from attnplug import ImplSpec, SDPAParams
+from repeated import K, Opaque, Q, V
+
+
+class Prepares(Opaque):
+    """Counts how often forward runs, and what it prepared; `answer` is what that returns."""
+
+    def __init__(self, answer: Any = Opaque.forward) -> None:
+        self.forwards = self.runs = 0
+        self.answer = answer
+
+    def forward(self, params: SDPAParams) -> Any:  # type: ignore[override]  # of Opaque it is static
+        self.forwards += 1
+        return Opaque.forward(params)
+
+    def prepare(self, params: SDPAParams) -> Any:
+        options = {"is_causal": params.is_causal, "scale": params.scale}
+
+        def run(*tensors: Tensor) -> Any:
+            self.runs += 1
+            return self.answer(SDPAParams(*tensors, **options))
+
+        return run
+
+
+@contextmanager
+def registered(kernel: Prepares) -> Iterator[Callable[..., Any]]:
+    attnplug.register_impl(ImplSpec(name="prepares", kernel=kernel, backend=None))
+    yield partial(attnplug.scaled_dot_product_attention, impl="prepares")
+    attnplug.unregister_impl("prepares")
+
+
+def test_a_call_that_repeats_another_runs_what_the_kernel_prepared() -> None:
+    with registered(kernel := Prepares()) as attend:
+        for number in range(1, 5):
+            torch.testing.assert_close(attend(Q * number, K, V), sdpa(Q * number, K, V))
+        assert (kernel.forwards, kernel.runs) == (1, 3)
+        for around in (torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False), profile()):
+            with around:
+                attend(Q, K, V)
+        attend(Q.clone().requires_grad_(), K, V)
+        attend(Q, K, V, scale=0.3)
+        attend(Q[:1], K[:1], V[:1])
+        assert (kernel.forwards, kernel.runs) == (7, 3)
+        with attnplug.record() as calls, torch.no_grad():
+            for _ in range(3):
+                attend(K, Q, V)
+        assert [call.impl for call in calls] == ["prepares"] * 3
+
+
+def test_a_kernel_may_have_forward_called_after_all() -> None:
+    with registered(kernel := Prepares(lambda params: None)) as attend:
+        for number in range(3):
+            torch.testing.assert_close(attend(Q * number, K, V), sdpa(Q * number, K, V))
+        assert (kernel.forwards, kernel.runs) == (3, 2)
+
+
+@pytest.mark.parametrize("answer", [lambda params: params.query, lambda params: (params.query[:1], None)])
+def test_what_a_prepared_call_returns_is_checked(answer: Any) -> None:
+    with registered(Prepares(answer)) as attend:
+        attend(Q, K, V)
+        with pytest.raises(attnplug.KernelError, match="'prepares'"):
+            attend(Q, K, V)
+
+
+def test_pytorchs_function_is_itself_in_what_a_kernel_prepared() -> None:
+    def answer(params: SDPAParams) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(params.query, params.key, params.value), None
+
+    with registered(kernel := Prepares(answer)), attnplug.patch_torch(), attnplug.sdpa_kernel("prepares"):
+        for _ in range(3):
+            torch.nn.functional.scaled_dot_product_attention(Q, K, V)
+    assert (kernel.forwards, kernel.runs) == (1, 2)
+
+
+def test_a_kernel_prepares_for_as_many_sizes_as_are_recognised() -> None:
+    def attend_all() -> None:
+        for length in lengths:
+            attend(Q, K[:, :, :length], V[:, :, :length])
+
+    with registered(kernel := Prepares()) as attend:
+        lengths = [6, 5, 4]
+        for _ in range(4):
+            attend_all()
+        assert (kernel.forwards, kernel.runs) == (3, 9)
+        lengths = [6, 6]
+        attend_all()
+        assert (kernel.forwards, kernel.runs) == (3, 11)
+
+
+def test_a_decode_loop_decides_once_wherever_its_lengths_are_equal() -> None:
+    asked = []
+
+    class Asked(Opaque):
+        @staticmethod
+        def supports(params: SDPAParams) -> None:
+            asked.append(params)
+
+    attnplug.register_impl(ImplSpec(name="asked", kernel=Asked, backend=None))
+    for length in (1, 2, 3, 1, 6):
+        attnplug.scaled_dot_product_attention(Q[:, :, :1], K[:, :, :length], V[:, :, :length], impl="asked")
+        attnplug.scaled_dot_product_attention(Q, K, V, impl="asked", enable_gqa=True)
+    attnplug.unregister_impl("asked")
+    assert len(asked) == 1
+
+
+def test_a_shape_dependent_kernel_is_asked_again_for_every_shape() -> None:
+    class Even(Opaque):
+        shape_dependent = True
+
+        @staticmethod
+        def supports(params: SDPAParams) -> str | None:
+            return "an odd number of keys" if params.key.shape[-2] % 2 else None
+
+    attnplug.register_impl(ImplSpec(name="even", kernel=Even, backend=None))
+    with attnplug.sdpa_kernel(["even", "aten_math"], set_priority=True), attnplug.record() as calls:
+        for length in (6, 6, 6, 5, 6, 5, 4):
+            attnplug.scaled_dot_product_attention(Q, K[:, :, :length], V[:, :, :length])
+    attnplug.unregister_impl("even")
+    assert [call.impl for call in calls] == ["even", "even", "even", "aten_math", "even", "aten_math", "even"]
+
+
+def test_decisions_by_length_do_not_pile_up() -> None:
+    """Where a kernel looks at lengths each has a decision; after some thousands the first ones are made again."""
+    asked: list[int] = []
+
+    class Asked(Opaque):
+        shape_dependent = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor, None]:
+            return params.query.clone(), None
+
+        @staticmethod
+        def supports(params: SDPAParams) -> None:
+            asked.append(params.key.shape[-2])
+
+    attnplug.register_impl(ImplSpec(name="asked", kernel=Asked, backend=None))
+    query, keys = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 5000, 8)
+    for length in (*range(1, 21), *range(1, 5001), 20):
+        attnplug.scaled_dot_product_attention(query, keys[:, :, :length], keys[:, :, :length], impl="asked")
+    assert asked.count(19) == asked.count(5000) == 1
+    assert asked.count(20) == 2
+
+
+def test_more_kinds_of_tensors_than_are_recognised_are_decided_as_well() -> None:
+    for _ in range(3):
+        for heads in range(1, 20):
+            query = torch.randn(1, heads, 3, 8)
+            out = attnplug.scaled_dot_product_attention(query, query, query, impl="aten_flash")
+            expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+            torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("change", ["del guards.TensorGuards", "guards.TensorGuards = lambda *tensors: None"])
+def test_a_release_with_other_guards_decides_as_well(change: str) -> None:
+    done = forked.run(f"""
+import torch
+from torch._C._dynamo import guards
+{change}
+import attnplug
+query = torch.randn(1, 2, 4, 8)
+expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+for _ in range(4):
+    out = attnplug.scaled_dot_product_attention(query, query, query, impl="aten_flash")
+    torch.testing.assert_close(out, expected)
+""")
+    assert done.returncode == 0, done.stderr
