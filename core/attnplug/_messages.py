@@ -24,7 +24,7 @@ def warn(message: Warning) -> None:
 
 
 def printable(text: object) -> str:
-    """Return somebody else's text in one line of at most about `LONGEST` characters that a terminal can only show.
+    """Return foreign text in one line of at most about `LONGEST` characters that is safe to print in a terminal.
 
     What does not print, such as the escapes that move a terminal's cursor, is written as Python writes it.
     """

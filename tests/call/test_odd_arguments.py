@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import attnplug
+from attnplug import Capabilities, ImplSpec, SDPAParams
 from attnplug.testing import check_impl
 
 Q = torch.randn(1, 2, 4, 8)
@@ -79,6 +80,25 @@ def test_grouping_where_there_is_nothing_to_group_changes_nothing(impl: str | No
     for query, key in ((flat, flat), (one, Q), (Q, Q), (Q[0], Q[0])):
         expected = attend(query, key, key)
         torch.testing.assert_close(attend(query, key, key, enable_gqa=True, impl=impl), expected)
+
+
+def test_a_kernel_of_any_form_is_told_of_groups_only_where_there_are_some() -> None:
+    told = []
+
+    class AnyForm:
+        any_form = composite = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> Any:
+            told.append(params.enable_gqa)
+            return params.query.clone(), None
+
+    attnplug.register_impl(
+        ImplSpec(name="any_form", kernel=AnyForm, backend=None, capabilities=Capabilities(features=("GQA",)))
+    )
+    for query, key in ((Q, Q), (Q[0], Q[0]), (Q, Q[:, :1]), (Q[0], Q[0, :1])):
+        attend(query, key, key, enable_gqa=True, impl="any_form")
+    assert told == [False, False, True, True]
 
 
 @pytest.mark.parametrize("impl", ROUTES)

@@ -246,7 +246,7 @@ def _version_mismatch(plugin: Plugin, error: BaseException) -> tuple[str, str]:
     """Return that a plugin was written for a later attnplug, or may have been, if that may be why it failed.
 
     Returns:
-        The continuation of a reason, and the command that mends it; both empty if that is not why.
+        The continuation of a reason, and the command that fixes it; both empty if that is not why.
     """
     upgrade = "pip install --upgrade attnplug"
     origin = f"{plugin.distribution} {plugin.version}"

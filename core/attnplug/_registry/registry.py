@@ -1,6 +1,6 @@
 """Names to implementations, and a generation that every change raises.
 
-Whoever keeps a decision (the plan cache, a compiled graph) keeps the generation beside it, and so
+What caches a decision (the plan cache, a compiled graph) caches the generation with it, and so
 never acts on a registry that has changed since.
 """
 
@@ -50,7 +50,7 @@ class Entry:
     """What that entry point names."""
     broken: str = ""
     remedy: str = ""
-    """What mends it where it is broken."""
+    """The command that fixes it where it is broken."""
     loaded: Kernel | None = None
     _error: BaseException | None = None
     _loading: bool = False
@@ -62,7 +62,7 @@ class Entry:
 
     @property
     def rank(self) -> tuple[bool, bool, int, str, str]:
-        """What the implementations are sorted by: `torch`, attnplug's own, then everybody else's.
+        """What the implementations are sorted by: `torch`, attnplug's own, then all others.
 
         Within each, by priority, distribution and name. Whatever priority a plugin claims, installing it takes no
         call away from what ran before. A distribution cannot claim to be one of attnplug's: an installed one is
@@ -151,7 +151,7 @@ class Registry:
         self._contested: dict[str, list[Entry]] = {}
         self._plugins_out: list[ImplRecord] = []
         self.listeners: list[Callable[[Registry], None]] = []
-        """Called after each change, by whoever keeps something in step with this registry."""
+        """Called after each change; callers keep something in step with this registry."""
 
     def add(self, spec: ImplSpec, distribution: str, version: str = "", *, replace: bool = False) -> None:
         """Add an implementation, in the place of one of the same name and distribution if `replace` is set.

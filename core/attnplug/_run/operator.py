@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from attnplug._registry.kernel import OfOneRank
 from attnplug._registry.registry import Entry
 from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, Given, KernelCall, Result, declares, tensors_of
 from attnplug._run.flops import count_flops
@@ -142,7 +143,8 @@ class Operator:
             elif self.kernel.fake is None:
                 saved = []
             grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
-        if thread.state.watched == WATCHED_TENSORS:
+        # What a rank has of a call is nothing that a watcher could compare, and its implementation is in no registry.
+        if thread.state.watched == WATCHED_TENSORS and not isinstance(self._entry.spec.kernel, OfOneRank):
             self._tell(params_from(arguments), dict(zip(DIFFERENTIABLE, grads, strict=True)), grad_out, grad_lse)
         return _fresh([grad for grad in grads if grad is not None], (*tensors, grad_out, grad_lse, out, lse, *saved))
 
@@ -300,7 +302,7 @@ def _operator_name(name: str) -> str:
 
 
 class _Namespace(torch._ops._OpNamespace):
-    """`torch.ops.attnplug`, which defines the operator of an implementation when somebody asks for it.
+    """`torch.ops.attnplug`, which defines the operator of an implementation when it is looked up.
 
     A program that was exported in another process names operators that nothing has needed yet in this one.
     """

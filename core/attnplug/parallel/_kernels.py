@@ -2,8 +2,8 @@
 
 A kernel must take every kind of block that any rank has, and give an lse. With `P = exp(logits - lse)` and
 `delta = sum(grad_out * out)`, `lse` and `out` over *all* keys, the gradients of a block are those of any attention
-call: a backward that computes with the `out` and `lse` that it is given needs no more. One that computes its own
-anew would be wrong in silence, so the first time a backward is tried on a few numbers and held against the formula.
+call: a backward that computes with the `out` and `lse` that it is given needs no more. One that recomputes its own
+would be silently wrong, so the first time a backward is tested on a small call and compared with the formula.
 Such a kernel is used through the gradient of its block's own lse, if it has one, and otherwise declined.
 """
 
