@@ -149,11 +149,24 @@ def test_lse_gradients_are_refused_unless_declared(register: Callable[..., None]
         (out.sum() + lse.sum()).backward()
 
 
-def test_an_lse_in_a_graph_has_no_gradient_unless_declared(register: Callable[..., None]) -> None:
+@pytest.mark.parametrize("impl", ["mine", "aten_flash"])
+def test_lse_gradients_are_refused_in_graphs_too(impl: str, register: Callable[..., None]) -> None:
     register("mine", WithBackward, Feature.LSE)
-    attend = functools.partial(attnplug.scaled_dot_product_attention, return_lse=True, impl="mine")
-    out, lse = torch.compile(attend, backend="aot_eager", fullgraph=True)(*inputs())
-    assert out.requires_grad and not lse.requires_grad
+    attend = functools.partial(attnplug.scaled_dot_product_attention, return_lse=True, impl=impl)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        out, lse = attend(*tensors)
+        return out.sum() + lse.sum()
+
+    message = f"'{impl}' gives no gradient through lse"
+    compiled, given = torch.compile(attend, backend="aot_eager", fullgraph=True), inputs()
+    out, _ = compiled(*given)
+    expected = torch.autograd.grad(attend(*given)[0].sum(), given)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), given), expected)
+    with pytest.raises(RuntimeError, match=message):
+        sum(result.sum() for result in compiled(*given)).backward()
+    with pytest.raises(RuntimeError, match=message):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(*given).backward()
 
 
 def test_an_lse_that_is_kept_keeps_nothing_else_of_the_call(register: Callable[..., None]) -> None:

@@ -28,7 +28,7 @@ from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError
 from attnplug._registry.registry import BUILTIN
 from attnplug._run.contract import Result, check_outputs, in_kernel
-from attnplug._run.operator import arguments_of, operator_of
+from attnplug._run.operator import arguments_of, constant_lse, operator_of, refusal, without_gradient
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
@@ -42,6 +42,8 @@ BUILT_IN, COMPOSITE, OPERATOR = "built in", "composite", "operator"
 
 class _Chosen:
     """What was chosen so far, by attribute: adding one does not touch the guards on another."""
+
+    constant_lse: Any
 
 
 _composite = _Chosen()
@@ -62,13 +64,13 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
     if is_empty(prepared):
         out, lse = empty(prepared)
     else:
-        name, kind, call = _chosen(prepared, impl)
+        name, kind, refused, call = _chosen(prepared, impl)
         if kind != OPERATOR and getattr(_composite, _attribute(name)).any_form:
             out, lse = _forward(given, name, kind)[:2]
             show(call, given, out, lse)
             return out, lse
         with no_autocast(prepared.query):
-            out, lse = _run(prepared, name, kind)
+            out, lse = _run(prepared, name, kind, refused)
         show(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
@@ -81,24 +83,27 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     prepared = prepare_varlen(params)
     if is_empty(prepared):
         return empty(prepared)
-    name, kind, call = _chosen(prepared, impl)
+    name, kind, refused, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
-        out, lse = _run(prepared, name, kind)
+        out, lse = _run(prepared, name, kind, refused)
     show(call, prepared, out, lse)
     return out, lse
 
 
-def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, tuple[str, ...]]:
-    """Return, as constants, the name of the chosen implementation, how it is traced, and what to say of it."""
+def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, tuple[str, ...]]:
+    """Return, as constants, the name of the chosen implementation, how it is traced, and what to say.
+
+    That is what to say where someone asks for a gradient through lse, and what is told of the call.
+    """
     decisive = _decisive(params, impl)
-    name, kind, error = _choose(*decisive)
+    name, kind, refused, error = _choose(*decisive)
     if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
         raise AttnplugError(error)
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
         tell(call)
-    return name, kind, call
+    return name, kind, refused, call
 
 
 def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
@@ -150,14 +155,18 @@ def _tree(items: Any, generation: int) -> Any:
     return tree_of_trace(facts)
 
 
-def _run(params: SDPAParams, name: str, kind: str) -> Result:
+def _run(params: SDPAParams, name: str, kind: str, refused: str) -> Result:
     if kind == OPERATOR:
         out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params))
     else:
         returned = _forward(params, name, kind)
         check_outputs(name, params, returned)
         out, lse = returned[:2]
-    return out, lse if params.return_lse else None
+    if not params.return_lse:
+        return out, None
+    if not is_exporting():  # a program runs without attnplug
+        lse = without_gradient(_operators.constant_lse, refused, params, lse)
+    return out, lse
 
 
 def _forward(params: SDPAParams, name: str, kind: str) -> Any:
@@ -251,12 +260,17 @@ def _shape_matters(
 @constant_in_traces
 def _choose(
     scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
-) -> tuple[str, str, str]:
-    """Return the name under which the chosen kernel is kept, how it is traced, and what went wrong."""
+) -> tuple[str, str, str, str]:
+    """Return the name under which the chosen kernel is kept, how it is traced, and what to say.
+
+    That is what to say where someone asks for a gradient through lse, and what went wrong.
+    """
     try:
         decision = _resolved(scope, impl, activation, choice, items)
     except AttnplugError as error:
-        return "", "", str(error)
+        return "", "", "", str(error)
+    _operators.constant_lse = constant_lse()
+    refused = refusal(decision.entry)
     decided(decision.name, decision.backend)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
@@ -266,6 +280,7 @@ def _choose(
         return (
             "",
             "",
+            "",
             f"implementation {decision.name!r} cannot be seen through by torch.func transforms inside torch.compile; "
             f"leave the transformed function uncompiled, or use an implementation made of PyTorch operators, for "
             f"example inside sdpa_kernel(SDPBackend.MATH)",
@@ -273,5 +288,5 @@ def _choose(
     else:
         setattr(_operators, _attribute(decision.name), operator_of(decision.entry).forward)
     if not decision.kernel.composite:
-        return decision.name, OPERATOR, ""
-    return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, ""
+        return decision.name, OPERATOR, refused, ""
+    return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, refused, ""

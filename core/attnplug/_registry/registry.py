@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
-from attnplug._messages import printable, warn
+from attnplug._messages import is_stop, of_error, printable, warn
 from attnplug._registry import remedies
 from attnplug._registry.catalogue import KNOWN, OWN
 from attnplug._registry.config import get_config
@@ -111,7 +111,9 @@ class Entry:
                 self._loading = True
                 try:
                     self.loaded = load_kernel(self.spec)
-                except (Exception, SystemExit) as error:  # sys.exit in a kernel must not end the host
+                except BaseException as error:  # whatever a kernel raises must not end the host
+                    if is_stop(error):
+                        raise
                     self._error, self.broken = error, describe(error)
                     self.remedy = remedies.reinstalled(self.distribution) if self.plugin else ""
                     report_broken(what, error)
@@ -322,11 +324,7 @@ def _unique_name(claimants: list[Entry], entry: Entry) -> str:
 
 def describe(error: BaseException) -> str:
     """Return an exception in one line, with the innermost place in which it was raised."""
-    try:
-        message = printable(error)
-    except Exception:  # an exception of a plugin may be anything, and must not break its own report
-        message = "its message cannot be shown"
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    text = of_error(error)
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:
         return text

@@ -26,7 +26,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._registry.kernel import OfOneRank
 from attnplug._registry.registry import Entry
-from attnplug._run.contract import CONSTANTS, DIFFERENTIABLE, TENSORS, Given, KernelCall, Result, declares, tensors_of
+from attnplug._run.contract import (
+    CONSTANTS,
+    DIFFERENTIABLE,
+    TENSORS,
+    Given,
+    KernelCall,
+    Result,
+    declares,
+    no_lse_gradient,
+    tensors_of,
+)
 from attnplug._run.flops import count_flops
 from attnplug._selection.state import start, thread
 from attnplug._selection.watching import TENSORS as WATCHED_TENSORS
@@ -55,6 +65,42 @@ _draws = itertools.count(1)
 def _library() -> torch.library.Library:
     """Return the namespace of the operators, made when the first one is."""
     return torch.library.Library("attnplug", "FRAGMENT")
+
+
+@cache
+def constant_lse() -> Any:
+    """Return the operator `(lse, inputs, message) -> lse` whose result has no gradient, and asking for one raises.
+
+    What it is sent is looked at when it runs: a graph sends zeros through all that it returns and nobody uses.
+    """
+    name, library = "_constant_lse", _library()
+    library.define(f"{name}(Tensor lse, Tensor[] inputs, str message) -> Tensor")
+    library.impl(name, lambda lse, inputs, message: lse.clone(), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnplug::{name}", lambda lse, inputs, message: torch.empty_like(lse), lib=library)
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.inputs, ctx.message = len(inputs[1]), inputs[2]
+
+    def refuse(ctx: Any, grad: Tensor) -> Any:
+        torch.ops.aten._assert_async.msg((grad == 0).all(), ctx.message)
+        return None, [None] * ctx.inputs, None
+
+    torch.library.register_autograd(f"attnplug::{name}", refuse, setup_context=remember, lib=library)
+    return getattr(torch.ops.attnplug, name).default
+
+
+def refusal(entry: Entry) -> str:
+    """Return the message for whoever asks for a gradient through lse; nothing where the kernel gives one."""
+    return "" if declares(entry, Feature.LSE_GRADIENT) else no_lse_gradient(entry)
+
+
+def without_gradient(constant: Any, message: str, params: SDPAParams, lse: Tensor) -> Tensor:
+    """Return an lse that nobody can ask for a gradient unnoticed, if there is a `message` for them."""
+    if not message or not torch.is_grad_enabled():
+        return lse
+    given = params.query, params.key, params.value, params.attn_mask, params.sinks
+    inputs = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+    return constant(lse, inputs, message) if inputs else lse
 
 
 @cache
@@ -98,7 +144,9 @@ class Operator:
     def run(self, params: SDPAParams) -> Result:
         """Run the operator; returns `out` and `lse`, None unless asked for."""
         out, lse, _ = self.forward(*arguments_of(params))
-        return out, lse if params.return_lse else None
+        if not params.return_lse:
+            return out, None
+        return out, without_gradient(constant_lse(), refusal(self._entry), params, lse)
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         call, tensors = self._call(arguments)
@@ -118,7 +166,9 @@ class Operator:
         params = call.params(tensors)
         query, value = params.query, params.value
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(call, tensors)]
+        before = [
+            torch.empty(state.shape, dtype=state.dtype, device="cpu") for state in self._random_state(call, tensors)
+        ]
         if not self._gives_lse:
             return out, _no_lse(call, tensors), before
         return out, query.new_empty(params.lse_shape, dtype=params.lse_dtype), before
@@ -259,7 +309,7 @@ def _generator_state(device: torch.device) -> Tensor:
         return torch.get_rng_state()
     module = torch.get_device_module(device)
     if not module.is_available():  # fake tensors of a device that is not there: seed and offset, 8 bytes each
-        return torch.empty(16, dtype=torch.uint8)
+        return torch.empty(16, dtype=torch.uint8, device="cpu")
     return module.get_rng_state(device)
 
 

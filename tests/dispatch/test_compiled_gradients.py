@@ -1,0 +1,71 @@
+"""Gradients inside `torch.compile` are those of the formulas, for each kind of call and each implementation here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnplug
+from attnplug.testing import Call, assert_right
+
+QKV = ("query", "key", "value")
+PLAIN = Call(queries=20, keys=24, heads=4, head_size=16, gradients=QKV)
+SQUARE = PLAIN.but(queries=24)
+MASKED = PLAIN.but(mask="additive", gradients=(*QKV, "attn_mask"))
+PACKED = Call(
+    heads=4, head_size=16, lengths_q=(5, 13, 1), lengths_k=(9, 13, 7), causal_variant="LOWER_RIGHT", gradients=QKV
+)
+SHORT = {
+    "a mask that wants a gradient and broadcasts": MASKED.but(mask_dims="b1q1"),
+    "a negative scale under a causal mask": SQUARE.but(is_causal=True, scale=-0.3),
+}
+CALLS = SHORT | {
+    "plain": PLAIN,
+    "causal": SQUARE.but(is_causal=True),
+    "causal, lower right": PLAIN.but(is_causal=True, causal_variant="LOWER_RIGHT"),
+    "grouped queries": PLAIN.but(kv_heads=2),
+    "a scale": PLAIN.but(scale=0.3),
+    "a boolean mask": PLAIN.but(mask="boolean", mask_dims="11qk"),
+    "a boolean mask with blind rows": PLAIN.but(mask="boolean blind", mask_dims="b1qk"),
+    "a mask that wants a gradient": MASKED,
+    "a mask of one dimension": PLAIN.but(mask="additive", mask_dims="k"),
+    "misaligned": PLAIN.but(layout="misaligned"),
+    "a window": PLAIN.but(window_size=(5, 3)),
+    "softcap": MASKED.but(softcap=1.5),
+    "sinks": PLAIN.but(sinks=True, gradients=(*QKV, "sinks")),
+    "ALiBi": SQUARE.but(alibi="h", is_causal=True),
+    "lse": PLAIN.but(lse=True),
+    "a gradient through lse": PLAIN.but(lse=True, lse_gradient=True, sinks=True, gradients=(*QKV, "sinks")),
+    "packed": PACKED.but(is_causal=True, kv_heads=2),
+    "packed, with a window": PACKED.but(window_size=(4, 2)),
+}
+CASES = [
+    pytest.param(impl, call, marks=() if impl in ("torch", "aten_flash") and call in SHORT else pytest.mark.slow)
+    for impl in (None, "torch", "aten_flash", "aten_math")
+    for call in CALLS
+]
+
+
+@pytest.mark.parametrize(("impl", "name"), CASES)
+def test_gradients_of_compiled_calls_are_right(impl: str | None, name: str) -> None:
+    call = CALLS[name]
+    inputs = call.make()
+    if impl is not None and not (verdict := attnplug.can_use_impl(impl, call.params(inputs))):
+        pytest.skip("; ".join(verdict.reasons))
+    arguments, leaves = call.with_leaves(inputs)
+    tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+    constants: dict[str, Any] = {key: value for key, value in arguments.items() if key not in tensors}
+    function = attnplug.varlen_attn if call.is_varlen else attnplug.scaled_dot_product_attention
+
+    def attend(tensors: dict[str, Tensor]) -> Any:
+        return function(**tensors, **constants, impl=impl)
+
+    torch._dynamo.reset()
+    returned = torch.compile(attend, backend="aot_eager", fullgraph=True)(tensors)
+    out, lse = returned if call.lse else (returned, None)
+    gradients = call.backward(inputs, out, lse, leaves)
+    given = {"grad_out": inputs.grad_out} | ({"grad_lse": inputs.grad_lse} if call.lse_gradient else {})
+    assert_right(inputs.arguments, out.detach(), None if lse is None else lse.detach(), gradients=gradients, **given)
