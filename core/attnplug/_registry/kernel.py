@@ -65,8 +65,8 @@ class Kernel:
             stride of each tensor but the mask is 1; and autocast, for which they are cast already, may be on. For
             composite kernels that need no backward; it saves tiny calls some microseconds.
         prepare: `prepare(params) -> run or None`: given a call without mask, gradients or anything beyond PyTorch's
-            arguments and an lse, returns a function for calls that repeat it. `run(query, key, value) -> (out, lse)` does
-            what forward does for a call that differs only in where its tensors lie in memory: same shapes,
+            arguments and an lse, returns a function for calls that repeat it. `run(query, key, value) -> (out, lse)`
+            does what forward does for a call that differs only in where its tensors lie in memory: same shapes,
             strides, dtype, device, scale. It returns None to have forward called, as it must where it depends on
             alignment or on a setting that has changed. `params` must not be kept. For kernels that are not composite;
             it saves looking up a plan, building the `SDPAParams` and checking the output.
