@@ -138,7 +138,7 @@ def faults() -> str:
             fault.says,
             fault.device or "any",
             fault.seen,
-            "rewritten" if fault.mend else "computed in parts" if fault.cut else "passed over",
+            "rewritten" if fault.rewrite else "computed in parts" if fault.cut else "passed over",
         )
         for fault in OF_SDPA.all
     ]

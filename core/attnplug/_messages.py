@@ -24,7 +24,7 @@ def warn(message: Warning) -> None:
 
 
 def printable(text: object) -> str:
-    """Return somebody else's text in one line of at most about `LONGEST` characters that a terminal can only show.
+    """Return foreign text in one line of at most about `LONGEST` characters that is safe to print in a terminal.
 
     What does not print, such as the escapes that move a terminal's cursor, is written as Python writes it.
     """
@@ -35,3 +35,20 @@ def printable(text: object) -> str:
     if len(line) <= LONGEST and len(whole) <= 2 * LONGEST:
         return line
     return f"{line[:LONGEST]}... (cut: {len(whole):,} characters)"
+
+
+def of_error(error: BaseException) -> str:
+    """Return an exception in one line: its class, and its message if it has one that can be shown."""
+    try:
+        message = printable(error)
+    except Exception:  # an exception of a plugin may be anything, and must not break its own report
+        message = "its message cannot be shown"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether somebody stops what runs, which is no failure of the plugin that it passes through.
+
+    `sys.exit` in a plugin is one, and so is a panic of an extension written in Rust, which is no `Exception` either.
+    """
+    return isinstance(error, (KeyboardInterrupt, GeneratorExit))

@@ -273,6 +273,21 @@ def test_no_keys_give_zero_and_a_lse_of_minus_infinity() -> None:
     sinks = torch.randn(4)
     _, lse = attnplug.scaled_dot_product_attention(query, key, key, sinks=sinks, **arguments)
     assert torch.equal(lse, sinks[None, :, None].expand(1, 4, 3))
+    before = sinks.clone()
+    lse.add_(1)  # the caller's own, as any result
+    assert torch.equal(sinks, before)
+
+
+def test_tokens_of_no_sequence_have_no_sink_where_no_sequence_has_a_key() -> None:
+    query, nothing = torch.randn(5, 2, 8), torch.randn(0, 2, 8)
+    starts = torch.tensor([0, 2, 3], dtype=torch.int32)
+    sinks = torch.tensor([1.0, 2.0], requires_grad=True)
+    _, lse = attnplug.varlen_attn(
+        query, nothing, nothing, starts, torch.zeros_like(starts), 2, 0, sinks=sinks, return_lse=True
+    )
+    hidden = float("-inf")
+    assert lse.tolist() == [[1.0, 1.0, 1.0, hidden, hidden], [2.0, 2.0, 2.0, hidden, hidden]]
+    assert torch.autograd.grad(lse[:, :3].sum(), sinks)[0].tolist() == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("name", ["attn_mask", "sinks"])

@@ -89,8 +89,8 @@ def test_what_is_rewritten_for_cuda_means_the_same(name: str) -> None:
     inputs = call.make()
     params = params_of(call)
     for fault in torch_sdpa.OF_SDPA.all:
-        if fault.mend is not None and fault.concerns(params):
-            params = fault.mend(params)
+        if fault.rewrite is not None and fault.concerns(params):
+            params = fault.rewrite(params)
     assert_fits((params.query, params.key, params.value, params.attn_mask, 0.0, params.is_causal, params.scale))
     out, _ = torch_sdpa.forward(params)
     assert_right({**inputs.arguments, "scale": call.scale or 0.25}, out)
@@ -327,8 +327,8 @@ def test_values_of_zero_give_zero_and_gradients_of_zero_whatever_the_values_were
     with torch.no_grad():
         leaves[2][0, 0, 0, 0] = math.inf
     (fault,) = (each for each in torch_sdpa.OF_SDPA.all if each.concerns(SDPAParams(*leaves, dropout=1.0)))
-    assert fault.mend is not None
-    out, _ = torch_sdpa.forward(fault.mend(SDPAParams(*leaves, dropout=1.0, scale=0.3)))
+    assert fault.rewrite is not None
+    out, _ = torch_sdpa.forward(fault.rewrite(SDPAParams(*leaves, dropout=1.0, scale=0.3)))
     grads = torch.autograd.grad(out, leaves, torch.randn_like(out))
     assert all(bool((tensor == 0).all()) for tensor in (out, *grads))
 

@@ -162,8 +162,8 @@ EVERYWHERE = {
 
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_what_is_added_to_a_call_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mend, call = EVERYWHERE[name]
-    added = faults.Fault("PyTorch", "2.11.0", None, lambda params: True, mend)
+    rewrite, call = EVERYWHERE[name]
+    added = faults.Fault("PyTorch", "2.11.0", None, lambda params: True, rewrite)
     assert_unchanged(call, faults.Faults(added), monkeypatch)
 
 

@@ -12,6 +12,8 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import attnplug
+from attnplug import Capabilities, ImplSpec, SDPAParams
+from attnplug.testing import check_impl
 
 Q = torch.randn(1, 2, 4, 8)
 ROUTES = [None, "torch", "aten_math"]
@@ -80,6 +82,25 @@ def test_grouping_where_there_is_nothing_to_group_changes_nothing(impl: str | No
         torch.testing.assert_close(attend(query, key, key, enable_gqa=True, impl=impl), expected)
 
 
+def test_a_kernel_of_any_form_is_told_of_groups_only_where_there_are_some() -> None:
+    told = []
+
+    class AnyForm:
+        any_form = composite = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> Any:
+            told.append(params.enable_gqa)
+            return params.query.clone(), None
+
+    attnplug.register_impl(
+        ImplSpec(name="any_form", kernel=AnyForm, backend=None, capabilities=Capabilities(features=("GQA",)))
+    )
+    for query, key in ((Q, Q), (Q[0], Q[0]), (Q, Q[:, :1]), (Q[0], Q[0, :1])):
+        attend(query, key, key, enable_gqa=True, impl="any_form")
+    assert told == [False, False, True, True]
+
+
 @pytest.mark.parametrize("impl", ROUTES)
 @pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, lambda value: torch.tensor(value).double()])
 def test_numbers_of_numpy_and_of_pytorch_are_numbers(kind: Any, impl: str | None) -> None:
@@ -124,3 +145,29 @@ def test_a_name_is_a_string_everywhere(wrong: Any) -> None:
     ):
         with pytest.raises(TypeError, match="expected the name of an implementation"):
             ask()
+
+
+@pytest.mark.parametrize("number", [2.0**63, 1e30, -1e30])
+@pytest.mark.parametrize("impl", ["aten_math", "aten_flash", "math_ref"])
+def test_a_float_may_be_larger_than_any_int_of_64_bits(impl: str, number: float) -> None:
+    query = Q / 1e15
+    expected = attend(query.double(), query.double() * number, query.double(), scale=1.0, impl="aten_math").float()
+    torch.testing.assert_close(attend(query, query, query, scale=number, impl=impl), expected)
+    if impl == "math_ref":
+        capped = attend(Q, Q, Q, softcap=abs(number), impl=impl)
+        torch.testing.assert_close(capped, attend(Q, Q, Q, impl=impl), rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_is_made_on_the_default_device_where_the_call_is_on_another() -> None:
+    pages, table = torch.randn(4, 2, 3, 8), torch.tensor([[0, 1, 2], [1, 2, 3]], dtype=torch.int32)
+    query, starts = torch.randn(8, 3, 8), torch.tensor([0, 3, 8], dtype=torch.int32)
+    used = torch.tensor([3, 5], dtype=torch.int32)
+
+    def attend_pages() -> Tensor:
+        return attnplug.varlen_attn(query, pages, pages, starts, None, 5, 5, seqused_k=used, block_table=table)
+
+    expected = attend_pages()
+    with torch.device("meta"):
+        assert torch.equal(attend_pages(), expected)
+        report = check_impl("aten_math", device="cpu", dtype="float32", checks=["check_values"])
+    assert report.passed, report.summary()

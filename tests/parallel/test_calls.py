@@ -124,6 +124,10 @@ def test_dropout_of_dtensors_is_another_on_each_share_and_the_same_on_replicas(w
     assert world(2).run(ranks_do.dropped_from_dtensors) == [(False, True)] * 2
 
 
+def test_nothing_is_made_on_the_default_device_where_the_call_is_on_another(world: Worlds) -> None:
+    world(2).run(ranks_do.beside_another_default_device)
+
+
 def test_the_queries_dtype_is_that_of_autocast_and_a_checkpoint_repeats_the_choice(world: Worlds) -> None:
     world(2).run(ranks_do.under_autocast)
     world(2).run(ranks_do.checkpointed)

@@ -20,6 +20,10 @@ RAISING_MODULES = {
     "misses_a_name": ("from attnplug import hookimpel", "ImportError: cannot import name 'hookimpel'"),
     "no_python": ("def attnplug_register_impls(:", "SyntaxError: invalid syntax"),
     "exits": ("import sys; sys.exit('this plugin knows best')", "SystemExit: this plugin knows best"),
+    "panics": (  # as extensions written in Rust do
+        "class PanicException(BaseException): ...\nraise PanicException('called `unwrap()` on a None')",
+        "PanicException: called `unwrap",
+    ),
     "misses_a_library": (
         "import ctypes; ctypes.CDLL('libno_such_thing.so.7')",
         "OSError: libno_such_thing.so.7",

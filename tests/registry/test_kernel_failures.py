@@ -19,6 +19,7 @@ NO_IMPORT = {
     "misses_a_library": ("import ctypes; ctypes.CDLL('libno_such.so.7')", "OSError: libno_such.so.7"),
     "no_python": ("def forward(params:", "SyntaxError: "),
     "exits": ("import sys; sys.exit('this kernel knows best')", "SystemExit: this kernel knows best"),
+    "panics": ("class Panic(BaseException): ...\nraise Panic('at kernel.rs')", "Panic: at kernel.rs"),
     "no_forward": ("def run(params): ...", "SpecError: .* has no forward"),
     "forward_is_a_number": ("forward = 3", "SpecError: .*forward"),
     "forward_wants_more": (

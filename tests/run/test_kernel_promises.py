@@ -5,6 +5,7 @@ The implementations are registered by the tests themselves, each beside one that
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -247,9 +248,26 @@ def raises(params: Any) -> Any:
     raise RuntimeError("no luck today")
 
 
+class Unshown(BaseException):
+    """Neither an `Exception`, as a panic of Rust's is not, nor one that can be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def panics(params: Any) -> Any:
+    raise Unshown
+
+
 @pytest.mark.parametrize(
     ("supports", "reason"),
-    [(raises, "no luck today"), (lambda params: 3, "3"), (lambda params: object(), "object")],
+    [
+        (raises, "no luck today"),
+        (panics, "Unshown: its message cannot be shown"),
+        (sys.exit, "SystemExit"),
+        (lambda params: 3, "3"),
+        (lambda params: object(), "object"),
+    ],
 )
 def test_supports_that_fails_is_a_refusal_with_its_reason(register: Any, supports: Any, reason: str) -> None:
     register("wrong", SimpleNamespace(forward=formula, composite=True, supports=supports), priority=2000)

@@ -208,4 +208,13 @@ def verified() -> list[str]:
     with attnplug.verify(1.0, on_mismatch="raise") as watched:
         module(torch.randn(2, 8, 32))
     handle.remove()
+    query = torch.randn(1, 2, 8, 16, requires_grad=True)
+
+    def attend(query: Tensor) -> Tensor:
+        return parallel.ring_attention(query, query, query, group=dist.group.WORLD, is_causal=True)
+
+    for run in (attend, torch.compile(attend, backend="eager", fullgraph=True)):
+        with attnplug.verify(1.0, on_mismatch="raise") as alone:
+            run(query).sum().backward()
+        assert alone.results == alone.gradients == 0 and not alone.wrong
     return list(watched.skipped)

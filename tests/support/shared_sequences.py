@@ -311,6 +311,16 @@ def under_autocast() -> None:
     assert query.grad.dtype == torch.float32
 
 
+def beside_another_default_device() -> None:
+    query = torch.randn(1, 2, 8, 24, requires_grad=True)  # of a size that no other call has: its kernel is tried first
+    with torch.device("meta"):
+        for method, dropout_p in ((parallel.ring_attention, 0.0), (parallel.ulysses_attention, 0.5)):
+            out = method(query, query, query, group=dist.group.WORLD, dropout_p=dropout_p, impl="math_ref")
+            (gradient,) = torch.autograd.grad(out.sum(), query)
+            assert out.isfinite().all()
+            assert gradient.isfinite().all()
+
+
 def checkpointed() -> None:
     from torch.utils.checkpoint import checkpoint
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import attnplug
 import faulty
@@ -120,6 +121,18 @@ def test_results_come_as_they_are_found_and_reports_in_the_order_that_was_asked_
 def test_several_workers_give_what_one_process_gives_in_the_same_order() -> None:
     here, there = (checked("math_ref", dtype="float32", workers=count) for count in (0, 2))
     assert [(each.check, each.status) for each in there.results] == [(each.check, each.status) for each in here.results]
+
+
+def test_on_a_cpu_checks_run_in_this_process_unless_workers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def noted(params: attnplug.SDPAParams) -> Any:
+        ran.append(params)
+        return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+    monkeypatch.setattr(faulty, "prints", noted)  # a worker would import the one that is there
+    register("noted", "faulty:prints")
+    assert check_impl("noted", device="cpu", checks=["check_values"]).passed and ran
 
 
 def test_a_kernel_that_cannot_be_sent_to_a_worker_says_what_to_do() -> None:

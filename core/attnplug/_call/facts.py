@@ -6,7 +6,7 @@ decision is kept, the constants of a trace, and what requirements are read off. 
 
 from __future__ import annotations
 
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ UPPER_LEFT = CausalVariant.UPPER_LEFT
 _is_recording = torch.is_grad_enabled
 _STRIDED = torch.strided
 _new = tuple.__new__  # half the cost of a named tuple's own
-NUMBERS = (float, int)  # exactly: True is not 1 here; below 2**63: kernels may want 64 bits
+NUMBERS = (float, int)  # exactly: True is not 1 here
 Sizes = tuple[int, int, int, int, bool]
 
 
@@ -104,7 +104,7 @@ class CallFacts(NamedTuple):
             or value.device != device
             or not (is_causal is False or is_causal is True)
             or not (enable_gqa is False or enable_gqa is True)
-            or not (scale is None or (type(scale) in NUMBERS and -(2.0**63) < scale < 2.0**63))
+            or not (scale is None or (type(scale) is float and -inf < scale < inf) or _is_of_64_bits(scale))
             or not (type(dropout) in NUMBERS and 0.0 <= dropout <= 1.0)
         ):
             return None
@@ -144,6 +144,11 @@ class CallFacts(NamedTuple):
         """Whether there are kernels for such dtypes: all else that can be wrong was compared by `of`."""
         mask = self.mask
         return self.dtype in FLOATING and (mask is None or mask.dtype in (torch.bool, self.dtype, torch.float32))
+
+
+def _is_of_64_bits(number: object) -> bool:
+    """Whether this is an int, and no larger than kernels can take."""
+    return type(number) is int and -(2**63) <= number < 2**63
 
 
 def is_plain(params: SDPAParams) -> bool:
@@ -230,7 +235,7 @@ def _are_regular_extensions(params: SDPAParams) -> bool:
     window, softcap, slopes = params.window_size, params.softcap, params.alibi_slopes
     return (
         (params.return_lse is True or params.return_lse is False)
-        and (type(softcap) in NUMBERS and 0.0 <= softcap < 2.0**63)
+        and ((type(softcap) is float and 0.0 <= softcap < inf) or (_is_of_64_bits(softcap) and softcap >= 0))
         and type(params.causal_variant) is CausalVariant
         and type(window) is tuple
         and len(window) == 2

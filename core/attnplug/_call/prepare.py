@@ -104,9 +104,12 @@ def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     if not params.return_lse:
         return out, None
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_full(query.shape[:-1], -math.inf, dtype=dtype)
+    lse = query.new_full(query.shape[:-1], -math.inf if params.sinks is None else 0.0, dtype=dtype)
     if params.sinks is not None:
-        lse = params.sinks.to(dtype)[:, None].expand(lse.shape)
+        lse = lse + params.sinks.to(dtype)[:, None]
+        if params.is_varlen:  # tokens behind the last sequence have no sink
+            tokens = torch.arange(lse.shape[-1], device=lse.device)
+            lse = lse.where(tokens < params.cu_seq_q[-1], -math.inf)
     return out, lse
 
 

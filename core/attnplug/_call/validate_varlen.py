@@ -105,7 +105,7 @@ def _check_pages(params: SDPAParams, lengths: Tensor) -> None:
     longest = int(lengths.max()) if lengths.numel() else 0
     if longest > blocks * page_size:
         raise ValueError(f"block_table: {blocks} pages of {page_size} keys cannot hold a sequence of {longest} keys")
-    used = torch.arange(blocks) * page_size < lengths[:, None]
+    used = torch.arange(blocks, device=lengths.device) * page_size < lengths[:, None]
     check_range("block_table", params.block_table[used], 0, pages - 1)
 
 

@@ -138,7 +138,7 @@ def _become(active: _Active | None) -> None:
 
 
 followers: list[Callable[[str | None], None]] = []
-"""Told, under the lock, what has become active: whoever keeps another registry in step with this one."""
+"""Called, under the lock, with what has become active: they keep other registries in step with this one."""
 
 
 def current_flash_attention_impl() -> str | None:

@@ -185,7 +185,7 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
 
 
 def _prepared(params: SDPAParams) -> SDPAParams:
-    """Check and normalise a call that nobody will differentiate, so that autograd records nothing.
+    """Check and normalise a call that will not be differentiated, so that autograd records nothing.
 
     It would look for the device of each view that it records, and PyTorch ends the process where there is
     none, as for a fake CUDA tensor on a machine without CUDA.

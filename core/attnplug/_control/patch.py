@@ -163,7 +163,7 @@ class _Routed:
 
 
 class _ArgumentError(ValueError, RuntimeError):
-    """A mistake in the arguments, caught by whoever expects PyTorch's RuntimeError."""
+    """A mistake in the arguments that code which expects PyTorch's RuntimeError catches too."""
 
 
 def _selected_sdpa(
@@ -290,5 +290,5 @@ def _selected() -> bool:
 
 
 def _chosen() -> bool:
-    """Whether somebody has chosen, or listens. Measured choices do not end the fast path, which was not measured."""
+    """Whether anything is selected, or watches. Measured choices do not end the fast path, which was not measured."""
     return not process.plain or thread.state.scope is not None or bool(thread.state.watched)

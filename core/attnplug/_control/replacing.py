@@ -49,7 +49,7 @@ class Replacement:
             self._seen.add(name)
 
     def _put(self, function: Any) -> None:
-        """Give all places this function, but for those that somebody else has given another since."""
+        """Put this function in all places, except those that have been given another one since."""
         for names, attribute in self._places:
             value = names.get(attribute)
             if value is self.original or value is self.replaced:

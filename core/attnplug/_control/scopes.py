@@ -84,7 +84,7 @@ class sdpa_kernel:
         self._open -= 1
 
     def __del__(self) -> None:
-        """Leave what nobody can leave any more: a block that was interrupted while it was being left."""
+        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
         if getattr(self, "_open", 0):
             self._leave()
 

@@ -52,7 +52,7 @@ class record:
         self._list = None
 
     def __del__(self) -> None:
-        """Leave what nobody can leave any more: a block that was interrupted while it was being left."""
+        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
         if self._list is not None:
             remove_watcher(self._list)
 

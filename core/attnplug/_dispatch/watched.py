@@ -1,4 +1,4 @@
-"""How a call is made that somebody watches (`_selection.watching`), and how a compiled graph tells of one."""
+"""How calls are made and reported while there are watchers (`_selection.watching`), in eager code and in graphs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Run = Callable[[SDPAParams], Result]
 
 
 def among_watchers(decision: Decision, params: SDPAParams, run: Run, whole: bool = True) -> Run:
-    """Tell those who watch this thread of an eager call, and return what runs it: `run`, or those who stand around it.
+    """Report an eager call to this thread's watchers, and return what runs it: `run`, or `run` within their `around`.
 
-    The one that came first is nearest to the kernel. Who compares tensors is left out where they are not the `whole`
-    call: what one of several ranks has of a call is no call that one rank could make.
+    The first watcher is nearest to the kernel. Those that see tensors are left out where these are not the `whole`
+    call: what one of several ranks has of a call is not a call that one rank could make.
     """
     call = decision.call(params)
     for watcher in thread.state.watchers:
@@ -40,13 +40,13 @@ def _around(watcher: Watcher, call: RecordedCall, run: Run) -> Run:
 
 
 def tell(call: tuple[str, ...]) -> None:
-    """Put into the graph that is being traced that it is about to make a call."""
+    """Put into the graph that is being traced a report of the call that follows."""
     _define()
     torch.ops.attnplug_watched.told.default(*call)
 
 
 def show(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
-    """Put into the graph that is being traced that it has made a call, with its tensors, if somebody wants them."""
+    """Put into the graph that is being traced a report of a call, with its tensors, if a watcher wants them."""
     if call and thread.state.watched == TENSORS:
         torch.ops.attnplug_watched.seen.default(*call, *arguments_of(params), out, lse)
 

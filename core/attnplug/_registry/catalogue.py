@@ -13,9 +13,9 @@ from attnplug._types import Capabilities, Feature, ImplSpec, SDPBackend
 OWN = frozenset(
     {"attnplug", "attnplug-math-ref", "attnplug-flash-triton", "attnplug-efficient-cuda"},
 )
-"""The distributions whose implementations stand before everybody else's.
+"""The distributions whose implementations come before all others.
 
-Not among them: `attnplug-adapters`. Its kernels are other people's, and appear when their packages are installed,
+`attnplug-adapters` is not among them: its kernels are third-party, and available once their packages are installed,
 for whatever reason; that must not take a call away from what ran before.
 """
 

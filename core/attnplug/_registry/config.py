@@ -1,7 +1,7 @@
 """The environment variables, read once and checked in one place.
 
-A value that means nothing is an error naming the variable: a typing error in `ATTNPLUG_STRICT` that is
-ignored in silence costs its author an afternoon.
+An invalid value is an error that names the variable: a silently ignored typo in `ATTNPLUG_STRICT` costs its
+author an afternoon.
 """
 
 from __future__ import annotations

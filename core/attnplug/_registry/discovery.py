@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 
 from attnplug._errors import ConfigError, PluginError, PluginWarning, SpecError, did_you_mean
-from attnplug._messages import printable, warn
+from attnplug._messages import is_stop, printable, warn
 from attnplug._registry import hooks, remedies
 from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.config import get_config
@@ -119,7 +119,9 @@ def discover(registry: Registry) -> None:
     for plugin in _allowed(registry, installed_plugins()):
         try:
             specs = ask(plugin.name, plugin.entry_point.load(), plugin.entry_point.value)
-        except (Exception, SystemExit) as error:  # sys.exit in a plugin must not end the host
+        except BaseException as error:  # whatever a plugin raises must not end the host
+            if is_stop(error):
+                raise
             mismatch, remedy = _version_mismatch(plugin, error)
             reason = describe(error) + mismatch
             registry.leave_out(plugin.left_out("broken", reason, remedy or remedies.reinstalled(plugin.distribution)))
@@ -244,7 +246,7 @@ def _version_mismatch(plugin: Plugin, error: BaseException) -> tuple[str, str]:
     """Return that a plugin was written for a later attnplug, or may have been, if that may be why it failed.
 
     Returns:
-        The continuation of a reason, and the command that mends it; both empty if that is not why.
+        The continuation of a reason, and the command that fixes it; both empty if that is not why.
     """
     upgrade = "pip install --upgrade attnplug"
     origin = f"{plugin.distribution} {plugin.version}"

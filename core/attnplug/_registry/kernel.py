@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from attnplug._errors import SpecError, did_you_mean
-from attnplug._messages import printable
+from attnplug._messages import is_stop, of_error, printable
 from attnplug._types import Feature, ImplSpec, SDPAParams
 
 if TYPE_CHECKING:
@@ -111,8 +111,10 @@ class Kernel:
             return ()
         try:
             lacking = {Feature(feature): str(reason) for feature, reason in self.lacks(device, dtype).items()}
-        except Exception as error:  # as with `supports`
-            return (f"lacks() raised {type(error).__name__}: {error}",)
+        except BaseException as error:  # as with `supports`
+            if is_stop(error):
+                raise
+            return (f"lacks() raised {of_error(error)}",)
         return tuple(reason for feature, reason in lacking.items() if feature in asked)
 
     def refusals(self, params: SDPAParams) -> tuple[str, ...]:
@@ -134,8 +136,10 @@ def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDP
         return ()
     try:
         answer = function(*arguments)
-    except Exception as error:  # a call that does not need this kernel must not see its mistakes
-        return (printable(f"{role}() raised {type(error).__name__}: {error}"),)
+    except BaseException as error:  # a call that does not need this kernel must not see its mistakes
+        if is_stop(error):
+            raise
+        return (f"{role}() raised {of_error(error)}",)
     if answer is None or isinstance(answer, str):
         return (printable(answer),) if answer else ()
     if isinstance(answer, (list, tuple)):

@@ -1,6 +1,6 @@
 """Names to implementations, and a generation that every change raises.
 
-Whoever keeps a decision (the plan cache, a compiled graph) keeps the generation beside it, and so
+What caches a decision (the plan cache, a compiled graph) caches the generation with it, and so
 never acts on a registry that has changed since.
 """
 
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
-from attnplug._messages import printable, warn
+from attnplug._messages import is_stop, of_error, printable, warn
 from attnplug._registry import remedies
 from attnplug._registry.catalogue import KNOWN, OWN
 from attnplug._registry.config import get_config
@@ -50,7 +50,7 @@ class Entry:
     """What that entry point names."""
     broken: str = ""
     remedy: str = ""
-    """What mends it where it is broken."""
+    """The command that fixes it where it is broken."""
     loaded: Kernel | None = None
     _error: BaseException | None = None
     _loading: bool = False
@@ -62,7 +62,7 @@ class Entry:
 
     @property
     def rank(self) -> tuple[bool, bool, int, str, str]:
-        """What the implementations are sorted by: `torch`, attnplug's own, then everybody else's.
+        """What the implementations are sorted by: `torch`, attnplug's own, then all others.
 
         Within each, by priority, distribution and name. Whatever priority a plugin claims, installing it takes no
         call away from what ran before. A distribution cannot claim to be one of attnplug's: an installed one is
@@ -111,7 +111,9 @@ class Entry:
                 self._loading = True
                 try:
                     self.loaded = load_kernel(self.spec)
-                except (Exception, SystemExit) as error:  # sys.exit in a kernel must not end the host
+                except BaseException as error:  # whatever a kernel raises must not end the host
+                    if is_stop(error):
+                        raise
                     self._error, self.broken = error, describe(error)
                     self.remedy = remedies.reinstalled(self.distribution) if self.plugin else ""
                     report_broken(what, error)
@@ -149,7 +151,7 @@ class Registry:
         self._contested: dict[str, list[Entry]] = {}
         self._plugins_out: list[ImplRecord] = []
         self.listeners: list[Callable[[Registry], None]] = []
-        """Called after each change, by whoever keeps something in step with this registry."""
+        """Called after each change; callers keep something in step with this registry."""
 
     def add(self, spec: ImplSpec, distribution: str, version: str = "", *, replace: bool = False) -> None:
         """Add an implementation, in the place of one of the same name and distribution if `replace` is set.
@@ -322,11 +324,7 @@ def _unique_name(claimants: list[Entry], entry: Entry) -> str:
 
 def describe(error: BaseException) -> str:
     """Return an exception in one line, with the innermost place in which it was raised."""
-    try:
-        message = printable(error)
-    except Exception:  # an exception of a plugin may be anything, and must not break its own report
-        message = "its message cannot be shown"
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    text = of_error(error)
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:
         return text

@@ -1,4 +1,4 @@
-"""The commands that mend what is wrong, in one place: `list_impls()`, `explain` and `attnplug doctor` show them.
+"""The commands that fix what is wrong, in one place: `list_impls()`, `explain` and `attnplug doctor` show them.
 
 A remedy is a line for a shell. Where no command helps there is none: nothing installs a GPU.
 """
@@ -13,7 +13,7 @@ from attnplug._registry.machine import lacks_gpu_build
 
 
 def reinstalled(distribution: str) -> str:
-    """Return what brings a later release of a distribution, or mends a broken installation of it."""
+    """Return what brings a later release of a distribution, or repairs a broken installation of it."""
     return f"pip install --upgrade --force-reinstall {shlex.quote(distribution)}"
 
 

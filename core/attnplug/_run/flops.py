@@ -15,7 +15,7 @@ from attnplug._types import SDPAParams
 
 
 def count_flops(operator: Any, backward: Any, call: Callable[[tuple[Any, ...]], SDPAParams]) -> None:
-    """Register the formulas of an operator and of its backward, also with whoever is counting at the moment.
+    """Register the formulas of an operator and of its backward, also with counters that are active.
 
     Args:
         operator: the packet of the operator.

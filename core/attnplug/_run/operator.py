@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from attnplug._registry.kernel import OfOneRank
 from attnplug._registry.registry import Entry
 from attnplug._run.contract import (
     CONSTANTS,
@@ -165,7 +166,9 @@ class Operator:
         params = call.params(tensors)
         query, value = params.query, params.value
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        before = [torch.empty(state.shape, dtype=state.dtype) for state in self._random_state(call, tensors)]
+        before = [
+            torch.empty(state.shape, dtype=state.dtype, device="cpu") for state in self._random_state(call, tensors)
+        ]
         if not self._gives_lse:
             return out, _no_lse(call, tensors), before
         return out, query.new_empty(params.lse_shape, dtype=params.lse_dtype), before
@@ -188,7 +191,8 @@ class Operator:
             elif self.kernel.fake is None:
                 saved = []
             grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
-        if thread.state.watched == WATCHED_TENSORS:
+        # What a rank has of a call is nothing that a watcher could compare, and its implementation is in no registry.
+        if thread.state.watched == WATCHED_TENSORS and not isinstance(self._entry.spec.kernel, OfOneRank):
             self._tell(params_from(arguments), dict(zip(DIFFERENTIABLE, grads, strict=True)), grad_out, grad_lse)
         return _fresh([grad for grad in grads if grad is not None], (*tensors, grad_out, grad_lse, out, lse, *saved))
 
@@ -305,7 +309,7 @@ def _generator_state(device: torch.device) -> Tensor:
         return torch.get_rng_state()
     module = torch.get_device_module(device)
     if not module.is_available():  # fake tensors of a device that is not there: seed and offset, 8 bytes each
-        return torch.empty(16, dtype=torch.uint8)
+        return torch.empty(16, dtype=torch.uint8, device="cpu")
     return module.get_rng_state(device)
 
 
@@ -346,7 +350,7 @@ def _operator_name(name: str) -> str:
 
 
 class _Namespace(torch._ops._OpNamespace):
-    """`torch.ops.attnplug`, which defines the operator of an implementation when somebody asks for it.
+    """`torch.ops.attnplug`, which defines the operator of an implementation when it is looked up.
 
     A program that was exported in another process names operators that nothing has needed yet in this one.
     """

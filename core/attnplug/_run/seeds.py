@@ -12,7 +12,7 @@ import torch
 def drawn_seed(device: torch.device) -> int:
     """Return a number from the default generator of a device, which goes on from there; nothing waits for a GPU."""
     if device.type == "cpu":
-        return int(torch.randint(2**62, ()))
+        return int(torch.randint(2**62, (), device="cpu"))
     generator = torch.get_device_module(device).default_generators[device.index or 0]
     offset = generator.get_offset()
     generator.set_offset(offset + 4)

@@ -1,6 +1,6 @@
 """Who decides about one call: `impl=`, the scope, the activation, the environment, measurement, and the registry.
 
-The registry's order is `Entry.rank`: `torch`, attnplug's own implementations, everybody else's.
+The registry's order is `Entry.rank`: `torch`, attnplug's own implementations, all others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Selection:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The first choices that may be passed over, but not in silence."""
+        """The preferred choices, which may be passed over with a warning."""
         if self.impl is not None:
             return ()
         return tuple(name for name in (self.activation, *self.preferred, self.choice) if name is not None)

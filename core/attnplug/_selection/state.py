@@ -1,13 +1,13 @@
 """What holds now: the blocks that a thread is in, and what the process prefers.
 
 A block (a scope, a recording) is taken out by identity, not by position: blocks that are left out of order, or in
-another thread than they were entered in, take what they put in place with them, and nothing else.
+another thread than they were entered in, remove what they put in place, and nothing else.
 
 A scope is a plain tuple, `(set_priority, (entry, ...))`, its entries strings: `aten_math`, or `:MATH` for a
 family. It is held in a `threading.local` whose attributes are set in `__init__`: that is the form of thread
 state on which `torch.compile` places guards, so that a compiled function sees a change of scope and
 recognises a scope that it has seen before. (`contextvars` cannot be traced, class-level defaults of a
-`threading.local` go stale in silence, and numbers may be taken for symbolic ones.)
+`threading.local` silently go stale, and numbers may be taken for symbolic ones.)
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class State:
     """What holds in one thread. Plain, because a trace drops what it assigned to a `threading.local`.
 
     To enter a block is `state.scopes = (*state.scopes, block)` and a store of its parts; to leave it is the reverse.
-    Whoever does it writes it out: an interrupt, or another thread, can come between two calls, but not between
-    stores, so that either all of it has happened or none.
+    Both are written inline: an interrupt, or another thread, can come between two calls, but not between stores, so
+    that either all of it has happened or none.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class State:
         self.watchers: tuple[Any, ...] = ()
         self.watched = ""  # see `watching`
         _states[number] = weakref.ref(self, lambda _: _states.pop(number, None))
-        self.watchers, self.watched = process.watchers, process.watched  # whoever comes now finds this state
+        self.watchers, self.watched = process.watchers, process.watched  # a change from now on reaches this state
 
 
 _states: dict[int, weakref.ref[State]] = {}
@@ -158,7 +158,7 @@ _start_lock = lock(START)
 
 
 def _start() -> None:
-    """Fill the registry, let whoever waits for it complete it, and then let everybody see it."""
+    """Fill the registry, let listeners complete it, and only then make it visible."""
     if process.registry is not None:  # another thread was first
         return
     registry, config = get_registry(), get_config()

@@ -1,7 +1,7 @@
-"""Who is told of attention calls: recordings, logs, checkpoints that repeat a choice, and whatever else watches.
+"""Observers of attention calls: recordings, logs, checkpoints that repeat a choice, verification and others.
 
-All hang on one attribute of a thread's state, `watched`, which is an empty string while nobody does: that is the one
-test that a call nobody watches pays, and the guard by which compiled code has a graph for each of its values.
+One attribute of a thread's state says whether there are any: `watched`, an empty string where there are none. Testing
+it is all that an unobserved call pays, and compiled code guards on it: it has a graph for each of its values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Result = tuple[Tensor, Tensor | None]
 
 CALLS, TENSORS = "calls", "tensors"
-"""What a graph has to tell somebody who watches: that a call is made, or its tensors too."""
+"""What a graph has to report to watchers: that a call is made, or its tensors too."""
 
 
 class Gradients(NamedTuple):
@@ -109,11 +109,11 @@ _SHOWN = 50
 
 
 class Watcher:
-    """Somebody who watches attention calls, from `add_watcher` until `remove_watcher`.
+    """An observer of attention calls, from `add_watcher` until `remove_watcher`.
 
-    Where code runs eagerly, `around` is called in a call's place, and may do anything before and after it. A compiled
-    graph can only tell: it calls `told` before the kernel and, where `sees_tensors`, `seen` after it. A graph that is
-    exported tells nothing. Nobody is told of empty inputs, for which no kernel runs, nor of what runs in `unwatched()`.
+    In eager code `around` is called instead of the kernel, and may do anything before and after it. A compiled
+    graph can only report: it calls `told` before the kernel and, where `sees_tensors`, `seen` after it. An exported
+    graph reports nothing. Empty inputs, for which no kernel runs, and calls within `unwatched()` are not reported.
     """
 
     stands_around = True
@@ -122,7 +122,7 @@ class Watcher:
     """Whether graphs must hand over their tensors. They are compiled once more for it, and keep the tensors longer."""
 
     def wish(self, impl: str | None) -> str | None:
-        """Return the implementation that must run, by whoever has the last word in eager code; `impl` if any may."""
+        """Return the implementation that must run in eager code, whatever is selected; `impl` to leave the choice."""
         return impl
 
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
@@ -137,7 +137,7 @@ class Watcher:
         return result
 
     def decided(self, impl: str, backend: SDPBackend | None) -> None:
-        """Take note that somebody had to decide which implementation runs; calls like one before need no decision."""
+        """Take note that a decision was made; calls like an earlier one need none."""
 
     def told(self, call: RecordedCall) -> None:
         """Take note of a call that is about to run."""
@@ -213,7 +213,7 @@ def differentiated(call: RecordedCall, params: SDPAParams, gradients: Gradients)
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Make calls that nobody is told of: those that a watcher makes itself."""
+    """Make calls that are not reported: those that a watcher makes itself."""
     state = thread.state
     before = state.watched
     state.watched = ""

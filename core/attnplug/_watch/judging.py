@@ -26,7 +26,7 @@ from attnplug._types import SDPAParams
 
 
 class NotJudged(Exception):
-    """Nobody can say whether this result is right; the message says why."""
+    """This result cannot be judged; the message says why."""
 
 
 def unfit(params: SDPAParams) -> str:

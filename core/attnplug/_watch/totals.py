@@ -1,4 +1,4 @@
-"""What `verify` has found in this process, for whoever counts it."""
+"""What `verify` has found in this process, for metrics."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One attention problem as plain data, and what it costs by arithmetic, whoever computes it.
+"""One attention problem as plain data, and its cost in operations and bytes, whatever kernel computes it.
 
 The work is a property of the problem: a kernel that skips nothing of a causal mask is given no credit for the
-half that nobody needs. That is what makes TFLOP/s of different kernels comparable.
+half that is not needed. That is what makes TFLOP/s of different kernels comparable.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How long a call takes on a device, with its caches warm or cold.
 
 `torch.utils.benchmark` and Triton's `do_bench` measure one candidate to the end before the next, so that a GPU
-that grows hot punishes whoever comes last. Here a clock takes one sample at a time, and the candidates take turns.
+that heats up penalizes the last candidate. Here a clock takes one sample at a time, and the candidates take turns.
 """
 
 from __future__ import annotations

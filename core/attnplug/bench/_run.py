@@ -107,7 +107,7 @@ def _ceiling(device: str, dtype: str, clock: Clock) -> Ceiling:
 
 
 class Steps:
-    """Counts steps for whoever shows progress."""
+    """Counts steps for a progress display."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0

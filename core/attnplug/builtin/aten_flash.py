@@ -66,7 +66,7 @@ def supports(params: SDPAParams) -> str | None:
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (B, Hq, Sq, E)` and `lse (B, Hq, Sq)`."""
-    params = OF_FLASH.mended(params)
+    params = OF_FLASH.rewritten(params)
     if params.query.device.type == "cpu":
         return _forward_cpu(params)
     if (dim := OF_FLASH.cut(params)) is not None:
@@ -80,22 +80,22 @@ def partial_backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Ten
     # Inside a backward nothing needs a gradient, which is what the fault's own question would begin with.
     if counts_too_far(params.query) and (dim := divisible(params)) is not None:
         return _partial_backward_in_halves(params, dim, grad_out, out, lse)
-    mended = OF_FLASH.mended(params)
-    query, key, value = _with_dense_rows(mended)
+    call = OF_FLASH.rewritten(params)
+    query, key, value = _with_dense_rows(call)
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # the probability of a key that no row sees is 0
     if query.device.type == "cpu":
-        mask = as_additive(mended.attn_mask, query.dtype)
+        mask = as_additive(call.attn_mask, query.dtype)
         grads = _backward("cpu")(
-            *(grad_out, query, key, value, out, lse, 0.0, mended.is_causal), attn_mask=mask, scale=mended.scale
+            *(grad_out, query, key, value, out, lse, 0.0, call.is_causal), attn_mask=mask, scale=call.scale
         )
     else:
         none = torch.zeros(2, dtype=torch.uint64, device=query.device)
         grads = _backward("cuda")(
-            *(grad_out, query, key, value, out, lse, None, None, query.shape[2], key.shape[2], 0.0, mended.is_causal),
+            *(grad_out, query, key, value, out, lse, None, None, query.shape[2], key.shape[2], 0.0, call.is_causal),
             *(none, none[1:].view(())),
-            scale=mended.scale,
+            scale=call.scale,
         )
-    if mended.scale != params.scale:
+    if call.scale != params.scale:
         assert params.scale is not None
         grads = (grads[0] * (-1 if params.scale < 0 else 0), *grads[1:])
     return tuple(grads)

@@ -1,7 +1,7 @@
 """Calls that PyTorch's own kernels get wrong: what each is, where it was seen, and its exact workaround.
 
 PyTorch's function accepts each of these calls and then gives garbage, a memory fault or an internal error.
-`torch` and `aten_flash` do not pass them on as they are: `mended` rewrites a call where that is exact, `cut` tells
+`torch` and `aten_flash` do not pass them on as they are: `rewritten` changes a call where that is exact, `cut` tells
 along which dimension one that is too large is computed in halves, and `reasons` declines the rest. Decisions do not
 depend on lengths, so no reason may look at them. Two kinds of calls, of one causal head and one batch, therefore have
 no workaround: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it is, and too many draws of dropout are
@@ -57,7 +57,7 @@ class Fault:
         seen: the release in which that was seen, and on what.
         device: the device type that it happens on; None for any.
         concerns: whether a call is one of these, given that it is on such a device.
-        mend: returns the same call, exactly, in a form that PyTorch gets right; None where there is none.
+        rewrite: returns the same call, exactly, in a form that PyTorch gets right; None where there is none.
         cut: returns the dimension of the query along which halves of the call are right, or smaller at least; None
             where there is none.
     """
@@ -66,7 +66,7 @@ class Fault:
     seen: str
     device: str | None
     concerns: Callable[[SDPAParams], bool]
-    mend: Callable[[SDPAParams], SDPAParams] | None = None
+    rewrite: Callable[[SDPAParams], SDPAParams] | None = None
     cut: Callable[[SDPAParams], int | None] | None = None
 
     @property
@@ -81,18 +81,18 @@ class Faults:
         self.all = faults
         # By device type, because every call asks, and on the CPU few are left.
         here = {kind: [each for each in faults if each.device in (None, kind)] for kind in KINDS}
-        self._mended = {kind: tuple(each for each in found if each.mend) for kind, found in here.items()}
+        self._rewritten = {kind: tuple(each for each in found if each.rewrite) for kind, found in here.items()}
         self._cut = {kind: tuple(each for each in found if each.cut) for kind, found in here.items()}
         self._declined = {
-            kind: tuple(each for each in found if not each.mend and not each.cut) for kind, found in here.items()
+            kind: tuple(each for each in found if not each.rewrite and not each.cut) for kind, found in here.items()
         }
 
-    def mended(self, params: SDPAParams) -> SDPAParams:
+    def rewritten(self, params: SDPAParams) -> SDPAParams:
         """Return an equivalent call that no fault with a rewrite concerns."""
-        for fault in self._mended.get(params.query.device.type, ()):
+        for fault in self._rewritten.get(params.query.device.type, ()):
             if fault.concerns(params):
-                assert fault.mend is not None
-                params = fault.mend(params)
+                assert fault.rewrite is not None
+                params = fault.rewrite(params)
         return params
 
     def cut(self, params: SDPAParams) -> int | None:

@@ -35,13 +35,13 @@ def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
     """Call PyTorch's function; it gives no lse."""
-    mended = OF_SDPA.mended(params)
-    if (dim := OF_SDPA.cut(mended)) is not None:
-        out = torch.cat([forward(half)[0] for half in halves(mended, dim)], dim)
+    call = OF_SDPA.rewritten(params)
+    if (dim := OF_SDPA.cut(call)) is not None:
+        out = torch.cat([forward(half)[0] for half in halves(call, dim)], dim)
     else:
-        arguments = mended.query, mended.key, mended.value, mended.attn_mask, mended.dropout, mended.is_causal
-        out = sdpa(*arguments, scale=mended.scale, enable_gqa=mended.enable_gqa)
-    if mended.query is not params.query and not params.query.is_nested:  # a query or a dimension may have been added
+        arguments = call.query, call.key, call.value, call.attn_mask, call.dropout, call.is_causal
+        out = sdpa(*arguments, scale=call.scale, enable_gqa=call.enable_gqa)
+    if call.query is not params.query and not params.query.is_nested:  # a query or a dimension may have been added
         out = out.view(out.shape[-params.query.dim() :]).narrow(-2, 0, params.query.shape[-2])
     return out, None
 

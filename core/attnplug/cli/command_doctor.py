@@ -37,7 +37,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that does not work: its name, how it stands, why, and the command that mends it."""
+    """One thing that does not work: its name, status, reason, and the command that fixes it."""
 
     name: str
     status: str
@@ -138,7 +138,7 @@ def _as_text(findings: Sequence[Finding], works: Sequence[str], broken: int) -> 
 
 
 def _together(findings: Sequence[Finding]) -> list[Finding]:
-    """Return findings with the same reason and remedy as one, and of one name that any of several remedies mends."""
+    """Return findings with the same reason and remedy as one, and of one name that any of several remedies fixes."""
     names: dict[tuple[str, ...], list[str]] = {}
     for each in findings:
         names.setdefault((each.status, each.reason, each.remedy), []).append(each.name)

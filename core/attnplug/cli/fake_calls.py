@@ -1,4 +1,4 @@
-"""The arguments of a call that nobody makes, of tensors that are described and nowhere."""
+"""The arguments of a call that is only described: fake tensors, without memory."""
 
 from __future__ import annotations
 

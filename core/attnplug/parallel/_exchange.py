@@ -142,8 +142,8 @@ def reporting(group: dist.ProcessGroup) -> Iterator[None]:
 def blamed(group: dist.ProcessGroup, peer: int, waited: float, error: BaseException) -> ParallelError:
     """Return an error that names the rank that is at fault.
 
-    The rank at the other end may itself be waiting for another one, and says so in the store of the group; whoever
-    says nothing hangs, or is gone.
+    The peer may itself be waiting for another rank, and says so in the store of the group; a rank that
+    says nothing hangs, or has ended.
     """
     _say(group, f"waits:{peer}")
     culprit, reason, seen = peer, "", {group.rank()}

@@ -2,8 +2,8 @@
 
 A kernel must take every kind of block that any rank has, and give an lse. With `P = exp(logits - lse)` and
 `delta = sum(grad_out * out)`, `lse` and `out` over *all* keys, the gradients of a block are those of any attention
-call: a backward that computes with the `out` and `lse` that it is given needs no more. One that computes its own
-anew would be wrong in silence, so the first time a backward is tried on a few numbers and held against the formula.
+call: a backward that computes with the `out` and `lse` that it is given needs no more. One that recomputes its own
+would be silently wrong, so the first time a backward is tested on a small call and compared with the formula.
 Such a kernel is used through the gradient of its block's own lse, if it has one, and otherwise declined.
 """
 
@@ -142,7 +142,7 @@ def _uses_what_it_is_given(entry: Entry, params: SDPAParams, arguments: dict[str
     call = KernelCall.of(entry, params)
     with torch.no_grad():
         out, lse, *saved = call.forward(tensors_of(params))
-        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out)
         given = (grad_out, None, out * 0, lse + log(2), tuple(saved))
         grads = whole_backward(call, tensors_of(params), (True,) * 3, *given)
     grad_lse = (grad_out.double() * out.double()).sum(-1) / 2
@@ -176,7 +176,7 @@ def _trial(block: SDPAParams) -> tuple[SDPAParams, dict[str, Any]]:
 
     def make(tensor: Tensor) -> Tensor:
         shape = tensor[at].shape
-        numbers = torch.randn(prod(shape), generator=generator).view(shape)
+        numbers = torch.randn(prod(shape), generator=generator, device="cpu").view(shape)
         return numbers.to(tensor.device, tensor.dtype).requires_grad_()
 
     tensors: dict[str, Any] = {name: make(getattr(block, name)) for name in ("query", "key", "value")}

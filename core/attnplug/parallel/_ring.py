@@ -77,7 +77,7 @@ class Ring(OfOneRank):
         query = params.query
         out = query.new_empty(*query.shape[:-1], params.value.shape[-1])
         lse = query.new_empty(params.lse_shape, dtype=params.lse_dtype)
-        return out, lse, torch.empty(3, dtype=torch.int64)
+        return out, lse, torch.empty(3, dtype=torch.int64, device="cpu")
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return `out`, `lse` and what backward must know: the kernel, whether it saves tensors, and the seed."""
@@ -126,7 +126,7 @@ class _State:
     seed: int
 
     def as_tensor(self) -> Tensor:
-        return torch.tensor([self.number, self.saves, self.seed])
+        return torch.tensor([self.number, self.saves, self.seed], device="cpu")
 
     @classmethod
     def of(cls, tensor: Tensor) -> _State:

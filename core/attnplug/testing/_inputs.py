@@ -40,6 +40,11 @@ def make(call: Fields) -> Inputs:
         TypeError, ValueError: a field is wrong; the message names it.
     """
     check(call, tuple(VALUES), tuple(LAYOUTS))
+    with torch.device("cpu"):  # whose generator it is, whatever the program's default device is
+        return _made(call)
+
+
+def _made(call: Fields) -> Inputs:
     generator = torch.Generator().manual_seed(int(call.seed))
     shapes = _shapes(call)
     tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}

@@ -63,7 +63,7 @@ class capture:
         self._stack.close()
 
     def __del__(self) -> None:
-        """Leave what nobody can leave any more: a block that was interrupted while it was being left."""
+        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
         if self._watcher is not None:
             self.__exit__()
 

@@ -31,7 +31,7 @@ def busy(devices: Iterable[str]) -> str:
 
 def share_of_processor(threads: int) -> float:
     """Return which share of the time of so many threads this program gets while it computes with all of them."""
-    left = torch.ones(_SIZE, _SIZE)
+    left = torch.ones(_SIZE, _SIZE, device="cpu")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

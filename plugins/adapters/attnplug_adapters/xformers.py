@@ -267,7 +267,7 @@ def _index(ranges: list[tuple[int, int]], device: torch.device) -> Tensor | slic
     """Return what selects all ranges, one after the other: a slice where they have no gaps, which copies nothing."""
     if all(before[1] == after[0] for before, after in pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
-    return torch.cat([torch.arange(*each) for each in ranges]).to(device)
+    return torch.cat([torch.arange(*each, device="cpu") for each in ranges]).to(device)
 
 
 def _as_tensor(params: SDPAParams) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calls that a kernel takes as they are, with nothing to convert before or to mend after: kept by what they look like.
+"""Calls that a kernel takes as they are, with nothing to convert before or to fix after: kept by what they look like.
 
 Looking at every stride costs as much as the kernel's launch, and a model makes the same calls again and again.
 """

@@ -110,7 +110,7 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> 
     kernel_lse = lse.new_full((count * longest, heads), float("inf"))
     kernel_lse.index_copy_(0, told.rows(longest), lse.masked_fill(told.blind, float("inf")).transpose(0, 1))
     kernel_lse = layout.compact(kernel_lse.view(count, longest, heads).transpose(1, 2))
-    unused = torch.zeros((), dtype=torch.long)
+    unused = torch.zeros((), dtype=torch.long, device="cpu")
     grads = operators.efficient_backward(
         layout.packed(grad_out.unsqueeze(0)),
         *(query, key, value, None),

@@ -162,6 +162,17 @@ class MasksInPlace(Kernel):
 
 
 @wrong("check_inputs_are_unchanged")
+class InvertsABooleanMask(Kernel):
+    """Makes of a boolean mask, where it is, one whose True hides."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        returned = super().forward(params)
+        if params.attn_mask is not None and params.attn_mask.dtype is torch.bool:
+            params.attn_mask.logical_not_()
+        return returned
+
+
+@wrong("check_inputs_are_unchanged")
 class ClearsTheGradientOfOut(Kernel):
     """Multiplies the gradient of out where it is."""
 
