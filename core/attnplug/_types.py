@@ -139,6 +139,12 @@ class Capabilities:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "devices", _strings("devices", self.devices))
+        for name in self.devices or ():
+            if name == "gpu" or not name.isidentifier():
+                raise SpecError(
+                    f"Capabilities.devices: {name!r} is not a type of device; write 'cuda', 'cpu' or another "
+                    f"`torch.device(...).type`"
+                )
         put(self, "architectures", _strings("architectures", self.architectures))
         if self.dtypes is not None:
             names = [str(item).removeprefix("torch.") for item in _items("dtypes", self.dtypes)]
@@ -156,6 +162,8 @@ class Capabilities:
             if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
                 raise SpecError(f"Capabilities.head_sizes: expected a range or integers, got {self.head_sizes!r}")
             put(self, "head_sizes", frozenset(sizes))
+        if self.head_sizes and min(self.head_sizes) < 1:
+            raise SpecError(f"Capabilities.head_sizes: expected sizes of 1 and above, got {self.head_sizes!r}")
         put(self, "features", frozenset(_feature(item) for item in _items("features", self.features)))
         if not isinstance(self.quantized, bool):
             raise SpecError(f"Capabilities.quantized: expected a bool, got {self.quantized!r}")

@@ -185,6 +185,10 @@ def test_a_wrong_field_of_a_spec_is_named(fields: dict[str, Any], message: str) 
         ({"features": ["CAUSALL"]}, r"'CAUSALL' is not a Feature of attnplug .*; did you mean 'CAUSAL'\?"),
         ({"compute_capability": 8.0}, r"compute_capability: expected two integers such as \(8, 0\), got 8.0"),
         ({"head_sizes": ["64"]}, r"head_sizes: expected a range or integers"),
+        ({"head_sizes": {0, 64}}, r"head_sizes: expected sizes of 1 and above"),
+        ({"head_sizes": range(-8, 65, 8)}, r"head_sizes: expected sizes of 1 and above"),
+        ({"devices": ["gpu"]}, r"devices: 'gpu' is not a type of device; write 'cuda'"),
+        ({"devices": ["cuda:0"]}, r"devices: 'cuda:0' is not a type of device"),
     ],
 )
 def test_a_wrong_capability_is_named(fields: dict[str, Any], message: str) -> None:
