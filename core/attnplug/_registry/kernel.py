@@ -64,12 +64,12 @@ class Kernel:
             no record to build. `attn_mask` has two to four dimensions that broadcast; `scale` may be None; the last
             stride of each tensor but the mask is 1; and autocast, for which they are cast already, may be on. For
             composite kernels that need no backward; it saves tiny calls some microseconds.
-        prepare: `prepare(params) -> run or None`: asked of a call without mask, gradients or anything beyond PyTorch's
-            arguments and an lse, with a function for those that repeat it. `run(query, key, value) -> (out, lse)` does
-            what forward does of a call that is the same in all but where its tensors lie in memory: same shapes,
+        prepare: `prepare(params) -> run or None`: given a call without mask, gradients or anything beyond PyTorch's
+            arguments and an lse, returns a function for calls that repeat it. `run(query, key, value) -> (out, lse)`
+            does what forward does for a call that differs only in where its tensors lie in memory: same shapes,
             strides, dtype, device, scale. It returns None to have forward called, as it must where it depends on
-            alignment or a setting that has changed. `params` must not be kept. For kernels that are not composite; it
-            saves what looking up a plan, building a record and checking the output take.
+            alignment or on a setting that has changed. `params` must not be kept. For kernels that are not composite;
+            it saves looking up a plan, building the `SDPAParams` and checking the output.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
