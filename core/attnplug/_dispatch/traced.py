@@ -164,9 +164,7 @@ def _run(params: SDPAParams, name: str, kind: str, refused: str) -> Result:
         out, lse = returned[:2]
     if not params.return_lse:
         return out, None
-    if not is_exporting():  # a program runs without attnplug
-        lse = without_gradient(_operators.constant_lse, refused, params, lse)
-    return out, lse
+    return out, without_gradient(_operators.constant_lse, refused, params, lse)
 
 
 def _forward(params: SDPAParams, name: str, kind: str) -> Any:
@@ -270,7 +268,8 @@ def _choose(
     except AttnplugError as error:
         return "", "", "", str(error)
     _operators.constant_lse = constant_lse()
-    refused = refusal(decision.entry)
+    # An exported program runs without attnplug. Asked here: in a trace, PyTorch 2.11 says of each that it exports.
+    refused = "" if is_exporting() else refusal(decision.entry)
     decided(decision.name, decision.backend)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():
         warn_unfused(decision)
