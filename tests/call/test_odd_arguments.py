@@ -34,6 +34,8 @@ def of_one_dimension_more(tensor: Tensor) -> Tensor:
         ((of_one_dimension_more(Q), Q, Q), ValueError, "all three nested or none"),
         ((Q[0], of_one_dimension_more(Q[0]), Q[0]), ValueError, "all three nested or none"),
         ((Q[0, 0], Q[0, 0].to_sparse(), Q[0, 0]), ValueError, "key: expected a dense tensor"),
+        ((Q[None], Q[None].to_sparse(), Q[None]), ValueError, "key: expected a dense tensor"),
+        ((Q[0], Q[0], Q[0].to_mkldnn()), ValueError, "value: expected a dense tensor"),
         ((Q[0, 0, 0], Q[0, 0, 0], Q[0, 0, 0]), ValueError, "query: expected at least 2 dimensions"),
         ((Q[0], Q[0], Q[0], torch.zeros(1, 1, 4, 4)), ValueError, "attn_mask: shape .* does not broadcast"),
         (([1.0], [1.0], [1.0]), TypeError, "query: expected a torch.Tensor, got list"),
