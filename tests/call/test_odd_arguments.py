@@ -114,6 +114,20 @@ def test_numbers_of_numpy_and_of_pytorch_are_numbers(kind: Any, impl: str | None
     assert torch.equal(attend(Q, Q, Q, dropout_p=kind(0.5), impl=impl), expected)
 
 
+def test_a_scale_that_numpy_computes_is_a_number_in_compiled_code() -> None:
+    starts = torch.tensor([0, 1, 4], dtype=torch.int32)
+
+    def scaled(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale: Any = 1 / np.sqrt(query.shape[-1])
+        tokens = query[0].transpose(0, 1)
+        packed = attnplug.varlen_attn(tokens, tokens, tokens, starts, starts, 3, 3, scale=scale)
+        return attend(query, query, query, scale=scale), packed
+
+    found, packed = torch.compile(scaled, backend="eager", fullgraph=True)(Q)
+    torch.testing.assert_close(found, attend(Q, Q, Q))
+    torch.testing.assert_close(packed, scaled(Q)[1])
+
+
 @pytest.mark.parametrize("impl", [None, "math_ref"])
 @pytest.mark.parametrize("side", [2**31, 2**62, 2**63, 2**70, np.int64(2**40)])
 def test_a_window_wider_than_any_sequence_is_open(side: Any, impl: str | None) -> None:
