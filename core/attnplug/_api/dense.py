@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C._autograd import _profiler_enabled
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
 from attnplug._call.device import cudnn_errs
@@ -25,6 +25,7 @@ from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
+from attnplug._tracing import is_exporting
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
