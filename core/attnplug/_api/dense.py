@@ -355,7 +355,7 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
 
 def _are_of_four(*tensors: Tensor) -> bool:
     """Whether tensors have four dimensions: a trace of PyTorch 2.11 breaks where another number is unpacked."""
-    return all([tensor.dim() == 4 for tensor in tensors])
+    return all(tensor.dim() == 4 for tensor in tensors)
 
 
 def _is_open(window: Any) -> bool:

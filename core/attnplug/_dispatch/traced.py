@@ -50,12 +50,6 @@ _operators = _Chosen()
 
 
 @constant_in_traces
-def _exports() -> bool:
-    """Whether this is `torch.export`: asked outside the trace, in which PyTorch 2.11 always says so."""
-    return is_exporting()
-
-
-@constant_in_traces
 def _attribute(name: str) -> str:
     """Return the attribute under which an implementation is kept: `class` is a name, and `a.b`, but no attribute."""
     return "of_" + re.sub(r"\W", lambda found: f"_{ord(found[0]):x}_", name)
@@ -105,7 +99,7 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, tuple[
     if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
         raise AttnplugError(error)
     call: tuple[str, ...] = ()
-    if thread.state.watched and not _exports():  # a graph of its own, which tells; others pay nothing
+    if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
         tell(call)
     return name, kind, refused, call
@@ -142,7 +136,7 @@ def _measured(params: SDPAParams, facts: Any, generation: int) -> str | None:
     for size in sizes_of(params):
         if not isinstance(tree, tuple):
             break
-        if _exports() and isinstance(size, torch.SymInt):
+        if is_exporting() and isinstance(size, torch.SymInt):
             return None
         for bound, branch in tree:
             if _constant(size <= bound):
