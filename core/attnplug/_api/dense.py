@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C._autograd import _profiler_enabled
 from torch._C._nn import scaled_dot_product_attention as _torch_sdpa  # under the name that patch_torch leaves alone
-from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
 from attnplug._call.device import cudnn_errs
@@ -25,6 +25,7 @@ from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
+from attnplug._tracing import is_exporting
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
@@ -212,7 +213,11 @@ def scaled_dot_product_attention(
         and (enable_gqa is False or enable_gqa is True)
         and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
         and (
-            dense_sizes(query, key, value, enable_gqa) is not None or (not enable_gqa and fit_alike(query, key, value))
+            (
+                (not tracing or _are_of_four(query, key, value))
+                and dense_sizes(query, key, value, enable_gqa) is not None
+            )
+            or (not enable_gqa and fit_alike(query, key, value))
         )
         and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
         and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
@@ -346,6 +351,11 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
         and mask.dim() > 1
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
+
+
+def _are_of_four(*tensors: Tensor) -> bool:
+    """Whether tensors have four dimensions: a trace of PyTorch 2.11 breaks where another number is unpacked."""
+    return all(tensor.dim() == 4 for tensor in tensors)
 
 
 def _is_open(window: Any) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.compiler import is_exporting
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._call.autocast import no_autocast
@@ -33,7 +32,7 @@ from attnplug._run.transforms import is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import decided
-from attnplug._tracing import constant_in_traces
+from attnplug._tracing import constant_in_traces, is_exporting
 from attnplug._types import SDPAParams, SDPBackend, Verdict
 
 BUILT_IN, COMPOSITE, OPERATOR = "built in", "composite", "operator"
@@ -268,7 +267,7 @@ def _choose(
     except AttnplugError as error:
         return "", "", "", str(error)
     _operators.constant_lse = constant_lse()
-    # An exported program runs without attnplug. Asked here: in a trace, PyTorch 2.11 says of each that it exports.
+    # An exported program runs without attnplug.
     refused = "" if is_exporting() else refusal(decision.entry)
     decided(decision.name, decision.backend)
     if decision.backend is SDPBackend.MATH and decision.passed_over and unfused_warnings_wanted():

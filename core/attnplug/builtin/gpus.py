@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
-from attnplug.builtin.rewrites import holds
+from attnplug.builtin.rewrites import constant_in_traces, holds
 
 HALF = (torch.float16, torch.bfloat16)
-_Answer = TypeVar("_Answer")
 
 
-def _constant(function: Callable[[torch.device], _Answer]) -> Callable[[torch.device], _Answer]:
-    """Do what `torch.compiler.assume_constant_result` does, which would import Dynamo: a trace cannot ask a GPU."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
-    return function
-
-
-@_constant
+@constant_in_traces  # which cannot ask a GPU
 def flash_on(device: torch.device) -> tuple[int, int] | None:
     """Return the compute capability of a device where PyTorch's function may use FlashAttention-2; None of others."""
     capability = compute_capability(device)
@@ -29,7 +19,7 @@ def flash_on(device: torch.device) -> tuple[int, int] | None:
     return capability if enabled else None
 
 
-@_constant
+@constant_in_traces
 def cudnn_on(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     """Return the compute capability of a device and the version of cuDNN, 0 where there is none."""
     return compute_capability(device), torch.backends.cudnn.version() or 0

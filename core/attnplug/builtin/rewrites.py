@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling, is_exporting
+from torch import Tensor, compiler
+from torch.compiler import is_compiling
 from torch.nn.functional import pad
 
 from attnplug import SDPAParams
@@ -16,6 +17,19 @@ from attnplug.builtin.masks import as_wide
 BATCH, HEADS, QUERIES = -4, -3, -2
 ALIGNMENT = 16
 """Bytes of the widest load of CUDA kernels: tensors, and their rows, must start at a multiple of it."""
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def constant_in_traces(function: _Function) -> _Function:
+    """Do what `torch.compiler.assume_constant_result` does, which would import Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
+    return function
+
+
+@constant_in_traces
+def _is_exporting() -> bool:
+    """Whether `torch.export` traces; PyTorch 2.11 says so in every trace."""
+    return compiler.is_exporting()
 
 
 def with_positive_scale(params: SDPAParams) -> SDPAParams:
@@ -155,4 +169,4 @@ def holds(comparison: bool) -> bool:
         return comparison
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
 
-    return statically_known_true(comparison) if is_exporting() else guard_or_false(comparison)
+    return statically_known_true(comparison) if _is_exporting() else guard_or_false(comparison)
