@@ -197,7 +197,7 @@ def fit_alike(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     fitting = rows == key_rows == value_rows and keys == values and size == key_size
     fitting = fitting and query.layout is key.layout is value.layout is _STRIDED
-    return fitting and all(row > 0 for row in rows) and queries > 0 and keys > 0 < size
+    return fitting and 0 not in rows and queries > 0 and keys > 0 < size
 
 
 def packed_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, paged: bool) -> Sizes | None:

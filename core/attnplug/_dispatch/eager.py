@@ -118,9 +118,9 @@ def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
     rows = params.query.shape[:-1]
     if rank > 4 and any(tensor.shape[:-3] != rows[:-2] for tensor in tensors):
         return None
-    query, key, value = (
-        tensor.flatten(0, rank - 4) if rank > 4 else tensor[(None,) * (4 - rank)] for tensor in tensors
-    )
+    query, key, value = [tensor.flatten(0, rank - 4) if rank > 4 else tensor.unsqueeze(0) for tensor in tensors]
+    if rank == 2:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     lifted = params_of(params.__dict__ | {"query": query, "key": key, "value": value})
     plan = _planned(lifted, impl)
     if plan is None:
@@ -129,6 +129,8 @@ def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
         params.__dict__["enable_gqa"] = lifted.enable_gqa
         return plan.run(params)
     out, lse = plan.run(lifted)
+    if rank == 3:  # takes a third of the time of what holds for all
+        return out.squeeze(0), lse if lse is None else lse.squeeze(0)
     return out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
 
 

@@ -128,9 +128,8 @@ def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
         run = entry.kernel.forward
     else:
         run = partial(checked_forward, entry)
-        given = tensors_of(params)
-        if any(tensor is not None and tensor.is_neg() for tensor in given):
-            params = KernelCall.of(entry, params).params(_as_in_memory(given))
+        if _is_negated(params):
+            params = KernelCall.of(entry, params).params(_as_in_memory(tensors_of(params)))
     if any_autocast():
         with no_autocast(params.query):
             return run(params)
@@ -193,6 +192,14 @@ def no_second_derivatives(entry: Entry) -> str:
 def declares(entry: Entry, feature: Feature) -> bool:
     """Whether the implementation's capabilities name this feature."""
     return feature in entry.spec.capabilities.features
+
+
+def _is_negated(params: SDPAParams) -> bool:
+    """Whether a tensor of a call is not as it lies in memory; those of lengths are always."""
+    for tensor in (params.query, params.key, params.value, params.attn_mask, params.sinks, params.alibi_slopes):
+        if tensor is not None and tensor.is_neg():
+            return True
+    return False
 
 
 def _as_in_memory(tensors: Given) -> Given:
