@@ -34,6 +34,8 @@ def of_one_dimension_more(tensor: Tensor) -> Tensor:
         ((of_one_dimension_more(Q), Q, Q), ValueError, "all three nested or none"),
         ((Q[0], of_one_dimension_more(Q[0]), Q[0]), ValueError, "all three nested or none"),
         ((Q[0, 0], Q[0, 0].to_sparse(), Q[0, 0]), ValueError, "key: expected a dense tensor"),
+        ((Q[None], Q[None].to_sparse(), Q[None]), ValueError, "key: expected a dense tensor"),
+        ((Q[0], Q[0], Q[0].to_mkldnn()), ValueError, "value: expected a dense tensor"),
         ((Q[0, 0, 0], Q[0, 0, 0], Q[0, 0, 0]), ValueError, "query: expected at least 2 dimensions"),
         ((Q[0], Q[0], Q[0], torch.zeros(1, 1, 4, 4)), ValueError, "attn_mask: shape .* does not broadcast"),
         (([1.0], [1.0], [1.0]), TypeError, "query: expected a torch.Tensor, got list"),
@@ -110,6 +112,20 @@ def test_numbers_of_numpy_and_of_pytorch_are_numbers(kind: Any, impl: str | None
     expected = attend(Q, Q, Q, dropout_p=0.5, impl=impl)
     torch.manual_seed(0)
     assert torch.equal(attend(Q, Q, Q, dropout_p=kind(0.5), impl=impl), expected)
+
+
+def test_a_scale_that_numpy_computes_is_a_number_in_compiled_code() -> None:
+    starts = torch.tensor([0, 1, 4], dtype=torch.int32)
+
+    def scaled(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale: Any = 1 / np.sqrt(query.shape[-1])
+        tokens = query[0].transpose(0, 1)
+        packed = attnplug.varlen_attn(tokens, tokens, tokens, starts, starts, 3, 3, scale=scale)
+        return attend(query, query, query, scale=scale), packed
+
+    found, packed = torch.compile(scaled, backend="eager", fullgraph=True)(Q)
+    torch.testing.assert_close(found, attend(Q, Q, Q))
+    torch.testing.assert_close(packed, scaled(Q)[1])
 
 
 @pytest.mark.parametrize("impl", [None, "math_ref"])

@@ -106,6 +106,17 @@ def test_a_kernel_prepares_for_as_many_sizes_as_are_recognised() -> None:
         assert (kernel.forwards, kernel.runs) == (3, 11)
 
 
+def test_a_decode_loop_leaves_room_for_calls_of_other_heads() -> None:
+    keys = torch.randn(2, 4, 20, 8)
+    with registered(kernel := Prepares()) as attend:
+        for length in range(1, 21):
+            attend(Q, keys[:, :, :length], keys[:, :, :length])
+        kernel.forwards = kernel.runs = 0
+        for heads in (2, 3, 2, 3):
+            attend(Q[:, :heads], K[:, :heads], V[:, :heads])
+        assert (kernel.forwards, kernel.runs) == (2, 2)
+
+
 def test_a_decode_loop_decides_once_wherever_its_lengths_are_equal() -> None:
     asked = []
 

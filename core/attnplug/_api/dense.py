@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function
 
 from attnplug._call.device import cudnn_errs
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_alike
-from attnplug._call.prepare import prepare_dense
+from attnplug._call.prepare import prepare_dense, without_numpy
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import Plan, is_deterministic
 from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer
@@ -164,9 +164,9 @@ def scaled_dot_product_attention(
     # Each comparison below is a share of a tiny call's time. PyTorch's keyword arguments cost 0.8 us, so they are
     # left out where they say nothing.
     state = thread.state
-    if scale is not None and type(scale) is not float and isinstance(scale, float):  # numpy's, of 1 / np.sqrt(size)
-        scale = float(scale)
     tracing = is_dynamo_compiling()
+    if scale is not None and type(scale) is not float:
+        scale = without_numpy(scale, tracing)
     if tracing or (not process.plain and is_compiling()):  # Dynamo, which may begin again, must find the same way
         start_outside()
     plain = (

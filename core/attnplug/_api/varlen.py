@@ -10,7 +10,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from attnplug._api.dense import are_numbers, is_symbolic, to_symbols
 from attnplug._call.facts import NUMBERS
-from attnplug._call.prepare import prepare_varlen
+from attnplug._call.prepare import prepare_varlen, without_numpy
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import who_decides
@@ -159,6 +159,9 @@ def varlen_attn(
         >>> attnplug.varlen_attn(packed, packed, packed, starts, starts, 8, 8, is_causal=True).shape
         torch.Size([16, 8, 64])
     """
+    tracing = is_dynamo_compiling()
+    if scale is not None and type(scale) is not float:
+        scale = without_numpy(scale, tracing)
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -184,7 +187,7 @@ def varlen_attn(
         impl = wished(impl)
     way = None
     if (
-        not is_dynamo_compiling()
+        not tracing
         and are_numbers(CausalVariant.LOWER_RIGHT, window_size, softcap, sinks, alibi_slopes)
         and (process.choices is None or impl is not None)
         and (impl is None or type(impl) is str)

@@ -206,6 +206,12 @@ def _side(side: Any) -> int:
     return min(index(side), WIDEST)
 
 
+def without_numpy(scale: Any, tracing: bool) -> Any:
+    """Return a float of numpy's, as of `1 / np.sqrt(size)`, as Python's; to Dynamo it is an array of no dimensions."""
+    in_trace = tracing and not isinstance(scale, Tensor) and getattr(scale, "ndim", None) == 0
+    return float(scale) if in_trace or isinstance(scale, float) else scale
+
+
 def _plain_number(value: Any) -> Any:
     return value if isinstance(value, (int, torch.SymInt, torch.SymFloat)) or type(value) is float else float(value)
 

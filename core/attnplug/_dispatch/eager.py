@@ -108,10 +108,11 @@ def _kept(params: SDPAParams, impl: str | None) -> tuple[CallFacts | None, Plan 
 def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
     """Run a call of another rank as one of four dimensions, if it is in the form that kernels know then."""
     tensors, rank, mask = (params.query, params.key, params.value), params.query.dim(), params.attn_mask
-    if rank < 2 or not all(
-        isinstance(tensor, Tensor) and tensor.dim() == rank and not tensor.is_nested for tensor in tensors
-    ):
-        return None
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.dim() != rank or rank < 2:
+            return None
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return None
     if mask is not None and (rank > 4 or not isinstance(mask, Tensor) or mask.dim() > rank):
         return None
     rows = params.query.shape[:-1]

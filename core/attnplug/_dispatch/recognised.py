@@ -158,6 +158,8 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     query, key, value = params.query, params.key, params.value
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     others, autocasts, all_count = known.get(way, ()), any_autocast(), plan.decision.shape_dependent
+    if len(others) >= SEVERAL:  # of those of one plan whose sizes turned out to vary, one is enough
+        others = tuple({(one.plan, one.same): one for one in others}.values())
     if (
         len(others) >= SEVERAL
         or (all_count and params.is_varlen)  # whose longest sequences count too
