@@ -271,6 +271,7 @@ def test_what_torch_rewrites_does_not_go_straight_to_pytorch(
 ) -> None:
     straight: list[Tensor] = []
     gpu_and_cudnn(monkeypatch, (9, 0), 92600)
+    monkeypatch.setattr(faults, "RELEASE", (2, 12))
     monkeypatch.setattr(torch_sdpa, "OF_SDPA", faults.Faults())  # no autograd of CUDA tensors without a driver
     monkeypatch.setattr(dense, "cudnn_errs", lambda index: (False, True, True))
     monkeypatch.setattr(dense, "_torch_sdpa", lambda query, *others: straight.append(query) or query)
