@@ -44,8 +44,10 @@ class Prepares(Opaque):
 @contextmanager
 def registered(kernel: Prepares) -> Iterator[Callable[..., Any]]:
     attnplug.register_impl(ImplSpec(name="prepares", kernel=kernel, backend=None))
-    yield partial(attnplug.scaled_dot_product_attention, impl="prepares")
-    attnplug.unregister_impl("prepares")
+    try:
+        yield partial(attnplug.scaled_dot_product_attention, impl="prepares")
+    finally:
+        attnplug.unregister_impl("prepares")
 
 
 def test_a_call_that_repeats_another_runs_what_the_kernel_prepared() -> None:
@@ -79,6 +81,12 @@ def test_what_a_prepared_call_returns_is_checked(answer: Any) -> None:
         attend(Q, K, V)
         with pytest.raises(attnplug.KernelError, match="'prepares'"):
             attend(Q, K, V)
+
+
+def test_what_a_kernel_prepares_must_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prepares, "prepare", lambda kernel, params: params.scale)
+    with registered(Prepares()) as attend, pytest.raises(attnplug.KernelError, match="'prepares': prepare must return"):
+        attend(Q, K, V)
 
 
 def test_pytorchs_function_is_itself_in_what_a_kernel_prepared() -> None:

@@ -19,6 +19,7 @@ from attnplug._dispatch.ranges import in_range, is_profiled
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Decision, resolve
 from attnplug._dispatch.watched import among_watchers
+from attnplug._errors import KernelError
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import run
@@ -138,6 +139,9 @@ class Plan:
         """Return the plan for calls that differ from this one in nothing but where their tensors lie in memory.
 
         The call asks for nothing beyond PyTorch's arguments and an lse.
+
+        Raises:
+            KernelError: the kernel prepared something that cannot be called.
         """
         prepare = self.decision.kernel.prepare
         if prepare is None or not self.checked or params.attn_mask is not None:
@@ -145,6 +149,9 @@ class Plan:
         run = in_kernel(prepare, params)
         if run is None:
             return self
+        if not callable(run):
+            name, got = self.decision.name, type(run).__name__
+            raise KernelError(f"implementation {name!r}: prepare must return a function or None, got {got}")
         plan = copy(self)
         plan.plain = _Prepared(self, params, run)
         return plan
