@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
 from attnplug._call.device import cudnn_errs
-from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_alike
+from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_alike, is_open
 from attnplug._call.prepare import prepare_dense, without_numpy
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import Plan, is_deterministic
@@ -175,7 +175,7 @@ def scaled_dot_product_attention(
         and seqused_k is None
         and type(softcap) is float
         and softcap == 0.0
-        and (window_size is OPEN_WINDOW or _is_open(window_size))
+        and ((not tracing and window_size is OPEN_WINDOW) or is_open(window_size))
         and causal_variant is UPPER_LEFT
     )
     # While measured choices are in use, one look-up says whether PyTorch's function or which kernel takes such a call.
@@ -356,11 +356,6 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
 def _are_of_four(*tensors: Tensor) -> bool:
     """Whether tensors have four dimensions: a trace of PyTorch 2.11 breaks where another number is unpacked."""
     return all(tensor.dim() == 4 for tensor in tensors)
-
-
-def _is_open(window: Any) -> bool:
-    """Whether this is `OPEN_WINDOW` in another tuple, as a trace has it; -1.0 is not -1."""
-    return type(window) is tuple and window == OPEN_WINDOW and type(window[0]) is int is type(window[1])
 
 
 def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:

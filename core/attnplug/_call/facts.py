@@ -160,9 +160,14 @@ def is_plain(params: SDPAParams) -> bool:
         and params.cu_seq_q is None
         and params.seqused_k is None
         and params.alibi_slopes is None
-        and params.window_size is OPEN_WINDOW  # in another tuple, -1 may be -1.0
+        and is_open(params.window_size)
         and params.causal_variant is UPPER_LEFT
     )
+
+
+def is_open(window: object) -> bool:
+    """Whether this is `OPEN_WINDOW`, with integers: -1.0 is not -1. A trace cannot always say which tuple it is."""
+    return type(window) is tuple and window == OPEN_WINDOW and type(window[0]) is int is type(window[1])
 
 
 def dense_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> Sizes | None:
