@@ -69,15 +69,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    usable = [name for name in dict.fromkeys(arguments.names) if _is_usable(name)]
-    if not usable:
-        return 1
+    for name in arguments.names:
+        check_name(name)
     if arguments.output is not None:
         outputs.check_folder(arguments, arguments.output)
     for name in set(arguments.checks or ()).difference(_checks()):
         arguments.fail(f"--only: {name!r} is not a check{did_you_mean(name, _checks())}")
 
-    from attnplug.testing import check_impls
+    usable = [name for name in dict.fromkeys(arguments.names) if _is_usable(name)]
+    if not usable:
+        return 1
+    from attnplug.testing import check_impls  # which imports torch, as loading a kernel does
 
     with contextlib.ExitStack() as stack:
         try:
@@ -133,7 +135,6 @@ def _is_usable(name: str) -> bool:
     """Whether an implementation can run here; if not, say why."""
     from attnplug.testing._running import find
 
-    check_name(name)
     try:
         find(name)
     except ValueError as error:
