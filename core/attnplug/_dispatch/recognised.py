@@ -41,8 +41,8 @@ class Known:
     """Calls whose plan is known.
 
     Attributes:
-        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary, of a
-            kernel that prepares for calls that repeat one more often than there is room for.
+        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary; of a
+            kernel with `prepare`, once more sizes came than are recognised.
         alike: compares all but batch and lengths; None where they count.
         square: whether there must be as many queries as keys; None where it does not count.
         cast: a type of device, and the dtype that autocast must cast to there; None without autocast.

@@ -21,7 +21,10 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def constant_in_traces(function: _Function) -> _Function:
-    """Do what `torch.compiler.assume_constant_result` does, which would import Dynamo."""
+    """Do what `torch.compiler.assume_constant_result` does, which would import Dynamo.
+
+    The core has this and the next function too, in `_tracing`: this package keeps to public names.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
     return function
 

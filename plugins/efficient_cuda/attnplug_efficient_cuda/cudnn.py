@@ -71,7 +71,10 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
 
 
 def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
-    """Return what runs a call whose tensors are like these, if the operator takes them as they are."""
+    """Return what runs a call whose tensors are like these, if the operator takes them as they are.
+
+    It does what `forward` does of such a call, written out: the functions that forward shares take 1 of 9 us.
+    """
     told = direct.of(params)
     if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
         return None

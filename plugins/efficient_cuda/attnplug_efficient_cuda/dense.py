@@ -69,7 +69,7 @@ direct = Kept(_look)
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return `out (B, Hq, Sq, Ev)`, `lse (B, Hq, Sq)` and, with dropout, a seed and an offset for each launch."""
     if (told := direct.of(params)) is not None:
-        return _forward_directly(params, told)
+        return _forward_directly(params.query, params.key, params.value, told, params.dropout, params.scale)
     parts = list(regions(params))
     if len(parts) == 1:
         return _forward(params)
@@ -104,40 +104,34 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *sa
     return *grads, grad_mask
 
 
-def _forward_directly(params: SDPAParams, told: Direct) -> tuple[Tensor, ...]:
-    query, key, value = params.query, params.key, params.value
+def _forward_directly(
+    query: Tensor, key: Tensor, value: Tensor, told: Direct, dropout: float, scale: float | None
+) -> tuple[Tensor, ...]:
     found = operators.efficient_forward(
         *(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)),
         *(None, None, None, None, None),
-        params.dropout,
+        dropout,
         told.mask_type,
         True,
-        scale=params.scale,
+        scale=scale,
         window_size=told.window,
     )
     out, lse = found[0].transpose(1, 2), found[1]
     lse = lse.narrow(2, 0, query.shape[2]) if told.padded else lse
-    return (out, lse, *found[2:4]) if params.dropout > 0 else (out, lse)
+    return (out, lse, *found[2:4]) if dropout > 0 else (out, lse)
 
 
-def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None] | None:
     """Return what runs a call whose tensors are like these, if the kernel takes them as they are."""
     told = direct.of(params)
     if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
         return None
-    options = (None, None, None, None, None, 0.0, told.mask_type, True)
-    queries, scale, window = params.query.shape[2], params.scale, told.window
+    scale = params.scale
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
         if not (layout.starts_aligned(query) and layout.starts_aligned(key) and layout.starts_aligned(value)):
             return None
-        out, lse, *_ = operators.efficient_forward(
-            *(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)),
-            *options,
-            scale=scale,
-            window_size=window,
-        )
-        return out.transpose(1, 2), lse.narrow(2, 0, queries) if told.padded else lse
+        return _forward_directly(query, key, value, told, 0.0, scale)
 
     return run
 

@@ -75,7 +75,7 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     given = tensors_of(params)
     if params.dropout > 0:  # drawn on the device, so that nothing waits for it
         given["seed"] = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    results = _run(params, given, device, lambda machine: family_for(params, machine).forward(params, machine))
+    results = _run(_forward_plan(params, given, device), given, device)
     return (*results, given["seed"]) if params.dropout > 0 else results
 
 
@@ -84,16 +84,20 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
     given, device = tensors_of(params), params.query.device
     if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
         return None
-    plan = _plan_of(params, given, device, lambda machine: family_for(params, machine).forward(params, machine))
+    plan = _forward_plan(params, given, device)
     settings = _settings(params.query.dtype)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
         aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED == 0
         if not aligned or _settings(query.dtype) != settings:
             return None
-        return _run_plan(plan, {"query": query, "key": key, "value": value}, device)[:2]
+        return _run(plan, {"query": query, "key": key, "value": value}, device)[:2]
 
     return run
+
+
+def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Plan:
+    return _plan(params, given, device, lambda machine: family_for(params, machine).forward(params, machine))
 
 
 def backward(
@@ -117,7 +121,8 @@ def backward(
     def make(machine: Machine) -> Plan:
         return family_for(params, machine).backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
 
-    query, key, value, delta, *of_mask = _run(params, given, params.query.device, make)
+    device = params.query.device
+    query, key, value, delta, *of_mask = _run(_plan(params, given, device, make), given, device)
     return query, key, value, of_mask[0] if of_mask else None, _sinks_gradient(params.sinks, lse, delta)
 
 
@@ -133,16 +138,7 @@ def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
     return launches
 
 
-def _run(
-    params: SDPAParams, given: dict[str, Tensor], device: torch.device, make: Callable[[Machine], Plan]
-) -> tuple[Tensor, ...]:
-    """Run the plan for calls of this kind."""
-    return _run_plan(_plan_of(params, given, device, make), given, device)
-
-
-def _plan_of(
-    params: SDPAParams, given: dict[str, Tensor], device: torch.device, make: Callable[[Machine], Plan]
-) -> Plan:
+def _plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, make: Callable[[Machine], Plan]) -> Plan:
     """Return the plan that is kept for calls of this kind, or make and keep one."""
     kind = _kind(params, given, device)
     plan = _plans.get(kind)
@@ -154,7 +150,7 @@ def _plan_of(
     return plan
 
 
-def _run_plan(plan: Plan, given: dict[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
+def _run(plan: Plan, given: dict[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
     if not given["query"].is_cuda:  # `device.type` takes three times as long
         with _interpreter:  # Triton's interpreter keeps the program at work in a variable of the process
             return plan.run(given, device)

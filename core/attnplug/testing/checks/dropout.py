@@ -23,7 +23,8 @@ SIGMAS = 6.0
 def revealing(subject: Subject, **fields: Any) -> Call:
     """Return a call whose out is the matrix of dropped probabilities, none of which is near 0.
 
-    A full run asks for the largest head size, where that is not declined: not every GPU has room for its backward.
+    A full run asks for the largest head size, where that is not declined: its backward needs more shared memory than
+    some GPUs have.
     """
     sizes = (subject.head_size(size) for size in ((256, 64) if subject.full else (64,)))
     shown = {"queries": 20, "values": "identity", "scale": 0.02, "batch": 1, "dropout_p": P}
