@@ -25,7 +25,7 @@ from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
-from attnplug._tracing import is_exporting
+from attnplug._tracing import holds_in_trace
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     assumes it: see `builtin.rewrites.starts_aligned`.
     """
     tracing = is_compiling()
-    holds = _holds_in_trace if tracing else bool
+    holds = holds_in_trace if tracing else bool
     if dropout:
         *_, errs = cudnn_errs(query.get_device())
         if errs or holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
@@ -383,17 +383,6 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
-
-
-def _holds_in_trace(comparison: bool) -> bool:
-    """Whether a comparison of sizes holds: with a guard, or in an exported program for all that they may be.
-
-    Such a program has one form for the whole range of a size, which a guard would narrow. `builtin.rewrites.holds` is
-    the same: built-in kernels keep to public names.
-    """
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
-
-    return statically_known_true(comparison) if is_exporting() else guard_or_false(comparison)
 
 
 def _records(query: Tensor, key: Tensor, value: Tensor) -> bool:
