@@ -67,8 +67,8 @@ def test_the_conformance_kit_passes_in_the_interpreter(dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's already")
 def test_results_are_right_in_the_interpreter() -> None:
-    file = str(HERE / "test_interpreted.py")
-    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
+    folder = str(HERE / "interpreted")
+    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
