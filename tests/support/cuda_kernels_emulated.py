@@ -207,10 +207,9 @@ class Cudnn:
         *,
         scale,
     ):
-        assert cu_q is None and cu_k is None and not debug
+        assert cu_q is None and cu_k is None and dropout == 0 and not debug
         assert (max_q, max_k) == (query.shape[2], key.shape[2]) and max_k > 1
-        seed = torch.randint(2**31, ())
-        out, lse, _ = self._run(query, key, value, bias, dropout, is_causal, scale, seed)
+        out, lse, _ = self._run(query, key, value, bias, is_causal, scale)
         lse = lse.float().unsqueeze(-1) if self.lse_rank == 4 else lse.float()
         return (
             out.to(query.dtype),
@@ -219,8 +218,8 @@ class Cudnn:
             None,
             max_q,
             max_k,
-            seed,
-            torch.zeros((), dtype=torch.long),
+            None,
+            None,
             None,
         )
 
@@ -233,17 +232,17 @@ class Cudnn:
         self, grad_out, query, key, value, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, is_causal,
         *, scale,
     ):  # fmt: skip
-        assert cu_q is None and cu_k is None and lse.dim() == self.lse_rank
+        assert cu_q is None and cu_k is None and dropout == 0 and lse.dim() == self.lse_rank
         order = sorted(range(4), key=lambda dim: -query.stride(dim))
         assert grad_out.permute(order).is_contiguous() and out.permute(order).is_contiguous()
-        _, expected, (q, k, v) = self._run(query, key, value, bias, dropout, is_causal, scale, seed, grad=True)
+        _, expected, (q, k, v) = self._run(query, key, value, bias, is_causal, scale, grad=True)
         assert torch.allclose(expected.float(), lse.reshape(expected.shape), atol=1e-3)
         with torch.enable_grad():
-            again = self._run(q, k, v, bias, dropout, is_causal, scale, seed)[0]
+            again = self._run(q, k, v, bias, is_causal, scale)[0]
         grads = torch.autograd.grad(again, (q, k, v), grad_out.double())
         return tuple(grad.to(query.dtype) for grad in grads)
 
-    def _run(self, query, key, value, bias, dropout, is_causal, scale, seed, grad=False):
+    def _run(self, query, key, value, bias, is_causal, scale, grad=False):
         assert scale > 0, "keys are hidden before logits are scaled"
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dtype != torch.float64:
@@ -261,8 +260,7 @@ class Cudnn:
             logits = logits + bias.double()
         if is_causal:
             logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -INF)
-        probabilities = logits.softmax(-1) * keep(seed, dropout, tuple(logits.shape))
-        return probabilities @ v, logits.logsumexp(-1), (query, key, value)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1), (query, key, value)
 
 
 class CudnnSequences:
