@@ -141,10 +141,11 @@ class Cutlass:
         lse = lse if lse_wanted else lse[..., :0]
         return out.to(query.dtype), lse, seed, torch.zeros((), dtype=torch.long), length, key.shape[1]
 
-    def whole(self, query, key, value, bias, lse_wanted, dropout, is_causal, *, scale):
+    def whole(self, query, key, value, bias, lse_wanted, dropout=0.0, is_causal=False, *, scale=None):
         """`aten::_scaled_dot_product_efficient_attention`."""
         tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
         given = (bias, None, None, None, None, dropout, int(is_causal), lse_wanted)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         out, *others = self.forward(*tensors, *given, scale=scale, window_size=None)
         return out.transpose(1, 2), *others[:3]
 
@@ -223,9 +224,10 @@ class Cudnn:
             None,
         )
 
-    def whole(self, query, key, value, bias, lse_wanted, dropout, is_causal, debug, *, scale):
+    def whole(self, query, key, value, bias, lse_wanted, dropout=0.0, is_causal=False, debug=False, *, scale=None):
         """`aten::_scaled_dot_product_cudnn_attention`."""
         given = (bias, None, None, query.shape[2], key.shape[2], lse_wanted, dropout, is_causal, debug)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return self.forward(query, key, value, *given, scale=scale)
 
     def backward(
