@@ -117,19 +117,26 @@ def test_no_transform_meets_what_a_kernel_prepared() -> None:
         assert (kernel.forwards, kernel.runs) == (6, 1)
 
 
-def test_a_kernel_prepares_for_as_many_sizes_as_are_recognised() -> None:
-    def attend_all() -> None:
-        for length in lengths:
-            attend(Q, K[:, :, :length], V[:, :, :length])
-
+def test_a_kernel_prepares_for_sizes_that_come_again() -> None:
+    """For the first of a kind at once, for others when they come a second time."""
     with registered(kernel := Prepares()) as attend:
         lengths = [6, 5, 4]
-        for _ in range(4):
-            attend_all()
-        assert (kernel.forwards, kernel.runs) == (3, 9)
-        lengths = [6, 6]
-        attend_all()
-        assert (kernel.forwards, kernel.runs) == (3, 11)
+        for times in range(1, 5):
+            for length in lengths:
+                key, value = K[:, :, :length] * times, V[:, :, :length]
+                torch.testing.assert_close(attend(Q, key, value), sdpa(Q, key, value))
+        assert (kernel.forwards, kernel.runs) == (1 + 2 + 2, 3 + 2 + 2)
+
+
+def test_each_layer_of_a_decode_loop_but_two_runs_what_the_kernel_prepared() -> None:
+    keys, layers = torch.randn(2, 4, 300, 8), 5
+    with registered(kernel := Prepares()) as attend:
+        for length in range(1, 301):
+            for _ in range(layers):
+                key = keys[:, :, :length]
+                torch.testing.assert_close(attend(Q, key, key), sdpa(Q, key, key))
+    assert kernel.forwards == 2 * 300 - 1
+    assert kernel.runs == (layers - 2) * 300 + 1
 
 
 def test_a_decode_loop_leaves_room_for_calls_of_other_heads() -> None:
