@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -73,6 +74,30 @@ def test_a_kernel_may_have_forward_called_after_all() -> None:
         for number in range(3):
             torch.testing.assert_close(attend(Q * number, K, V), sdpa(Q * number, K, V))
         assert (kernel.forwards, kernel.runs) == (3, 2)
+
+
+def test_a_kernel_prepares_for_gradients_what_backward_needs() -> None:
+    class Trains(Prepares):
+        def forward(self, params: SDPAParams) -> Any:
+            return *super().forward(params), params.query * 2
+
+        def backward(self, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, *saved: Any) -> Any:
+            torch.testing.assert_close(saved[-1], params.query * 2)
+            with torch.enable_grad():
+                given = [t.detach().requires_grad_() for t in (params.query, params.key, params.value)]
+                return torch.autograd.grad(sdpa(*given), given, grad_out)
+
+    answers = cycle([True, False, True])
+    kernel = Trains(lambda params: Trains.forward(kernel, params) if next(answers) else None)
+    with registered(kernel) as attend:
+        for number in range(1, 6):
+            given = [(tensor / number).requires_grad_() for tensor in (Q, K, V)]
+            out = attend(*given)
+            torch.testing.assert_close(out, sdpa(*given))
+            grads = [torch.autograd.grad(each.square().sum(), given) for each in (out, sdpa(*given))]
+            torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+            assert not attend(*[tensor.detach() for tensor in given]).requires_grad
+    assert kernel.runs == 4 + 4
 
 
 @pytest.mark.parametrize("answer", [lambda params: params.query, lambda params: (params.query[:1], None)])

@@ -75,7 +75,8 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
     told = direct.of(params)
     if told is None or params.scale is None or params.scale <= 0:
         return None
-    rows, told_out, wants_lse = params.query.shape[:-1], told.out, params.return_lse
+    rows, told_out = params.query.shape[:-1], told.out
+    wants_lse = params.return_lse or params.needs_grad
     attend = operators.repeated("_scaled_dot_product_cudnn_attention", params, wants_lse)
     if attend is None:
         return None

@@ -84,14 +84,14 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
     given, device = tensors_of(params), params.query.device
     if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
         return None
-    plan = _forward_plan(params, given, device)
-    settings = _settings(params.query.dtype)
+    plan, settings = _forward_plan(params, given, device), _settings(params.query.dtype)
+    count = None if params.needs_grad else 2
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
         aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED == 0
         if not aligned or _settings(query.dtype) != settings:
             return None
-        return _run(plan, {"query": query, "key": key, "value": value}, device)[:2]
+        return _run(plan, {"query": query, "key": key, "value": value}, device)[:count]
 
     return run
 
