@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 _ROOT = Path(__file__).resolve().parent.parent
-_H100 = _ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3"
+_RESULTS = _ROOT / "benchmarks/results"
 _NAMES = {"fa3-fwd 0.0.3": "FlashAttention 3", "torch cuDNN": "cuDNN", "torch flash": "PyTorch's flash"}
 _MARK = re.compile(r"^<!-- generate: (\w+) -->$", re.MULTILINE)
 _DISTRIBUTIONS = ("attnplug", "attnplug-math-ref", "attnplug-flash-triton", "attnplug-efficient-cuda")
@@ -231,8 +231,16 @@ def gpu_host() -> str:
     return _table(("implementation", "a call", "over `F.scaled_dot_product_attention`"), rows)
 
 
-def _json(name: str) -> Any:
-    return json.loads((_H100 / f"{name}.json").read_text(encoding="utf-8"))
+def watching() -> str:
+    """Return what it costs to be watched, on the CPU: tiny calls over `F.sdpa`'s, and steps of training."""
+    results = _json("results", "cpu")["results"]
+    first = next(at for at, result in enumerate(results) if result["name"].startswith("nobody watches"))
+    rows = [(result["name"], f"{result['value']:.2f}") for result in results[first:]]  # of the last program that runs
+    return _table(("what", "ratio"), rows)
+
+
+def _json(name: str, machine: str = "nvidia-h100-80gb-hbm3") -> Any:
+    return json.loads((_RESULTS / machine / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _declares(record: ImplRecord, feature: Feature) -> str:
@@ -282,5 +290,6 @@ _PARTS = {
         gpu_decoding,
         gpu_backward,
         gpu_host,
+        watching,
     )
 }
