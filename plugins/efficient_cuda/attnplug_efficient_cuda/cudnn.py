@@ -67,23 +67,25 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     return laid_out_like(query, out), lse, *own
 
 
-def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None] | None] | None:
     """Return what runs a call whose tensors are like these, if the operator takes them as they are.
 
-    It does what `forward` does of such a call, written out: the functions that forward shares take 1 of 9 us.
+    It does what `forward` does of such a call, written out, and without an lse that nobody asked for.
     """
     told = direct.of(params)
     if told is None or params.scale is None or params.scale <= 0:
         return None
-    rows, told_out = params.query.shape[:-1], told.out
-    options = (None, None, None, rows[2], params.key.shape[2], True, 0.0, params.is_causal, False)
-    scale = params.scale
+    rows, told_out, wants_lse = params.query.shape[:-1], told.out, params.return_lse
+    attend = operators.repeated("_scaled_dot_product_cudnn_attention", params, wants_lse)
+    if attend is None:
+        return None
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not (layout.starts_aligned(query) and layout.starts_aligned(key) and layout.starts_aligned(value)):
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % layout.READ_BYTES:
             return None
-        out, lse, *_ = operators.cudnn_forward(query, key, value, *options, scale=scale)
-        return out if out.stride() == told_out else laid_out_like(query, out), lse.reshape(rows)
+        found = attend(query, key, value)
+        out = found[0] if found[0].stride() == told_out else laid_out_like(query, found[0])
+        return out, found[1].reshape(rows) if wants_lse else None
 
     return run
 
