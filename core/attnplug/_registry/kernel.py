@@ -68,8 +68,8 @@ class Kernel:
             arguments and an lse, returns a function for calls that repeat it. `run(query, key, value) -> (out, lse)`
             does what forward does for a call that differs only in where its tensors lie in memory: same shapes,
             strides, dtype, device, scale. It returns None to have forward called, as it must where it depends on
-            alignment or on a setting that has changed. `params` must not be kept. For kernels that are not composite;
-            it saves looking up a plan, building the `SDPAParams` and checking the output.
+            alignment or on a setting that has changed. `params` must not be kept. It saves looking up a plan,
+            building the `SDPAParams` and checking the output.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
