@@ -231,6 +231,17 @@ def gpu_host() -> str:
     return _table(("implementation", "a call", "over `F.scaled_dot_product_attention`"), rows)
 
 
+def host_alone() -> str:
+    """Return what Python takes of a call that repeats one, with what launches replaced."""
+    found = {result["name"]: result["value"] for result in _json("results", "cpu")["results"]}
+    names = {
+        "flash_triton": "forward, to the driver",
+        "efficient_cuda": "efficient_cuda, to the operator",
+        "cudnn": "cudnn, to the operator",
+    }
+    return _table(("implementation", "a call"), [(impl, f"{found[name]:.1f} µs") for impl, name in names.items()])
+
+
 _COSTS = {
     "`attnplug.scaled_dot_product_attention` / `F.scaled_dot_product_attention`": ["default / F.sdpa"],
     "the same in three dimensions; with a mask; under autocast": [
@@ -358,6 +369,7 @@ _PARTS = {
         gpu_decoding,
         gpu_backward,
         gpu_host,
+        host_alone,
         costs,
         watching,
     )
