@@ -99,8 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         except (OSError, RuntimeError, ValueError) as error:  # torch has RuntimeError for a device that there is not
             arguments.fail(str(error))
         finally:
-            if sys.stderr.isatty():
-                print("\r\x1b[K", end="", file=sys.stderr)
+            render.put_status("")
     if arguments.json:
         render.print_json({"reports": [report.as_dict() for report in reports]})
     else:
@@ -145,7 +144,6 @@ def _is_usable(name: str) -> bool:
 
 def _found(written: TextIO | None, name: str, result: Result) -> None:
     """Show a result on a terminal, and write it if that is asked for."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{name} {result.label}: {result.status}", end="", file=sys.stderr, flush=True)
+    render.put_status(f"{name} {result.label}: {result.status}")
     if written is not None:
         written.write(json.dumps({"impl": name, **asdict(result)}) + "\n")
