@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         outputs.check_folder(arguments, arguments.output)
     for name in set(arguments.checks or ()).difference(_checks()):
-        arguments.fail(f"--only: {name!r} is not a check{did_you_mean(name, _checks())}")
+        known = did_you_mean(name, _checks()) or f"; attnplug check {arguments.names[0]} lists them"
+        arguments.fail(f"--only: {name!r} is not a check{known}")
 
     usable = [name for name in dict.fromkeys(arguments.names) if _is_usable(name)]
     if not usable:
