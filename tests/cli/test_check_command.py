@@ -110,6 +110,7 @@ def test_one_that_is_not_available_is_status_1_with_the_reason(cli, register):
         (("torch", "--device", "meta:x"), "device"),
         (("torch", "--device", "meta"), "'meta' cannot be used here"),
         (("torch", "--device", "cpu", "--only", "check_vales"), "did you mean 'check_values'"),
+        (("torch", "--device", "cpu", "--only", "nope"), "attnplug check torch lists them"),
     ],
 )
 def test_what_cannot_be_asked_is_status_2(cli, arguments, said):
