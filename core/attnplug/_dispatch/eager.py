@@ -195,5 +195,7 @@ def _check_impl(impl: Any) -> None:
     registry = start()
     if impl is not None:
         if not isinstance(impl, str):
-            raise TypeError(f"impl: expected the name of an implementation or None, got {impl!r}")
+            raise TypeError(
+                f"impl: expected the name of an implementation or None, got {impl!r}; sdpa_kernel takes families too"
+            )
         registry.get(impl, "impl")
