@@ -1,4 +1,4 @@
-"""What a trace runs outside the graph, as a constant."""
+"""What traces need: constants, which are computed outside the graph, and comparisons of sizes."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def is_exporting() -> bool:
     from torch import compiler
 
     return compiler.is_exporting()
+
+
+def holds_in_trace(comparison: bool) -> bool:
+    """Whether a comparison of sizes holds: with a guard, or in an exported program for all that they may be.
+
+    Such a program has one form for the whole range of a size, which a guard would narrow.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
+
+    return statically_known_true(comparison) if is_exporting() else guard_or_false(comparison)

@@ -138,16 +138,17 @@ class Capabilities:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "devices", _strings("devices", self.devices))
+        for name in ("devices", "architectures"):
+            if (value := getattr(self, name)) is not None:
+                put(self, name, _strings(f"Capabilities.{name}", value))
         for name in self.devices or ():
             if name == "gpu" or not name.isidentifier():
                 raise SpecError(
                     f"Capabilities.devices: {name!r} is not a type of device; write 'cuda', 'cpu' or another "
                     f"`torch.device(...).type`"
                 )
-        put(self, "architectures", _strings("architectures", self.architectures))
         if self.dtypes is not None:
-            names = [str(item).removeprefix("torch.") for item in _items("dtypes", self.dtypes)]
+            names = [str(item).removeprefix("torch.") for item in _items("Capabilities.dtypes", self.dtypes)]
             for name in names:
                 if name not in DTYPES:
                     raise SpecError(
@@ -156,19 +157,18 @@ class Capabilities:
                     )
             put(self, "dtypes", frozenset(names))
         if self.compute_capability is not None:
-            put(self, "compute_capability", _pair("compute_capability", self.compute_capability))
+            put(self, "compute_capability", _pair("Capabilities.compute_capability", self.compute_capability))
         if self.head_sizes is not None and not isinstance(self.head_sizes, range):
-            sizes = _items("head_sizes", self.head_sizes)
+            sizes = _items("Capabilities.head_sizes", self.head_sizes)
             if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
                 raise SpecError(f"Capabilities.head_sizes: expected a range or integers, got {self.head_sizes!r}")
             put(self, "head_sizes", frozenset(sizes))
         if self.head_sizes and min(self.head_sizes) < 1:
             raise SpecError(f"Capabilities.head_sizes: expected sizes of 1 and above, got {self.head_sizes!r}")
-        put(self, "features", frozenset(_feature(item) for item in _items("features", self.features)))
-        if not isinstance(self.quantized, bool):
-            raise SpecError(f"Capabilities.quantized: expected a bool, got {self.quantized!r}")
-        if not isinstance(self.dense, bool):
-            raise SpecError(f"Capabilities.dense: expected a bool, got {self.dense!r}")
+        put(self, "features", frozenset(_feature(item) for item in _items("Capabilities.features", self.features)))
+        for name in ("quantized", "dense"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise SpecError(f"Capabilities.{name}: expected a bool, got {value!r}")
         if not self.dense and Feature.VARLEN not in self.features:
             raise SpecError("Capabilities.dense: without dense calls features must hold Feature.VARLEN")
         if not self.alternatives:
@@ -270,7 +270,7 @@ class ImplSpec:
             raise SpecError(f"{where}.install: expected a command, got {self.install!r}")
         if not isinstance(self.named_only, bool):
             raise SpecError(f"{where}.named_only: expected a bool, got {self.named_only!r}")
-        object.__setattr__(self, "requires", tuple(sorted(_strings("requires", self.requires, where) or ())))
+        object.__setattr__(self, "requires", tuple(sorted(_strings(f"{where}.requires", self.requires or ()))))
 
 
 @dataclass(frozen=True)
@@ -354,33 +354,28 @@ def is_dotted_path(path: str) -> bool:
     return all(part.isidentifier() for part in parts)
 
 
-def _items(name: str, value: Any) -> list[Any]:
+def _items(field: str, value: Any, wanted: str = "a collection") -> list[Any]:
     if isinstance(value, (str, Enum)):
-        raise SpecError(f"Capabilities.{name}: expected a collection, got {value!r}; write ({value!r},)")
+        raise SpecError(f"{field}: expected {wanted}, got {value!r}; write ({value!r},)")
     try:
-        return as_list(f"Capabilities.{name}", value, "a collection")
+        return as_list(field, value, wanted)
     except TypeError as error:
         raise SpecError(str(error)) from None
 
 
-def _strings(name: str, value: Any, where: str = "Capabilities") -> frozenset[str] | None:
-    if value is None:
-        return None
-    try:
-        items = as_list(f"{where}.{name}", value, "a collection of strings")
-    except TypeError as error:
-        raise SpecError(str(error)) from None
+def _strings(field: str, value: Any) -> frozenset[str]:
+    items = _items(field, value, "a collection of strings")
     if not all(isinstance(item, str) for item in items):
-        raise SpecError(f"{where}.{name}: expected a collection of strings, got {value!r}")
+        raise SpecError(f"{field}: expected a collection of strings, got {value!r}")
     for item in items:
         if not item.isprintable():  # reasons quote it, and go to terminals
-            raise SpecError(f"{where}.{name}: {item!r} holds characters that do not print")
+            raise SpecError(f"{field}: {item!r} holds characters that do not print")
     return frozenset(items)
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
+def _pair(field: str, value: Any) -> tuple[int, int]:
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(type(item) is int for item in value):
-        raise SpecError(f"Capabilities.{name}: expected two integers such as (8, 0), got {value!r}")
+        raise SpecError(f"{field}: expected two integers such as (8, 0), got {value!r}")
     return (value[0], value[1])
 
 

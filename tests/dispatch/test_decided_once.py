@@ -99,6 +99,24 @@ def test_pytorchs_function_is_itself_in_what_a_kernel_prepared() -> None:
     assert (kernel.forwards, kernel.runs) == (1, 2)
 
 
+def test_no_transform_meets_what_a_kernel_prepared() -> None:
+    some = torch.ones(2)
+    around = {
+        "vmap": lambda call: torch.vmap(lambda x: call() + x)(some),
+        "grad": lambda call: torch.func.grad(lambda x: call() + x.sum())(some),
+        "jvp": lambda call: torch.func.jvp(lambda x: call() + x, (some,), (some,)),
+        "functionalize": lambda call: torch.func.functionalize(lambda x: call() + x)(some),
+    }
+    with registered(kernel := Prepares()) as attend:
+        for _ in range(2):
+            attend(Q, K, V)
+        for transform in around.values():
+            transform(lambda: attend(Q, K, V).sum())
+        with torch.autograd.forward_ad.dual_level():
+            attend(Q, K, V)
+        assert (kernel.forwards, kernel.runs) == (6, 1)
+
+
 def test_a_kernel_prepares_for_as_many_sizes_as_are_recognised() -> None:
     def attend_all() -> None:
         for length in lengths:

@@ -35,9 +35,9 @@ def emulate(monkeypatch: pytest.MonkeyPatch, name: str, kernel: Cutlass | Cudnn 
     prefix = "efficient" if name == "efficient_cuda" else "cudnn"
     monkeypatch.setattr(operators, f"{prefix}_forward", kernel.forward)
     monkeypatch.setattr(operators, f"{prefix}_backward", kernel.backward)
+    monkeypatch.setattr(operators, "bound", lambda name: getattr(kernel, "whole", None))
     if isinstance(kernel, Cudnn):
         monkeypatch.setattr(operators, "cudnn_lse_rank", lambda: kernel.lse_rank)
-        monkeypatch.setattr(cudnn, "INDEPENDENT_DROPOUT", 0)  # the emulation's masks are
     parts = [Capabilities(devices=("cpu",), features=part.features) for part in SPECS[name].capabilities.alternatives]
     attnplug.register_impl(
         ImplSpec(

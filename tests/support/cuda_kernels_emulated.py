@@ -111,7 +111,8 @@ class Cutlass:
             {"mask_type": mask_type, "window_size": window_size, "query": query, "key": key, "bias": bias}
         )
         check_call(query, key, value, bias, cu_q=cu_q, cu_k=cu_k)
-        assert lse_wanted and dropout < 1 and (cu_q is None or dropout == 0)
+        assert lse_wanted or query.shape[1] > 1, "without an lse, a single query that shares its keys goes wrong"
+        assert dropout < 1 and (cu_q is None or dropout == 0)
         assert scale > 0, "keys are hidden before logits are scaled"
         batches = sequences(query, key, cu_q, cu_k)
         heads, length = query.shape[2], max_q if cu_q is not None else query.shape[1]
@@ -137,7 +138,16 @@ class Cutlass:
                 lse[number, h, :queries] = (shift + total.masked_fill(total == 0, 1).log()).float()
                 blind = ~visible.any(-1)
                 out[b, rows, h] = out[b, rows, h].masked_fill(blind[:, None], NAN)
+        lse = lse if lse_wanted else lse[..., :0]
         return out.to(query.dtype), lse, seed, torch.zeros((), dtype=torch.long), length, key.shape[1]
+
+    def whole(self, query, key, value, bias, lse_wanted, dropout=0.0, is_causal=False, *, scale=None):
+        """`aten::_scaled_dot_product_efficient_attention`."""
+        tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        given = (bias, None, None, None, None, dropout, int(is_causal), lse_wanted)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        out, *others = self.forward(*tensors, *given, scale=scale, window_size=None)
+        return out.transpose(1, 2), *others[:3]
 
     def backward(
         self, grad_out, query, key, value, bias, out, cu_q, cu_k, max_q, max_k, lse, dropout, seed, offset, mask_type,
@@ -198,38 +208,43 @@ class Cudnn:
         *,
         scale,
     ):
-        assert cu_q is None and cu_k is None and lse_wanted and not debug
+        assert cu_q is None and cu_k is None and dropout == 0 and not debug
         assert (max_q, max_k) == (query.shape[2], key.shape[2]) and max_k > 1
-        seed = torch.randint(2**31, ())
-        out, lse, _ = self._run(query, key, value, bias, dropout, is_causal, scale, seed)
+        out, lse, _ = self._run(query, key, value, bias, is_causal, scale)
         lse = lse.float().unsqueeze(-1) if self.lse_rank == 4 else lse.float()
         return (
             out.to(query.dtype),
-            lse,
+            lse if lse_wanted else lse[:0],
             None,
             None,
             max_q,
             max_k,
-            seed,
-            torch.zeros((), dtype=torch.long),
+            None,
+            None,
             None,
         )
+
+    def whole(self, query, key, value, bias, lse_wanted, dropout=0.0, is_causal=False, debug=False, *, scale=None):
+        """`aten::_scaled_dot_product_cudnn_attention`."""
+        given = (bias, None, None, query.shape[2], key.shape[2], lse_wanted, dropout, is_causal, debug)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return self.forward(query, key, value, *given, scale=scale)
 
     def backward(
         self, grad_out, query, key, value, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, is_causal,
         *, scale,
     ):  # fmt: skip
-        assert cu_q is None and cu_k is None and lse.dim() == self.lse_rank
+        assert cu_q is None and cu_k is None and dropout == 0 and lse.dim() == self.lse_rank
         order = sorted(range(4), key=lambda dim: -query.stride(dim))
         assert grad_out.permute(order).is_contiguous() and out.permute(order).is_contiguous()
-        _, expected, (q, k, v) = self._run(query, key, value, bias, dropout, is_causal, scale, seed, grad=True)
+        _, expected, (q, k, v) = self._run(query, key, value, bias, is_causal, scale, grad=True)
         assert torch.allclose(expected.float(), lse.reshape(expected.shape), atol=1e-3)
         with torch.enable_grad():
-            again = self._run(q, k, v, bias, dropout, is_causal, scale, seed)[0]
+            again = self._run(q, k, v, bias, is_causal, scale)[0]
         grads = torch.autograd.grad(again, (q, k, v), grad_out.double())
         return tuple(grad.to(query.dtype) for grad in grads)
 
-    def _run(self, query, key, value, bias, dropout, is_causal, scale, seed, grad=False):
+    def _run(self, query, key, value, bias, is_causal, scale, grad=False):
         assert scale > 0, "keys are hidden before logits are scaled"
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dtype != torch.float64:
@@ -247,8 +262,7 @@ class Cudnn:
             logits = logits + bias.double()
         if is_causal:
             logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -INF)
-        probabilities = logits.softmax(-1) * keep(seed, dropout, tuple(logits.shape))
-        return probabilities @ v, logits.logsumexp(-1), (query, key, value)
+        return logits.softmax(-1) @ v, logits.logsumexp(-1), (query, key, value)
 
 
 class CudnnSequences:

@@ -18,14 +18,14 @@ from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_alike, is
 from attnplug._call.prepare import prepare_dense, without_numpy
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import Plan, is_deterministic
-from attnplug._dispatch.quick import PASS, PASS_IF_ALIGNED, answer
+from attnplug._dispatch.quick import ASK, PASS, PASS_IF_ALIGNED, answer
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
 from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
-from attnplug._tracing import is_exporting
+from attnplug._tracing import holds_in_trace
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 if TYPE_CHECKING:
@@ -178,50 +178,40 @@ def scaled_dot_product_attention(
         and ((not tracing and window_size is OPEN_WINDOW) or is_open(window_size))
         and causal_variant is UPPER_LEFT
     )
-    # While measured choices are in use, one look-up says whether PyTorch's function or which kernel takes such a call.
-    passes = False
-    if (
-        process.choices is not None
-        and plain
-        and process.plain
-        and impl is None
-        and state.scope is None
-        and attn_mask is None
-        and (scale is None or (type(scale) is float and 0.0 < scale < inf))
-        and type(dropout_p) in NUMBERS
-        and dropout_p == 0.0
-        and return_lse is False
-        and not tracing
-        and not (state.watched or _profiler_enabled())
-    ):
-        quick: Any = answer(query, key, value, is_causal, enable_gqa)
-        passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value, dropout_p))
-        if type(quick) is Plan:
-            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]  # has one
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
     # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
-    if passes or (
+    passes = (
         plain
         and process.plain
         and return_lse is False
         and (state.torch_first if impl is None else type(impl) is str and impl == "torch")
-        and (process.choices is None or impl is not None)
         and not (state.watched or (is_profiled() if tracing else _profiler_enabled()))
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and type(dropout_p) in NUMBERS
         and dropout_p < 1.0
-        and (enable_gqa is False or enable_gqa is True)
-        and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
-        and (
-            (
-                (not tracing or _are_of_four(query, key, value))
-                and dense_sizes(query, key, value, enable_gqa) is not None
+    )
+    if passes and impl is None and process.choices is not None:  # then one look-up says whether, or which kernel runs
+        quick: Any = ASK
+        if state.scope is None and attn_mask is None and dropout_p == 0.0 and not tracing:
+            quick = answer(query, key, value, is_causal, enable_gqa)
+        if type(quick) is Plan:
+            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]  # has one
+        passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value, dropout_p))
+    elif passes:
+        passes = (
+            (enable_gqa is False or enable_gqa is True)
+            and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
+            and (
+                (
+                    (not tracing or _are_of_four(query, key, value))
+                    and dense_sizes(query, key, value, enable_gqa) is not None
+                )
+                or (not enable_gqa and fit_alike(query, key, value))
             )
-            or (not enable_gqa and fit_alike(query, key, value))
+            and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
+            and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
         )
-        and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-        and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
-    ):
+    if passes:
         try:
             if scale is None and not enable_gqa:
                 if is_causal is False and dropout_p == 0.0:  # a number takes PyTorch 0.3 us to read
@@ -365,7 +355,7 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     assumes it: see `builtin.rewrites.starts_aligned`.
     """
     tracing = is_compiling()
-    holds = _holds_in_trace if tracing else bool
+    holds = holds_in_trace if tracing else bool
     if dropout:
         *_, errs = cudnn_errs(query.get_device())
         if errs or holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
@@ -383,17 +373,6 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
     return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
-
-
-def _holds_in_trace(comparison: bool) -> bool:
-    """Whether a comparison of sizes holds: with a guard, or in an exported program for all that they may be.
-
-    Such a program has one form for the whole range of a size, which a guard would narrow. `builtin.rewrites.holds` is
-    the same: built-in kernels keep to public names.
-    """
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
-
-    return statically_known_true(comparison) if is_exporting() else guard_or_false(comparison)
 
 
 def _records(query: Tensor, key: Tensor, value: Tensor) -> bool:

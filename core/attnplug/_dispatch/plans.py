@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import CallFacts, Layout
@@ -144,7 +145,7 @@ class Plan:
             KernelError: the kernel prepared something that cannot be called.
         """
         prepare = self.decision.kernel.prepare
-        if prepare is None or not self.checked or params.attn_mask is not None:
+        if prepare is None or not (self.checked or self.simple) or params.attn_mask is not None:
             return self
         run = in_kernel(prepare, params)
         if run is None:
@@ -153,27 +154,39 @@ class Plan:
             name, got = self.decision.name, type(run).__name__
             raise KernelError(f"implementation {name!r}: prepare must return a function or None, got {got}")
         plan = copy(self)
-        plan.plain = _Prepared(self, params, run)
+        plan.plain = _prepared(self, params, run) if self.checked else _simply_prepared(self, run)
         return plan
 
 
-class _Prepared:
-    """What a kernel prepared for calls that repeat one, in the place of its `plain`; its output is checked once."""
+def _prepared(plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., Result]:
+    """Return a `plain` that runs what a kernel prepared for calls that repeat one, and checks once what it returns."""
+    call, is_checked = KernelCall.of(plan.decision.entry, params), False
 
-    def __init__(self, plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
-        self.plan, self.prepared, self.is_checked = plan, run, False
-        self.call = KernelCall.of(plan.decision.entry, params)
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
-        returned = None if is_transformed() else in_kernel(self.prepared, query, key, value)
-        if returned is None or not self.is_checked:
-            params = self.call.params((query, key, value, *(None,) * (len(TENSORS) - 3)))
+    def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
+        nonlocal is_checked
+        outer = thread.in_kernel
+        thread.in_kernel = True  # `in_kernel`, without the time of another call
+        try:
+            returned = None if forward_ad._current_level >= 0 else run(query, key, value)
+        finally:
+            thread.in_kernel = outer
+        if returned is None or not is_checked:
+            repeated = call.params((query, key, value, *(None,) * (len(TENSORS) - 3)))
             if returned is None:
-                return self.plan.carry_out(params)
-            check_outputs(self.plan.decision.name, params, returned)
-            self.is_checked = True
-        out, lse, *_ = returned
-        return out, lse
+                return plan.carry_out(repeated)
+            check_outputs(plan.decision.name, repeated, returned)
+            is_checked = True
+        return returned[:2]
+
+    return plain
+
+
+def _simply_prepared(plan: Plan, run: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., Result] | None:
+    """Return the same for a kernel with nothing around it; None where it has no `plain` to run else."""
+    plain = plan.plain
+    if plain is None:
+        return None
+    return lambda query, key, value, *others: run(query, key, value) or plain(query, key, value, *others)
 
 
 BY_LAYOUT = object()

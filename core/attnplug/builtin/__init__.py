@@ -1,9 +1,10 @@
 """The implementations that come with the core: PyTorch's own function, two of its leaf kernels, and the
 providers that its registry has built in.
 
-A plugin like any other: found by its dotted name, asked through the same hook, held to attnplug's public names.
-This module is light, as theirs are: the kernels beside it import torch, it does not. `FA3` and `FA4` alone have their
-kernels elsewhere: they are what `attnplug._control.providers` makes of every provider of PyTorch's registry.
+A plugin like any other: found by its dotted name, asked through the same hook, held to attnplug's public names (and
+`_tracing`, which a plugin could write with PyTorch's). This module is light, as theirs are: the kernels beside it
+import torch, it does not. `FA3` and `FA4` alone have their kernels elsewhere: they are what
+`attnplug._control.providers` makes of every provider of PyTorch's registry.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
-from attnplug.builtin.rewrites import constant_in_traces, holds
+from attnplug._tracing import constant_in_traces
+from attnplug.builtin.rewrites import holds
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -17,9 +17,9 @@ from attnplug import PluginError
 
 
 def operator(schema: str) -> Any:
-    """Return the operator that `schema` declares, by PyTorch's own binding for it, which is called twice as fast.
+    """Return the operator that `schema` declares, by PyTorch's own binding for it, which is called in less time.
 
-    Not so where it returns numbers: the binding makes tensors of them on the CPU, at which a trace breaks.
+    Not so where it returns numbers, at whose binding a trace breaks: see `bound`.
 
     Raises:
         PluginError: this release has no such operator, or one that calls written for `schema` do not fit.
@@ -36,7 +36,12 @@ def operator(schema: str) -> Any:
             f"found {found._schema}"
         )
     returns_numbers = any("int" in str(result.type) for result in found._schema.returns)
-    return found if returns_numbers else getattr(torch, name, found)
+    return found if returns_numbers else bound(found)
+
+
+def bound(operator: Any) -> Any:
+    """Return PyTorch's own binding for an operator, where it has one; it takes 1 to 2 us less for each call."""
+    return getattr(torch, operator._schema.name.partition("::")[2], operator)
 
 
 def _fits(found: Any, expected: Any) -> bool:

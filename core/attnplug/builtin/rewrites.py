@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, compiler
+from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.functional import pad
 
 from attnplug import SDPAParams
+from attnplug._tracing import holds_in_trace
 from attnplug.builtin.masks import as_wide
 
 BATCH, HEADS, QUERIES = -4, -3, -2
 ALIGNMENT = 16
 """Bytes of the widest load of CUDA kernels: tensors, and their rows, must start at a multiple of it."""
-_Function = TypeVar("_Function", bound=Callable[..., object])
-
-
-def constant_in_traces(function: _Function) -> _Function:
-    """Do what `torch.compiler.assume_constant_result` does, which would import Dynamo.
-
-    The core has this and the next function too, in `_tracing`: this package keeps to public names.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions declare none
-    return function
-
-
-@constant_in_traces
-def _is_exporting() -> bool:
-    """Whether `torch.export` traces; PyTorch 2.11 says so in every trace."""
-    return compiler.is_exporting()
 
 
 def with_positive_scale(params: SDPAParams) -> SDPAParams:
@@ -163,13 +147,5 @@ def starts_aligned(tensor: Tensor) -> bool:
 
 
 def holds(comparison: bool) -> bool:
-    """Whether a comparison of sizes holds: in a trace with a guard, in an exported program for all their values.
-
-    Such a program has one form for the whole range of a size, which a guard would narrow. The core's passthrough
-    has the same: this package keeps to public names.
-    """
-    if not is_compiling():
-        return comparison
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true  # a trace has imported it
-
-    return statically_known_true(comparison) if _is_exporting() else guard_or_false(comparison)
+    """Whether a comparison of sizes holds: in a trace as `holds_in_trace` says."""
+    return holds_in_trace(comparison) if is_compiling() else comparison

@@ -25,8 +25,6 @@ from attnplug_efficient_cuda.kept import Kept
 shape_dependent = True
 MINUS_INFINITY = float("-inf")
 LARGEST_DIMENSION = 65535
-INDEPENDENT_DROPOUT: int | None = None
-"""The first cuDNN that was seen to draw a dropout mask of its own for each query; until there is one, none is used."""
 Capability = tuple[int, int]
 
 
@@ -39,7 +37,7 @@ class Direct(NamedTuple):
 def _look(params: SDPAParams) -> Direct | None:
     query, key, value = params.query, params.key, params.value
     fits = all(layout.is_aligned(tensor) and not layout.is_expanded(tensor) for tensor in (query, key, value))
-    if not fits or _band_in_mask(params) or params.dropout == 1:
+    if not fits or _band_in_mask(params):
         return None
     shape, order = (*query.shape[:-1], value.shape[-1]), _order(query)
     steps = dict(zip(order, layout.contiguous_strides([shape[dim] for dim in order]), strict=True))
@@ -50,61 +48,59 @@ direct = Kept(_look)
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
-    """Return `out`, `lse`, where there is a mask the operator's own lse, and seeds of dropout."""
+    """Return `out`, `lse` and, where there is a mask, the operator's own lse."""
     params, _ = layout.positive_scale(params)
     if params.is_varlen:
         return cudnn_packed.forward(params)
     if (told := direct.of(params)) is not None:
-        out, lse, seeds = _run(params, params.query, params.key, params.value, None)
+        out, lse = _run(params, params.query, params.key, params.value, None)
         out = out if out.stride() == told.out else laid_out_like(params.query, out)
-        return out, lse.reshape(params.query.shape[:-1]), *seeds
+        return out, lse.reshape(params.query.shape[:-1])
     params = _with_band_in_mask(params)
     query, key, value, mask = _kernel_tensors(params)
-    out, kernel_lse, seeds = _run(params, query, key, value, mask)
+    out, kernel_lse = _run(params, query, key, value, mask)
     lse = layout.compact(kernel_lse.reshape(query.shape[:-1]))
     own: tuple[Tensor, ...] = ()
     if params.attn_mask is not None:
         blind, own = _blind(params.attn_mask), (kernel_lse,)
         out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, MINUS_INFINITY)
-    out = laid_out_like(query, out)
-    return torch.zeros_like(out) if params.dropout == 1 else out, lse, *own, *seeds
+    return laid_out_like(query, out), lse, *own
 
 
-def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None] | None] | None:
     """Return what runs a call whose tensors are like these, if the operator takes them as they are.
 
-    It does what `forward` does of such a call, written out: the functions that forward shares take 1 of 9 us.
+    It does what `forward` does of such a call, written out, and without an lse that nobody asked for.
     """
     told = direct.of(params)
-    if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
+    if told is None or params.scale is None or params.scale <= 0:
         return None
-    rows, told_out = params.query.shape[:-1], told.out
-    options = (None, None, None, rows[2], params.key.shape[2], True, 0.0, params.is_causal, False)
-    scale = params.scale
+    rows, told_out, wants_lse = params.query.shape[:-1], told.out, params.return_lse
+    attend = operators.repeated("_scaled_dot_product_cudnn_attention", params, wants_lse)
+    if attend is None:
+        return None
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not (layout.starts_aligned(query) and layout.starts_aligned(key) and layout.starts_aligned(value)):
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % layout.READ_BYTES:
             return None
-        out, lse, *_ = operators.cudnn_forward(query, key, value, *options, scale=scale)
-        return out if out.stride() == told_out else laid_out_like(query, out), lse.reshape(rows)
+        found = attend(query, key, value)
+        out = found[0] if found[0].stride() == told_out else laid_out_like(query, found[0])
+        return out, found[1].reshape(rows) if wants_lse else None
 
     return run
 
 
-def _run(
-    params: SDPAParams, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Return out, lse and, with dropout, its seeds; where nothing is left cuDNN would divide by what is."""
-    found = operators.cudnn_forward(
+def _run(params: SDPAParams, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = operators.cudnn_forward(
         *(query, key, value, mask),
         *(None, None, query.shape[2], key.shape[2]),
         True,
-        params.dropout if params.dropout < 1 else 0.0,
+        0.0,
         params.is_causal,
         False,
         scale=params.scale,
     )
-    return found[0], found[1], tuple(found[6:8]) if 0 < params.dropout < 1 else ()
+    return out, lse
 
 
 def backward(
@@ -133,27 +129,25 @@ def backward(
 def _dense_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if params.dropout == 1:
-        return torch.zeros_like(params.query), torch.zeros_like(params.key), torch.zeros_like(params.value)
     if direct.of(params) is not None:
         query, key, value, mask = params.query, params.key, params.value, None
     else:
         params = _with_band_in_mask(params)
         query, key, value, mask = _kernel_tensors(params)
     if mask is None:
-        kernel_lse, seeds = lse.reshape(lse.shape + (1,) * (operators.cudnn_lse_rank() - 3)), saved
+        kernel_lse = lse.reshape(lse.shape + (1,) * (operators.cudnn_lse_rank() - 3))
     else:
         grad_out = grad_out.masked_fill((lse == MINUS_INFINITY).unsqueeze(-1), 0.0)
-        kernel_lse, seeds = saved[0], saved[1:]
-    seed, offset = seeds or (_no_seed(query.device),) * 2
+        (kernel_lse,) = saved
+    seed = _no_seed(query.device)
     return operators.cudnn_backward(
         laid_out_like(query, grad_out),
         *(query, key, value),
         laid_out_like(query, out),
         kernel_lse,
-        *(seed, offset, mask),
+        *(seed, seed, mask),
         *(None, None, query.shape[2], key.shape[2]),
-        params.dropout,
+        0.0,
         params.is_causal,
         scale=params.scale,
     )
@@ -171,14 +165,8 @@ def unavailable() -> tuple[str, ...]:
 
 def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
     """Return the features for which the PyTorch or the cuDNN of this machine is too old."""
-    version = torch.backends.cudnn.version()
-    found = {Feature.VARLEN: cudnn_packed.lacking(version)}
-    if version is not None and (INDEPENDENT_DROPOUT is None or version < INDEPENDENT_DROPOUT):
-        found[Feature.DROPOUT] = (
-            f"of every eight queries, four have the same dropout mask: seen with cuDNN 9.19.0 on compute capability "
-            f"9.0, and with no cuDNN to be otherwise; found {shown(version)}"
-        )
-    return {feature: reason for feature, reason in found.items() if reason}
+    reason = cudnn_packed.lacking(torch.backends.cudnn.version())
+    return {Feature.VARLEN: reason} if reason else {}
 
 
 def supports(params: SDPAParams) -> list[str]:
@@ -217,8 +205,7 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
     own = []
     if params.attn_mask is not None or _band_in_mask(params):
         own.append(query.new_empty(query.shape[:-1] + (1,) * (operators.cudnn_lse_rank() - 3), dtype=torch.float32))
-    seeds = 2 if 0 < params.dropout < 1 else 0
-    return out, lse, *own, *(query.new_empty((), dtype=torch.long) for _ in range(seeds))
+    return out, lse, *own
 
 
 def _kernel_tensors(params: SDPAParams) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -318,12 +305,10 @@ def _dense_reasons(params: SDPAParams) -> list[str]:
     reasons = []
     if key.shape[2] == 1:
         reasons.append("does not take a single key")
-    if query.shape[2] == 1 and (params.dropout > 0 or wants_grad(params)):
-        reasons.append("does not take a single query with dropout or gradients")
+    if query.shape[2] == 1 and wants_grad(params):
+        reasons.append("does not take a single query with gradients")
     if max(query.shape[:2]) > LARGEST_DIMENSION:
         reasons.append(f"takes at most {LARGEST_DIMENSION} batches and heads, got {tuple(query.shape[:2])}")
-    if params.dropout * 16 != int(params.dropout * 16):
-        reasons.append(f"has dropout only in steps of 1/16, got {params.dropout}")
     masked = params.attn_mask is not None or _band_in_mask(params)
     if masked and key.shape[2] % 128 == 64 and wants_grad(params):
         reasons.append(

@@ -121,17 +121,26 @@ def _forward_directly(
     return (out, lse, *found[2:4]) if dropout > 0 else (out, lse)
 
 
-def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None] | None:
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Any, ...] | None] | None:
     """Return what runs a call whose tensors are like these, if the kernel takes them as they are."""
     told = direct.of(params)
     if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
         return None
-    scale = params.scale
+    scale, queries = params.scale, params.query.shape[2]
+    # Without an lse, a single query that shares its keys takes a path that is wrong (pytorch#192138).
+    wants_lse, attend = params.return_lse or queries == 1, None
+    if told.window is None and told.mask_type != geometry.LOWER_RIGHT:  # of which this operator does not know
+        attend = operators.repeated("_scaled_dot_product_efficient_attention", params, wants_lse)
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
-        if not (layout.starts_aligned(query) and layout.starts_aligned(key) and layout.starts_aligned(value)):
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...] | None:
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % layout.READ_BYTES:
             return None
-        return _forward_directly(query, key, value, told, 0.0, scale)
+        if attend is None:
+            return _forward_directly(query, key, value, told, 0.0, scale)
+        out, lse, *_ = attend(query, key, value)
+        if not wants_lse:
+            return out, None
+        return out, lse.narrow(2, 0, queries) if told.padded else lse
 
     return run
 

@@ -43,7 +43,7 @@ def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
         return {}
     from attnplug_flash_triton.hopper import choose
 
-    if choose.wanted() == "0":
+    if not choose.are_allowed():
         return {}
     order = "on compute capability 9.0 the query's gradient is added up in no fixed order"
     return {Feature.DETERMINISTIC: f"{order}, unless torch.use_deterministic_algorithms(True) is in force"}

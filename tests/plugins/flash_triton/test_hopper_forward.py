@@ -260,18 +260,11 @@ def test_the_environment_keeps_hoppers_own_kernels_from_running(monkeypatch: pyt
     monkeypatch.setenv("FLASH_TRITON_HOPPER", "0")
     assert choose.reasons_forward(call().params) == ["FLASH_TRITON_HOPPER=0 keeps Hopper's own kernels from running"]
     assert choose.reasons_backward(call().params) == choose.reasons_forward(call().params)
-
-
-def test_what_is_not_proven_runs_only_where_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "PROVEN", (choose.BACKWARD,))
-    assert choose.reasons_forward(call().params) == [
-        "forward is not yet proven on sm_90; FLASH_TRITON_HOPPER=1 uses it"
-    ]
     monkeypatch.setenv("FLASH_TRITON_HOPPER", "1")
-    assert choose.reasons_forward(call().params) == []
+    assert choose.reasons_forward(call().params) == choose.reasons_backward(call().params) == []
 
 
 def test_a_wish_that_means_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_TRITON_HOPPER", "yes")
     with pytest.raises(ValueError, match=r"FLASH_TRITON_HOPPER='yes' is neither 0 .* nor 1 "):
-        choose.wanted()
+        choose.are_allowed()

@@ -1,0 +1,103 @@
+"""Packed sequences, and pages of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import attnplug
+from interpreted_calls import INF, LOWER_RIGHT, formula, random
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of divisions by 0 that are then left out
+
+
+VARLEN: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window, softcap, sinks": {"window_size": (6, 2), "softcap": 2.0, "sinks": random(2).float()},
+    "alibi, used keys": {"alibi_slopes": torch.rand(4, 2), "seqused_k": torch.tensor([3, 0, 18, 0], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("case", VARLEN)
+def test_packed_sequences_are_right(case: str) -> None:
+    """Lengths of zero among them, and tokens that belong to no sequence at the end."""
+    arguments = VARLEN[case]
+    lengths_q, lengths_k = (5, 18, 20, 0), (7, 0, 20, 4)
+    bounds_q, bounds_k = (
+        torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32) for x in (lengths_q, lengths_k)
+    )
+    leaves = [random(45, 2, 16), random(33, 1, 16, seed=1), random(33, 1, 12, seed=2)]
+    leaves = [tensor.float().requires_grad_() for tensor in leaves]
+    out, lse = attnplug.varlen_attn(
+        *leaves, bounds_q, bounds_k, 20, 20, enable_gqa=True, return_lse=True, impl="flash_triton", **arguments
+    )
+    seen = lse > -INF
+    weights = random(*out.shape, seed=3).float()
+    grads = torch.autograd.grad((out * weights).sum() + lse[seen].sum(), leaves)
+    assert not out[43:].any() and (lse[:, 43:] == -INF).all()
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    loss = torch.zeros((), dtype=torch.float64)
+    for b in range(4):
+        if not lengths_q[b]:
+            continue
+        rows, columns = slice(bounds_q[b], bounds_q[b + 1]), slice(bounds_k[b], bounds_k[b + 1])
+        one = dict(arguments, causal_variant=LOWER_RIGHT)
+        for name in ("alibi_slopes", "seqused_k"):
+            if name in one:
+                one[name] = one[name][b : b + 1]
+        parts = [wide[0][rows], wide[1][columns], wide[2][columns]]
+        ref, ref_lse = formula(*(part.transpose(0, 1)[None] for part in parts), **one)
+        torch.testing.assert_close(out[rows].double(), ref[0].transpose(0, 1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(lse[:, rows].double(), ref_lse[0], atol=1e-5, rtol=1e-4)
+        loss = loss + (ref[0].transpose(0, 1) * weights[rows]).sum() + ref_lse[ref_lse > -INF].sum()
+    for grad, ref_grad in zip(grads, torch.autograd.grad(loss, wide), strict=True):
+        torch.testing.assert_close(grad.double(), ref_grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.parametrize("longest", [4, 20])
+def test_paged_keys_are_right_whatever_memory_outside_holds(page_size: int, longest: int) -> None:
+    used = torch.tensor([7, 40, 0], dtype=torch.int32)
+    blocks = -(-40 // page_size)
+    table = torch.randperm(3 * blocks, generator=torch.Generator().manual_seed(1)).reshape(3, blocks).int()
+    key, value = (torch.full((3 * blocks, page_size, 2, size), float("nan")) for size in (16, 12))
+    sequences = []
+    for b in range(3):
+        rows = [random(int(used[b]), 2, size, seed=b).float() for size in (16, 12)]
+        sequences.append(rows)
+        for at in range(int(used[b])):
+            for pages, row in zip((key, value), rows, strict=True):
+                pages[table[b, at // page_size], at % page_size] = row[at]
+    table[0, -(-7 // page_size) :] = 10**6  # never looked up
+    bounds = torch.tensor([0, longest, longest + 3, longest + 5], dtype=torch.int32)
+    query = random(longest + 5, 4, 16).float()
+    out, lse = attnplug.varlen_attn(
+        *(query, key, value, bounds, None, longest, 40),
+        seqused_k=used,
+        block_table=table,
+        is_causal=True,
+        enable_gqa=True,
+        return_lse=True,
+        impl="flash_triton",
+    )
+    for b in range(3):
+        rows = slice(bounds[b], bounds[b + 1])
+        parts = [query[rows].double(), *(row.double() for row in sequences[b])]
+        if not used[b]:
+            assert not out[rows].any() and (lse[:, rows] == -INF).all()
+            continue
+        heads_first = (part.transpose(0, 1)[None] for part in parts)
+        ref, ref_lse = formula(*heads_first, is_causal=True, causal_variant=LOWER_RIGHT)
+        torch.testing.assert_close(out[rows].double(), ref[0].transpose(0, 1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(lse[:, rows].double(), ref_lse[0], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_pages_are_declined_with_the_reason() -> None:
+    pages, bounds = torch.randn(2, 4, 1, 16, requires_grad=True), torch.tensor([0, 2], dtype=torch.int32)
+    arguments = {"seqused_k": torch.tensor([3], dtype=torch.int32), "block_table": torch.zeros(1, 1, dtype=torch.int32)}
+    with pytest.raises(attnplug.NoImplementationError, match="no gradients for paged"):
+        attnplug.varlen_attn(torch.randn(2, 1, 16), pages, pages, bounds, None, 2, 3, impl="flash_triton", **arguments)
