@@ -102,6 +102,18 @@ def test_a_handle_in_a_copied_model_is_that_of_the_copy(copied: Callable[[TwoLay
     assert "removed" in repr(copied(other).handles)
 
 
+def test_a_copied_handle_is_removed_from_a_class_derived_from_the_bound_one() -> None:
+    """As `fully_shard` derives one, of a module that is bound already."""
+    model = Model()
+    model.handle = attnplug.bind(model, "aten_math")
+    model.__class__ = type("Sharded", (type(model),), {})
+    other = copy.deepcopy(model)
+    with attnplug.patch_torch():
+        assert ran_in(lambda: other(Q)) == ["aten_math"]
+        other.handle.remove()
+        assert ran_in(lambda: other(Q)) == ["torch"]
+
+
 def test_a_module_is_counted_until_its_last_handle_is_removed() -> None:
     """While one is bound, `nn.TransformerEncoderLayer` calls no fast path in C++, which no binding would reach."""
     model = TwoLayers()

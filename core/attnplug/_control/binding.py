@@ -174,7 +174,11 @@ def _count(module: torch.nn.Module) -> None:
 
 def _forget(key: int) -> None:
     with _lock:
-        _counted.pop(key).detach()
+        counted = _counted.pop(
+            key, None
+        )  # there is none for a copy whose class somebody has derived from the bound one
+        if counted is not None:
+            counted.detach()
         process.bindings = len(_counted)
 
 
