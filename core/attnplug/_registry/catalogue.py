@@ -42,7 +42,7 @@ def _spec(name: str, backend: SDPBackend, capabilities: Capabilities) -> ImplSpe
 
 _HALF, _FULL = ("float16", "bfloat16"), ("float32", "float64")
 _CUDNN = frozenset({Feature.CAUSAL, Feature.LOWER_RIGHT, Feature.GQA, Feature.VALUE_HEAD_SIZE, Feature.LSE})
-_MASKS = frozenset({Feature.BOOLEAN_MASK, Feature.ADDITIVE_MASK, Feature.UPPER_LEFT, Feature.WINDOW, Feature.DROPOUT})
+_MASKS = frozenset({Feature.BOOLEAN_MASK, Feature.ADDITIVE_MASK, Feature.UPPER_LEFT, Feature.WINDOW})
 
 KNOWN = {
     "math_ref": Known(
@@ -80,7 +80,7 @@ KNOWN = {
                 devices=("cuda",),
                 dtypes=("float16", "float32"),
                 compute_capability=(7, 0),
-                features=_CUDNN | _MASKS | {Feature.MASK_GRADIENT, Feature.SEQUSED_K, Feature.VARLEN},
+                features=_CUDNN | _MASKS | {Feature.MASK_GRADIENT, Feature.DROPOUT, Feature.SEQUSED_K, Feature.VARLEN},
             ),
         ),
     ),
