@@ -74,7 +74,7 @@ class SDPAParams:
       four dimensions, each 1 or the full size of `(B, Hq, Sq, Sk)`;
     * variable length: `query (Tq, Hq, E)`, `key (Tk, Hkv, E)`, `value (Tk, Hkv, Ev)`, or pages
       `(pages, page_size, Hkv, E)` with `block_table`; `cu_seq_q`, `cu_seq_k` int32 of length B + 1;
-    * `scale` is a number, `alibi_slopes` float32, and no size among B, Hq, Sq, Sk is zero.
+    * `scale` is a number, `alibi_slopes` of `lse_dtype`, and no size among B, Hq, Sq, Sk is zero.
 
     Attributes:
         query: the queries.

@@ -57,7 +57,11 @@ def calls(draw: st.DrawFn) -> SDPAParams:
         window_size=draw(st.sampled_from(((-1, -1), (2, 0), (1, 3)))),
         softcap=draw(st.sampled_from((0.0, 20.0))),
         sinks=maybe(tensor(heads)),
-        alibi_slopes=maybe(torch.empty(*((batch,) if draw(st.booleans()) else ()), heads)),
+        alibi_slopes=maybe(
+            torch.empty(
+                *((batch,) if draw(st.booleans()) else ()), heads, dtype=dtype if dtype is torch.float64 else None
+            )
+        ),
         seqused_k=maybe(torch.zeros(batch, dtype=torch.int32)),
         return_lse=draw(st.booleans()),
         cu_seq_q=starts if varlen else None,

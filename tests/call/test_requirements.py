@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Collection
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from attnplug import Capabilities, Feature, ImplSpec, SDPAParams
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, None]:
-    assert params.alibi_slopes is None or params.alibi_slopes.dtype is torch.float32
+    assert params.alibi_slopes is None or params.alibi_slopes.dtype is params.lse_dtype
     return params.value.clone(), None
 
 
@@ -63,12 +65,23 @@ def test_a_mask_wants_a_gradient_only_where_gradients_are_recorded() -> None:
         assert reasons(masked, params) == ()
 
 
-def test_kernels_get_slopes_in_float32_whatever_their_dtype() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_kernels_get_slopes_in_the_dtype_of_sums_whatever_their_own(dtype: torch.dtype) -> None:
     assert reasons(Capabilities(features={Feature.ALIBI}), call()) == ()
-    query = torch.zeros(1, 2, 4, 8)
-    for dtype in (torch.bfloat16, torch.float64, torch.float32):
-        slopes = torch.ones(2, dtype=dtype)
+    query = torch.zeros(1, 2, 4, 8, dtype=dtype)
+    for given in (torch.bfloat16, torch.float64, torch.float32):
+        slopes = torch.ones(2, dtype=given)
         attnplug.scaled_dot_product_attention(query, query, query, alibi_slopes=slopes, impl="stated")
+
+
+def test_float64_slopes_of_a_float64_call_are_not_rounded() -> None:
+    query, slopes = torch.zeros(1, 1, 2, 8, dtype=torch.float64), torch.tensor([1 / 3], dtype=torch.float64)
+    attend = functools.partial(attnplug.scaled_dot_product_attention, impl="math_ref")
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for function in (attend, attend, compiled):
+        _, lse = function(query, query, query, alibi_slopes=slopes, return_lse=True)
+        expected = math.log1p(math.exp(-1 / 3))
+        assert abs(lse.view(-1).tolist()[0] - expected) < 1e-14
 
 
 def test_head_sizes_are_not_asked_of_nested_tensors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,16 @@ def test_failed_shows_failures_only_the_simplest_first(cli, register):
 def test_failed_of_one_that_passes_is_one_line(cli):
     done = cli("check", "torch", "--device", "cpu", "--dtype", "fp32", "--only", "check_scale", "--failed")
     assert done.status == 0 and len(done.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("terminal", "is_shown"), [("xterm", True), ("dumb", False), (None, False)])
+def test_a_terminal_that_can_shows_what_was_checked_last(terminal, is_shown, cli, monkeypatch):
+    if terminal is not None:
+        monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: stream is sys.stderr)
+        monkeypatch.setenv("TERM", terminal)
+    done = cli("check", "torch", "--device", "cpu", "--dtype", "fp32", "--only", "check_scale", "--failed")
+    shown = "\r\x1b[Ktorch check_scale[float32]: passed\r\x1b[K" if is_shown else ""
+    assert done.err == shown and "\x1b" not in done.out
 
 
 def test_jacobians_that_differ_are_not_printed(cli, register):
@@ -99,6 +110,7 @@ def test_one_that_is_not_available_is_status_1_with_the_reason(cli, register):
         (("torch", "--device", "meta:x"), "device"),
         (("torch", "--device", "meta"), "'meta' cannot be used here"),
         (("torch", "--device", "cpu", "--only", "check_vales"), "did you mean 'check_values'"),
+        (("torch", "--device", "cpu", "--only", "nope"), "attnplug check torch lists them"),
     ],
 )
 def test_what_cannot_be_asked_is_status_2(cli, arguments, said):

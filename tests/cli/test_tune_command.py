@@ -115,7 +115,7 @@ def test_bench_saves_the_choices_that_follow_from_a_run(captured, tmp_path, monk
     path = tmp_path / "mine.json"
     cases = ["--cases", captured[1]]
     assert main(["bench", *cases, *QUICK, "--save-choices", str(path)]) == 0
-    assert f"2 choices are saved in {path}" in capsys.readouterr().err
+    assert f"saved 2 choices in {path}" in capsys.readouterr().err
     assert len(Choices.load(path)) == 2
     path.write_text("no JSON")
     assert main(["bench", *cases, *QUICK, "--save-choices", str(path)]) == 2
@@ -131,7 +131,7 @@ def test_measured_choices_are_listed_with_whether_they_hold_here(tmp_path, cache
     assert main(["list", "--choices"]) == 0
     printed = capsys.readouterr().out
     assert "float32 D8, B·H ≤2, S ≤8  torch  aten_math  2.00" in printed
-    assert "\nholds here\n" in printed and f"{cache}: 1 choices, not in use; " in printed
+    assert "\nholds here\n" in printed and f"{cache}: 1 choice, not in use; " in printed
     other = tmp_path / "other.json"
     other.write_text(cache.read_text().replace('"torch": "', '"torch": "0.'))
     assert main(["list", "--choices", str(other)]) == 1
@@ -147,7 +147,7 @@ def test_choices_in_use_are_listed_as_such(capsys):
         assert main(["list", "--choices"]) == 0
     finally:
         attnplug.restore_choices()
-    assert "1 choices, in use" in capsys.readouterr().out
+    assert "1 choice, in use" in capsys.readouterr().out
 
 
 def test_explain_says_what_was_measured(capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +28,14 @@ class TwoLayers(torch.nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         return self.second(self.first(query))
+
+
+def _saved(model: TwoLayers) -> TwoLayers:
+    """Return what `torch.load` makes of a model."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def test_a_binding_holds_for_one_module() -> None:
@@ -76,6 +86,44 @@ def test_bindings_survive_copies_and_pickles() -> None:
         assert ran_in(lambda: model(Q)) == ["torch", "torch"]
         for other in copies:
             assert ran_in(lambda other=other: other(Q)) == ["torch", "aten_math"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved])
+def test_a_handle_in_a_copied_model_is_that_of_the_copy(copied: Callable[[TwoLayers], TwoLayers]) -> None:
+    model = TwoLayers()
+    model.handles = [attnplug.bind(model, "aten_flash"), attnplug.bind(model.second, "aten_math")]
+    other = copied(model)
+    with attnplug.patch_torch():
+        assert ran_in(lambda: other(Q)) == ["aten_flash", "aten_math"]
+        for handle in other.handles:
+            handle.remove()
+        assert ran_in(lambda: other(Q)) == ["torch", "torch"]
+        assert ran_in(lambda: model(Q)) == ["aten_flash", "aten_math"]
+    assert "removed" in repr(copied(other).handles)
+
+
+def test_a_copied_handle_is_removed_from_a_class_derived_from_the_bound_one() -> None:
+    """As `fully_shard` derives one, of a module that is bound already."""
+    model = Model()
+    model.handle = attnplug.bind(model, "aten_math")
+    model.__class__ = type("Sharded", (type(model),), {})
+    other = copy.deepcopy(model)
+    with attnplug.patch_torch():
+        assert ran_in(lambda: other(Q)) == ["aten_math"]
+        other.handle.remove()
+        assert ran_in(lambda: other(Q)) == ["torch"]
+
+
+def test_a_module_is_counted_until_its_last_handle_is_removed() -> None:
+    """While one is bound, `nn.TransformerEncoderLayer` calls no fast path in C++, which no binding would reach."""
+    model = TwoLayers()
+    handles = [attnplug.bind(model.second, "aten_math") for _ in range(2)]
+    handles.append(copy.copy(handles[0]))
+    with attnplug.patch_torch():
+        assert not torch.backends.mha.get_fastpath_enabled()
+        for handle in handles:
+            handle.remove()
+        assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_compiled_models_follow_a_binding() -> None:

@@ -165,3 +165,18 @@ def test_the_example_runs_on_a_gpu(example: str, packages: tuple[str, ...]) -> N
         pytest.importorskip(package, reason=f"the example needs {package}, see requirements-demo.txt")
     path = Path(__file__).parents[2] / "examples" / example
     subprocess.run([sys.executable, str(path), "--device", "cuda"], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["aten_flash", "opaque"])
+def test_a_refused_gradient_through_lse_in_a_graph_ends_no_cuda_context(impl: str) -> None:
+    @torch.compile(fullgraph=True)
+    def attend(*tensors: Tensor) -> Any:
+        return attnplug.scaled_dot_product_attention(*tensors, return_lse=True, impl=impl)
+
+    given = inputs("cuda", torch.float16)
+    attend(*given)[0].sum().backward()
+    out, lse = attend(*given)
+    with pytest.raises(attnplug.GradientError, match=f"{impl!r} gives no gradient through lse"):
+        (out.sum() + lse.sum()).backward()
+    torch.cuda.synchronize()

@@ -286,7 +286,11 @@ def test_a_compiled_model_follows_two_scopes_and_compiles_once_for_each() -> Non
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("config", [gemma2, gpt_oss])
+OLD = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 21)
+LOST = pytest.mark.skipif(OLD, reason="transformers 5.20 cannot compile the backward of its experts on a CPU")
+
+
+@pytest.mark.parametrize("config", [gemma2, pytest.param(gpt_oss, marks=LOST)])
 def test_a_compiled_model_trains_as_with_eager_attention(config: Any) -> None:
     torch._dynamo.reset()
     if config in NEEDS:

@@ -245,7 +245,7 @@ def _are_regular_extensions(params: SDPAParams) -> bool:
         and type(window) is tuple
         and len(window) == 2
         and (type(window[0]) is int is type(window[1]) and -1 <= window[0] <= WIDEST and -1 <= window[1] <= WIDEST)
-        and (slopes is None or (isinstance(slopes, Tensor) and slopes.dtype is torch.float32))
+        and (slopes is None or (isinstance(slopes, Tensor) and slopes.dtype is params.lse_dtype))
     )
 
 
@@ -312,6 +312,8 @@ def example(call: CallFacts) -> SDPAParams:
         assert stride is not None
         return torch.empty_strided(shape, stride, dtype=dtype, device=call.device, requires_grad=wants_grad)
 
+    numbers = torch.float64 if call.dtype is torch.float64 else torch.float32
+
     def other(*shape: int, dtype: torch.dtype = torch.int32, wants_grad: bool = False) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=call.device, requires_grad=wants_grad)
 
@@ -330,7 +332,7 @@ def example(call: CallFacts) -> SDPAParams:
             window_size=more.window_size,
             softcap=30.0 if more.softcap else 0.0,
             sinks=None if more.sinks is None else other(call.heads, dtype=more.sinks[0], wants_grad=more.sinks[1]),
-            alibi_slopes=other(*(batch, call.heads)[-more.slopes :], dtype=torch.float32) if more.slopes else None,
+            alibi_slopes=other(*(batch, call.heads)[-more.slopes :], dtype=numbers) if more.slopes else None,
             seqused_k=other(batch) if more.seqused else None,
             return_lse=more.return_lse,
             cu_seq_q=other(batch + 1) if more.varlen else None,

@@ -197,7 +197,7 @@ def plain_scalars(params: SDPAParams) -> dict[str, Any]:
         "scale": default_scale(params.query) if params.scale is None else _plain_number(params.scale),
         "softcap": _plain_number(params.softcap),
         "window_size": OPEN_WINDOW if max(window) < 0 else (_side(window[0]), _side(window[1])),
-        "alibi_slopes": slopes if slopes is None else slopes.float(),
+        "alibi_slopes": slopes if slopes is None else slopes.to(params.lse_dtype),
     }
 
 

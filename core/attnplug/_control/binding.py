@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,33 +20,49 @@ from attnplug._registry.forks import BINDING, lock
 from attnplug._selection.state import Block, process, start, thread
 
 _lock = lock(BINDING)  # a module may be collected while it is held
+_counted: dict[int, weakref.finalize[Any, Any]] = {}
+"""What each bound module, by its identity, does when it is collected."""
 
 
 class BindingHandle:
     """Undoes one `bind()`."""
 
     def __init__(self, module: torch.nn.Module, block: Block) -> None:
-        self._module, self._block = weakref.ref(module), block
-        self._counted = _counted(module)
+        self._module: Callable[[], torch.nn.Module | None] = weakref.ref(module)
+        self._block = block
 
     def remove(self) -> None:
         """Undo the binding; a second call does nothing."""
-        module = self._module()
         with _lock:
-            if module is None or not self._counted.alive:
+            module = self._bound()
+            if module is None:
                 return
-            self._counted()
             kept = tuple(block for block in module.__dict__[_BLOCKS] if block is not self._block)
             if kept:
                 module.__dict__[_BLOCKS] = kept
             else:
                 del module.__dict__[_BLOCKS]
+                _forget(id(module))
                 if _Bound in type(module).__bases__:  # else somebody has derived another class from it since
                     module.__class__ = type(module).__bases__[1]
 
-    def __repr__(self) -> str:
+    def _bound(self) -> torch.nn.Module | None:
+        """Return the module, while it is there and bound by this."""
         module = self._module()
-        if module is None or not self._counted.alive:
+        blocks = () if module is None else module.__dict__.get(_BLOCKS, ())
+        return module if any(block is self._block for block in blocks) else None
+
+    def __getstate__(self) -> tuple[torch.nn.Module | None, Block]:
+        """Return what a copy has: the module, which in a copied or saved model is the copied or saved one."""
+        return self._bound(), self._block
+
+    def __setstate__(self, state: tuple[torch.nn.Module | None, Block]) -> None:
+        module, self._block = state
+        self._module = _nothing if module is None else weakref.ref(module)
+
+    def __repr__(self) -> str:
+        module = self._bound()
+        if module is None:
             return "<BindingHandle: removed>"
         return f"<BindingHandle: {type(module).__name__} in {described(self._block)}>"
 
@@ -56,7 +73,7 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     A reference for one layer, another kernel for cross-attention: `bind(model.layers[3], "math_ref")`.
     Calls of `torch.nn.functional.scaled_dot_product_attention` follow while `patch_torch()`, or an
     activation, is in place. Of several bindings of one module the last one counts. Copies of the module, and what
-    `torch.load` makes of it, are bound too.
+    `torch.load` makes of it, are bound too; a handle that is an attribute of a model is copied with it.
 
     Modules inside a compiled one may be bound, and their bindings removed, at any time. What is itself given to
     `torch.compile` is bound before: PyTorch keeps the forward that it was given.
@@ -87,8 +104,8 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     with _lock:
         _give_class(module)
         module.__dict__[_BLOCKS] = (*module.__dict__.get(_BLOCKS, ()), block)
-        handle = BindingHandle(module, block)
-    return handle
+        _count(module)
+    return BindingHandle(module, block)
 
 
 class _Bound:
@@ -143,16 +160,27 @@ def _rebuilt(make: Any, arguments: tuple[Any, ...]) -> Any:
     """Make the bound module that was copied or saved; its attributes follow."""
     module = make(*arguments)
     _give_class(module)
-    _counted(module)
+    _count(module)
     return module
 
 
-def _counted(module: torch.nn.Module) -> weakref.finalize[Any, Any]:
-    """Count a binding, until it is removed or its module goes."""
-    _count(1)
-    return weakref.finalize(module, _count, -1)
-
-
-def _count(change: int) -> None:
+def _count(module: torch.nn.Module) -> None:
+    """Count a bound module, until its last binding is removed or it goes."""
     with _lock:
-        process.bindings += change
+        if id(module) not in _counted:
+            _counted[id(module)] = weakref.finalize(module, _forget, id(module))
+        process.bindings = len(_counted)
+
+
+def _forget(key: int) -> None:
+    with _lock:
+        counted = _counted.pop(
+            key, None
+        )  # there is none for a copy whose class somebody has derived from the bound one
+        if counted is not None:
+            counted.detach()
+        process.bindings = len(_counted)
+
+
+def _nothing() -> None:
+    """Return what a reference to a module that has gone returns."""

@@ -42,11 +42,9 @@ def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
     if is_causal_bias(params.attn_mask):
         params = own_terms(params)
     query, mask = params.query, params.attn_mask
-    if isinstance(query, Tensor) and query.dim() != 4:
-        return _lifted(params, impl) or _decided(params, impl)
-    plan = _planned(params, impl)
+    plan = None if isinstance(query, Tensor) and query.dim() != 4 else _planned(params, impl)
     if plan is None:
-        return _decided(params, impl)
+        return _lifted(params, impl) or _decided(params, impl)
     if way is not None and given is params:
         remember(way, plan, params, mask)
     return plan.run(params)
@@ -106,19 +104,26 @@ def _kept(params: SDPAParams, impl: str | None) -> tuple[CallFacts | None, Plan 
 
 
 def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
-    """Run a call of another rank as one of four dimensions, if it is in the form that kernels know then."""
-    tensors, rank, mask = (params.query, params.key, params.value), params.query.dim(), params.attn_mask
+    """Run a call of another rank, or whose batch or heads broadcast, if it then is in the form that kernels know."""
+    tensors, mask = (params.query, params.key, params.value), params.attn_mask
     for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.dim() != rank or rank < 2:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
             return None
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            return None
+    rank = params.query.dim()
+    if rank < 2 or any(tensor.dim() != rank for tensor in tensors):
+        return None
     if mask is not None and (rank > 4 or not isinstance(mask, Tensor) or mask.dim() > rank):
         return None
     rows = params.query.shape[:-1]
     if rank > 4 and any(tensor.shape[:-3] != rows[:-2] for tensor in tensors):
         return None
-    query, key, value = [tensor.flatten(0, rank - 4) if rank > 4 else tensor.unsqueeze(0) for tensor in tensors]
+    if rank == 4:
+        expanded = _expanded(*tensors, params.enable_gqa)
+        if expanded is None:
+            return None
+        query, key, value = expanded
+    else:
+        query, key, value = [tensor.flatten(0, rank - 4) if rank > 4 else tensor.unsqueeze(0) for tensor in tensors]
     if rank == 2:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     lifted = params_of(params.__dict__ | {"query": query, "key": key, "value": value})
@@ -129,9 +134,27 @@ def _lifted(params: SDPAParams, impl: str | None) -> Result | None:
         params.__dict__["enable_gqa"] = lifted.enable_gqa
         return plan.run(params)
     out, lse = plan.run(lifted)
+    if rank == 4:
+        return out, lse
     if rank == 3:  # takes a third of the time of what holds for all
         return out.squeeze(0), lse if lse is None else lse.squeeze(0)
     return out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
+
+
+def _expanded(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, ...] | None:
+    """Return tensors of four dimensions with all of their batch and heads; None if these do not broadcast."""
+    batch = max(query.shape[0], key.shape[0], value.shape[0])
+    heads, kv_heads = query.shape[1], max(key.shape[1], value.shape[1])
+    if not (enable_gqa and heads > kv_heads):
+        heads = kv_heads = max(heads, kv_heads)
+    try:
+        return (
+            query.expand(batch, heads, -1, -1),
+            key.expand(batch, kv_heads, -1, -1),
+            value.expand(batch, kv_heads, -1, -1),
+        )
+    except RuntimeError:
+        return None
 
 
 def _decided(params: SDPAParams, impl: str | None) -> Result:
@@ -172,5 +195,7 @@ def _check_impl(impl: Any) -> None:
     registry = start()
     if impl is not None:
         if not isinstance(impl, str):
-            raise TypeError(f"impl: expected the name of an implementation or None, got {impl!r}")
+            raise TypeError(
+                f"impl: expected the name of an implementation or None, got {impl!r}; sdpa_kernel takes families too"
+            )
         registry.get(impl, "impl")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from attnplug._errors import GradientError
 from attnplug._registry.kernel import OfOneRank
 from attnplug._registry.registry import Entry
 from attnplug._run.contract import (
@@ -77,16 +78,34 @@ def constant_lse() -> Any:
     library.define(f"{name}(Tensor lse, Tensor[] inputs, str message) -> Tensor")
     library.impl(name, lambda lse, inputs, message: lse.clone(), "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnplug::{name}", lambda lse, inputs, message: torch.empty_like(lse), lib=library)
+    library.define(f"{name}_backward(Tensor grad, str message) -> ()")
+    library.impl(f"{name}_backward", _refuse, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnplug::{name}_backward", lambda grad, message: None, lib=library)
+    refuse = getattr(torch.ops.attnplug, f"{name}_backward").default
+    torch.fx.node.has_side_effect(refuse)  # or a graph would drop it, as it returns nothing
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.inputs, ctx.message = len(inputs[1]), inputs[2]
 
-    def refuse(ctx: Any, grad: Tensor) -> Any:
-        torch.ops.aten._assert_async.msg((grad == 0).all(), ctx.message)
+    def differentiate(ctx: Any, grad: Tensor) -> Any:
+        refuse(grad, ctx.message)
         return None, [None] * ctx.inputs, None
 
-    torch.library.register_autograd(f"attnplug::{name}", refuse, setup_context=remember, lib=library)
+    torch.library.register_autograd(f"attnplug::{name}", differentiate, setup_context=remember, lib=library)
     return getattr(torch.ops.attnplug, name).default
+
+
+def _refuse(grad: Tensor, message: str) -> None:
+    """Raise unless `grad` is zero.
+
+    The host waits for that. Where it may not, because CUDA captures a graph, the device looks, and a failure there ends
+    the process's CUDA context.
+    """
+    is_zero = (grad == 0).all()
+    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+        torch._assert_async(is_zero, message)
+    elif not is_zero:
+        raise GradientError(message)
 
 
 def refusal(entry: Entry) -> str:

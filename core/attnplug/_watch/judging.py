@@ -115,7 +115,7 @@ class Judge:
         """Run the reference in float64."""
         wide = {
             name: each.double()
-            for name in DIFFERENTIABLE
+            for name in (*DIFFERENTIABLE, "alibi_slopes")
             if (each := arguments[name]) is not None and each.is_floating_point()
         }
         params = replace(params, **wide, return_lse=lse)

@@ -8,6 +8,10 @@ no workaround: a backward of too many numbers (`TOO_FAR`) reaches PyTorch as it 
 left to PyTorch's formula, which needs the memory of all logits. In an exported program, a fault that depends on a
 dynamic size is not seen. Checking a plain call takes about a microsecond.
 
+On AMD GPUs, which PyTorch calls `cuda` too, the same rewrites run. Alignment counts there as well: AOTriton's kernels
+are compiled for pointers to multiples of 16 bytes (`*fp16:16`, `MAIN_DTYPES` of the flash kernels of ROCm/aotriton).
+Whether the others are needed there is not known; being exact, they can only cost time.
+
 What goes wrong in every call with a feature is said of the feature, by `lacking`.
 """
 

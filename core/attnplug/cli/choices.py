@@ -23,6 +23,11 @@ def save(choices: Choices, place: Path) -> None:
         raise
 
 
+def counted(choices: Choices) -> str:
+    """Return how many choices there are, in words."""
+    return f"{len(choices)} choice{'' if len(choices) == 1 else 's'}"
+
+
 def show(choices: Choices) -> None:
     """Print a table for each machine, and the notes."""
     from attnplug._selection.choices import HEADERS, described, rows

@@ -137,7 +137,7 @@ def _save_choices(report: Report, place: Path) -> None:
     found = choices_from(report)
     if len(found):
         choices.save(found, place)
-        print(f"attnplug: {len(found)} choices are saved in {place}", file=sys.stderr)
+        print(f"attnplug: saved {choices.counted(found)} in {place}", file=sys.stderr)
     else:
         print(f"attnplug: nothing was right, so nothing is saved in {place}", file=sys.stderr)
 

@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         outputs.check_folder(arguments, arguments.output)
     for name in set(arguments.checks or ()).difference(_checks()):
-        arguments.fail(f"--only: {name!r} is not a check{did_you_mean(name, _checks())}")
+        known = did_you_mean(name, _checks()) or f"; attnplug check {arguments.names[0]} lists them"
+        arguments.fail(f"--only: {name!r} is not a check{known}")
 
     usable = [name for name in dict.fromkeys(arguments.names) if _is_usable(name)]
     if not usable:
@@ -99,8 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         except (OSError, RuntimeError, ValueError) as error:  # torch has RuntimeError for a device that there is not
             arguments.fail(str(error))
         finally:
-            if sys.stderr.isatty():
-                print("\r\x1b[K", end="", file=sys.stderr)
+            render.put_status("")
     if arguments.json:
         render.print_json({"reports": [report.as_dict() for report in reports]})
     else:
@@ -145,7 +145,6 @@ def _is_usable(name: str) -> bool:
 
 def _found(written: TextIO | None, name: str, result: Result) -> None:
     """Show a result on a terminal, and write it if that is asked for."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{name} {result.label}: {result.status}", end="", file=sys.stderr, flush=True)
+    render.put_status(f"{name} {result.label}: {result.status}")
     if written is not None:
         written.write(json.dumps({"impl": name, **asdict(result)}) + "\n")

@@ -85,7 +85,7 @@ def _list_choices(arguments: argparse.Namespace) -> int:
             choices.show(attnplug.Choices((one,)))
             render.put(f"does not hold here: {reason}\n" if reason else "holds here\n")
         state = "in use" if used is not None else "not in use; ATTNPLUG_CHOICES or use_choices puts them to use"
-        render.put(f"{listed.source}: {len(listed)} choices, {state}")
+        render.put(f"{listed.source}: {choices.counted(listed)}, {state}")
     return 0 if "" in reasons else 1
 
 

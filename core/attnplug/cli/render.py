@@ -164,6 +164,12 @@ def _print_rich(text: str, statuses: Sequence[str]) -> None:
     Console(file=out()).print(styled, soft_wrap=True)
 
 
+def put_status(text: str) -> None:
+    """Show what was just done on stderr, in the place of what was shown before, if that is a terminal that can."""
+    if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):  # as `rich` decides it
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """Show a bar on stderr while it works, if that is a terminal and `rich` is there."""

@@ -69,12 +69,13 @@ def _made(call: Fields) -> Inputs:
         arguments["causal_variant"] = CausalVariant[call.causal_variant]
     if mask is not None:
         arguments["attn_mask"] = LAYOUTS[call.mask_layout](mask.to(call.device))
+    numbers = torch.float64 if call.dtype == "float64" else torch.float32
     if call.sinks:
         sinks = torch.randn(call.heads, generator=generator, dtype=torch.float64)
-        arguments["sinks"] = sinks.to(call.device, torch.float64 if call.dtype == "float64" else torch.float32)
+        arguments["sinks"] = sinks.to(call.device, numbers)
     if call.alibi:
         shape = (sequences.batch, call.heads) if call.alibi == "bh" else (call.heads,)
-        arguments["alibi_slopes"] = (torch.rand(shape, generator=generator) * 0.5).to(call.device)
+        arguments["alibi_slopes"] = (torch.rand(shape, generator=generator).to(numbers) * 0.3).to(call.device)
     if missing := [name for name in call.gradients if name not in arguments]:
         raise ValueError(f"gradients: the call has no {missing[0]}")
     grad_out, grad_lse = _cast(call, tensors["grad_out"]), tensors["grad_lse"].to(call.device)
