@@ -154,7 +154,8 @@ class Plan:
             KernelError: the kernel prepared something that cannot be called.
         """
         kernel = self.decision.kernel
-        records = self.grad and kernel.backward is not None and self.decision.entry.distribution != BUILTIN
+        ours = self.decision.entry.distribution == BUILTIN
+        records = self.grad and kernel.backward is not None and not (self.unfused or ours)
         if kernel.prepare is None or not (self.checked or self.simple or records) or params.attn_mask is not None:
             return self
         run = in_kernel(kernel.prepare, params)
