@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 _ROOT = Path(__file__).resolve().parent.parent
-_H100 = _ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3"
+_RESULTS = _ROOT / "benchmarks/results"
 _NAMES = {"fa3-fwd 0.0.3": "FlashAttention 3", "torch cuDNN": "cuDNN", "torch flash": "PyTorch's flash"}
 _MARK = re.compile(r"^<!-- generate: (\w+) -->$", re.MULTILINE)
 _DISTRIBUTIONS = ("attnplug", "attnplug-math-ref", "attnplug-flash-triton", "attnplug-efficient-cuda")
@@ -231,8 +231,95 @@ def gpu_host() -> str:
     return _table(("implementation", "a call", "over `F.scaled_dot_product_attention`"), rows)
 
 
-def _json(name: str) -> Any:
-    return json.loads((_H100 / f"{name}.json").read_text(encoding="utf-8"))
+def host_alone() -> str:
+    """Return what Python takes of a call that repeats one, with what launches replaced."""
+    found = {result["name"]: result["value"] for result in _json("results", "cpu")["results"]}
+    names = {
+        "flash_triton": "forward, to the driver",
+        "efficient_cuda": "efficient_cuda, to the operator",
+        "cudnn": "cudnn, to the operator",
+    }
+    return _table(("implementation", "a call"), [(impl, f"{found[name]:.1f} µs") for impl, name in names.items()])
+
+
+_COSTS = {
+    "`attnplug.scaled_dot_product_attention` / `F.scaled_dot_product_attention`": ["default / F.sdpa"],
+    "the same in three dimensions; with a mask; under autocast": [
+        "default, 3-D / F.sdpa",
+        "default, mask / F.sdpa",
+        "default, autocast / F.sdpa",
+    ],
+    "`F.scaled_dot_product_attention` while `patch_torch` is in place and nothing is selected / without": [
+        "patched F.sdpa, nothing selected / F.sdpa"
+    ],
+    '`impl="aten_flash"`; in a scope; active; named by the environment / its operator called directly': [
+        "impl='aten_flash' / bare",
+        "scope FLASH_ATTENTION / bare",
+        "active aten_flash / bare",
+        "named by the environment / bare",
+    ],
+    "`return_lse=True` / the same": ["default, return_lse / bare"],
+    "`F.scaled_dot_product_attention` while `aten_flash` is active / the same": [
+        "F.sdpa while aten_flash is active / bare"
+    ],
+    '`impl="aten_flash"` under autocast; `aten_math` with a mask / their operators there': [
+        "impl='aten_flash', autocast / bare under autocast",
+        "impl='aten_math', mask / bare",
+    ],
+    "while recording / `F.scaled_dot_product_attention`": ["default, recorded / F.sdpa"],
+    "forward and backward, default; `aten_flash` / `F.scaled_dot_product_attention`": [
+        "forward and backward, default / F.sdpa",
+        "forward and backward, aten_flash / F.sdpa",
+    ],
+    "measured choices in use, `torch` chosen; `aten_flash` chosen; 64 steps of decoding / without choices": [
+        "choices in use, torch chosen / without",
+        "choices in use, aten_flash chosen / named",
+        "choices in use, 64 steps of decoding / without",
+    ],
+    "`varlen_attn` beyond its kernel's own time": ["varlen_attn beyond its kernel"],
+    "with 1,000 registered implementations / with 4": ["default: 1000 registered implementations / 4"],
+    "decode loop, keys growing by one: mean overhead / cached overhead, default; `aten_flash`": [
+        "decode loop, default: mean overhead / cached overhead",
+        "decode loop, impl='aten_flash': mean overhead / cached overhead",
+    ],
+    "entering and leaving a scope of one family; with a priority / PyTorch's `sdpa_kernel`": [
+        "enter and leave a scope of one family / PyTorch's",
+        "enter and leave a scope of priority / PyTorch's",
+    ],
+    "compiled 12-layer encoder / the same with PyTorch's function": ["compiled 12-layer encoder, attnplug / F.sdpa"],
+    "`import attnplug`; and its functions, beyond `import torch`": [
+        "import attnplug, beyond import torch",
+        "and its functions, beyond import torch",
+    ],
+    "`math_ref`, batch 1, 8 heads, 8,192 queries and keys, head size 64, float32: memory beyond inputs and outputs": [
+        "math_ref forward, B1 H8 S8192 E64 float32: peak beyond in and out"
+    ],
+}
+"""What the page of benchmarks calls the results of the CPU that it shows."""
+
+
+def costs() -> str:
+    """Return what attnplug itself costs on the CPU, and the limit of each."""
+    found = {result["name"]: result for result in _json("results", "cpu")["results"]}
+    rows = []
+    for what, names in _COSTS.items():
+        unit, limit = found[names[0]]["unit"], found[names[0]]["limit"]
+        decimals, unit = (2, "") if unit == "ratio" else (0, f" {unit}".replace("us", "µs"))
+        values = "; ".join(f"{found[name]['value']:.{decimals}f}{unit}" for name in names)
+        rows.append((what, values, f"{limit:g}{unit}"))
+    return _table(("what", "measured", "limit"), rows)
+
+
+def watching() -> str:
+    """Return what it costs to be watched, on the CPU: tiny calls over `F.sdpa`'s, and steps of training."""
+    results = _json("results", "cpu")["results"]
+    first = next(at for at, result in enumerate(results) if result["name"].startswith("nobody watches"))
+    rows = [(result["name"], f"{result['value']:.2f}") for result in results[first:]]  # of the last program that runs
+    return _table(("what", "ratio"), rows)
+
+
+def _json(name: str, machine: str = "nvidia-h100-80gb-hbm3") -> Any:
+    return json.loads((_RESULTS / machine / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _declares(record: ImplRecord, feature: Feature) -> str:
@@ -282,5 +369,8 @@ _PARTS = {
         gpu_decoding,
         gpu_backward,
         gpu_host,
+        host_alone,
+        costs,
+        watching,
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -75,6 +76,30 @@ def test_a_kernel_may_have_forward_called_after_all() -> None:
         assert (kernel.forwards, kernel.runs) == (3, 2)
 
 
+def test_a_kernel_prepares_for_gradients_what_backward_needs() -> None:
+    class Trains(Prepares):
+        def forward(self, params: SDPAParams) -> Any:
+            return *super().forward(params), params.query * 2
+
+        def backward(self, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, *saved: Any) -> Any:
+            torch.testing.assert_close(saved[-1], params.query * 2)
+            with torch.enable_grad():
+                given = [t.detach().requires_grad_() for t in (params.query, params.key, params.value)]
+                return torch.autograd.grad(sdpa(*given), given, grad_out)
+
+    answers = cycle([True, False, True])
+    kernel = Trains(lambda params: Trains.forward(kernel, params) if next(answers) else None)
+    with registered(kernel) as attend:
+        for number in range(1, 6):
+            given = [(tensor / number).requires_grad_() for tensor in (Q, K, V)]
+            out = attend(*given)
+            torch.testing.assert_close(out, sdpa(*given))
+            grads = [torch.autograd.grad(each.square().sum(), given) for each in (out, sdpa(*given))]
+            torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+            assert not attend(*[tensor.detach() for tensor in given]).requires_grad
+    assert kernel.runs == 4 + 4
+
+
 @pytest.mark.parametrize("answer", [lambda params: params.query, lambda params: (params.query[:1], None)])
 def test_what_a_prepared_call_returns_is_checked(answer: Any) -> None:
     with registered(Prepares(answer)) as attend:
@@ -117,19 +142,26 @@ def test_no_transform_meets_what_a_kernel_prepared() -> None:
         assert (kernel.forwards, kernel.runs) == (6, 1)
 
 
-def test_a_kernel_prepares_for_as_many_sizes_as_are_recognised() -> None:
-    def attend_all() -> None:
-        for length in lengths:
-            attend(Q, K[:, :, :length], V[:, :, :length])
-
+def test_a_kernel_prepares_for_sizes_that_come_again() -> None:
+    """For the first of a kind at once, for others when they come a second time."""
     with registered(kernel := Prepares()) as attend:
         lengths = [6, 5, 4]
-        for _ in range(4):
-            attend_all()
-        assert (kernel.forwards, kernel.runs) == (3, 9)
-        lengths = [6, 6]
-        attend_all()
-        assert (kernel.forwards, kernel.runs) == (3, 11)
+        for times in range(1, 5):
+            for length in lengths:
+                key, value = K[:, :, :length] * times, V[:, :, :length]
+                torch.testing.assert_close(attend(Q, key, value), sdpa(Q, key, value))
+        assert (kernel.forwards, kernel.runs) == (1 + 2 + 2, 3 + 2 + 2)
+
+
+def test_each_layer_of_a_decode_loop_but_two_runs_what_the_kernel_prepared() -> None:
+    keys, layers = torch.randn(2, 4, 300, 8), 5
+    with registered(kernel := Prepares()) as attend:
+        for length in range(1, 301):
+            for _ in range(layers):
+                key = keys[:, :, :length]
+                torch.testing.assert_close(attend(Q, key, key), sdpa(Q, key, key))
+    assert kernel.forwards == 2 * 300 - 1
+    assert kernel.runs == (layers - 2) * 300 + 1
 
 
 def test_a_decode_loop_leaves_room_for_calls_of_other_heads() -> None:

@@ -23,8 +23,17 @@ from attnplug._dispatch.watched import among_watchers
 from attnplug._errors import KernelError
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
-from attnplug._run.autograd import run
-from attnplug._run.contract import TENSORS, KernelCall, Result, check_outputs, checked_forward, declares, in_kernel
+from attnplug._run.autograd import recorded, run
+from attnplug._run.contract import (
+    TENSORS,
+    KernelCall,
+    Result,
+    check_outputs,
+    checked_forward,
+    declares,
+    in_kernel,
+    run_forward,
+)
 from attnplug._run.operator import is_watched, operator_of
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
@@ -144,17 +153,18 @@ class Plan:
         Raises:
             KernelError: the kernel prepared something that cannot be called.
         """
-        prepare = self.decision.kernel.prepare
-        if prepare is None or not (self.checked or self.simple) or params.attn_mask is not None:
+        kernel = self.decision.kernel
+        records = self.grad and kernel.backward is not None and self.decision.entry.distribution != BUILTIN
+        if kernel.prepare is None or not (self.checked or self.simple or records) or params.attn_mask is not None:
             return self
-        run = in_kernel(prepare, params)
+        run = in_kernel(kernel.prepare, params)
         if run is None:
             return self
         if not callable(run):
             name, got = self.decision.name, type(run).__name__
             raise KernelError(f"implementation {name!r}: prepare must return a function or None, got {got}")
         plan = copy(self)
-        plan.plain = _prepared(self, params, run) if self.checked else _simply_prepared(self, run)
+        plan.plain = _simply_prepared(self, run) if self.simple else _prepared(self, params, run)
         return plan
 
 
@@ -162,21 +172,30 @@ def _prepared(plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Ten
     """Return a `plain` that runs what a kernel prepared for calls that repeat one, and checks once what it returns."""
     call, is_checked = KernelCall.of(plan.decision.entry, params), False
 
-    def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         nonlocal is_checked
         outer = thread.in_kernel
         thread.in_kernel = True  # `in_kernel`, without the time of another call
         try:
-            returned = None if forward_ad._current_level >= 0 else run(query, key, value)
+            returned: tuple[Any, ...] | None = run(query, key, value)
         finally:
             thread.in_kernel = outer
-        if returned is None or not is_checked:
-            repeated = call.params((query, key, value, *(None,) * (len(TENSORS) - 3)))
-            if returned is None:
-                return plan.carry_out(repeated)
-            check_outputs(plan.decision.name, repeated, returned)
+        if returned is None:
+            return run_forward(call.entry, repeated(query, key, value))
+        if not is_checked:
+            check_outputs(plan.decision.name, repeated(query, key, value), returned)
             is_checked = True
-        return returned[:2]
+        return returned
+
+    def repeated(*tensors: Tensor) -> SDPAParams:
+        return call.params((*tensors, *(None,) * (len(TENSORS) - 3)))
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
+        if forward_ad._current_level >= 0:
+            return plan.carry_out(repeated(query, key, value))
+        if plan.grad:
+            return recorded(call, forward, query, key, value)
+        return forward(query, key, value)[:2]
 
     return plain
 

@@ -4,35 +4,40 @@ The facts of a call are read off its tensors one by one, which takes longer than
 plan. `TensorGuards`, with which Dynamo compares the inputs of a compiled function, compares all of them at once, and
 more: the type of each tensor, its dispatch keys together with those of the thread (so that autocast, transforms, modes
 and layouts count), dtype, device, whether autograd records it, and the sizes and strides that are given. Those that are
-not given, batch and lengths, are compared in Python, so that a decode loop is recognised at each step. A comparison
-with all sizes and strides comes before it, until lengths turn out to vary: it needs nothing in Python. Where a kernel
-looks at shapes (`Kernel.shape_dependent`) it is the only one.
+not given, batch and lengths, are compared in Python, so that a decode loop is recognised at each step. Where each of
+them counts, because a kernel looks at shapes (`Kernel.shape_dependent`) or has prepared for them (`Kernel.prepare`),
+plans are kept by all sizes and strides. A comparison with those of the first call comes before it, until lengths turn
+out to vary: it needs nothing in Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import is_plain
+from attnplug._dispatch.plans import Plan
+from attnplug._run.contract import Result
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
-
-if TYPE_CHECKING:
-    from attnplug._dispatch.plans import Plan
 
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
 """Private to PyTorch: where a release has none, or another, nothing is recognised, and facts decide as ever."""
 PLAIN = (Tensor, torch.nn.Parameter)
 SEVERAL = 8
-"""How many kinds of tensors are recognised for each way to call; others are decided by their facts."""
+"""How many kinds of tensors are recognised for each way to call; others are decided by their facts.
 
+With more sizes than this of one kind, lengths vary.
+"""
+SIZES = 256
+"""How many sizes of one kind are kept."""
 WAYS = 4096
 
 
@@ -41,21 +46,48 @@ class Known:
     """Calls whose plan is known.
 
     Attributes:
-        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary; of a
-            kernel with `prepare`, once more sizes came than are recognised.
-        alike: compares all but batch and lengths; None where they count.
+        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary.
+        alike: compares all but batch and lengths.
         square: whether there must be as many queries as keys; None where it does not count.
         cast: a type of device, and the dtype that autocast must cast to there; None without autocast.
-        plan: how to carry out such a call.
+        plan: how to carry out such a call; None where its sizes decide about it.
         repeated: the same for one that `same` recognises.
+        by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None.
     """
 
     same: Callable[..., bool] | None
-    alike: Callable[..., bool] | None
+    alike: Callable[..., bool]
     square: bool | None
     cast: tuple[str, torch.dtype] | None
-    plan: Plan
+    plan: Plan | None
     repeated: Plan
+    by_sizes: dict[Hashable, Plan] | None
+
+    def keep(self, sizes: Hashable, plan: Plan) -> None:
+        """Keep a plan under all sizes and strides of a call."""
+        assert self.by_sizes is not None
+        if len(self.by_sizes) >= SIZES:
+            self.by_sizes.clear()
+        self.by_sizes[sizes] = plan
+        if len(self.by_sizes) > SEVERAL:
+            self.same = None
+
+
+class _SeenTwice(Plan):
+    """The plan of a call that came with these sizes once before: there will be more, for which the kernel prepares."""
+
+    def __init__(self, known: Known, sizes: Hashable) -> None:
+        assert known.plan is not None
+        self.__dict__.update(known.plan.__dict__, plain=None)
+        self._known, self._sizes = known, sizes
+
+    def run_as_given(self, params: SDPAParams) -> Result:
+        plan = self._known.plan
+        assert plan is not None
+        returned = plan.run_as_given(params)
+        repeated = plan.repeated(params)
+        self._known.keep(self._sizes, copy(plan) if repeated is plan else repeated)  # no longer seen once
+        return returned
 
 
 known: dict[Hashable, tuple[Known, ...]] = {}
@@ -69,10 +101,9 @@ _autocast_dtype = torch.get_autocast_dtype
 def recognise(
     candidates: tuple[Known, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Plan | None:
-    """Return the plan of a call, if one of `candidates` fits its tensors. 0.6 us for the same sizes, else 1.2."""
+    """Return the plan of a call, if one of `candidates` fits its tensors. 0.6 us for the same sizes, else 1.2 to 2."""
     if type(query) not in PLAIN:  # what is fake or symbolic would note that its shape was looked at
         return None
-    batch = None
     try:  # the comparison in C ends the process at a tensor that has no sizes or strides: nested and sparse ones
         if not query.layout is key.layout is value.layout is _strided or (
             mask is not None and (mask.layout is not _strided or mask.is_nested)
@@ -86,37 +117,42 @@ def recognise(
                 return one.repeated
         if torch._C._get_tracing_state() is not None:  # as in `remember`
             return None
-        batch, _, queries, _ = query.shape
-        key_shape, value_shape = key.shape, value.shape
-        key_batch, _, keys, _ = key_shape
-        if (
-            not (batch == key_batch > 0 and keys > 0 < queries)
-            or (value_shape != key_shape and (len(value_shape) != 4 or value_shape[::2] != key_shape[::2]))
-            or (mask is not None and not _broadcasts(mask.shape, batch, queries, keys))
-        ):
-            return None
         for one in candidates:
-            if (
-                one.alike is not None
-                and one.alike(*given)
-                and (one.square is None or one.square is (queries == keys))
-                and (one.cast is None or _is_cast(one.cast))
-            ):
-                if one.repeated is not one.plan and len(candidates) < SEVERAL:
-                    return None  # to be remembered, and prepared for, in these sizes too
-                _outdate(candidates, one)
+            if not one.alike(*given) or not (one.cast is None or _is_cast(one.cast)):
+                continue
+            sizes = None
+            if one.by_sizes is not None:
+                found = one.by_sizes.get(sizes := _sizes(given))
+                if found is not None:
+                    return _SeenTwice(one, sizes) if found is one.plan else found
+            if one.plan is not None and _agree(query, key, value, mask, one.square):
+                if sizes is None:
+                    one.same = None
+                else:
+                    one.keep(sizes, one.plan)
                 return one.plan
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
         return None
     return None
 
 
-def _outdate(candidates: tuple[Known, ...], found: Known) -> None:
-    """Compare no more with all sizes of one of the calls of a plan: those that come have others."""
-    for one in candidates:
-        if one.plan is found.plan and one.same is not None:
-            one.same = None
-            return
+def _sizes(given: tuple[Tensor, ...]) -> Hashable:
+    """Return all sizes and strides of tensors."""
+    return (*[tensor.shape for tensor in given], *[tensor.stride() for tensor in given])
+
+
+def _agree(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, square: bool | None) -> bool:
+    """Whether batch and lengths of tensors that are alike go together, and are not 0."""
+    batch, _, queries, _ = query.shape
+    key_shape, value_shape = key.shape, value.shape
+    key_batch, _, keys, _ = key_shape
+    return (
+        batch == key_batch > 0
+        and keys > 0 < queries
+        and (value_shape == key_shape or (len(value_shape) == 4 and value_shape[::2] == key_shape[::2]))
+        and (mask is None or _broadcasts(mask.shape, batch, queries, keys))
+        and (square is None or square is (queries == keys))
+    )
 
 
 def _is_cast(cast: tuple[str, torch.dtype]) -> bool:
@@ -145,7 +181,7 @@ def recognise_packed(candidates: tuple[Known, ...], query: Tensor, key: Tensor, 
         return None
     if tokens > 0 and keys == values and 0 not in keys:
         for one in candidates:
-            if one.alike is not None and one.alike(query, key, value):
+            if one.alike(query, key, value):
                 return one.plan
     return None
 
@@ -158,11 +194,8 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     query, key, value = params.query, params.key, params.value
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     others, autocasts, all_count = known.get(way, ()), any_autocast(), plan.decision.shape_dependent
-    if len(others) >= SEVERAL:  # of those of one plan whose sizes turned out to vary, one is enough
-        others = tuple({(one.plan, one.same): one for one in others}.values())
     if (
-        len(others) >= SEVERAL
-        or (all_count and params.is_varlen)  # whose longest sequences count too
+        (all_count and params.is_varlen)  # whose longest sequences count too
         or is_transformed()
         or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
@@ -170,16 +203,23 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))
     ):
         return
-    same = None if params.is_varlen else comparison(tensors, exact=True)
-    alike = None if all_count else comparison(tensors, packed=params.is_varlen)
-    if same is alike is None:
-        return
-    square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None
     cast = (query.device.type, query.dtype) if autocasts else None
+    repeated = plan if params.is_varlen or autocasts or not is_plain(params) else plan.repeated(params)
+    for one in others:
+        if one.by_sizes is not None and one.cast == cast and one.alike(*tensors):
+            one.keep(_sizes(tensors), repeated)
+            return
+    alike = comparison(tensors, packed=params.is_varlen)
+    if alike is None or len(others) >= SEVERAL:
+        return
+    same = None if params.is_varlen else comparison(tensors, exact=True)
+    square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None
+    by_sizes: dict[Hashable, Plan] | None = None
+    if all_count or repeated is not plan:
+        by_sizes = {_sizes(tensors): repeated}
     if len(known) >= WAYS:
         known.clear()
-    repeated = plan if same is None or autocasts or not is_plain(params) else plan.repeated(params)
-    known[way] = (*others, Known(same, alike, square, cast, plan, repeated))
+    known[way] = (*others, Known(same, alike, square, cast, None if all_count else plan, repeated, by_sizes))
 
 
 def _has_positions(params: SDPAParams) -> bool:

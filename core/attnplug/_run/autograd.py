@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
         KernelError: the kernel returned something else than it must.
     """
     if grad and entry.kernel.backward is not None:
-        return _Attention.apply(KernelCall.of(entry, params), params, *tensors_of(params))
+        return recorded(KernelCall.of(entry, params), lambda *_: run_forward(entry, params), *_present(params))
     out, lse = run_forward(entry, params)[:2]
     return refusing_lse_gradient(entry, params, out, lse) if grad else (out, lse)
 
@@ -43,15 +44,28 @@ def refusing_lse_gradient(entry: Entry, params: SDPAParams, out: Tensor, lse: Te
     return out, lse
 
 
+def _present(params: SDPAParams) -> list[Tensor | None]:
+    """Return the tensors of a call without the last ones that it does not have, each of which would take 0.5 us."""
+    tensors = [*tensors_of(params)]
+    while tensors[-1] is None:
+        tensors.pop()
+    return tensors
+
+
+def recorded(call: KernelCall, forward: Callable[..., tuple[Any, ...]], *tensors: Tensor | None) -> Result:
+    """Return `out` and `lse` of a forward of these tensors, the first of `TENSORS`, as a call that autograd records."""
+    return _Attention.apply(call, forward, *tensors)
+
+
 class _Attention(torch.autograd.Function):
     """A kernel's forward and backward. What ran forward runs backward, whatever is selected by then."""
 
     apply: Any  # PyTorch's has no types
 
     @staticmethod
-    def forward(ctx: Any, call: KernelCall, params: SDPAParams, *tensors: Tensor | None) -> tuple[Any, Any]:
-        out, lse, *saved = run_forward(call.entry, params)  # which holds these very tensors
-        ctx.call = call
+    def forward(ctx: Any, call: KernelCall, forward: Any, *tensors: Tensor | None) -> tuple[Any, Any]:
+        out, lse, *saved = forward(*tensors)
+        ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*tensors, out, lse, *saved)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -59,13 +73,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         call: KernelCall = ctx.call
+        count: int = ctx.count
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
-        tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
-        wanted = ctx.needs_input_grad[2 : 2 + len(DIFFERENTIABLE)]
+        tensors, (out, lse, *saved) = (*everything[:count], *_ABSENT[count:]), everything[count:]
+        wanted = (*ctx.needs_input_grad[2:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
         grads = call.backward(tensors, wanted, grad_out, grad_lse, out, lse, saved)
         if torch.is_grad_enabled() and not declares(call.entry, Feature.SECOND_DERIVATIVES):
             grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
-        return (None, None, *grads, *(None for _ in TENSORS[len(grads) :]))
+        return (None, None, *grads, *_ABSENT)[: 2 + count]
+
+
+_ABSENT = (None,) * len(TENSORS)
 
 
 class _Refuse(torch.autograd.Function):

@@ -83,6 +83,14 @@ def as_caller_reads(params: SDPAParams, tensor: Tensor, size: int) -> Tensor:
     return tensor if params.is_varlen else heads_behind(tensor)
 
 
+def empty_results(params: SDPAParams) -> tuple[Tensor, Tensor]:
+    """Return empty tensors for the `out` and `lse` of a kernel with heads behind and head sizes padded to 8."""
+    rows = params.query if params.is_varlen else heads_behind(params.query)
+    size = params.value.shape[-1]
+    out = rows.new_empty(*rows.shape[:-1], size if params.is_varlen else rounded_up(size, 8))
+    return as_caller_reads(params, out, size), rows.new_empty(params.lse_shape, dtype=torch.float32)
+
+
 def outside_cleared(params: SDPAParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return out with 0, and lse with minus infinity, for packed queries of no sequence, which nobody wrote."""
     nowhere = outside(params.cu_seq_q, params.query.shape[0])

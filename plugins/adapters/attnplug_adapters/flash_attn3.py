@@ -184,11 +184,7 @@ class FlashAttn3(Adapter):
 
     def fake(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return empty tensors like those of forward."""
-        rows = params.query if params.is_varlen else convert.heads_behind(params.query)
-        size = params.value.shape[-1]
-        out = rows.new_empty(*rows.shape[:-1], size if params.is_varlen else convert.rounded_up(size, 8))
-        lse = rows.new_empty(params.lse_shape, dtype=torch.float32)
-        return convert.as_caller_reads(params, out, size), lse
+        return convert.empty_results(params)
 
     def _options(self, params: SDPAParams) -> dict[str, Any]:
         left, right = convert.band(params)

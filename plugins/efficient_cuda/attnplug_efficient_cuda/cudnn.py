@@ -19,7 +19,6 @@ from torch import Tensor
 from attnplug import CausalVariant, Feature, SDPAParams, compute_capability
 from attnplug_efficient_cuda import cudnn_packed, geometry, hardware, layout, operators
 from attnplug_efficient_cuda.cudnn_packed import shown
-from attnplug_efficient_cuda.efficient import wants_grad
 from attnplug_efficient_cuda.kept import Kept
 
 shape_dependent = True
@@ -75,7 +74,8 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
     told = direct.of(params)
     if told is None or params.scale is None or params.scale <= 0:
         return None
-    rows, told_out, wants_lse = params.query.shape[:-1], told.out, params.return_lse
+    rows, told_out = params.query.shape[:-1], told.out
+    wants_lse = params.return_lse or params.needs_grad
     attend = operators.repeated("_scaled_dot_product_cudnn_attention", params, wants_lse)
     if attend is None:
         return None
@@ -186,7 +186,7 @@ def supports(params: SDPAParams) -> list[str]:
             reasons += _size_reasons(params, version, gpu)
     reasons += _common_reasons(params)
     if packed:
-        return reasons + cudnn_packed.reasons(params, gpu, wants_grad(params))
+        return reasons + cudnn_packed.reasons(params, gpu, params.needs_grad)
     reasons += _dense_reasons(params)
     if not reasons and (refused := hardware.cudnn_refuses(params)):
         reasons.append(refused)
@@ -283,7 +283,7 @@ def _size_reasons(params: SDPAParams, version: int, gpu: Capability | None) -> l
     if max(size, value_size) > limit:
         where = "an unknown GPU" if gpu is None else f"compute capability {gpu[0]}.{gpu[1]}"
         return [f"head sizes {size} and {value_size} are above {limit}, the limit of cuDNN {shown(version)} on {where}"]
-    if max(size, value_size) > 128 and wants_grad(params) and (size, value_size) not in ((192, 128), (256, 256)):
+    if max(size, value_size) > 128 and params.needs_grad and (size, value_size) not in ((192, 128), (256, 256)):
         return [f"has no backward for head sizes {size} and {value_size}"]
     return []
 
@@ -294,7 +294,7 @@ def _common_reasons(params: SDPAParams) -> list[str]:
     if params.value.shape[-1] % 8:
         reasons.append(f"value head size {params.value.shape[-1]} is not a multiple of 8")
     strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if strict and wants_grad(params):
+    if strict and params.needs_grad:
         reasons.append("has no deterministic backward, which torch.use_deterministic_algorithms asks for")
     return reasons
 
@@ -305,12 +305,12 @@ def _dense_reasons(params: SDPAParams) -> list[str]:
     reasons = []
     if key.shape[2] == 1:
         reasons.append("does not take a single key")
-    if query.shape[2] == 1 and wants_grad(params):
+    if query.shape[2] == 1 and params.needs_grad:
         reasons.append("does not take a single query with gradients")
     if max(query.shape[:2]) > LARGEST_DIMENSION:
         reasons.append(f"takes at most {LARGEST_DIMENSION} batches and heads, got {tuple(query.shape[:2])}")
     masked = params.attn_mask is not None or _band_in_mask(params)
-    if masked and key.shape[2] % 128 == 64 and wants_grad(params):
+    if masked and key.shape[2] % 128 == 64 and params.needs_grad:
         reasons.append(
             f"may have NaN in its backward with an attn_mask and {key.shape[2]} keys, 64 more than a multiple of 128 "
             f"(pytorch#196678)"

@@ -128,7 +128,7 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Any,
         return None
     scale, queries = params.scale, params.query.shape[2]
     # Without an lse, a single query that shares its keys takes a path that is wrong (pytorch#192138).
-    wants_lse, attend = params.return_lse or queries == 1, None
+    wants_lse, attend = params.return_lse or params.needs_grad or queries == 1, None
     if told.window is None and told.mask_type != geometry.LOWER_RIGHT:  # of which this operator does not know
         attend = operators.repeated("_scaled_dot_product_efficient_attention", params, wants_lse)
 

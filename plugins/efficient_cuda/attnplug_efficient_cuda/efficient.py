@@ -86,7 +86,7 @@ def _sequence_reasons(params: SDPAParams) -> list[str]:
             f"has windows {where} only up to the diagonal (right side 0, or is_causal), "
             f"got window_size={params.window_size}"
         )
-    if geometry.shifted_window(params) and wants_grad(params):
+    if geometry.shifted_window(params) and params.needs_grad:
         reasons.append(f"has a backward {where} that places windows without the lower-right offset")
     if params.attn_mask is not None:
         reasons.append(f"takes no attn_mask {where}")
@@ -102,9 +102,3 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
         return dense.empty_result(params)
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
     return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
-
-
-def wants_grad(params: SDPAParams) -> bool:
-    """Whether autograd records this call."""
-    tensors = (params.query, params.key, params.value, params.attn_mask)
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -28,8 +28,7 @@ def supports(params: SDPAParams) -> list[str]:
     query, size_v = params.query, params.value.shape[-1]
     if not 1 <= size_v <= config.SIZES[-1]:
         reasons.append(f"value head size {size_v} is not between 1 and {config.SIZES[-1]}")
-    wants_gradient = any(tensor.requires_grad for tensor in (query, params.key, params.value))
-    if params.block_table is not None and wants_gradient and torch.is_grad_enabled():
+    if params.block_table is not None and params.needs_grad:
         reasons.append("has no gradients for paged keys and values")
     if not reasons and query.device.type == "cuda":
         reasons += toolchain.reasons(query.device)
@@ -57,7 +56,7 @@ def notes(params: SDPAParams) -> list[str]:
     from attnplug_flash_triton.hopper import choose
 
     kinds = {"forward": choose.reasons_forward(params)}
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (params.query, params.key, params.value)):
+    if params.needs_grad:
         kinds["backward"] = choose.reasons_backward(params)
     own = f"Hopper's own kernels{choose.remark()}"
     return [
@@ -84,14 +83,14 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
     given, device = tensors_of(params), params.query.device
     if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
         return None
-    plan = _forward_plan(params, given, device)
-    settings = _settings(params.query.dtype)
+    plan, settings = _forward_plan(params, given, device), _settings(params.query.dtype)
+    count = None if params.needs_grad else 2
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
         aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED == 0
         if not aligned or _settings(query.dtype) != settings:
             return None
-        return _run(plan, {"query": query, "key": key, "value": value}, device)[:2]
+        return _run(plan, {"query": query, "key": key, "value": value}, device)[:count]
 
     return run
 

@@ -38,7 +38,9 @@ def check_calls_that_repeat_another(subject: Subject) -> None:
         kinds.append({"heads": 4, "kv_heads": 2})
     for kind in kinds:
         layouts = ("contiguous", "contiguous", "offset", "misaligned", "contiguous")
-        subject.compare(*(subject.call(layout=layout, seed=seed, **kind) for seed, layout in enumerate(layouts)))
+        for gradients in dict.fromkeys(((), subject.gradients)):
+            calls = (subject.call(layout=at, seed=seed, gradients=gradients, **kind) for seed, at in enumerate(layouts))
+            subject.compare(*calls)
 
 
 @check(Feature.DETERMINISTIC)

@@ -96,8 +96,12 @@ def test_paged_keys_are_right_whatever_memory_outside_holds(page_size: int, long
         torch.testing.assert_close(lse[:, rows].double(), ref_lse[0], atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_of_pages_are_declined_with_the_reason() -> None:
-    pages, bounds = torch.randn(2, 4, 1, 16, requires_grad=True), torch.tensor([0, 2], dtype=torch.int32)
+@pytest.mark.parametrize("of", ["pages", "sinks"])
+def test_gradients_beside_pages_are_declined_with_the_reason(of: str) -> None:
+    pages, bounds = torch.randn(2, 4, 1, 16, requires_grad=of == "pages"), torch.tensor([0, 2], dtype=torch.int32)
+    sinks = torch.zeros(1, requires_grad=True) if of == "sinks" else None
     arguments = {"seqused_k": torch.tensor([3], dtype=torch.int32), "block_table": torch.zeros(1, 1, dtype=torch.int32)}
     with pytest.raises(attnplug.NoImplementationError, match="no gradients for paged"):
-        attnplug.varlen_attn(torch.randn(2, 1, 16), pages, pages, bounds, None, 2, 3, impl="flash_triton", **arguments)
+        attnplug.varlen_attn(
+            *(torch.randn(2, 1, 16), pages, pages, bounds, None, 2, 3), sinks=sinks, impl="flash_triton", **arguments
+        )
