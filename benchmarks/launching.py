@@ -1,17 +1,19 @@
-"""What a call costs on the host, with one head of 16 queries and keys.
+"""What a call costs on the host: small ones, so that the GPU has nothing to do.
 
-On a GPU: each implementation that has a launch of its own, against PyTorch's function. Without one flash_triton is
-timed with Triton's driver stubbed: real kernels are compiled for a Hopper GPU, and only what would load and launch them
-is replaced, so that what is timed is all that Python does, from attnplug's call on. Of `efficient_cuda` and `cudnn`
-PyTorch's operators are replaced, by functions that return what was made before.
+On a GPU, or with PyTorch's CUDA build and `without_gpu.py`: each implementation that has a launch of its own, against
+PyTorch's function. With a build for the CPU flash_triton is timed with Triton's driver stubbed: real kernels are
+compiled for a Hopper GPU, and only what would load and launch them is replaced, so that what is timed is all that
+Python does, from attnplug's call on.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +25,14 @@ from triton.runtime import driver
 import attnplug
 import harness
 from attnplug import Capabilities, Feature, ImplSpec
-from attnplug_efficient_cuda import cudnn, efficient, operators
 from attnplug_flash_triton import impl, launches
 from attnplug_flash_triton.problem import Machine
 from harness import Result, alternate
 
 HOPPER = Machine("sm_90", 132)
+LAYERS = 32
+NO_GPU = "no GPU"
+"""The name of the device of `without_gpu.py`."""
 AIMS = {"forward, to the driver": 25.0}
 """Microseconds, where the machine has nothing else to do."""
 
@@ -57,22 +61,66 @@ class Stub:
 
 def measure(quick: bool) -> Iterator[Result]:
     torch.set_num_threads(1)
-    yield from (on_gpu if torch.cuda.is_available() else stubbed)(3 if quick else 300)
+    turns = 3 if quick else 300
+    if torch.cuda.is_available():
+        with torch.no_grad():
+            yield from on_gpu(turns)
+    else:
+        yield from stubbed(turns)
 
 
 def on_gpu(turns: int) -> Iterator[Result]:
-    query, key, value = torch.randn(3, 1, 1, 16, 64, dtype=torch.bfloat16, device="cuda")
+    """Time each implementation against PyTorch's function: a call, one of a decode loop, forward and backward."""
     theirs = "F.scaled_dot_product_attention"
     available = {record.name for record in attnplug.list_impls() if record.status == "available"}
     ours = [name for name in ("flash_triton", "cudnn", "efficient_cuda", "aten_flash") if name in available]
-    candidates: dict[str, Any] = {theirs: lambda: sdpa(query, key, value)}
-    for name in ours:
-        candidates[name] = lambda name=name: attnplug.scaled_dot_product_attention(query, key, value, impl=name)
-    with torch.no_grad():
-        times = alternate(candidates, turns, 20, dict.fromkeys(candidates, finished))
-    for name in ours:
-        details = {"us": times.microseconds(name), "of it": times.microseconds(theirs)}
-        yield Result(f"{name} / {theirs}, on the host", times.ratio(name, theirs), "ratio", limit=1.3, details=details)
+    functions: dict[str, Any] = {theirs: sdpa, "default": attnplug.scaled_dot_product_attention}
+    functions |= {name: partial(attnplug.scaled_dot_product_attention, impl=name) for name in ours}
+    limit = None if torch.cuda.get_device_name() == NO_GPU else 1.3  # of CUDA's time, too
+    for kind, prepared, calls in (
+        ("on the host", one_call, 20),
+        ("a call of a decode loop", decode_loop, 1),
+        ("forward and backward", forward_and_backward, 10),
+    ):
+        candidates = {name: prepared(function) for name, function in functions.items()}
+        times = alternate(candidates, turns, calls, dict.fromkeys(candidates, finished))
+        each = LAYERS if prepared is decode_loop else 1
+        for name in functions:
+            if name != theirs:
+                details = {"us": times.microseconds(name) / each, "of it": times.microseconds(theirs) / each}
+                ratio, most = times.ratio(name, theirs), limit if prepared is one_call else None
+                yield Result(f"{name} / {theirs}, {kind}", ratio, "ratio", limit=most, details=details)
+
+
+def one_call(function: Any) -> Any:
+    tensors = torch.randn(3, 1, 1, 16, 64, dtype=torch.bfloat16, device="cuda").unbind()
+    return lambda: function(*tensors)
+
+
+def decode_loop(function: Any) -> Any:
+    """Return what decodes one token in a model of so many layers: each token has a key more than the one before."""
+    query = torch.randn(1, 8, 1, 64, dtype=torch.bfloat16, device="cuda")
+    keys, values = torch.randn(2, 1, 8, 8192, 64, dtype=torch.bfloat16, device="cuda").unbind()
+    lengths = itertools.cycle(range(256, 8192))
+
+    def token() -> None:
+        length = next(lengths)
+        key, value = keys[:, :, :length], values[:, :, :length]
+        for _ in range(LAYERS):
+            function(query, key, value)
+
+    return token
+
+
+def forward_and_backward(function: Any) -> Any:
+    tensors = [torch.randn(1, 2, 128, 64, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(3)]
+    grad = torch.randn(1, 128, 2, 64, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+
+    def both() -> Any:
+        with torch.enable_grad():
+            return torch.autograd.grad(function(*tensors, is_causal=True), tensors, grad)
+
+    return both
 
 
 @contextmanager
@@ -120,7 +168,6 @@ def stubbed(turns: int) -> Iterator[Result]:
     for name in times.seconds:
         yield Result(name, times.microseconds(name), "us")
     yield from other_calls(turns)
-    yield from to_the_operators(turns)
 
 
 def other_calls(turns: int) -> Iterator[Result]:
@@ -137,31 +184,6 @@ def other_calls(turns: int) -> Iterator[Result]:
             tokens, tokens, tokens, starts, starts, 16, 16, impl="stubbed"
         ),
     }
-    with torch.no_grad():
-        times = alternate(candidates, turns, 20)
-    for name in candidates:
-        yield Result(name, times.microseconds(name), "us")
-
-
-def to_the_operators(turns: int) -> Iterator[Result]:
-    """Time `efficient_cuda` and `cudnn` with PyTorch's operators replaced."""
-    query, key, value = torch.randn(3, 1, 1, 16, 64, dtype=torch.bfloat16)
-    out, lse, seed = torch.empty_like(query), torch.empty(1, 1, 32), torch.zeros((), dtype=torch.long)
-    found = {
-        "_scaled_dot_product_efficient_attention": (out, lse, seed, seed),
-        "_scaled_dot_product_cudnn_attention": (out, lse[..., :16], None, None, 16, 16, seed, seed, None),
-    }
-    operators.bound = lambda name: lambda *args, **options: found[name]
-    operators.efficient_forward = lambda *args, **options: (out.transpose(1, 2), lse, seed, seed, 16, 16)
-    operators.cudnn_forward = lambda *args, **options: found["_scaled_dot_product_cudnn_attention"]
-    candidates: dict[str, Any] = {}
-    for name, kernel in (("efficient_cuda", efficient), ("cudnn", cudnn)):
-        given = SimpleNamespace(forward=kernel.forward, backward=kernel.backward, prepare=kernel.prepare)
-        capabilities = Capabilities(features={Feature.LSE})
-        attnplug.register_impl(ImplSpec(name=f"{name}_stubbed", kernel=given, backend=None, capabilities=capabilities))
-        candidates[f"{name}, to the operator"] = lambda name=f"{name}_stubbed": attnplug.scaled_dot_product_attention(
-            query, key, value, impl=name
-        )
     with torch.no_grad():
         times = alternate(candidates, turns, 20)
     for name in candidates:

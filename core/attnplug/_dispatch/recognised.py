@@ -76,14 +76,12 @@ class Known:
 class _SeenTwice(Plan):
     """The plan of a call that came with these sizes once before: there will be more, for which the kernel prepares."""
 
-    def __init__(self, known: Known, sizes: Hashable) -> None:
-        assert known.plan is not None
-        self.__dict__.update(known.plan.__dict__, plain=None)
-        self._known, self._sizes = known, sizes
+    def __init__(self, plan: Plan, known: Known, sizes: Hashable) -> None:
+        self._plan, self._known, self._sizes = plan, known, sizes
+        self.plain = None
 
     def run_as_given(self, params: SDPAParams) -> Result:
-        plan = self._known.plan
-        assert plan is not None
+        plan = self._plan
         returned = plan.run_as_given(params)
         repeated = plan.repeated(params)
         self._known.keep(self._sizes, copy(plan) if repeated is plan else repeated)  # no longer seen once
@@ -124,7 +122,7 @@ def recognise(
             if one.by_sizes is not None:
                 found = one.by_sizes.get(sizes := _sizes(given))
                 if found is not None:
-                    return _SeenTwice(one, sizes) if found is one.plan else found
+                    return _SeenTwice(found, one, sizes) if found is one.plan else found
             if one.plan is not None and _agree(query, key, value, mask, one.square):
                 if sizes is None:
                     one.same = None

@@ -64,12 +64,12 @@ class Kernel:
             no record to build. `attn_mask` has two to four dimensions that broadcast; `scale` may be None; the last
             stride of each tensor but the mask is 1; and autocast, for which they are cast already, may be on. Only
             attnplug's own kernels, whose results are not checked, are called in this way; `prepare` is for all.
-        prepare: `prepare(params) -> run or None`: given a call without mask, gradients or anything beyond PyTorch's
-            arguments and an lse, returns a function for calls that repeat it. `run(query, key, value) -> (out, lse)`
-            does what forward does for a call that differs only in where its tensors lie in memory: same shapes,
-            strides, dtype, device, scale. It returns None to have forward called, as it must where it depends on
-            alignment or on a setting that has changed. `params` must not be kept. It saves looking up a plan,
-            building the `SDPAParams` and checking the output.
+        prepare: `prepare(params) -> run or None`: given a call without mask or anything beyond PyTorch's arguments and
+            an lse, returns a function for calls that repeat it. `run(query, key, value) -> (out, lse, *saved)` does
+            what forward does for a call that differs only in where its tensors lie in memory: same shapes, strides,
+            dtype, device, scale. Unless `params.needs_grad`, `saved` may be left out. It returns None to have forward
+            called, as it must where it depends on alignment or on a setting that has changed. `params` must not be
+            kept. It saves looking up a plan, building the `SDPAParams` and checking the output.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SOURCE = Path(__file__).parents[2] / "support" / "no_cuda_driver.c"
+SOURCE = Path(__file__).parents[3] / "benchmarks" / "no_gpu" / "driver.c"
 CALLS = """
 import ctypes, sys
 import torch

@@ -1,4 +1,6 @@
-/* A CUDA driver that does nothing but count launches: Triton's own launcher runs on it where there is no GPU. */
+/* A CUDA driver that does nothing but count launches: Triton's own launcher runs on it where there is no GPU.
+
+   What is not defined here is, by without_gpu.py, a function that returns success. */
 
 static int launches, programs;
 static long long first;
@@ -25,9 +27,13 @@ int cuModuleGetFunction(void **function, void *module, const char *name) { *func
 int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute == 0 ? 1024 : 0; return 0; }
 int cuPointerGetAttribute(void **value, int attribute, void *pointer) { *value = pointer; return 0; }
 
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuCtxGetCurrent(void **context) { *context = (void *)8; return 0; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
+
 #define NOTHING(name) int name(void) { return 0; }
-NOTHING(cuInit) NOTHING(cuGetErrorString) NOTHING(cuLaunchKernel) NOTHING(cuDriverGetVersion)
-NOTHING(cuCtxGetCurrent) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxGetDevice) NOTHING(cuCtxGetLimit)
+NOTHING(cuInit) NOTHING(cuGetErrorString) NOTHING(cuLaunchKernel)
+NOTHING(cuCtxSetCurrent) NOTHING(cuCtxGetDevice) NOTHING(cuCtxGetLimit)
 NOTHING(cuCtxSetLimit) NOTHING(cuCtxPushCurrent) NOTHING(cuCtxPopCurrent)
 NOTHING(cuDeviceGet) NOTHING(cuDevicePrimaryCtxRetain) NOTHING(cuModuleLoadData) NOTHING(cuModuleUnload)
 NOTHING(cuFuncLoad) NOTHING(cuFuncSetCacheConfig) NOTHING(cuFuncSetAttribute) NOTHING(cuStreamIsCapturing)
