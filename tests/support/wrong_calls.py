@@ -33,7 +33,8 @@ BAD = {
 def params_of(call: Call, **changes: Any) -> SDPAParams:
     params = call.params(call.make())
     fields = {name: getattr(params, name) for name in ("query", "key", "value", "attn_mask")}
-    fields |= {"dropout": params.dropout, "is_causal": params.is_causal, "scale": 0.25 if params.scale is None else params.scale} | changes
+    scale = 0.25 if params.scale is None else params.scale
+    fields |= {"dropout": params.dropout, "is_causal": params.is_causal, "scale": scale} | changes
     return SDPAParams(**fields)
 
 
