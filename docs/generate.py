@@ -232,14 +232,19 @@ def gpu_host() -> str:
 
 
 def host_alone() -> str:
-    """Return what Python takes of a call that repeats one, with what launches replaced."""
-    found = {result["name"]: result["value"] for result in _json("results", "cpu")["results"]}
-    names = {
-        "flash_triton": "forward, to the driver",
-        "efficient_cuda": "efficient_cuda, to the operator",
-        "cudnn": "cudnn, to the operator",
+    """Return what small CUDA calls take on the host, without the time of CUDA itself."""
+    kinds = {
+        "a call": "on the host",
+        "in a decode loop": "a call of a decode loop",
+        "forward and backward": "forward and backward",
     }
-    return _table(("implementation", "a call"), [(impl, f"{found[name]:.1f} µs") for impl, name in names.items()])
+    found = {result["name"]: result for result in _json("launching", "no-gpu")["results"]}
+    names = dict.fromkeys(name.partition(" / ")[0] for name in found)
+    rows = []
+    for name in names:
+        results = [found[f"{name} / F.scaled_dot_product_attention, {kind}"] for kind in kinds.values()]
+        rows.append((name, *(f"{each['details']['us']:.0f} µs ({each['value']:.1f})" for each in results)))
+    return _table(("implementation", *kinds), rows)
 
 
 _COSTS = {

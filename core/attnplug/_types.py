@@ -270,7 +270,11 @@ class ImplSpec:
             raise SpecError(f"{where}.install: expected a command, got {self.install!r}")
         if not isinstance(self.named_only, bool):
             raise SpecError(f"{where}.named_only: expected a bool, got {self.named_only!r}")
-        object.__setattr__(self, "requires", tuple(sorted(_strings(f"{where}.requires", self.requires or ()))))
+        object.__setattr__(
+            self,
+            "requires",
+            tuple(sorted(_strings(f"{where}.requires", () if self.requires is None else self.requires))),
+        )
 
 
 @dataclass(frozen=True)

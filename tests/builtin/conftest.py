@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Let `torch` be called with fake CUDA tensors; what reaches PyTorch's function is collected."""
     given: list[tuple[Any, ...]] = []
 
-    def sdpa(*arguments: Any, scale: float, enable_gqa: bool) -> Tensor:
-        given.append((*arguments, scale))
+    def sdpa(*arguments: Any, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+        given.append((*arguments, 1 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale))
         return arguments[0]
 
     monkeypatch.setattr(torch_sdpa, "sdpa", sdpa)

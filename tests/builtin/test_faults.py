@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnplug
 from attnplug import SDPAParams
@@ -48,6 +49,66 @@ def test_aten_flash_on_cuda_takes_the_short_way_with_what_its_kernel_takes(name:
     assert out.shape == params.query.shape and lse.shape == params.query.shape[:-1]
     assert_fits(calls.given[0])
     assert name != "plain" or all(map(operator.is_, calls.given[0], tensors))
+
+
+PREPARED: dict[str, tuple[Call, float]] = {
+    "plain": (PLAIN, 0.0),
+    "causal": (PLAIN.but(is_causal=True), 0.0),
+    "scaled": (PLAIN.but(scale=-0.3), 0.0),
+    "dropout": (PLAIN, 0.3),
+    "a mask": (PLAIN.but(mask="additive"), 0.0),
+    "a boolean mask": (PLAIN.but(mask="boolean"), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize("kernel", [torch_sdpa, aten_flash], ids=["torch", "aten_flash"])
+def test_what_is_prepared_for_cuda_gives_pytorch_what_forward_gives_it(
+    name: str, kernel: Any, on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, dropout = PREPARED[name]
+    if kernel is aten_flash and call.mask:
+        pytest.skip("aten_flash has no masks on CUDA")
+    mode, calls = FakeTensorMode(), OperatorCalls()
+    params = faked(params_of(call.but(dtype="float16"), dropout=dropout), mode)
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size())
+    tensors = (params.query, params.key, params.value, params.attn_mask)
+    given = on_cuda if kernel is torch_sdpa else calls.given
+    with mode:
+        memory = torch.empty(params.query.numel() + 1, dtype=torch.float16, device="cuda")
+        shifted = memory.narrow(0, 1, params.query.numel()).view(params.query.shape)
+    with mode, torch.no_grad(), calls:
+        run = kernel.prepare(params)
+        kernel.forward(params)
+        assert run(*tensors) is not None
+        assert run(shifted, *tensors[1:]) is None
+    first, second = ((*one, *(None, 0.0, False)[len(one) - 4 :]) if len(one) < 7 else one for one in given)
+    assert all(map(operator.is_, first[:4], tensors)) and all(map(operator.is_, second[:4], tensors))
+    assert first[4:] == second[4:] == (dropout, params.is_causal, params.scale)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", BAD)
+def test_nothing_is_prepared_for_what_pytorch_gets_wrong_on_cuda(name: str, dtype: str) -> None:
+    params = faked(params_of(BAD[name].but(dtype=dtype)), FakeTensorMode())
+    assert torch_sdpa.prepare(params) is None
+    assert params.attn_mask is not None or aten_flash.prepare(params) is None
+
+
+def test_what_was_prepared_for_flash_attention_does_not_run_where_that_is_switched_off(
+    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next kernel reads beyond heads that share their keys."""
+    gpu_and_cudnn(monkeypatch, (8, 0), None)
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: 0)
+    with FakeTensorMode():
+        query, one = torch.empty(1, 4, 33, 16, dtype=torch.float16, device="cuda"), torch.empty(1, 1, 33, 16)
+        key = one.to(query).expand(1, 4, 33, 16)
+        run = torch_sdpa.prepare(SDPAParams(query, key, key, scale=0.25))
+        assert run is not None and run(query, key, key) is not None
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            assert run(query, key, key) is None
+            assert torch_sdpa.prepare(SDPAParams(query, key, key, scale=0.25)) is None
 
 
 def test_everything_dropped_becomes_values_of_zero_on_cuda(on_cuda: list[tuple[Any, ...]]) -> None:
@@ -93,7 +154,7 @@ def test_what_is_rewritten_for_cuda_means_the_same(name: str) -> None:
             params = fault.rewrite(params)
     assert_fits((params.query, params.key, params.value, params.attn_mask, 0.0, params.is_causal, params.scale))
     out, _ = torch_sdpa.forward(params)
-    assert_right({**inputs.arguments, "scale": call.scale or 0.25}, out)
+    assert_right({**inputs.arguments, "scale": params_of(call).scale}, out)
 
 
 def gpu_and_cudnn(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], version: int | None) -> None:

@@ -37,7 +37,7 @@ def of_one_dimension_more(tensor: Tensor) -> Tensor:
         ((Q[None], Q[None].to_sparse(), Q[None]), ValueError, "key: expected a dense tensor"),
         ((Q[0], Q[0], Q[0].to_mkldnn()), ValueError, "value: expected a dense tensor"),
         ((Q[0, 0, 0], Q[0, 0, 0], Q[0, 0, 0]), ValueError, "query: expected at least 2 dimensions"),
-        ((Q[0], Q[0], Q[0], torch.zeros(1, 1, 4, 4)), ValueError, "attn_mask: shape .* does not broadcast"),
+        ((Q[0], Q[0], Q[0], torch.zeros(3, 1, 4, 4)), ValueError, "attn_mask: shape .* does not broadcast"),
         (([1.0], [1.0], [1.0]), TypeError, "query: expected a torch.Tensor, got list"),
         (([1.0], [1.0], [1.0], torch.ones(4, 4)), TypeError, "query: expected a torch.Tensor, got list"),
         ((Q, Q, Q, [1.0]), TypeError, "attn_mask: expected a torch.Tensor or None, got list"),
@@ -49,6 +49,19 @@ def test_what_is_no_dense_tensor_is_an_error_that_says_so(
     for function in (attend, attnplug.explain):
         with pytest.raises(error, match=message):
             function(*arguments, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ROUTES)
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_mask_may_have_dimensions_of_size_1_before_those_of_the_call(rank: int, impl: str | None) -> None:
+    """As PyTorch's function takes it from 2.14 on."""
+    query = Q[(0,) * (4 - rank)]
+    inner = torch.randn(*query.shape[:-1], 4)
+    mask, expected = inner[None, None], sdpa(query, query, query, inner)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for function in (attend, attend, compiled):
+        torch.testing.assert_close(function(query, query, query, mask, impl=impl), expected)
 
 
 @pytest.mark.parametrize("impl", ROUTES)

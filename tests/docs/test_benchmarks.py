@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = (
@@ -56,6 +60,31 @@ def test_all_run_together_and_the_results_name_machine_and_versions(tmp_path: Pa
     assert "over the limit:" in done.stdout
 
 
+def test_what_stands_for_cuda_without_a_gpu_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="triton, which brings CUDA's headers, is not installed")
+    if shutil.which("cc") is None or shutil.which("nm") is None:
+        pytest.skip("needs a C compiler and nm")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    without_gpu = importlib.import_module("without_gpu")
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    names = {"cudaGraphLaunch", "cudaMalloc"}
+    built = without_gpu.build(BENCHMARKS / "no_gpu" / "runtime.c", "runtime.so", names, [headers], tmp_path, True)
+    runtime = ctypes.CDLL(str(built))
+    pointer = ctypes.c_void_p()
+    assert runtime.cudaGraphLaunch() == runtime.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(5)) == 0
+    assert pointer.value is not None and pointer.value % 2**21 == 0
+    assert runtime.cudaFree(pointer) == 0
+
+
+@pytest.mark.slow
+def test_calls_on_cuda_are_measured_without_a_gpu(tmp_path: Path) -> None:
+    if torch.version.cuda is None or torch.cuda.is_available():
+        pytest.skip("needs PyTorch's CUDA build, and no GPU")
+    done = run("without_gpu.py", str(BENCHMARKS / "launching.py"), "--quick", "--json", str(tmp_path / "results.json"))
+    names = [result["name"] for result in json.loads((tmp_path / "results.json").read_text())["results"]]
+    assert "cudnn / F.scaled_dot_product_attention, forward and backward" in names, done.stderr
+
+
 def test_run_knows_every_benchmark() -> None:
     done = run("run.py", "--help")
     others = {
@@ -65,6 +94,7 @@ def test_run_knows_every_benchmark() -> None:
         "candidates",
         "peers",
         "false_alarms",
+        "without_gpu",
     }  # on a GPU alone, shared, or without a clock
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - {"run", "harness"} - others == set(PROGRAMS)
     assert all(program in done.stdout for program in PROGRAMS)

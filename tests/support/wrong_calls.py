@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ BAD = {
 def params_of(call: Call, **changes: Any) -> SDPAParams:
     params = call.params(call.make())
     fields = {name: getattr(params, name) for name in ("query", "key", "value", "attn_mask")}
-    fields |= {"dropout": params.dropout, "is_causal": params.is_causal, "scale": params.scale or 0.25} | changes
+    scale = 0.25 if params.scale is None else params.scale
+    fields |= {"dropout": params.dropout, "is_causal": params.is_causal, "scale": scale} | changes
     return SDPAParams(**fields)
 
 
@@ -76,5 +78,6 @@ class OperatorCalls(TorchDispatchMode):
         if func is torch.ops.aten._scaled_dot_product_flash_attention.default:
             options = kwargs or {}
             dropout, is_causal, *_ = (*args[3:], *(0.0, False)[len(args) - 3 :])
-            self.given.append((*args[:3], None, dropout, is_causal, options["scale"]))
+            scale = options.get("scale") or 1 / math.sqrt(args[0].shape[-1])
+            self.given.append((*args[:3], None, dropout, is_causal, scale))
         return func(*args, **(kwargs or {}))

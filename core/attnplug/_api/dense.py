@@ -338,7 +338,7 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
         type(mask) in PLAIN
         and query.get_device() < 0  # CUDA kernels misread what `torch` first converts
         and mask.device == query.device
-        and mask.dim() > 1
+        and 1 < mask.dim() <= query.dim()
         and (mask.dtype is torch.bool or mask.dtype is query.dtype or query.dtype is not torch.float64)
     )
 

@@ -23,8 +23,8 @@ Shape = tuple[int, ...]
 
 
 def own_terms(params: SDPAParams) -> SDPAParams:
-    """Return `params` with PyTorch's enum and `CausalBias` replaced by attnplug's terms."""
-    return _without_idle_groups(_causal_bias(_own_enums(params)))
+    """Return `params` with PyTorch's enum and `CausalBias` replaced by attnplug's terms, and without idle ones."""
+    return _without_idle_groups(_without_idle_dimensions(_causal_bias(_own_enums(params))))
 
 
 def prepare_dense(params: SDPAParams) -> tuple[SDPAParams, Shape]:
@@ -154,6 +154,17 @@ def _without_idle_groups(params: SDPAParams) -> SDPAParams:
         return params
     heads, *kv_heads = (tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in tensors)
     return params if heads > max(kv_heads) else replace(params, enable_gqa=False)
+
+
+def _without_idle_dimensions(params: SDPAParams) -> SDPAParams:
+    """Return `params` with no more dimensions of the mask than there are: PyTorch takes more of size 1 from 2.14 on."""
+    mask, tensors = params.attn_mask, (params.query, params.key, params.value)
+    if any(not isinstance(tensor, Tensor) or tensor.is_nested for tensor in (mask, *tensors)):
+        return params
+    more = mask.dim() - max(tensor.dim() for tensor in tensors)
+    if more <= 0 or any(size != 1 for size in mask.shape[:more]):
+        return params
+    return replace(params, attn_mask=mask.reshape(mask.shape[more:]))
 
 
 def _with_heads(tensor: Tensor) -> Tensor:

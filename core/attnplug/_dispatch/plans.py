@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnplug._call.autocast import any_autocast
+from attnplug._call.autocast import any_autocast, no_autocast
 from attnplug._call.facts import CallFacts, Layout
 from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import default_scale
@@ -93,7 +93,7 @@ class Plan:
             params.__dict__["scale"] = self.scale
         if params.attn_mask is not None:
             params.__dict__["attn_mask"] = with_four_dimensions(params.attn_mask)
-        if self.checked and not (thread.state.watched or is_profiled() or is_transformed()):
+        if self.checked and not (thread.state.watched or is_profiled() or is_transformed() or any_autocast()):
             out, lse, *_ = checked_forward(self.decision.entry, params)
             return out, lse
         return self.run(params)
@@ -156,7 +156,8 @@ class Plan:
         kernel = self.decision.kernel
         ours = self.decision.entry.distribution == BUILTIN
         records = self.grad and kernel.backward is not None and not (self.unfused or ours)
-        if kernel.prepare is None or not (self.checked or self.simple or records) or params.attn_mask is not None:
+        takes_it = self.simple or ((self.checked or records) and params.attn_mask is None)
+        if kernel.prepare is None or not takes_it:
             return self
         run = in_kernel(kernel.prepare, params)
         if run is None:
@@ -172,13 +173,18 @@ class Plan:
 def _prepared(plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., Result]:
     """Return a `plain` that runs what a kernel prepared for calls that repeat one, and checks once what it returns."""
     call, is_checked = KernelCall.of(plan.decision.entry, params), False
+    autocasts = no_autocast(params.query) if any_autocast() else None
 
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         nonlocal is_checked
         outer = thread.in_kernel
         thread.in_kernel = True  # `in_kernel`, without the time of another call
         try:
-            returned: tuple[Any, ...] | None = run(query, key, value)
+            if autocasts is None:
+                returned: tuple[Any, ...] | None = run(query, key, value)
+            else:
+                with autocasts:
+                    returned = run(query, key, value)
         finally:
             thread.in_kernel = outer
         if returned is None:
@@ -201,12 +207,14 @@ def _prepared(plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Ten
     return plain
 
 
-def _simply_prepared(plan: Plan, run: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., Result] | None:
+def _simply_prepared(plan: Plan, run: Callable[..., Any]) -> Callable[..., Result] | None:
     """Return the same for a kernel with nothing around it; None where it has no `plain` to run else."""
     plain = plan.plain
     if plain is None:
         return None
-    return lambda query, key, value, *others: run(query, key, value) or plain(query, key, value, *others)
+    return lambda query, key, value, mask, *others: (
+        run(query, key, value, mask) or plain(query, key, value, mask, *others)
+    )
 
 
 BY_LAYOUT = object()

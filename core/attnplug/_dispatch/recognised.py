@@ -200,7 +200,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
-        or (autocasts and (plan.plain is None or _autocast_dtype(query.device.type) is not query.dtype))
+        or (autocasts and _autocast_dtype(query.device.type) is not query.dtype)
     ):
         return
     cast = (query.device.type, query.dtype) if autocasts else None
@@ -208,18 +208,21 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     alike = like[0].alike if like else comparison(tensors, packed=params.is_varlen)
     if alike is None or (not like and len(others) >= SEVERAL):
         return
-    repeated = plan if params.is_varlen or autocasts or not is_plain(params) else plan.repeated(params)
+    repeated = plan if params.is_varlen or not is_plain(params) else plan.repeated(params)
+    if autocasts and repeated.plain is None:
+        return
     if like:
         like[0].keep(_sizes(tensors), repeated)
         return
     same = None if params.is_varlen else comparison(tensors, exact=True)
     square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None
     by_sizes: dict[Hashable, Plan] | None = None
-    if all_count or repeated is not plan:
+    decides = not all_count and not (autocasts and plan.plain is None)  # about other sizes
+    if not decides or repeated is not plan:
         by_sizes = {_sizes(tensors): repeated}
     if len(known) >= WAYS:
         known.clear()
-    known[way] = (*others, Known(same, alike, square, cast, None if all_count else plan, repeated, by_sizes))
+    known[way] = (*others, Known(same, alike, square, cast, plan if decides else None, repeated, by_sizes))
 
 
 def _has_positions(params: SDPAParams) -> bool:

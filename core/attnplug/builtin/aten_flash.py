@@ -151,7 +151,7 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
         flash = partial(flash, scale=params.scale)
     is_bare = not is_causal and dropout == 0  # an argument takes the binding 0.2 us to read
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: None = None) -> tuple[Tensor, Tensor] | None:
         if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNMENT:
             return None
         found = flash(query, key, value) if is_bare else flash(query, key, value, dropout, is_causal)
