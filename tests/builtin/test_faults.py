@@ -132,6 +132,22 @@ def test_a_plain_call_reaches_pytorch_as_it_is(on_cuda: list[tuple[Any, ...]]) -
             assert query is params.query and key is params.key and value is params.value and mask is params.attn_mask
 
 
+@pytest.mark.parametrize("wanted", ["query", "key", "value", None])
+def test_the_gradient_of_a_mask_alone_is_declined_on_cuda(wanted: str | None) -> None:
+    params, mode = params_of(PLAIN.but(mask="additive")), FakeTensorMode()
+    on_cpu, on_cuda = params, faked(params, mode)
+    for params in (on_cpu, on_cuda):
+        assert params.attn_mask is not None
+        params.attn_mask.requires_grad_()
+        if wanted is not None:
+            getattr(params, wanted).requires_grad_()
+    assert not torch_sdpa.supports(on_cpu)
+    with torch.no_grad():
+        assert not torch_sdpa.supports(on_cuda)
+    reasons = torch_sdpa.supports(on_cuda)
+    assert not reasons if wanted else "if attn_mask alone requires a gradient" in reasons[0]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_float32_masks_of_half_queries_are_declined_on_cuda_with_pytorch_s_fault(dtype: str) -> None:
     params = params_of(PLAIN.but(dtype=dtype, mask="additive", mask_dtype="float32"))

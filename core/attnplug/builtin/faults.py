@@ -138,6 +138,11 @@ def _has_a_mask_of_one_dimension(params: SDPAParams) -> bool:
     return params.attn_mask is not None and params.attn_mask.dim() < 2
 
 
+def _wants_the_gradient_of_the_mask_alone(params: SDPAParams) -> bool:
+    tensors = (params.query, params.key, params.value)
+    return params.attn_mask is not None and params.needs_grad and not any(tensor.requires_grad for tensor in tensors)
+
+
 def _has_a_mask_whose_rows_are_not_dense(params: SDPAParams) -> bool:
     mask = params.attn_mask
     return mask is not None and (holds(mask.shape[-1] != params.key.shape[-2]) or holds(mask.stride(-1) != 1))
@@ -298,6 +303,12 @@ OF_SDPA = Faults(
         None,
         _has_a_mask_of_one_dimension,
         with_a_mask_of_two_dimensions,
+    ),
+    Fault(
+        "PyTorch computes no lse if attn_mask alone requires a gradient, and its backward reads one (pytorch#148476)",
+        "2.6.0 to 2.11.0, CUDA 12.4 to 13.0",
+        "cuda",
+        _wants_the_gradient_of_the_mask_alone,
     ),
     Fault(
         "PyTorch raises '(*bias): last dimension must be contiguous' for an attn_mask that broadcasts over keys, or "
