@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnplug
 import forked
-from attnplug import ImplSpec, SDPAParams
+from attnplug import ImplSpec, SDPAParams, SDPBackend
 from repeated import K, Opaque, Q, V
 
 
@@ -25,7 +27,7 @@ class Prepares(Opaque):
     """Counts how often forward runs, and what it prepared; `answer` is what that returns."""
 
     def __init__(self, answer: Any = Opaque.forward) -> None:
-        self.forwards = self.runs = 0
+        self.forwards = self.asked = self.runs = 0
         self.answer = answer
 
     def forward(self, params: SDPAParams) -> Any:  # type: ignore[override]  # of Opaque it is static
@@ -33,6 +35,7 @@ class Prepares(Opaque):
         return Opaque.forward(params)
 
     def prepare(self, params: SDPAParams) -> Any:
+        self.asked += 1
         options = {"is_causal": params.is_causal, "scale": params.scale}
 
         def run(*tensors: Tensor) -> Any:
@@ -43,8 +46,8 @@ class Prepares(Opaque):
 
 
 @contextmanager
-def registered(kernel: Prepares) -> Iterator[Callable[..., Any]]:
-    attnplug.register_impl(ImplSpec(name="prepares", kernel=kernel, backend=None))
+def registered(kernel: Prepares, backend: SDPBackend | None = None) -> Iterator[Callable[..., Any]]:
+    attnplug.register_impl(ImplSpec(name="prepares", kernel=kernel, backend=backend))
     try:
         yield partial(attnplug.scaled_dot_product_attention, impl="prepares")
     finally:
@@ -142,6 +145,34 @@ def test_no_transform_meets_what_a_kernel_prepared() -> None:
         assert (kernel.forwards, kernel.runs) == (6, 1)
 
 
+def test_a_dispatch_mode_sees_an_operator_each_time_and_not_what_the_kernel_prepared() -> None:
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.name().partition("_")[0])
+            return func(*args, **(kwargs or {}))
+
+    with registered(kernel := Prepares()) as attend:
+        for _ in range(3):
+            names: list[str] = []
+            with Names():
+                attend(Q, K, V)
+            assert names == ["attnplug::prepares"]
+            with FakeTensorMode():
+                attend(*torch.empty(3, 1, 2, 4, 8))
+    assert kernel.asked == 0
+
+
+def test_repeated_calls_whose_gradients_an_unfused_kernel_prepared_for_warn_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attnplug, "WARN_FOR_UNFUSED_KERNELS", True)
+    query = Q.clone().requires_grad_()
+    with registered(Prepares(), SDPBackend.MATH), attnplug.sdpa_kernel(["FA3", "prepares"]):
+        for _ in range(3):
+            with pytest.warns(UserWarning, match="FA3: runs on cuda"):
+                attnplug.scaled_dot_product_attention(query, K, V)
+
+
 def test_a_kernel_prepares_for_sizes_that_come_again() -> None:
     """For the first of a kind at once, for others when they come a second time."""
     with registered(kernel := Prepares()) as attend:
@@ -237,6 +268,15 @@ def test_more_kinds_of_tensors_than_are_recognised_are_decided_as_well() -> None
             out = attnplug.scaled_dot_product_attention(query, query, query, impl="aten_flash")
             expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
             torch.testing.assert_close(out, expected)
+
+
+def test_a_kernel_prepares_for_no_call_that_will_not_be_recognised() -> None:
+    with registered(kernel := Prepares()) as attend:
+        for heads in (*range(1, 20), *range(1, 20)):
+            attend(*torch.randn(3, 1, heads, 3, 8))
+            attend(*torch.randn(3, 1, heads, 8, 3).mT)
+        assert kernel.asked < 19
+        assert (kernel.forwards, kernel.runs) == (4 * 19 - kernel.asked, kernel.asked)
 
 
 @pytest.mark.parametrize("change", ["del guards.TensorGuards", "guards.TensorGuards = lambda *tensors: None"])

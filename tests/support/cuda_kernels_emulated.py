@@ -111,7 +111,7 @@ class Cutlass:
             {"mask_type": mask_type, "window_size": window_size, "query": query, "key": key, "bias": bias}
         )
         check_call(query, key, value, bias, cu_q=cu_q, cu_k=cu_k)
-        assert lse_wanted or query.shape[1] > 1, "without an lse, a single query that shares its keys goes wrong"
+        assert lse_wanted or query.shape[1] % 32 != 1, "without an lse, a query alone in its block may go wrong"
         assert dropout < 1 and (cu_q is None or dropout == 0)
         assert scale > 0, "keys are hidden before logits are scaled"
         batches = sequences(query, key, cu_q, cu_k)

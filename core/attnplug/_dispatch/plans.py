@@ -154,7 +154,8 @@ class Plan:
             KernelError: the kernel prepared something that cannot be called.
         """
         kernel = self.decision.kernel
-        records = self.grad and kernel.backward is not None and self.decision.entry.distribution != BUILTIN
+        ours = self.decision.entry.distribution == BUILTIN
+        records = self.grad and kernel.backward is not None and not (self.unfused or ours)
         takes_it = self.simple or ((self.checked or records) and params.attn_mask is None)
         if kernel.prepare is None or not takes_it:
             return self

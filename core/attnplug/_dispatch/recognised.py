@@ -24,6 +24,7 @@ from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import is_plain
 from attnplug._dispatch.plans import Plan
 from attnplug._run.contract import Result
+from attnplug._run.operator import is_watched
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
@@ -195,6 +196,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     if (
         (all_count and params.is_varlen)  # whose longest sequences count too
         or is_transformed()
+        or is_watched(query)  # what a kernel prepared is no operator
         or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
@@ -202,15 +204,15 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     ):
         return
     cast = (query.device.type, query.dtype) if autocasts else None
+    like = [one for one in others if one.by_sizes is not None and one.cast == cast and one.alike(*tensors)]
+    alike = like[0].alike if like else comparison(tensors, packed=params.is_varlen)
+    if alike is None or (not like and len(others) >= SEVERAL):
+        return
     repeated = plan if params.is_varlen or not is_plain(params) else plan.repeated(params)
     if autocasts and repeated.plain is None:
         return
-    for one in others:
-        if one.by_sizes is not None and one.cast == cast and one.alike(*tensors):
-            one.keep(_sizes(tensors), repeated)
-            return
-    alike = comparison(tensors, packed=params.is_varlen)
-    if alike is None or len(others) >= SEVERAL:
+    if like:
+        like[0].keep(_sizes(tensors), repeated)
         return
     same = None if params.is_varlen else comparison(tensors, exact=True)
     square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None

@@ -127,8 +127,9 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Any,
     if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
         return None
     scale, queries = params.scale, params.query.shape[2]
-    # Without an lse, a single query that shares its keys takes a path that is wrong (pytorch#192138).
-    wants_lse, attend = params.return_lse or params.needs_grad or queries == 1, None
+    # Without an lse, a query that is alone in its block of 32 or 64, and whose heads share their keys, takes a path
+    # that is wrong (pytorch#192138).
+    wants_lse, attend = params.return_lse or params.needs_grad or queries % 32 == 1, None
     if told.window is None and told.mask_type != geometry.LOWER_RIGHT:  # of which this operator does not know
         attend = operators.repeated("_scaled_dot_product_efficient_attention", params, wants_lse)
 
@@ -278,7 +279,7 @@ def _forward(params: SDPAParams) -> tuple[Tensor, ...]:
         *(None, None, None, None),
         params.dropout,
         part.mask_type,
-        True,  # without an lse, a single query that shares its keys takes a path that is wrong (pytorch#192138)
+        True,  # without an lse, a query that is alone in its block may go wrong (pytorch#192138): see `prepare`
         scale=params.scale,
         window_size=part.window,
     )[:4]

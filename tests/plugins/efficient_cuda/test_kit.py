@@ -55,7 +55,7 @@ CALLS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("shorter", [True, False], ids=["with PyTorch's shorter operator", "without"])
-@pytest.mark.parametrize(("queries", "shared"), [(5, False), (1, False), (1, True)], ids=str)
+@pytest.mark.parametrize(("queries", "shared"), [(5, False), (1, False), (1, True), (33, True)], ids=str)
 @pytest.mark.parametrize("name", ["efficient_cuda", "cudnn"])
 def test_calls_that_repeat_another_are_those_of_pytorch(
     monkeypatch: pytest.MonkeyPatch, name: str, queries: int, shared: bool, shorter: bool
@@ -64,12 +64,13 @@ def test_calls_that_repeat_another_are_those_of_pytorch(
     emulate(monkeypatch, name, Cutlass() if name == "efficient_cuda" else Cudnn())
     if not shorter:
         monkeypatch.setattr(operators, "bound", lambda name: None)
+    keys = queries + 2
     for options in CALLS:
         band = {key: options[key] for key in ("is_causal", "causal_variant", "window_size") if key in options}
         for _ in range(3):
-            query, key, value = (t.detach() for t in tensors(queries=queries, keys=7, kv_heads=1 if shared else 2))
-            key, value = key.expand(2, 2, 7, 8), value.expand(2, 2, 7, 8)
-            seen = seen_by(queries, 7, **band)
+            query, key, value = (t.detach() for t in tensors(queries=queries, keys=keys, kv_heads=1 if shared else 2))
+            key, value = key.expand(2, 2, keys, 8), value.expand(2, 2, keys, 8)
+            seen = seen_by(queries, keys, **band)
             found = attnplug.scaled_dot_product_attention(query, key, value, impl="emulated", **options)
             out = found[0] if "return_lse" in options else found
             logits = query.double() @ key.double().mT * options.get("scale", 8**-0.5)
