@@ -279,6 +279,18 @@ def test_a_kernel_prepares_for_no_call_that_will_not_be_recognised() -> None:
         assert (kernel.forwards, kernel.runs) == (4 * 19 - kernel.asked, kernel.asked)
 
 
+@pytest.mark.parametrize("casts", [False, True], ids=["", "autocast"])
+def test_a_kernel_that_prepares_nothing_for_a_call_is_asked_once(casts: bool) -> None:
+    class Declines(Prepares):
+        def prepare(self, params: SDPAParams) -> None:
+            self.asked += 1
+
+    with registered(kernel := Declines()) as attend, torch.autocast("cpu", torch.bfloat16, enabled=casts):
+        for _ in range(4):
+            attend(Q.bfloat16(), K.bfloat16(), V.bfloat16())
+    assert (kernel.asked, kernel.forwards) == (1, 4)
+
+
 @pytest.mark.parametrize("change", ["del guards.TensorGuards", "guards.TensorGuards = lambda *tensors: None"])
 def test_a_release_with_other_guards_decides_as_well(change: str) -> None:
     done = forked.run(f"""

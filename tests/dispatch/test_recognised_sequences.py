@@ -92,6 +92,13 @@ def test_packed_sequences_after_others_are_decided_as_they_are_alone(change: str
         assert_same(outcome(PACKED[name], impl, attnplug.varlen_attn), expected[name])
 
 
+def test_packed_sequences_are_cast_to_the_dtype_of_autocast_whatever_was_cast_before() -> None:
+    given, options = packed(*[TOKENS.bfloat16()] * 3)()
+    for dtype in (torch.bfloat16, torch.float16) * 3:
+        with torch.autocast("cpu", dtype):
+            assert attnplug.varlen_attn(*given, **options, impl="math_ref").dtype is dtype
+
+
 def test_packed_sequences_without_keys_reach_no_kernel() -> None:
     lengths = []
 

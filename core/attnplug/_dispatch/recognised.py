@@ -180,7 +180,7 @@ def recognise_packed(candidates: tuple[Known, ...], query: Tensor, key: Tensor, 
         return None
     if tokens > 0 and keys == values and 0 not in keys:
         for one in candidates:
-            if one.alike(query, key, value):
+            if one.alike(query, key, value) and (one.cast is None or _is_cast(one.cast)):
                 return one.plan
     return None
 
@@ -209,20 +209,17 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     if alike is None or (not like and len(others) >= SEVERAL):
         return
     repeated = plan if params.is_varlen or not is_plain(params) else plan.repeated(params)
-    if autocasts and repeated.plain is None:
-        return
     if like:
         like[0].keep(_sizes(tensors), repeated)
         return
     same = None if params.is_varlen else comparison(tensors, exact=True)
     square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None
     by_sizes: dict[Hashable, Plan] | None = None
-    decides = not all_count and not (autocasts and plan.plain is None)  # about other sizes
-    if not decides or repeated is not plan:
+    if all_count or repeated is not plan:
         by_sizes = {_sizes(tensors): repeated}
     if len(known) >= WAYS:
         known.clear()
-    known[way] = (*others, Known(same, alike, square, cast, plan if decides else None, repeated, by_sizes))
+    known[way] = (*others, Known(same, alike, square, cast, None if all_count else plan, repeated, by_sizes))
 
 
 def _has_positions(params: SDPAParams) -> bool:
