@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnplug
 from attnplug import SDPAParams
@@ -92,6 +93,22 @@ def test_nothing_is_prepared_for_what_pytorch_gets_wrong_on_cuda(name: str, dtyp
     params = faked(params_of(BAD[name].but(dtype=dtype)), FakeTensorMode())
     assert torch_sdpa.prepare(params) is None
     assert params.attn_mask is not None or aten_flash.prepare(params) is None
+
+
+def test_what_was_prepared_for_flash_attention_does_not_run_where_that_is_switched_off(
+    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next kernel reads beyond heads that share their keys."""
+    gpu_and_cudnn(monkeypatch, (8, 0), None)
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: 0)
+    with FakeTensorMode():
+        query, one = torch.empty(1, 4, 33, 16, dtype=torch.float16, device="cuda"), torch.empty(1, 1, 33, 16)
+        key = one.to(query).expand(1, 4, 33, 16)
+        run = torch_sdpa.prepare(SDPAParams(query, key, key, scale=0.25))
+        assert run is not None and run(query, key, key) is not None
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            assert run(query, key, key) is None
+            assert torch_sdpa.prepare(SDPAParams(query, key, key, scale=0.25)) is None
 
 
 def test_everything_dropped_becomes_values_of_zero_on_cuda(on_cuda: list[tuple[Any, ...]]) -> None:

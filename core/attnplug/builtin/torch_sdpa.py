@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._nn import scaled_dot_product_attention as sdpa  # which patch_torch leaves alone
+from torch.backends.cuda import flash_sdp_enabled
 
 from attnplug import Feature, SDPAParams, SDPBackend
 from attnplug.builtin.faults import OF_SDPA, lacking
@@ -78,6 +79,7 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor, None] | None] | N
     if params.query.is_cpu or OF_SDPA.rewritten(params) is not params or OF_SDPA.cut(params) is not None:
         return None
     attend, dropout, is_causal = sdpa, params.dropout, params.is_causal
+    has_flash = flash_sdp_enabled()  # on which it depends whether the kernel that errs gets the call
     named: dict[str, Any] = {"enable_gqa": True} if params.enable_gqa else {}
     if params.scale != 1.0 / math.sqrt(params.query.shape[-1]):
         named["scale"] = params.scale
@@ -86,7 +88,7 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor, None] | None] | N
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None] | None:
         starts = query.data_ptr() | key.data_ptr() | value.data_ptr()
-        if (starts if mask is None else starts | mask.data_ptr()) % ALIGNMENT:
+        if (starts if mask is None else starts | mask.data_ptr()) % ALIGNMENT or flash_sdp_enabled() is not has_flash:
             return None
         return attend(query, key, value, mask, dropout, is_causal), None
 
