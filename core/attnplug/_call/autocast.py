@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ def autocasted(params: SDPAParams) -> SDPAParams:
         return params
     tensors = {name: getattr(params, name) for name in ("query", "key", "value", "attn_mask")}
     casted = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
-    changed = any(casted[name] is not tensors[name] for name in tensors)
-    return params_of(params.__dict__ | casted) if changed else params
+    if all(casted[name] is tensors[name] for name in tensors):
+        return params
+    return replace(params, **casted) if is_compiling() else params_of(params.__dict__ | casted)
 
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
