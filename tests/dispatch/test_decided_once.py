@@ -72,6 +72,24 @@ def test_a_call_that_repeats_another_runs_what_the_kernel_prepared() -> None:
         assert [call.impl for call in calls] == ["prepares"] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_call_under_autocast_runs_what_the_kernel_prepared_without_autocast(dtype: torch.dtype) -> None:
+    def answer(params: SDPAParams) -> Any:
+        assert not torch.is_autocast_enabled("cpu") and params.query.dtype is torch.bfloat16
+        return Opaque.forward(params)
+
+    query, key, value = (tensor.to(dtype) for tensor in (Q, K, V))
+    with registered(kernel := Prepares(answer)) as attend:
+        with torch.autocast("cpu", torch.bfloat16):
+            for number in range(1, 5):
+                expected = sdpa(query * number, key, value)
+                torch.testing.assert_close(attend(query * number, key, value), expected, atol=0.02, rtol=0.02)
+                assert torch.is_autocast_enabled("cpu")
+        assert (kernel.forwards, kernel.runs) == (1, 3)
+        attend(query, key, value)
+        assert (kernel.forwards, kernel.runs) == (2, 3)
+
+
 def test_a_kernel_may_have_forward_called_after_all() -> None:
     with registered(kernel := Prepares(lambda params: None)) as attend:
         for number in range(3):

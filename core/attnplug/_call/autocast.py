@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from attnplug._params import params_of
 from attnplug._types import SDPAParams
 
 any_autocast = torch._C._is_any_autocast_enabled
@@ -36,7 +37,9 @@ def autocasted(params: SDPAParams) -> SDPAParams:
         return params
     tensors = {name: getattr(params, name) for name in ("query", "key", "value", "attn_mask")}
     casted = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
-    return replace(params, **casted) if any(casted[name] is not tensors[name] for name in tensors) else params
+    if all(casted[name] is tensors[name] for name in tensors):
+        return params
+    return replace(params, **casted) if is_compiling() else params_of(params.__dict__ | casted)
 
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnplug._call.autocast import any_autocast, autocasted
-from attnplug._call.facts import CallFacts, nested_facts
+from attnplug._call.facts import CallFacts, is_plain, nested_facts
 from attnplug._call.prepare import (
     default_scale,
     empty,
@@ -27,27 +27,40 @@ from attnplug._call.prepare import (
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import traced
 from attnplug._dispatch.plans import Plan, find, make, with_four_dimensions
-from attnplug._dispatch.recognised import remember
+from attnplug._dispatch.ranges import is_profiled
+from attnplug._dispatch.recognised import known, recognise, remember
 from attnplug._params import params_of
 from attnplug._run.contract import Result
-from attnplug._selection.state import start
+from attnplug._selection.state import start, thread
 from attnplug._types import SDPAParams
 
 
 def dense(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
     """Run one dense call; returns `out`, and `lse` or None. Later ones that are like it are recognised by `way`."""
-    given = params
     if any_autocast():
-        params = autocasted(params)
+        given, params = params, autocasted(params)
+        if way is not None and params is not given and (returned := _recognised(params, way)) is not None:
+            return returned
     if is_causal_bias(params.attn_mask):
-        params = own_terms(params)
+        params, way = own_terms(params), None  # which the function is not called with
     query, mask = params.query, params.attn_mask
     plan = None if isinstance(query, Tensor) and query.dim() != 4 else _planned(params, impl)
     if plan is None:
         return _lifted(params, impl) or _decided(params, impl)
-    if way is not None and given is params:
+    if way is not None:
         remember(way, plan, params, mask)
     return plan.run(params)
+
+
+def _recognised(params: SDPAParams, way: Hashable) -> Result | None:
+    """Run a dense call that autocast has cast, if it is like one before it now."""
+    candidates, tensors = known.get(way), (params.query, params.key, params.value, params.attn_mask)
+    found = None if candidates is None else recognise(candidates, *tensors)
+    if found is None:
+        return None
+    if found.plain is None or thread.state.watched or is_profiled() or not is_plain(params):
+        return found.run_as_given(params)
+    return found.plain(*tensors, params.dropout, params.is_causal, params.scale, params.enable_gqa)
 
 
 def varlen(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result:
