@@ -6,7 +6,8 @@ What the host does around CUDA is real: PyTorch's dispatch and allocator, cuDNN'
 attnplug. Tensors lie in the host's memory, kernels are counted and not run: what is computed means nothing, and times
 are those of the host, without those of CUDA itself. The device is described as a GPU of compute capability 9.0.
 
-Needs Linux, a C compiler, `nm`, and PyTorch's CUDA build with all that it requires.
+What is missing: cuBLAS, and the capture of streams. Needs Linux, a C compiler, `nm`, and PyTorch's CUDA build with all
+that it requires.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +47,8 @@ def compiled(*arguments: str | Path) -> None:
 
 def defined_in(binary: Path, *options: str) -> set[str]:
     """Return the names of what a library or an object file defines."""
+    if shutil.which("nm") is None:
+        sys.exit("nm, of the GNU binary utilities, is not installed")
     listed = subprocess.run(["nm", *options, binary], check=True, capture_output=True, text=True).stdout
     return set(DEFINED.findall(listed))
 
