@@ -73,7 +73,7 @@ def test_grad_asks_for_a_backward(cli, register):
     assert verdict(done.data, "bare")["reasons"] == ["has no backward, and a gradient is needed"]
 
 
-@pytest.mark.parametrize("options", ["--mask float --mask-grad", "--query 2,3,8,128,64 --grad"])
+@pytest.mark.parametrize("options", ["--grad --mask float --mask-grad", "--query 2,3,8,128,64 --grad"])
 def test_gradients_can_be_asked_about_on_a_device_that_is_not_here(shell, options):
     """In a fresh interpreter: where autograd records anything of such a tensor, PyTorch ends the process."""
     done = shell("explain", *words(options), "--device", "cuda", "--impl", "torch")
