@@ -99,10 +99,13 @@ def test_a_kernel_may_have_forward_called_after_all() -> None:
 
 def test_a_kernel_prepares_for_gradients_what_backward_needs() -> None:
     class Trains(Prepares):
+        backwards = 0
+
         def forward(self, params: SDPAParams) -> Any:
             return *super().forward(params), params.query * 2
 
         def backward(self, params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, *saved: Any) -> Any:
+            self.backwards += 1
             torch.testing.assert_close(saved[-1], params.query * 2)
             with torch.enable_grad():
                 given = [t.detach().requires_grad_() for t in (params.query, params.key, params.value)]
@@ -118,7 +121,7 @@ def test_a_kernel_prepares_for_gradients_what_backward_needs() -> None:
             grads = [torch.autograd.grad(each.square().sum(), given) for each in (out, sdpa(*given))]
             torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
             assert not attend(*[tensor.detach() for tensor in given]).requires_grad
-    assert kernel.runs == 4 + 4
+    assert (kernel.runs, kernel.backwards) == (4 + 4, 5)
 
 
 @pytest.mark.parametrize("answer", [lambda params: params.query, lambda params: (params.query[:1], None)])
