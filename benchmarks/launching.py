@@ -76,13 +76,14 @@ def on_gpu(turns: int) -> Iterator[Result]:
     functions: dict[str, Any] = {theirs: sdpa, "default": attnplug.scaled_dot_product_attention}
     functions |= {name: partial(attnplug.scaled_dot_product_attention, impl=name) for name in ours}
     limit = None if torch.cuda.get_device_name() == NO_GPU else 1.3  # of CUDA's time, too
-    for kind, prepared, calls in (
-        ("on the host", one_call, 20),
-        ("forward and backward", forward_and_backward, 10),
-        ("a call of a decode loop", decode_loop, 1),  # last: a process that ends right after a backward may abort
+    few = -(-turns // 4)  # turns of a decode loop: cuDNN makes a plan for each new length
+    for kind, prepared, calls, times_each in (
+        ("on the host", one_call, 20, turns),
+        ("forward and backward", forward_and_backward, 10, turns),
+        ("a call of a decode loop", decode_loop, 1, few),  # last: after a backward a process that ends may abort
     ):
         candidates = {name: prepared(function) for name, function in functions.items()}
-        times = alternate(candidates, turns, calls, dict.fromkeys(candidates, finished))
+        times = alternate(candidates, times_each, calls, dict.fromkeys(candidates, finished))
         each = LAYERS if prepared is decode_loop else 1
         for name in functions:
             if name != theirs:
