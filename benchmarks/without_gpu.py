@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+CC = os.environ.get("CC", "cc")
 SOURCES = Path(__file__).parent / "no_gpu"
 DEFINED = re.compile(r" [TDBR] (\w+)(?:@|$)", re.MULTILINE)
 
@@ -42,13 +43,11 @@ def library(name: str) -> Path:
 
 
 def compiled(*arguments: str | Path) -> None:
-    subprocess.run([os.environ.get("CC", "cc"), "-O2", "-w", "-fPIC", "-fno-builtin", *arguments], check=True)
+    subprocess.run([CC, "-O2", "-w", "-fPIC", "-fno-builtin", *arguments], check=True)
 
 
 def defined_in(binary: Path, *options: str) -> set[str]:
     """Return the names of what a library or an object file defines."""
-    if shutil.which("nm") is None:
-        sys.exit("nm, of the GNU binary utilities, is not installed")
     listed = subprocess.run(["nm", *options, binary], check=True, capture_output=True, text=True).stdout
     return set(DEFINED.findall(listed))
 
@@ -71,14 +70,14 @@ def environment(folder: Path) -> dict[str, str]:
     """Build all libraries in a folder, and return what the environment of a program must say to find them."""
     headers = package("triton") / "backends" / "nvidia" / "include"
     runtime, cudnn = library("libcudart"), library("libcudnn")
-    own = [runtime.parents[1] / "include", headers]  # Triton's, of another release, for what the wheel leaves out
+    of_cuda = [runtime.parents[1] / "include", headers]  # Triton's, of another release, for what the wheel leaves out
     of_driver = set(re.findall(r"\bcu[A-Z]\w+", (headers / "cuda.h").read_text()))
     driver = build(SOURCES / "driver.c", "libcuda.so.1", of_driver, [], folder, versioned=False)
     (folder / "libcuda.so").symlink_to(driver)
     preloaded = []
     for real, source, includes in (
-        (runtime, "runtime.c", own),
-        (cudnn, "cudnn.c", [cudnn.parents[1] / "include", *own]),
+        (runtime, "runtime.c", of_cuda),
+        (cudnn, "cudnn.c", [cudnn.parents[1] / "include", *of_cuda]),
     ):
         names = defined_in(real, "-D", "--defined-only")
         preloaded.append(build(SOURCES / source, real.name, names, includes, folder, versioned=True))
@@ -93,6 +92,9 @@ def environment(folder: Path) -> dict[str, str]:
 def main() -> int:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
+    for tool in (CC, "nm"):
+        if shutil.which(tool) is None:
+            sys.exit(f"{tool} is not installed: this needs a C compiler and the GNU binary utilities")
     with tempfile.TemporaryDirectory() as folder:
         return subprocess.run([sys.executable, *sys.argv[1:]], env=os.environ | environment(Path(folder))).returncode
 

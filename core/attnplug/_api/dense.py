@@ -195,7 +195,8 @@ def scaled_dot_product_attention(
         if state.scope is None and attn_mask is None and dropout_p == 0.0 and not tracing:
             quick = answer(query, key, value, is_causal, enable_gqa)
         if type(quick) is Plan:
-            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]  # has one
+            # `answer` gives no plan without a `plain`, which its type does not say.
+            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
         passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value, dropout_p))
     elif passes:
         passes = (

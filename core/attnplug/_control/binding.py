@@ -174,9 +174,8 @@ def _count(module: torch.nn.Module) -> None:
 
 def _forget(key: int) -> None:
     with _lock:
-        counted = _counted.pop(
-            key, None
-        )  # there is none for a copy whose class somebody has derived from the bound one
+        # A copy is not counted if its class was derived from that of a bound module: see `_Bound.__reduce_ex__`.
+        counted = _counted.pop(key, None)
         if counted is not None:
             counted.detach()
         process.bindings = len(_counted)

@@ -154,10 +154,10 @@ class Plan:
             KernelError: the kernel prepared something that cannot be called.
         """
         kernel = self.decision.kernel
-        ours = self.decision.entry.distribution == BUILTIN
-        records = self.grad and kernel.backward is not None and not (self.unfused or ours)
-        takes_it = self.simple or ((self.checked or records) and params.attn_mask is None)
-        if kernel.prepare is None or not takes_it:
+        can_differentiate = not self.grad or kernel.backward is not None
+        opaque = not (self.unfused or self.decision.entry.distribution == BUILTIN)
+        fits = self.simple or (opaque and can_differentiate and params.attn_mask is None)
+        if kernel.prepare is None or not fits:
             return self
         run = in_kernel(kernel.prepare, params)
         if run is None:

@@ -204,13 +204,15 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     ):
         return
     cast = (query.device.type, query.dtype) if autocasts else None
-    like = [one for one in others if one.by_sizes is not None and one.cast == cast and one.alike(*tensors)]
-    alike = like[0].alike if like else comparison(tensors, packed=params.is_varlen)
-    if alike is None or (not like and len(others) >= SEVERAL):
+    like = next((one for one in others if one.by_sizes is not None and one.cast == cast and one.alike(*tensors)), None)
+    if like is None and len(others) >= SEVERAL:
+        return
+    alike = comparison(tensors, packed=params.is_varlen) if like is None else like.alike
+    if alike is None:
         return
     repeated = plan if params.is_varlen or not is_plain(params) else plan.repeated(params)
-    if like:
-        like[0].keep(_sizes(tensors), repeated)
+    if like is not None:
+        like.keep(_sizes(tensors), repeated)
         return
     same = None if params.is_varlen else comparison(tensors, exact=True)
     square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from attnplug import SDPAParams, compute_capability
 from attnplug.builtin.faults import OF_FLASH
 from attnplug.builtin.gpus import counts_too_far, lacks_backward
 from attnplug.builtin.masks import as_additive
-from attnplug.builtin.operators import bound, operator
+from attnplug.builtin.operators import bound, operator, with_scale
 from attnplug.builtin.rewrites import ALIGNMENT, divisible, halves, is_aligned
 
 composite = True
@@ -146,9 +146,7 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
     """Return what runs a call on CUDA whose tensors are like these, if the operator takes them as they are."""
     if params.query.is_cpu or OF_FLASH.rewritten(params) is not params or OF_FLASH.cut(params) is not None:
         return None
-    flash, dropout, is_causal = bound(_flash_cuda), params.dropout, params.is_causal
-    if params.scale != 1.0 / math.sqrt(params.query.shape[-1]):
-        flash = partial(flash, scale=params.scale)
+    flash, dropout, is_causal = with_scale(bound(_flash_cuda), params), params.dropout, params.is_causal
     is_bare = not is_causal and dropout == 0  # an argument takes the binding 0.2 us to read
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: None = None) -> tuple[Tensor, Tensor] | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch.backends.cuda import flash_sdp_enabled
 
 from attnplug import Feature, SDPAParams, SDPBackend
 from attnplug.builtin.faults import OF_SDPA, lacking
+from attnplug.builtin.operators import with_scale
 from attnplug.builtin.rewrites import ALIGNMENT, halves
 
 _FAMILIES = {int(member): member for member in SDPBackend}
@@ -78,13 +77,10 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor, None] | None] | N
     """Return what runs a call on CUDA whose tensors are like these, if PyTorch has no known fault for it."""
     if params.query.is_cpu or OF_SDPA.rewritten(params) is not params or OF_SDPA.cut(params) is not None:
         return None
-    attend, dropout, is_causal = sdpa, params.dropout, params.is_causal
+    attend, dropout, is_causal = with_scale(sdpa, params), params.dropout, params.is_causal
+    if params.enable_gqa:
+        attend = partial(attend, enable_gqa=True)
     has_flash = flash_sdp_enabled()  # on which it depends whether the kernel that errs gets the call
-    named: dict[str, Any] = {"enable_gqa": True} if params.enable_gqa else {}
-    if params.scale != 1.0 / math.sqrt(params.query.shape[-1]):
-        named["scale"] = params.scale
-    if named:
-        attend = partial(sdpa, **named)
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None] | None:
         starts = query.data_ptr() | key.data_ptr() | value.data_ptr()
