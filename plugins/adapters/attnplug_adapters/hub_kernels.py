@@ -6,12 +6,15 @@ downloaded that was not asked for, by name and pinned: a version, or the full ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, ClassVar
 
+import torch
+
 import attnplug
-from attnplug import ImplSpec, SDPAParams, SDPBackend
+from attnplug import Feature, ImplSpec, SDPAParams, SDPBackend
 from attnplug_adapters import hub_pins
 from attnplug_adapters.flash_attn2 import FlashAttn2
 from attnplug_adapters.flash_attn3 import FlashAttn3
@@ -111,7 +114,7 @@ def _place(module: ModuleType, adapter: type[Adapter]) -> ModuleType:
 class Hub:
     """The kernel that `ATTNPLUG_HUB` names, downloaded when `hub` is first chosen."""
 
-    shape_dependent: ClassVar[bool] = False
+    shape_dependent: ClassVar[bool] = True  # as some of the adapters are
 
     def __init__(self) -> None:
         self._adapter: Any = None
@@ -130,6 +133,10 @@ class Hub:
         if self._adapter is None:
             return f"no kernel is selected: set {VARIABLE}=repository@version, or call attnplug_adapters.hub(...)"
         return self._adapter.unavailable()
+
+    def lacks(self, device: torch.device, dtype: torch.dtype) -> Mapping[Feature, str]:
+        """Ask the adapter."""
+        return self._adapter.lacks(device, dtype) if not self.unavailable() else {}  # asked before unavailable
 
     def supports(self, params: SDPAParams) -> Any:
         """Ask the adapter."""

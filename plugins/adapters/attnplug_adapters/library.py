@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar
+
+import torch
+
+from attnplug import Feature
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -56,6 +60,10 @@ class Adapter:
         except Exception as error:  # whatever a broken build raises is a reason, and breaks nothing else
             return (f"{self.name} could not be imported: {type(error).__name__}: {error}",)
         return () if self.interface is not None else differences(library, self.interfaces[0])
+
+    def lacks(self, device: torch.device, dtype: torch.dtype) -> Mapping[Feature, str]:
+        """Return the declared features that the installed release does not have; see `attnplug.Kernel`."""
+        return {}
 
     def unavailable(self) -> tuple[str, ...]:
         """Return why the library cannot be used here: it does not import, or has other functions."""

@@ -33,9 +33,18 @@ ADAPTERS = {
     "flash_attn4": (FlashAttn4, "flash_attn4", specs.FLASH_ATTN4),
     "sage1": (SageAttention, "sage1", specs.SAGE_ATTENTION1),
     "sage2": (SageAttention, "sage2", specs.SAGE_ATTENTION),
+    "sage2_of_july": (SageAttention, "sage2", specs.SAGE_ATTENTION),
     "xformers": (XFormers, "xformers", specs.XFORMERS),
     "flashinfer": (FlashInfer, "flashinfer", specs.FLASHINFER),
 }
+
+
+def without_its_last_function(library: str) -> Any:
+    """A build from before 2025-08-04, which has no mask in the function that came with hidden keys."""
+    older = type(sys)(f"libraries.{library}_older")
+    vars(older).update({name: each for name, each in vars(standin(library)).items() if not name.startswith("__")})
+    older.sageattn_qk_int8_pv_fp16_triton = lambda q, k, v, is_causal=False: None
+    return older
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +53,7 @@ def _adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     config = type(sys)("flash_attn_config")
     config.CONFIG = {"build_flags": {f"FLASHATTENTION_DISABLE_{part}": off for part, off in built_without.items()}}
     for name, (adapter, library, capabilities) in ADAPTERS.items():
-        kernel = adapter(standin(library))
+        kernel = adapter(standin(library) if name != "sage2_of_july" else without_its_last_function(library))
         if name == "wheel":
             monkeypatch.setitem(sys.modules, f"{kernel.name}_config", config)
             assert kernel.left_out == {"FP16", "LOCAL", "PAGEDKV", "BACKWARD"}
@@ -131,6 +140,13 @@ def test_gpus(name: str, accepted: list[Gpu]) -> None:
         ("sage2", (9, 0), {"grad": True}, "has no backward"),
         ("sage2", (9, 0), {"size": 160}, "head size 160 is above 128"),
         ("sage1", (9, 0), {"return_lse": True}, "does not support return_lse"),
+        ("sage1", (9, 0), {"keys": 100}, "missing from the last block of 64: 28 beside 100, for head size 64"),
+        ("sage1", (9, 0), {"keys": 6209, "size": 128}, "missing from the last block of 64: 63 beside 6209"),
+        ("sage1", (9, 0), {"packed": True}, "missing from the last block of 64 in packed sequences"),
+        ("sage1", (9, 0), {"packed": True, "size": 72}, "version 2, built from source since 2025-08-05"),
+        ("sage2_of_july", (8, 6), {"keys": 100, "size": 72}, "missing from the last block of 64: 28 beside 100"),
+        ("sage2_of_july", (8, 6), {"keys": 9999, "return_lse": True}, "missing from the last block of 64: 49"),
+        ("sage2_of_july", (9, 0), {"packed": True}, "missing from the last block of 64 in packed sequences"),
         ("sage2", (9, 0), {"packed": True, "is_causal": True}, "lower-right alignment"),
         ("sage2", (9, 0), {"packed": True, "return_lse": True}, "gives no lse of packed sequences"),
         ("xformers", (9, 0), {"dropout": 0.1}, "does not support dropout"),
@@ -166,6 +182,13 @@ def test_limits_are_reasons(name: str, gpu: Gpu, call: dict[str, Any], reason: s
         ("xformers", (10, 0), {"packed": True, "window_size": (5, 0), "grad": True}),
         ("xformers", (8, 6), {"size": 512, "is_causal": True, "dtype": torch.float16}),
         ("sage2", (8, 9), {"packed": True}),
+        ("sage2", (8, 6), {"keys": 100, "return_lse": True}),
+        ("sage2_of_july", (9, 0), {"keys": 100, "return_lse": True}),
+        ("sage2_of_july", (8, 6), {"is_causal": True, "queries": 100, "keys": 100}),
+        ("sage1", (9, 0), {"keys": 100, "size": 72}),
+        ("sage1", (9, 0), {"keys": 6400, "size": 128}),
+        ("sage1", (9, 0), {"keys": 6240 - 3}),
+        ("sage1", (9, 0), {"is_causal": True, "queries": 100, "keys": 100}),
         ("flashinfer", (9, 0), {"page": 16, "softcap": 30.0}),
         ("sage2", (8, 9), {"is_causal": True, "return_lse": True}),
     ],

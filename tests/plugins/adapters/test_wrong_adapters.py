@@ -14,7 +14,7 @@ from attnplug.testing import check_impl
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
 from adapters_on_standins import register, standin
-from attnplug_adapters import convert, flash_attn4, specs, xformers
+from attnplug_adapters import convert, flash_attn4, sage_attention, specs, xformers
 from attnplug_adapters.flash_attn2 import FlashAttn2
 from attnplug_adapters.flash_attn3 import FlashAttn3
 from attnplug_adapters.flash_attn4 import FlashAttn4
@@ -100,8 +100,8 @@ def passing_the_mask(self: Any, params: Any) -> Any:
 
 
 def on_the_callers_keys(self: Any, params: Any) -> Any:
-    query, key, value = (convert.aligned(tensor) for tensor in (params.query, params.key, params.value))
-    return self.library.sageattn(query, key, value, is_causal=params.is_causal, sm_scale=params.scale), None
+    params.key.sub_(params.key.mean(2, keepdim=True))
+    return RIGHT_FORWARD[type(self)](self, params)
 
 
 def shifted(left: int, right: int) -> Callable[..., Any]:
@@ -264,6 +264,23 @@ MISTAKES = [
         on_the_callers_keys,
         library="sage1",
     ),
+    Mistake(
+        "keys that are not there counted",
+        SageAttention,
+        "check_values",
+        (sage_attention, "_missing_keys"),
+        lambda params: 0,
+        library="sage1",
+    ),
+    Mistake(
+        "packed sequences of a version that counts such keys",
+        SageAttention,
+        "check_varlen",
+        (SageAttention, "lacks"),
+        lambda self, device, dtype: {},
+        Feature.VARLEN,
+        library="sage1",
+    ),
     Mistake("a window with a key too many to the left", FlashAttn2, "check_window", (convert, "band"), shifted(1, 0)),
     Mistake("a window with a key too many to the right", FlashAttn3, "check_window", (convert, "band"), shifted(0, 1)),
     Mistake(
@@ -318,11 +335,11 @@ MISTAKES = [
 def test_the_kit_catches_it(monkeypatch: pytest.MonkeyPatch, mistake: Mistake) -> None:
     library, capabilities, dtype = LIBRARIES[mistake.adapter]
     if mistake.library:
-        library, capabilities = mistake.library, replace(specs.SAGE_ATTENTION1, head_sizes=(64,), alternatives=())
+        library, capabilities = mistake.library, specs.SAGE_ATTENTION1
     if mistake.declares is not None:
         promised = frozenset(capabilities.features) | {mistake.declares}
         capabilities = replace(capabilities, features=promised, alternatives=())
-    elif not mistake.library:  # it is the mistake that the check sees, and nothing else
+    else:  # it is the mistake that the check sees, and nothing else
         register(mistake.adapter(standin(library)), capabilities, "right")
         assert check_impl("right", device="cpu", dtype=dtype, checks=[mistake.check]).passed
     if mistake.place is not None:

@@ -1,4 +1,8 @@
-"""`sageattention` 1.0.6 on the CPU: its signature, and what it is documented to do (`sageattention/core.py`)."""
+"""`sageattention` 1.0.6 on the CPU: its signatures, and what its kernels do (`sageattention/core.py`).
+
+Without a causal mask they count the keys that the last block lacks, as keys of logit 0 and value 0. On an H100, and
+interpreted on a CPU, the wheel's own kernels gave what this gives.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,7 @@ from typing import Any
 
 import torch
 
-from libraries import sage2
-from libraries.sage2 import attend
+from libraries.sage2 import attend, attend_packed
 
 
 def sageattn(
@@ -24,7 +27,8 @@ def sageattn(
     assert q.size(-1) in [64, 96, 128], "headdim should be in [64, 96, 128]."
     if smooth_k:
         k -= k.mean(dim=1 if tensor_layout == "NHD" else 2, keepdim=True)
-    return attend(q, k, v, tensor_layout, is_causal, sm_scale)[0]
+    value = v.half().to(v.dtype)
+    return attend(q, k, value, tensor_layout, is_causal, sm_scale, smooth=False, hides=False)[0]
 
 
 def sageattn_varlen(
@@ -42,7 +46,6 @@ def sageattn_varlen(
 ) -> torch.Tensor:
     """It subtracts the mean of the keys from the caller's tensor, too."""
     assert q.size(-1) in [64, 128], "varlen only support head_dim [64, 128]."
-    starts = cu_seqlens_q, cu_seqlens_k
-    out = sage2.sageattn_varlen(q, k, v, *starts, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
     k -= k.mean(dim=0, keepdim=True)
-    return out
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return attend_packed(q, k, v, *lengths, is_causal, sm_scale, hides=False)
