@@ -102,6 +102,58 @@ def outside(cu_seq: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=cu_seq.device) >= cu_seq[-1]
 
 
+def existing(params: SDPAParams, tensor: Tensor) -> Tensor:
+    """Return keys or values with 0 where none exists: past `seqused_k`, and, packed, behind the last sequence.
+
+    For kernels that read the last tile whole, and multiply what is in it by 0: a NaN stays one. A pass over the
+    tensor, in every such call, since only the GPU knows lengths. Pages are returned as they are.
+    """
+    if params.block_table is not None or (params.seqused_k is None and not params.is_varlen):
+        return tensor
+    if not params.is_varlen:
+        positions = torch.arange(tensor.shape[2], device=tensor.device).view(-1, 1)
+        return tensor.masked_fill(positions >= params.seqused_k.view(-1, 1, 1, 1), 0.0)
+    if params.seqused_k is None:
+        nowhere = outside(params.cu_seq_k, tensor.shape[0])
+    else:
+        sequence, position, nowhere = tokens_of(params.cu_seq_k, tensor.shape[0])
+        nowhere = nowhere | (position >= params.seqused_k[sequence])
+    return tensor.masked_fill(nowhere.view(-1, 1, 1), 0.0)
+
+
+def notes_of_existing(params: SDPAParams, tile: int) -> list[str]:
+    """Return what `existing` and `pages_in_pieces` do to a call, for `explain`."""
+    if params.block_table is not None:
+        size = params.key.shape[1]
+        return [] if size < tile else [f"reads pages of {size} keys key by key, so that none past the last is felt"]
+    if params.seqused_k is None and not params.is_varlen:
+        return []
+    return ["copies value with 0 where no key is, since the kernel reads whole tiles, and 0 * NaN is NaN"]
+
+
+def of_sequences(params: SDPAParams, tensor: Tensor) -> Tensor:
+    """Return queries, or gradients of them, with 0 where packed ones are of no sequence: `existing` of rows."""
+    if not params.is_varlen:
+        return tensor
+    return tensor.masked_fill(outside(params.cu_seq_q, tensor.shape[0]).view(-1, 1, 1), 0.0)
+
+
+def pages_in_pieces(params: SDPAParams, tile: int) -> SDPAParams:
+    """Return a call with its pages cut into equal ones below `tile`, the least number of keys that a kernel reads.
+
+    Kernels read pages that hold whole tiles as they read other memory: past the last key as well. Smaller ones they
+    read key by key. Cut pages are a view, if they follow each other in memory, else a copy.
+    """
+    if params.block_table is None or params.key.shape[1] < tile:
+        return params
+    size = params.key.shape[1]
+    piece = max(part for part in range(1, tile) if size % part == 0)
+    key, value = (tensor.unflatten(1, (-1, piece)).flatten(0, 1) for tensor in (params.key, params.value))
+    steps = torch.arange(size // piece, device=params.block_table.device, dtype=params.block_table.dtype)
+    table = (params.block_table.unsqueeze(-1) * (size // piece) + steps).flatten(1)
+    return replace(params, key=key, value=value, block_table=table)
+
+
 def natural(lse: Tensor) -> Tensor:
     """Return an lse in natural units, given one to the base of 2."""
     return lse * math.log(2.0)

@@ -4,6 +4,9 @@ Written for 2.7.3 to 2.8.3.post2. Sources: `flash_attn/flash_attn_interface.py`,
 `csrc/flash_attn/src/flash_bwd_launch_template.h`. The functions below its public ones are called, because the
 public ones keep what backward needs to themselves. Tensors are `(B, S, H, E)`, masks end at the lower right,
 `lse` is natural, and plus infinity in a row that sees no key.
+
+What is past the last key is not felt: the last tile is cleared there (`Clear_OOB_MN` in `flash_fwd_kernel.h` and
+`flash_bwd_kernel.h`), which FlashAttention 3 and 4 leave out.
 """
 
 from __future__ import annotations

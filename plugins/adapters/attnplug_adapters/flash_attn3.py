@@ -4,6 +4,13 @@ Written for the source of 2026-08 and the wheel 0.0.3. Sources: `hopper/flash_at
 `hopper/flash_api.cpp`, `hopper/flash_bwd_preprocess_kernel.h`. A build may leave parts out; its configuration
 module says which. Tensors are `(B, S, H, E)`, masks end at the lower right, `lse` is natural, and minus infinity
 in a row that sees no key.
+
+The last tile of a sequence is read whole (by TMA, whose box ends with the tensor: `load_V` of
+`hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp`, and the loads of `mainloop_bwd_sm90_tma_gmma_ws.hpp`): logits past its end
+are replaced, but values there are multiplied by 0, and a NaN is felt. An H100 showed it (0.0.3: every element of out).
+So values that do not exist are 0 here, and for backward all that it reads; pages are cut, which takes the way of
+`hopper/paged_kv.h`, key by key. That a NaN, or an infinity, in values of one packed sequence may reach rows of the one
+before it stays the library's.
 """
 
 from __future__ import annotations
@@ -20,6 +27,8 @@ from attnplug_adapters import convert
 from attnplug_adapters.library import Adapter
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
+SMALLEST_TILE = 64
+"""The least number of keys in a tile of the kernels for Hopper (`hopper/tile_size.h`)."""
 
 
 class Interface:
@@ -130,10 +139,15 @@ class FlashAttn3(Adapter):
         }
         return {part: what for part, (wanted, what) in asked.items() if wanted}
 
+    def notes(self, params: SDPAParams) -> list[str]:
+        """Return what is done beside the kernel, and costs."""
+        return convert.notes_of_existing(params, SMALLEST_TILE)
+
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return `out` and `lse`."""
         params, _ = convert.positive_scale(params)
-        tensors = (params.query, params.key, params.value)
+        params = convert.pages_in_pieces(params, SMALLEST_TILE)
+        tensors = (params.query, params.key, convert.existing(params, params.value))
         query, key, value = (convert.as_kernel_reads(params, tensor) for tensor in tensors)
         paged = params.block_table is not None
         out, lse, *_ = self.library._flash_attn_forward(
@@ -159,7 +173,8 @@ class FlashAttn3(Adapter):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value and sinks; the kernel has none through lse."""
         params, sign = convert.positive_scale(params)
-        tensors = (grad_out, params.query, params.key, params.value, out)
+        grad_out, query = convert.of_sequences(params, grad_out), convert.of_sequences(params, params.query)
+        tensors = (grad_out, query, *(convert.existing(params, each) for each in (params.key, params.value)), out)
         given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]
         grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in given[1:4]]
         self.library._flash_attn_backward(

@@ -3,6 +3,10 @@
 Written for 4.0.0b36 and the source of 2026-08 (`flash_attn/cute/interface.py`). Tensors are `(B, S, H, E)`, masks
 end at the lower right, an open side of a window is None, `lse` is natural, minus infinity in a row that sees no key
 (the sink, with one), and has a gradient.
+
+It loads keys and values by TMA as FlashAttention 3 does (`use_tma_KV` in `flash_fwd_sm90.py` and `flash_fwd_sm100.py`;
+pages if one holds a tile), so what an H100 showed of that is taken for true here: what does not exist is 0, and pages
+are cut. See `flash_attn3`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from attnplug_adapters.library import Adapter
 
 GPUS = (9, 10, 11, 12)
 SMALL = 128
+SMALLEST_TILE = 64
+"""The least number of keys in a tile (`_tile_size_fwd_sm90` and `_get_fwd_config` of the interface)."""
 
 
 class Interface:
@@ -125,11 +131,17 @@ class FlashAttn4(Adapter):
                 reasons.append("has no deterministic backward on compute capability 12.x")
         return reasons
 
+    def notes(self, params: SDPAParams) -> list[str]:
+        """Return what is done beside the kernel, and costs."""
+        return convert.notes_of_existing(params, SMALLEST_TILE)
+
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return `out` and `lse`."""
         params, _ = convert.positive_scale(params)
-        tensors = (params.query, params.key, params.value)
-        query, key, value = (convert.as_kernel_reads(params, tensor) for tensor in tensors)
+        params = convert.pages_in_pieces(params, SMALLEST_TILE)
+        tensors = (params.query, params.key, convert.existing(params, params.value))
+        multiple = 8 if params.block_table is None else 16  # which reading key by key asserts
+        query, key, value = (convert.as_kernel_reads(params, tensor, multiple) for tensor in tensors)
         left, right = _open_as_none(convert.band(params))
         options = {
             "softmax_scale": params.scale,
@@ -163,7 +175,9 @@ class FlashAttn4(Adapter):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value and sinks."""
         params, sign = convert.positive_scale(params)
-        tensors = (params.query, params.key, params.value, out, grad_out)
+        grad_out, query = convert.of_sequences(params, grad_out), convert.of_sequences(params, params.query)
+        existing = (convert.existing(params, each) for each in (params.key, params.value))
+        tensors = (query, *existing, out, grad_out)
         given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]
         grads: list[Tensor | None] = [None, None, None]
         if params.is_varlen or params.seqused_k is not None:  # what is of no sequence, or not used, is not written

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
-from adapters_on_standins import standin
+from adapters_on_standins import register, standin
 from attnplug import Feature
 
 attnplug_adapters = pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
@@ -225,6 +225,28 @@ def test_a_build_without_a_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     assert reasons("flash_attn3", (9, 0), size=64, value_size=256) == ""
     assert "no head size above 192, got 256" in reasons("flash_attn3", (9, 0), size=256)
     assert reasons("flash_attn3", (9, 0), is_causal=True) == ""
+
+
+@pytest.mark.parametrize("name", ["flash_attn3", "flash_attn4"])
+def test_a_pass_over_values_is_told_where_there_is_one(name: str) -> None:
+    register(ADAPTERS[name][0](standin(name)), ADAPTERS[name][2], "told")
+    query, starts = torch.randn(8, 2, 16).half(), torch.tensor([0, 3, 8], dtype=torch.int32)
+    dense = query.view(1, 8, 2, 16).transpose(1, 2)
+
+    def told(*tensors: torch.Tensor, **options: Any) -> tuple[str, ...]:
+        found = {each.name: each for each in attnplug.explain(*tensors, **options).candidates}["told"]
+        assert found.accepted, found.reasons
+        return found.notes
+
+    packed = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": 5, "max_k": 5}
+    assert told(dense, dense, dense) == ()
+    (note,) = told(dense, dense, dense, seqused_k=starts[1:2])
+    assert told(query, query, query, **packed) == (note,)
+    assert note.startswith("copies value with 0 where no key is")
+    for size, noted in ((16, 0), (256, 1)):
+        pool = torch.randn(4, size, 2, 16).half()
+        table = {"cu_seq_k": None, "seqused_k": starts[:2], "block_table": torch.tensor([[0], [2]], dtype=torch.int32)}
+        assert len(told(query, pool, pool, **packed | table)) == noted
 
 
 def test_sage_attention_is_quantized_and_stays_behind() -> None:

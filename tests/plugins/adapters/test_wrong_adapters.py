@@ -36,6 +36,10 @@ def same(tensor: Any, *_: Any, **__: Any) -> Any:
     return tensor
 
 
+def tensor_of_the_call(params: Any, tensor: Any) -> Any:
+    return tensor
+
+
 @dataclass(frozen=True)
 class Mistake:
     """One wrong conversion, and a check that must see it.
@@ -280,6 +284,34 @@ MISTAKES = [
         lambda self, device, dtype: {},
         Feature.VARLEN,
         library="sage1",
+    ),
+    Mistake(
+        "values past the last key as they are",
+        FlashAttn3,
+        "check_unused_keys_are_not_felt",
+        (convert, "existing"),
+        tensor_of_the_call,
+    ),
+    Mistake(
+        "values of no sequence as they are",
+        FlashAttn4,
+        "check_tokens_of_no_sequence",
+        (convert, "existing"),
+        tensor_of_the_call,
+    ),
+    Mistake(
+        "queries of no sequence in backward",
+        FlashAttn3,
+        "check_tokens_of_no_sequence",
+        (convert, "of_sequences"),
+        tensor_of_the_call,
+    ),
+    Mistake(
+        "pages that hold tiles",
+        FlashAttn3,
+        "check_unused_pages_are_not_felt",
+        (convert, "pages_in_pieces"),
+        lambda params, tile: params,
     ),
     Mistake("a window with a key too many to the left", FlashAttn2, "check_window", (convert, "band"), shifted(1, 0)),
     Mistake("a window with a key too many to the right", FlashAttn3, "check_window", (convert, "band"), shifted(0, 1)),

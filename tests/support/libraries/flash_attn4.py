@@ -1,6 +1,7 @@
 """`flash_attn.cute.interface` of flash-attn-4 4.0.0b36 on the CPU: its signatures, and what they are documented to do.
 
-Source: `flash_attn/cute/interface.py`. A window is counted wherever it is not None, -1 too.
+Source: `flash_attn/cute/interface.py`. A window is counted wherever it is not None, -1 too. Whole tiles are read, as by
+FlashAttention 3 (`flash_attn/cute/flash_fwd_sm90.py`, `flash_fwd_sm100.py`: `use_tma_KV`).
 """
 
 from __future__ import annotations
@@ -153,13 +154,15 @@ def _forward(q, k, v, mask, cu_q, cu_k, used, table):
     out = torch.full((*q.shape[:-1], v.shape[-1]), NAN, dtype=q.dtype)
     varlen = cu_q is not None
     lse = torch.full((q.shape[-2], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1]), NAN)
-    for b, (rows, query, key, value) in enumerate(sequences(q, k, v, cu_q, cu_k, used, table)):
-        if key.shape[0] == 0 and mask.sinks is not None:
+    for b, each in enumerate(sequences(q, k, v, cu_q, cu_k, used, table)):
+        rows, query = each.rows, each.query
+        if each.key.shape[0] == 0 and mask.sinks is not None:
             found = torch.zeros(*query.shape[:2], v.shape[-1]), mask.sinks.double()[:, None].expand(-1, query.shape[0])
         else:
-            found = forward(query, key, value, mask, -INF)
+            found = forward(query, each.key, each.value, mask, -INF)
         if varlen:
             out[rows], lse[:, rows] = found
         else:
             out[b], lse[b] = found
+        out[rows if varlen else b] += each.felt(v)
     return out, lse
