@@ -35,7 +35,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "short": {},
     "short causal": {"is_causal": True},
     "softcap": {"softcap": 30.0},
-    "softcap causal": {"softcap": 30.0, "is_causal": True},
+    "causal softcap": {"softcap": 30.0, "is_causal": True},
     "variable length": {"is_causal": True},
 }
 LENGTH, SHORT = 8192, 1024
@@ -197,7 +197,11 @@ def timed(rivals: list[Candidate], size: int, call: str, turns: int) -> Iterator
     candidates = {shipped: waiting(plan_of(params, size, None), given)}
     candidates |= {rival.name: waiting(plan_of(params, size, rival), given) for rival in rivals}
     tensors = (params.query, params.key, params.value)
-    others = peers.of_pytorch() | peers.installed() if not (CALLS[call].keys() - {"is_causal"}) and call != "variable length" else {}
+    others = (
+        peers.of_pytorch() | peers.installed()
+        if not (CALLS[call].keys() - {"is_causal"}) and call != "variable length"
+        else {}
+    )
     for name, attend in others.items():
         candidates[name] = finished(lambda attend=attend: attend(*tensors, is_causal=params.is_causal))
     with torch.no_grad():

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import gluon_emulator
 from attnplug_flash_triton import launches
-from attnplug_flash_triton.hopper import choose, outputs
+from attnplug_flash_triton.hopper import choose, device, outputs
 from attnplug_flash_triton.hopper import forward as kernels
 from attnplug_flash_triton.hopper.candidates import CANDIDATES, Candidate
 from attnplug_flash_triton.problem import Machine
@@ -139,6 +139,14 @@ def test_maxima_that_grow_much_rescale_what_was_summed() -> None:
     made.given["out"] = (torch.softmax(logits, -1) @ v.repeat_interleave(2, 1)).float()
     made.given["lse"] = logits.logsumexp(-1).float()
     assert error(made) < 1e-3  # logits of hundreds, in float32
+
+
+def test_the_polynomial_for_tanh_is_as_exact_as_it_says() -> None:
+    x = torch.linspace(-device.NEAR, device.NEAR, 100_001)
+    polynomial = torch.zeros_like(x)
+    for coefficient in reversed(device.TANH):
+        polynomial = polynomial * x**2 + coefficient
+    assert (x * polynomial - x.double().tanh()).abs().max() < 3.7e-6
 
 
 PLANTED = {

@@ -31,8 +31,8 @@ class Candidate(NamedTuple):
 
 
 TWO = dict(consumers=2)
-"""Three warpgroups take 192 rows of queries, of which sequences of 1024 fill 5.3, so that 11 % of the rounds are for rows
-that are not there. Two take 128, and have more registers, but one less to compute while the others wait."""
+"""Three warpgroups take 192 rows of queries, of which sequences of 1024 fill 5.3, so that 11 % of the rounds are for
+rows that are not there. Two take 128, and have more registers, but one less to compute while the others wait."""
 
 CANDIDATES = (
     Candidate("two warpgroups", 64, TWO, {"short": 0.95, "short causal": 0.93, "window": 0.98, "full": 1.06}),

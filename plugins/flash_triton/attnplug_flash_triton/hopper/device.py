@@ -6,8 +6,6 @@ TMA differ between Triton 3.6 and later releases: `load_tile`, `store_tile` and 
 
 # mypy: ignore-errors
 # Triton reads these functions itself; Python's types do not describe them.
-from struct import pack
-
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,15 +39,13 @@ def exp2(x):
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
-TOGETHER = gl.constexpr(16)
-"""Elements of a thread, and so 512 of a warp, that go the same way to their tanh."""
 NEAR = 0.75
 TANH = (0.9999556, -0.33222763, 0.1257709, -0.03377826)
 """The coefficients of a polynomial P: for x from -NEAR to NEAR, x * P(x**2) is tanh but for 3.6e-6 at most."""
 
 
 def _tanh(count):
-    """Return the assembly of `tanh` for `count` elements of a thread."""
+    """Return the assembly of `tanh` for `count` elements of a thread, which go the same way."""
     out, value, scale, limit, *factors = (lambda i, n=n: f"${n * count + i}" for n in range(4 + len(TANH)))
     lines = [f".reg .f32 a<{count}>, t<{count}>; .reg .pred p, q;"]
     lines += [f"abs.f32 a{i}, {value(i)};" for i in range(count)]
@@ -71,26 +67,28 @@ def _tanh(count):
     return "{ " + " ".join(lines) + " DONE: }"
 
 
-_TANH = gl.constexpr(_tanh(16))
-C0 = gl.constexpr(TANH[0])
-C1 = gl.constexpr(TANH[1])
-C2 = gl.constexpr(TANH[2])
-C3 = gl.constexpr(TANH[3])
+TOGETHER = gl.constexpr(16)
+_TANH = gl.constexpr(_tanh(TOGETHER.value))
+_NEAR = gl.constexpr(NEAR)
+_FACTORS = gl.constexpr(TANH)
 
 
 @gluon.jit
 def tanh(x, scale):
-    """tanh of x * scale / (2 log2(e)), by a polynomial where all of a warp's are small, else by exponentials.
+    """tanh of x * scale / (2 log2(e)): by a polynomial where 512 of a warp's are small, else by exponentials.
 
     Those, and reciprocals, are made by the special function unit, which has a fourth of the lanes that multiply.
     """
     unit = scale * (0.5 * LN2)
     square = unit * unit
+    c0 = _FACTORS[0] * unit
+    c1 = _FACTORS[1] * unit * square
+    c2 = _FACTORS[2] * unit * square * square
+    c3 = _FACTORS[3] * unit * square * square * square
     return gl.inline_asm_elementwise(
         _TANH,
         _constraints(TOGETHER, 7 * TOGETHER),
-        [x, scale, 0.75 / gl.abs(unit), C0 * unit, C1 * unit * square, C2 * unit * square * square,
-         C3 * unit * square * square * square],
+        [x, scale, _NEAR / gl.abs(unit), c0, c1, c2, c3],
         dtype=gl.float32,
         is_pure=True,
         pack=TOGETHER,
