@@ -34,6 +34,12 @@ TWO = dict(consumers=2)
 """Three warpgroups take 192 rows of queries, of which sequences of 1024 fill 5.3, so that 11 % of the rounds are for
 rows that are not there. Two take 128, and have more registers, but one less to compute while the others wait."""
 
+NARROW_128, NARROW_64 = dict(block_n=64, stages=4), dict(block_n=64, stages=6)
+"""A window of 1024 has 1025 keys for each query, and 64 rows visit 9.5 tiles of 128 keys, or 18 of 64: 1216 and 1152
+keys. A round costs more than its products, so that more rounds may cost what fewer keys gain."""
+
 CANDIDATES = (
     Candidate("two warpgroups", 64, TWO, {"short": 0.95, "short causal": 0.93, "window": 0.98, "full": 1.06}),
+    Candidate("narrow tiles", 64, NARROW_64, {"window": 1.0}),
+    Candidate("narrow tiles", 128, NARROW_128, {"window": 0.98}),
 )
