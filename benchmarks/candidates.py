@@ -32,11 +32,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"is_causal": True},
     "window": {"is_causal": True, "window_size": (1024, 0)},
+    "short": {},
+    "short causal": {"is_causal": True},
     "softcap": {"softcap": 30.0},
-    "softcap causal": {"softcap": 30.0, "is_causal": True},
+    "causal softcap": {"softcap": 30.0, "is_causal": True},
     "variable length": {"is_causal": True},
 }
 LENGTH, SHORT = 8192, 1024
+IN_SHORT = ("short", "variable length")
+"""What calls of short sequences begin with."""
 LENGTHS, LONG = (5, 70, 1023, 1300), 2048
 """Of calls that are held against the formulas, and of those that must be exact and repeat."""
 REPEATS = 10
@@ -185,7 +189,7 @@ def is_exact(candidate: Candidate, call: str) -> bool:
 
 def timed(rivals: list[Candidate], size: int, call: str, turns: int) -> Iterator[tuple[Candidate, Result]]:
     """Let the candidates of one kind of call, what is shipped, and the peers take turns."""
-    length = SHORT if call == "variable length" else LENGTH if peers.HAS_GPU else 32
+    length = (SHORT if call.startswith(IN_SHORT) else LENGTH) if peers.HAS_GPU else 32
     heads = peers.COLUMNS // size if peers.HAS_GPU else 2
     params = params_of(call_of(size, length, call, peers.DEVICE, heads=(heads, heads)))
     given = impl.tensors_of(params)
@@ -193,7 +197,11 @@ def timed(rivals: list[Candidate], size: int, call: str, turns: int) -> Iterator
     candidates = {shipped: waiting(plan_of(params, size, None), given)}
     candidates |= {rival.name: waiting(plan_of(params, size, rival), given) for rival in rivals}
     tensors = (params.query, params.key, params.value)
-    others = peers.of_pytorch() | peers.installed() if call in ("full", "causal") else {}
+    others = (
+        peers.of_pytorch() | peers.installed()
+        if not (CALLS[call].keys() - {"is_causal"}) and call != "variable length"
+        else {}
+    )
     for name, attend in others.items():
         candidates[name] = finished(lambda attend=attend: attend(*tensors, is_causal=params.is_causal))
     with torch.no_grad():

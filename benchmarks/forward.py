@@ -22,7 +22,7 @@ from peers import HAS_GPU, OURS
 
 LIMITS = {"cuDNN": 1 / 1.05, "FlashAttention 3": 1.0}
 FEATURES_LIMIT, DECODING_LIMIT = 1 / 0.85, 1.0
-WINDOW = 1024
+WINDOW, SHORT = 1024, 1024
 REPLAYS = 20
 
 
@@ -31,11 +31,12 @@ def measure(quick: bool) -> Iterator[Result]:
     turns = 3 if quick else 15
     with torch.no_grad():
         for size in (64, 128, 256):
-            for length in (8192, 1024):
+            for length in (8192, SHORT):
                 for is_causal in (False, True):
                     yield from of_shape(size, length, is_causal, turns)
         for size in (64, 128, 256) if HAS_GPU else ():  # `aten_flash`, the stand-in on a CPU, has no features
             yield from of_features(size, turns)
+            yield of_packed(size, turns)
         for batch in (1, 16):
             for keys in (2048, 16384):
                 yield from decoding(batch, keys if HAS_GPU else 32, turns)
@@ -76,6 +77,22 @@ def of_features(size: int, turns: int) -> Iterator[Result]:
         share = (visible - hidden) / visible if name.startswith("a window") else 1.0
         value = round(taken.ratio(name, to="plain") / share, 3)
         yield Result(f"forward, head size {size}, causal with {name} / without", value, "ratio", FEATURES_LIMIT)
+
+
+def of_packed(size: int, turns: int) -> Result:
+    """Compare a causal call of packed sequences with the batch of them, whose lengths the host knows."""
+    batch = peers.inputs(size, SHORT, 3)
+    packed = [tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in batch]
+    starts = torch.arange(0, peers.TOKENS + 1, SHORT, dtype=torch.int32, device=peers.DEVICE)
+    candidates = {
+        "plain": waiting(lambda: attend(*batch, is_causal=True)),
+        "packed": waiting(
+            lambda: attnplug.varlen_attn(*packed, starts, starts, SHORT, SHORT, is_causal=True, impl=OURS)
+        ),
+    }
+    value = round(alternate(candidates, turns, calls=4).ratio("packed", to="plain"), 3)
+    name = f"forward, head size {size}, causal with sequences of {SHORT} packed / without"
+    return Result(name, value, "ratio", FEATURES_LIMIT)
 
 
 def decoding(batch: int, keys: int, turns: int) -> Iterator[Result]:

@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import timeit
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "attnplug", "attnplug-math-ref", "pluggy", "importlib-metadata")
+PACKAGES = ("torch", "triton", "attnplug", "attnplug-math-ref", "pluggy", "importlib-metadata", "fa3-fwd")
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,23 @@ def environment() -> dict[str, Any]:
             described[package] = version(package)
         except PackageNotFoundError:
             described[package] = None
-    return described
+    return described | _gpu()
+
+
+def _gpu() -> dict[str, Any]:
+    """Describe the GPU, and what of its software is in no package; nothing where a benchmark used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    assembler = os.environ.get("TRITON_PTXAS_PATH")
+    told = "" if assembler is None else subprocess.run([assembler, "--version"], capture_output=True, text=True).stdout
+    ptxas = re.search(r"V(\d+\.\d+)", told)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "ptxas": ptxas and ptxas[1],
+    }
 
 
 def as_json(results: Iterable[Result]) -> str:

@@ -28,7 +28,8 @@ else:
 
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "benchmarks/results"
-_NAMES = {"fa3-fwd 0.0.3": "FlashAttention 3", "torch cuDNN": "cuDNN", "torch flash": "PyTorch's flash"}
+_IMPLS = ("flash_triton", "FlashAttention 3", "cuDNN", "PyTorch's flash")
+"""Those whose forward was measured on an H100."""
 _MARK = re.compile(r"^<!-- generate: (\w+) -->$", re.MULTILINE)
 _DISTRIBUTIONS = ("attnplug", "attnplug-math-ref", "attnplug-flash-triton", "attnplug-efficient-cuda")
 
@@ -158,31 +159,34 @@ def pictures() -> str:
 
 def _bars() -> str:
     """Return a bar chart of forward on an H100: a group for each head size, a bar for each implementation."""
-    found = [row for row in _json("hopper_forward")["forward"] if row["mask"] == "causal" and row["length"] == 8192]
-    impls = ("flash_triton", *_NAMES)
-    sizes = sorted({row["head_size"] for row in found})
-    rates = {(row["head_size"], row["implementation"]): row["tflops"] for row in found}
+    rates = {
+        (size, impl): rate
+        for (size, mask, length), found in _forward_rates().items()
+        if (mask, length) == ("causal", "8192")
+        for impl, rate in found.items()
+    }
+    sizes = list(dict.fromkeys(size for size, _ in rates))
     bar, left, bottom, scale = 25, 14, 310, 245 / max(rates.values())
     parts = [
         f'<text class="title" x="{left}" y="24">Causal attention on an H100</text>',
         '<text class="label" x="404" y="24" text-anchor="end">TFLOP/s</text>',
     ]
     for group, size in enumerate(sizes):
-        start = left + group * (len(impls) * bar + 32)
-        for at, impl in enumerate(impls):
+        start = left + group * (len(_IMPLS) * bar + 32)
+        for at, impl in enumerate(_IMPLS):
             height, x = rates[size, impl] * scale, start + at * bar
-            label = f"{_NAMES.get(impl, impl)}, head size {size}: {rates[size, impl]:.0f} TFLOP/s"
+            label = f"{impl}, head size {size}: {rates[size, impl]:.0f} TFLOP/s"
             parts.append(
                 f'<rect class="bar-{at}" x="{x}" y="{bottom - height:.0f}" width="{bar - 3}" height="{height:.0f}">'
                 f"<title>{html.escape(label)}</title></rect>"
                 f'<text x="{x + (bar - 3) / 2}" y="{bottom - height - 4:.0f}" text-anchor="middle">'
                 f"{rates[size, impl]:.0f}</text>"
             )
-        middle = start + len(impls) * bar / 2
+        middle = start + len(_IMPLS) * bar / 2
         parts.append(f'<text x="{middle}" y="{bottom + 18}" text-anchor="middle" class="label">head size {size}</text>')
-    for at, impl in enumerate(impls):
+    for at, impl in enumerate(_IMPLS):
         x, y = left + at % 2 * 200, bottom + 44 + at // 2 * 22
-        name = html.escape(_NAMES.get(impl, impl))
+        name = html.escape(impl)
         parts.append(f'<rect class="bar-{at}" x="{x}" y="{y - 11}" width="12" height="12"/>')
         parts.append(f'<text class="label" x="{x + 18}" y="{y}">{name}</text>')
     label = "TFLOP/s of causal attention on an H100, by head size and implementation"
@@ -191,22 +195,49 @@ def _bars() -> str:
 
 def gpu_forward() -> str:
     """Return forward on an H100: a row for each head size, length and mask."""
-    found = _json("hopper_forward")["forward"]
-    return _by_implementation(found, ("head_size", "length", "mask"), "tflops", "head size", "length", "mask")
+    rows = [
+        (size, length, mask, *(f"{rates[impl]:.0f}" for impl in _IMPLS))
+        for (size, mask, length), rates in _forward_rates().items()
+    ]
+    return _table(("head size", "length", "mask", *_IMPLS), rows)
+
+
+def _forward_rates() -> dict[tuple[str, str, str], dict[str, float]]:
+    """Return TFLOP/s by implementation, for each head size, mask and length."""
+    named = re.compile(r"forward, head size (\d+), (full|causal), length (\d+): ")
+    return {
+        (kind[1], kind[2], kind[3]): _rates(result, "TFLOP/s of ")
+        for result in _json("forward")["results"]
+        if (kind := named.match(result["name"]))
+    }
+
+
+def _rates(result: dict[str, Any], unit: str) -> dict[str, float]:
+    """Return the details of a result that have this unit, by implementation."""
+    return {name.removeprefix(unit): rate for name, rate in result["details"].items() if name.startswith(unit)}
+
+
+def gpu_features() -> str:
+    """Return the speed of causal calls with features on an H100, over that of calls without."""
+    named = re.compile(r"forward, head size (\d+), causal with (.+) / without")
+    cells: dict[str, dict[str, str]] = {}
+    for result in _json("forward")["results"]:
+        if found := named.match(result["name"]):
+            cells.setdefault(found[2], {})[found[1]] = f"{1 / result['value']:.2f}"
+    sizes = list(next(iter(cells.values())))
+    titles = ("causal with", *(f"head size {size}" for size in sizes))
+    return _table(titles, [(feature, *(row[size] for size in sizes)) for feature, row in cells.items()])
 
 
 def gpu_decoding() -> str:
     """Return decoding on an H100, GB/s of keys and values."""
-    found = _json("hopper_forward")["decoding"]
-    return _by_implementation(found, ("batch", "keys", "timed"), "gigabytes_per_second", "batch", "keys", "timed")
-
-
-def _by_implementation(rows: list[dict[str, Any]], key: tuple[str, ...], value: str, *headers: str) -> str:
-    names = list(dict.fromkeys(["flash_triton", *(row["implementation"] for row in rows)]))
-    cells = {(*(row[name] for name in key), row["implementation"]): f"{row[value]:.0f}" for row in rows}
-    kinds = dict.fromkeys(tuple(row[name] for name in key) for row in rows)
-    lines = [(*map(str, kind), *(cells.get((*kind, name), "-") for name in names)) for kind in kinds]
-    return _table((*headers, *(_NAMES.get(name, name) for name in names)), lines)
+    named = re.compile(r"decoding, batch (\d+), (\d+) keys, (.+): ")
+    rows = []
+    for result in _json("forward")["results"]:
+        if found := named.match(result["name"]):
+            rates = _rates(result, "GB/s of ")
+            rows.append((*found.groups(), f"{rates['flash_triton']:.0f}", f"{rates['F.sdpa']:.0f}"))
+    return _table(("batch", "keys", "timed", "flash_triton", "`F.scaled_dot_product_attention`"), rows)
 
 
 def gpu_backward() -> str:
@@ -371,6 +402,7 @@ _PARTS = {
         faults,
         pictures,
         gpu_forward,
+        gpu_features,
         gpu_decoding,
         gpu_backward,
         gpu_host,

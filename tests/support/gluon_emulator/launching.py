@@ -7,6 +7,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ TWINS: dict[str, Any] = {
     "store_wait": copies.store_wait,
     "reduce_add": copies.reduce_add,
     "exp2": torch.exp2,
-    "exp2_shared": lambda x, one_in: torch.exp2(x),
-    "reciprocal": torch.reciprocal,
-    "softcapped": lambda x: -1 / (1 + torch.exp2(x)),
+    "tanh": lambda x, scale: torch.tanh(x * (scale * 0.5 * log(2.0))),
     "hidden_above": lambda x, place, last: torch.where(place <= last, x, -torch.inf),
     "hidden_below": lambda x, place, first: torch.where(place >= first, x, -torch.inf),
     "after_wait": lambda words, waited, in_order: words,

@@ -28,13 +28,10 @@ class Tiles(NamedTuple):
         stages: tiles of keys, and of values, held at once.
         q_stages: tiles of queries held at once.
         persistent: one program for each multiprocessor takes one tile of queries after another: `STATIC`, every
-            so-manieth, `DYNAMIC`, the next that nobody has, or `HANDED`, that one, found out where it is beforehand.
+            so-manieth, or `DYNAMIC`, the next that nobody has.
         own_out: the output has its own shared memory, so that the next queries are loaded while it is written.
-        words: probabilities go from one round to the next in words of two.
-        by_polynomial: one exponential in so many is, where nothing is masked; 0 for none.
-        softcap: `EACH` element has a reciprocal of its own, or it is `SHARED` by four.
-
-    For the last three, and `HANDED`, see `candidates`: nothing that is shipped has them.
+        words: probabilities go from one round to the next in words of two, which ptxas, where there are two loops of
+            rounds, otherwise takes apart and puts together in each.
     """
 
     consumers: int
@@ -44,12 +41,9 @@ class Tiles(NamedTuple):
     own_out: bool = False
     q_stages: int = 1
     words: bool = False
-    softcap: int = 1
-    by_polynomial: int = 0
 
 
-STATIC, DYNAMIC, HANDED = 1, 2, 3
-EACH, SHARED = 1, 2
+STATIC, DYNAMIC = 1, 2
 
 FULL, BOUNDED = "full", "bounded"
 """Whether every query sees every key, or there is a side to what it sees (causal, windows)."""
@@ -58,7 +52,7 @@ TILES = {
     (64, FULL): Tiles(3, 128, 3, STATIC, own_out=True, q_stages=2),
     (64, BOUNDED): Tiles(3, 128, 3, DYNAMIC, own_out=True, q_stages=2),
     (128, FULL): Tiles(2, 128, 2, STATIC, own_out=True, q_stages=2),
-    (128, BOUNDED): Tiles(2, 128, 2, DYNAMIC, own_out=True, q_stages=2),
+    (128, BOUNDED): Tiles(2, 128, 2, DYNAMIC, own_out=True, q_stages=2, words=True),
     (256, FULL): Tiles(2, 64, 2, STATIC),
     (256, BOUNDED): Tiles(2, 64, 2),
 }
@@ -114,7 +108,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
     }
     if packed and tiles.persistent == STATIC:  # sequences differ in length
         tiles = tiles._replace(persistent=DYNAMIC)
-    counts = tiles.persistent in (DYNAMIC, HANDED)
+    counts = tiles.persistent == DYNAMIC
     if counts:
         new["counter"] = New.contiguous((1,), torch.int32, 0)
     lengths = (name if getattr(params, name) is not None else None for name in ("cu_seq_q", "cu_seq_k", "seqused_k"))
@@ -136,7 +130,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         *(problem.heads, problem.group, problem.rows[-1], problem.longest_k),
         rows_between_sequences(params.key) if dense_used else 0,
         *(left, right, count, columns, problem.section(columns) * problem.group, programs),
-        *_scales(params, tiles.softcap),
+        *_scales(params),
         BYTES_IN_ORDER,
     )
     compiled_in = _compiled_in(params, flags, size, tiles)
@@ -157,9 +151,8 @@ def _compiled_in(params: SDPAParams, flags: dict[str, Any], size: int, tiles: Ti
         HAS_LOW=flags["HAS_LOW"],
         HAS_HIGH=flags["HAS_HIGH"],
         NEGATE=params.scale < 0 and not params.softcap,
-        SOFTCAP=tiles.softcap if params.softcap > 0 else 0,
+        SOFTCAP=params.softcap > 0,
         WORDS=tiles.words,
-        BY_POLYNOMIAL=tiles.by_polynomial,
         REGISTERS=registers,
         LOADER_REGISTERS=loader_registers,
         num_warps=4,
@@ -168,9 +161,9 @@ def _compiled_in(params: SDPAParams, flags: dict[str, Any], size: int, tiles: Ti
     )
 
 
-def _scales(params: SDPAParams, way: int) -> tuple[float, float]:
-    """Return what logits (with softcap: its tanh, `SHARED`: half of it), and products within it are multiplied by."""
+def _scales(params: SDPAParams) -> tuple[float, float]:
+    """Return what logits (with softcap: its tanh) and products within that are multiplied by."""
     scale, softcap = float(params.scale), float(params.softcap)
     if softcap > 0:
-        return softcap * log2(e) * (2 if way == SHARED else 1), 2 * log2(e) * scale / softcap
+        return softcap * log2(e), 2 * log2(e) * scale / softcap
     return abs(scale) * log2(e), 0.0
