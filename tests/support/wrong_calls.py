@@ -57,7 +57,7 @@ def faked(params: SDPAParams, mode: FakeTensorMode) -> SDPAParams:
 
 def assert_fits(given: tuple[Any, ...]) -> None:
     """Assert that PyTorch's CUDA kernels take this, by what they are known to need."""
-    query, key, value, mask, dropout, is_causal, scale = given
+    query, key, value, mask, dropout, _, scale = given
     for tensor in (query, key, value):
         size = tensor.element_size()
         assert tensor.storage_offset() * size % 16 == 0 and tensor.stride(-1) == 1

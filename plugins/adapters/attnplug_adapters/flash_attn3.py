@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
-from attnplug_adapters import convert
+from attnplug_adapters import contexts, convert
 from attnplug_adapters.library import Adapter
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
@@ -136,6 +136,7 @@ class FlashAttn3(Adapter):
         tensors = (params.query, params.key, params.value)
         query, key, value = (convert.as_kernel_reads(params, tensor) for tensor in tensors)
         paged = params.block_table is not None
+        contexts.bind()
         out, lse, *_ = self.library._flash_attn_forward(
             query,
             key,
@@ -162,6 +163,7 @@ class FlashAttn3(Adapter):
         tensors = (grad_out, params.query, params.key, params.value, out)
         given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]
         grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in given[1:4]]
+        contexts.bind()
         self.library._flash_attn_backward(
             *given,
             lse.contiguous(),

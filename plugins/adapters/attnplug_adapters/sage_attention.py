@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
-from attnplug_adapters import convert
+from attnplug_adapters import contexts, convert
 from attnplug_adapters.library import Adapter, differences
 
 GPUS_OF_2 = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
@@ -114,6 +114,7 @@ class SageAttention(Adapter):
             options["return_lse"] = params.return_lse
         else:
             key = key.clone()
+        contexts.bind()
         with _current_device_kept(query):
             found = self.library.sageattn(query, key, value, **options)
         out, lse = found if params.return_lse else (found, None)
@@ -125,6 +126,7 @@ class SageAttention(Adapter):
             convert.outside(starts, tensor.shape[0]).view(-1, 1, 1)
             for starts, tensor in ((params.cu_seq_q, query), (params.cu_seq_k, key))
         )
+        contexts.bind()
         with _current_device_kept(query):
             out = self.library.sageattn_varlen(
                 query,

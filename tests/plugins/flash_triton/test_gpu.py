@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_repeated_runs_give_equal_bits(dtype: torch.dtype) -> None:
         if torch.are_deterministic_algorithms_enabled():
             assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
         assert_same(run, runs[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_call_may_be_the_first_in_its_thread_that_reaches_cuda(dtype: torch.dtype) -> None:
+    """Memory out of PyTorch's cache needs no CUDA context, and a tensor map does, of one call and of the next."""
+    made = [[random(1, 2, 256, 64, dtype=dtype, seed=seed) for seed in range(3 * n, 3 * n + 3)] for n in range(4)]
+    attend(*made[0])
+    for tensors in made[1:]:
+        with ThreadPoolExecutor(1) as thread:
+            out = thread.submit(attend, *tensors).result()
+        assert_right(dict(zip(("query", "key", "value"), tensors, strict=True)), out)
 
 
 def test_a_captured_graph_of_forward_and_backward_replays() -> None:
