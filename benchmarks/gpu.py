@@ -71,7 +71,7 @@ def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> 
         replace(benchmark(folder, *CANDIDATES, rehearsal), by_name=True),
     ]
     if triton in implementations:
-        claim = f"every check of {triton} in full, on Hopper on its own kernels"
+        claim = f"every check of {triton} in full, of features three at once, on Hopper on its own kernels"
         full = [triton, "--full", *([] if rehearsal else but_pairs())]
         found.insert(0, checks(folder, triton, claim, full, 135.0, workers, device))
         claim = f"{triton} with the plain kernels alone, which the part before has for float32"
@@ -105,7 +105,7 @@ def checks(folder: Path, name: str, claim: str, what: list[str], limit: float, w
 
 
 def but_pairs() -> list[str]:
-    """Return the arguments for all checks but that of pairs of features by themselves: those of triples hold them."""
+    """Return the arguments for all checks but that of two features and no other: that of three has every two."""
     from attnplug.testing import all_checks
 
     names = [check.name for check in all_checks() if check.name != "check_feature_pairs"]
