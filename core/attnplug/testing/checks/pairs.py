@@ -54,14 +54,14 @@ LARGEST, SEED, SHOWN = 6, 7, 8
 SHORT, LONG = {"queries": 49, "keys": 49}, {"queries": 145, "keys": 177}
 
 
-@check(pieces=12)
+@check(pieces=24)
 def check_feature_pairs(subject: Subject) -> None:
     """Any two declared features work in one call, forward and backward."""
     pairs = _pairs(subject)
     _compare_all(subject, pairs if subject.full else _covering(subject, pairs, 2), SHORT)
 
 
-@check(full=True, pieces=12)
+@check(full=True, pieces=24)
 def check_feature_triples(subject: Subject) -> None:
     """Any three declared features, or two that go with no third, work in one call of several tiles, both ways."""
     pairs = _pairs(subject)
