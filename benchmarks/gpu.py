@@ -28,6 +28,10 @@ LIMIT, GRACE = 465.0, 6.0
 """Seconds for the whole, and those that a part has to write what it has, once its time is over."""
 
 
+CACHE = {"TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache")}
+"""Triton's own default, said: else Inductor says another, and what one part compiled another would compile again."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of the run.
@@ -53,37 +57,39 @@ class Part:
 
 def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> list[Part]:
     """Return the parts, those that may share the machine first; of a rehearsal, each cut down to what a CPU can do."""
-    workers = "2" if rehearsal else str(min(12, os.cpu_count() or 1))
+    workers = "2" if rehearsal else str(min(16, os.cpu_count() or 1))  # what they do most is to compile
     device = ["--device", "cpu" if rehearsal else "cuda"]
     triton = "aten_flash" if rehearsal else "flash_triton"
     others = [name for name in implementations if name != triton]
+    clocks = ["-v", "-m", "gpu", CLOCKS]
     found = [
-        checks(folder, "conformance", f"every check of {', '.join(others)}", others, 105.0, workers, device),
-        tests("tests", "the tests marked gpu", ["-n", workers], pytest_arguments(), 95.0, rehearsal),
-        tests(
-            "clocks", "the tests of times, with nothing beside them", [], ["-v", "-m", "gpu", CLOCKS], 20.0, rehearsal
-        ),
+        checks(folder, "conformance", f"every check of {', '.join(others)}", others, 52.0, workers, device),
+        tests(folder, "tests", "the tests marked gpu", ["-n", workers], pytest_arguments(), 88.0, rehearsal),
+        tests(folder, "clocks", "the tests of times, with nothing beside them", [], clocks, 10.0, rehearsal),
         *(benchmark(folder, name, claim, limit, rehearsal) for name, claim, limit in BENCHMARKS),
         figures(folder, implementations, device, rehearsal),
         replace(benchmark(folder, *CANDIDATES, rehearsal), by_name=True),
     ]
     if triton in implementations:
-        claim = f"every check of {triton} in full, on Hopper on its own kernels"
-        found.insert(0, checks(folder, triton, claim, [triton, "--full"], 75.0, workers, device))
-        claim = f"{triton} with the plain kernels alone"
-        plain = checks(folder, "plain", claim, [triton], 35.0, workers, device)
+        claim = f"every check of {triton} in full, of features three at once, on Hopper on its own kernels"
+        full = [triton, "--full", *([] if rehearsal else but_pairs())]
+        found.insert(0, checks(folder, triton, claim, full, 160.0, workers, device))
+        claim = f"{triton} with the plain kernels alone, which the part before has for float32"
+        plain = checks(folder, "plain", claim, [triton, "--dtype", "bfloat16"], 24.0, workers, device)
         found.insert(2, replace(plain, environment={"FLASH_TRITON_HOPPER": "0"}))
     return [replace(part, limit=part.limit * SLOWER) for part in found] if rehearsal else found
 
 
 CLOCKS = "tests/bench/test_clocks.py"
 BENCHMARKS = (
-    ("launching", "what a call costs on the host", 20.0),
-    ("forward", "forward and decoding beside PyTorch's kernels and FlashAttention", 50.0),
-    ("backward", "backward beside cuDNN's", 25.0),
+    ("launching", "what a call costs on the host", 38.0),  # half of it compiles, where no other part did before
+    ("forward", "forward and decoding beside PyTorch's kernels and FlashAttention", 43.0),
+    ("backward", "backward beside cuDNN's", 20.0),
 )
 CANDIDATES = ("candidates", "candidates for Hopper's forward kernel beside what is shipped", 170.0)
 FEW_CHECKS = ["--only", "check_values", "--only", "check_causal", "--dtype", "float32"]
+TIMEOUT = "100"
+"""Seconds that a check has: with all cores at work the longest takes a third."""
 SLOWER = 4
 """How much longer parts may take in a rehearsal, which may have few cores."""
 
@@ -91,18 +97,31 @@ SLOWER = 4
 def checks(folder: Path, name: str, claim: str, what: list[str], limit: float, workers: str, device: list[str]) -> Part:
     """Return a part that runs the conformance kit."""
     found = folder / f"{name}.jsonl"
-    few = FEW_CHECKS if "cpu" in device else []
+    few = [] if "cpu" not in device else FEW_CHECKS[:-2] if "--dtype" in what else FEW_CHECKS
     command = [sys.executable, "-m", "attnplug", "check", *what, *device, *few, "--workers", workers]
     return Part(
-        name, claim, [*command, "--timeout", "60", "--output", str(found)], limit, lambda log: told_by_checks(found)
+        name, claim, [*command, "--timeout", TIMEOUT, "--output", str(found)], limit, lambda log: told_by_checks(found)
     )
 
 
-def tests(name: str, claim: str, spread: list[str], arguments: list[str], limit: float, rehearsal: bool) -> Part:
+def but_pairs() -> list[str]:
+    """Return the arguments for all checks but that of two features and no other: that of three has every two."""
+    from attnplug.testing import all_checks
+
+    names = [check.name for check in all_checks() if check.name != "check_feature_pairs"]
+    return [argument for name in names for argument in ("--only", name)]
+
+
+def tests(
+    folder: Path, name: str, claim: str, spread: list[str], arguments: list[str], limit: float, rehearsal: bool
+) -> Part:
     """Return a part that runs tests marked gpu, which a rehearsal only collects."""
     spread = spread if importlib.util.find_spec("xdist") is not None else []
     few = ["--collect-only", "-q"] if rehearsal else []
-    return Part(name, claim, [sys.executable, "-m", "pytest", *spread, *arguments, *few], limit, told_by_pytest)
+    failures = ["-p", "instant_failures", "--failures", str(folder / f"{name}.jsonl")]
+    path = os.pathsep.join(filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "pytest", *failures, *spread, *arguments, *few]
+    return Part(name, claim, command, limit, told_by_pytest, {"PYTHONPATH": path})
 
 
 def benchmark(folder: Path, name: str, claim: str, limit: float, rehearsal: bool) -> Part:
@@ -118,7 +137,7 @@ def figures(folder: Path, implementations: list[str], device: list[str], rehears
     kinds = ("json", "csv", *(("png",) if importlib.util.find_spec("matplotlib") else ()))
     outputs = [argument for kind in kinds for argument in ("-o", str(folder / f"kernels.{kind}"))]
     bench = [sys.executable, "-m", "attnplug", "bench", "--set", "kernels", *device, *seconds]
-    return Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 40.0, told_last)
+    return Part("kernels", f"times of {', '.join(ours)}", [*bench, "--impl", ",".join(ours), *outputs], 30.0, told_last)
 
 
 def pytest_arguments() -> list[str]:
@@ -170,7 +189,7 @@ def outcome(part: Part, log: Path, seconds: float) -> str:
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
-            env=os.environ | part.environment,
+            env=CACHE | os.environ | part.environment,
             stdout=written,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -219,14 +238,29 @@ def told_by_checks(found: Path) -> Iterable[str]:
 
 
 def told_by_pytest(log: Path) -> Iterable[str]:
-    """Say how many tests passed, and which failed, of a log of `pytest -v` that may be cut off."""
+    """Say how many tests passed, and which failed, of a log of `pytest -v` that may be cut off.
+
+    Why is in a file of the same name, of `instant_failures`.
+    """
+    told = log.with_suffix(".jsonl")
+    lines = told.read_text().splitlines(keepends=True) if told.exists() else []
+    failures = [json.loads(line) for line in lines if line.endswith("\n")]
+    reasons = {failure["test"]: _first_error(failure["reason"]) for failure in reversed(failures)}
     results = log.read_text(errors="replace").partition("\n=================================== FAILURES")[0]
     found = _LINE_OF_PYTEST.findall(results)
     counts = Counter(status for _, status, _ in found)
     yield ", ".join(f"{number} {status.lower()}" for status, number in counts.items()) or "no test ended"
     for before, status, after in found:
         if status in ("FAILED", "ERROR"):
-            yield f"{status} {before or after}"
+            test = (before or after).strip()
+            reason = next((why for name, why in reasons.items() if test.endswith(name)), "")  # a path may lead to it
+            yield f"{status} {test}{': ' if reason else ''}{reason}"
+
+
+def _first_error(reason: str) -> str:
+    """Return the first line that pytest marks as what went wrong, or the last of all."""
+    marked = [line[1:].strip() for line in reason.splitlines() if line.startswith("E ")]
+    return (marked or reason.strip().splitlines()[-1:] or [""])[0]
 
 
 _LINE_OF_PYTEST = re.compile(

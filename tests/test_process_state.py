@@ -54,6 +54,13 @@ CHANGES: dict[str, tuple[Callable[[ExitStack, pytest.MonkeyPatch], Any], str]] =
 }
 
 
+def test_what_inductor_sets_at_its_first_kernel_for_a_gpu_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    before = snapshot()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "where Inductor's kernels are")
+    assert differences(before, snapshot()) == []
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore:.*Overriding a previously registered kernel")
 def test_what_is_left_behind_is_named(change: str, monkeypatch: pytest.MonkeyPatch) -> None:

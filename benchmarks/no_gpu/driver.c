@@ -28,13 +28,21 @@ int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = att
 int cuPointerGetAttribute(void **value, int attribute, void *pointer) { *value = pointer; return 0; }
 
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
-int cuCtxGetCurrent(void **context) { *context = (void *)8; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = "an error without a GPU"; return 0; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 
+/* A thread has a context once it was given one; without, no tensor map is made. */
+
+static __thread void *current;
+int cuCtxGetCurrent(void **context) { *context = current; return 0; }
+int cuCtxSetCurrent(void *context) { current = context; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)8; return 0; }
+int cuTensorMapEncodeTiled(void) { return current ? 0 : 201; /* invalid device context */ }
+int cuTensorMapEncodeIm2col(void) { return current ? 0 : 201; }
+
 #define NOTHING(name) int name(void) { return 0; }
-NOTHING(cuInit) NOTHING(cuGetErrorString) NOTHING(cuLaunchKernel)
-NOTHING(cuCtxSetCurrent) NOTHING(cuCtxGetDevice) NOTHING(cuCtxGetLimit)
-NOTHING(cuCtxSetLimit) NOTHING(cuCtxPushCurrent) NOTHING(cuCtxPopCurrent)
-NOTHING(cuDeviceGet) NOTHING(cuDevicePrimaryCtxRetain) NOTHING(cuModuleLoadData) NOTHING(cuModuleUnload)
+NOTHING(cuInit) NOTHING(cuLaunchKernel)
+NOTHING(cuCtxGetDevice) NOTHING(cuCtxGetLimit) NOTHING(cuCtxSetLimit) NOTHING(cuCtxPushCurrent)
+NOTHING(cuCtxPopCurrent) NOTHING(cuDeviceGet) NOTHING(cuModuleLoadData) NOTHING(cuModuleUnload)
 NOTHING(cuFuncLoad) NOTHING(cuFuncSetCacheConfig) NOTHING(cuFuncSetAttribute) NOTHING(cuStreamIsCapturing)
-NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
+NOTHING(cuOccupancyMaxActiveClusters)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -115,13 +116,28 @@ def test_tests_are_summed_up_from_the_log_of_pytest(gpu: ModuleType, tmp_path: P
         "def test_bad(): assert False, 'PASSED is no status here'\n"
         "def test_other(): pytest.skip('no')\n"
     )
-    command = [forked.python(), "-m", "pytest", "-v", "-p", "no:cacheprovider", *spread, str(tmp_path)]
-    log = tmp_path / "log.txt"
-    log.write_text(subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False).stdout)
-    counts, *failed = gpu.told_by_pytest(log)
+    given = ["-v", "-p", "no:cacheprovider", str(tmp_path)]
+    tests = gpu.tests(tmp_path, "log", "claim", spread, given, 60.0, rehearsal=False)
+    command, log = [forked.python(), *tests.command[1:]], tmp_path / "log.txt"
+    environment = os.environ | tests.environment
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    log.write_text(done.stdout)
+    counts, *failed = tests.told(log)
     assert sorted(counts.split(", ")) == ["1 failed", "1 passed", "1 skipped"]
     (line,) = failed
-    assert line.startswith("FAILED ") and line.strip().endswith("test_some.py::test_bad")
+    assert line.startswith("FAILED ") and "test_some.py::test_bad: AssertionError: PASSED is no status here" in line
+
+
+def test_why_a_test_failed_is_kept_of_a_run_that_is_ended(gpu: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import os\ndef test_bad():\n    numbers = [1, 2]\n    assert numbers == [2, 1]\ndef test_last(): os._exit(9)\n"
+    )
+    given = ["-v", "-p", "no:cacheprovider", "-p", "no:randomly", str(tmp_path)]
+    tests = gpu.tests(tmp_path / "results", "tests", "claim", [], given, 60.0, rehearsal=False)
+    assert gpu.run([tests], tmp_path / "results") == 1
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    assert "test_some.py::test_bad: assert [1, 2] == [2, 1]" in summary
+    assert "numbers = [1, 2]" in (tmp_path / "results" / "tests.jsonl").read_text()
 
 
 def test_every_file_with_tests_for_a_gpu_is_run(gpu: ModuleType) -> None:
@@ -138,6 +154,7 @@ def test_all_parts_together_stay_below_eight_minutes(gpu: ModuleType, tmp_path: 
 def test_the_kit_runs_on_both_families_of_kernels(gpu: ModuleType, tmp_path: Path) -> None:
     chosen = {part.name: part for part in gpu.parts(tmp_path, ["torch", "flash_triton"])}
     assert "--full" in chosen["flash_triton"].command and not chosen["flash_triton"].environment
+    assert {"check_values", "check_feature_triples"} < {*chosen["flash_triton"].command}
     assert chosen["plain"].environment == {"FLASH_TRITON_HOPPER": "0"}
     assert "flash_triton" not in chosen["conformance"].command
     assert "plain" not in {part.name for part in gpu.parts(tmp_path, ["torch"])}

@@ -31,6 +31,20 @@ class Faulty:
         raise NotImplementedError
 
 
+class WrongTogether(Faulty):
+    """Right for each feature by itself; of two pairs it gets one wrong, and crashes at the other."""
+
+    def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
+        logits, mask = params.scale * params.query @ params.key.mT, params.attn_mask
+        if params.is_causal and mask is None:
+            mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+            if params.value.shape[-1] != params.key.shape[-1]:
+                os.kill(os.getpid(), signal.SIGSEGV)
+        return torch.softmax(logits, -1).nan_to_num() @ params.value, None
+
+
 class Crashes(Faulty):
     def fault(self) -> None:
         print("about to read what is not there", file=sys.stderr, flush=True)
@@ -83,3 +97,4 @@ class Prints(Faulty):
 crashes, exits, quits, hangs, loses, loses_later, prints = (
     kind() for kind in (Crashes, Exits, Quits, Hangs, LosesTheDevice, LosesTheDeviceLater, Prints)
 )
+wrong_together = WrongTogether()

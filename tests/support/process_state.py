@@ -27,8 +27,12 @@ OPERATORS = tuple(
         "_scaled_dot_product_flash_attention_backward",
     )
 )
-# Set by pytest, by Inductor, by scikit-learn where it is imported, and for the profiler, which reads it once.
-OTHERS = ("PYTEST_CURRENT_TEST", "KMP_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KINETO_LOG_LEVEL")
+# Set by pytest, by Inductor (the last for good at its first Triton kernel, `runtime/triton_heuristics.py`), by
+# scikit-learn where it is imported, and for the profiler, which reads it once.
+OTHERS = (
+    *("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_CACHE_DIR"),
+    *("KMP_", "KINETO_LOG_LEVEL"),
+)
 # PyTorch's registry of implementations has no way to take a name back, nor has what follows it.
 KEPT = {"listeners"}
 

@@ -27,6 +27,8 @@ BAD = {
     "a mask of one dimension": PLAIN.but(mask="additive", mask_dims="k"),
     "a negative scale under a causal mask": PLAIN.but(is_causal=True, scale=-0.3),
     "a scale of zero under a causal mask": PLAIN.but(is_causal=True, scale=0.0),
+    "a negative scale": PLAIN.but(scale=-0.3),
+    "a scale of zero": PLAIN.but(scale=0.0),
 }
 
 
@@ -55,7 +57,7 @@ def faked(params: SDPAParams, mode: FakeTensorMode) -> SDPAParams:
 
 def assert_fits(given: tuple[Any, ...]) -> None:
     """Assert that PyTorch's CUDA kernels take this, by what they are known to need."""
-    query, key, value, mask, dropout, is_causal, scale = given
+    query, key, value, mask, dropout, _, scale = given
     for tensor in (query, key, value):
         size = tensor.element_size()
         assert tensor.storage_offset() * size % 16 == 0 and tensor.stride(-1) == 1
@@ -64,7 +66,7 @@ def assert_fits(given: tuple[Any, ...]) -> None:
         assert mask.dim() > 1 and mask.shape[-1] == key.shape[-2] and mask.stride(-1) == 1
         assert mask.storage_offset() * mask.element_size() % 16 == 0
     assert dropout < 1
-    assert scale > 0 or not is_causal
+    assert scale > 0  # for keys are hidden before logits are scaled: those that the last tile lacks, too
 
 
 class OperatorCalls(TorchDispatchMode):
@@ -78,6 +80,7 @@ class OperatorCalls(TorchDispatchMode):
         if func is torch.ops.aten._scaled_dot_product_flash_attention.default:
             options = kwargs or {}
             dropout, is_causal, *_ = (*args[3:], *(0.0, False)[len(args) - 3 :])
-            scale = options.get("scale") or 1 / math.sqrt(args[0].shape[-1])
+            scale = options.get("scale")
+            scale = 1 / math.sqrt(args[0].shape[-1]) if scale is None else scale
             self.given.append((*args[:3], None, dropout, is_causal, scale))
         return func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ import torch
 import attnplug
 import faulty
 import forked
-from attnplug import Capabilities, ImplSpec, SDPBackend
+from attnplug import Capabilities, Feature, ImplSpec, SDPBackend
 from attnplug.testing import Report, Result, _pool, all_checks, check_impl, check_impls
 from attnplug.testing._tasks import Task
 from faulty import WORDS
@@ -121,6 +121,25 @@ def test_results_come_as_they_are_found_and_reports_in_the_order_that_was_asked_
 def test_several_workers_give_what_one_process_gives_in_the_same_order() -> None:
     here, there = (checked("math_ref", dtype="float32", workers=count) for count in (0, 2))
     assert [(each.check, each.status) for each in there.results] == [(each.check, each.status) for each in here.results]
+
+
+def test_workers_share_the_features_of_a_full_run_and_what_each_finds_is_one_result() -> None:
+    features = {Feature.CAUSAL, Feature.BOOLEAN_MASK, Feature.VALUE_HEAD_SIZE}
+    capabilities = Capabilities(devices=("cpu",), dtypes=("float32",), features=features)
+    spec = ImplSpec(name="pairs", kernel="faulty:wrong_together", backend=SDPBackend.MATH, capabilities=capabilities)
+    attnplug.register_impl(spec)
+    told: list[Result] = []
+    options: dict[str, Any] = {"level": "full", "workers": 2, "timeout": 60.0, "on_result": told.append}
+    checks = ["check_feature_pairs", "check_window_lower_right", "check_values"]
+    results = check_impl("pairs", device="cpu", checks=checks, **options).results
+    assert [(each.check, each.status) for each in results] == [
+        ("check_values", "passed"),
+        ("check_window_lower_right", "not applicable"),
+        ("check_feature_pairs", "failed"),
+    ]
+    assert sorted(told, key=str) == sorted(results, key=str)
+    reason = results[-1].reason
+    assert "boolean mask and causal: " in reason and "ended its process: SIGSEGV" in reason
 
 
 def test_on_a_cpu_checks_run_in_this_process_unless_workers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,8 +116,12 @@ class Faults:
 # Which calls are concerned.
 
 
+def _is_not_scaled_up(params: SDPAParams) -> bool:
+    return params.scale is not None and params.scale <= 0
+
+
 def _hides_before_scaling(params: SDPAParams) -> bool:
-    return params.is_causal and params.scale is not None and params.scale <= 0
+    return params.is_causal and _is_not_scaled_up(params)
 
 
 def _drops_everything(params: SDPAParams) -> bool:
@@ -252,11 +256,19 @@ def _is_misaligned(params: SDPAParams) -> bool:
 
 
 HIDDEN_BEFORE_SCALED = Fault(
-    "PyTorch's fused kernels hide keys with -inf before they scale, which a scale of 0 turns into NaN and a negative "
-    "one into +inf",
-    "2.13.0, CPU; 2.11.0, CUDA 13.0",
-    None,
+    "PyTorch's flash kernel for the CPU hides keys with -inf before it scales, which a scale of 0 turns into NaN and a "
+    "negative one into +inf",
+    "2.13.0, CPU",
+    "cpu",
     _hides_before_scaling,
+    with_positive_scale,
+)
+ABSENT_BEFORE_SCALED = Fault(
+    "PyTorch's CUDA kernels do the same, without a causal mask too, with the keys that their last tile lacks, and take "
+    "the largest logit before they scale, beyond which a negative scale puts others",
+    "2.11.0, CUDA 13.0",
+    "cuda",
+    _is_not_scaled_up,
     with_positive_scale,
 )
 DROPS_EVERYTHING = Fault(
@@ -283,6 +295,7 @@ TOO_FAR = Fault(
 )
 OF_SDPA = Faults(
     HIDDEN_BEFORE_SCALED,
+    ABSENT_BEFORE_SCALED,
     DROPS_EVERYTHING,
     Fault(
         "PyTorch reads a float32 attn_mask of half-precision queries as half precision, and gives NaN",
@@ -384,7 +397,7 @@ OF_SDPA = Faults(
     MISALIGNED,
 )
 """Those of `torch.nn.functional.scaled_dot_product_attention`."""
-OF_FLASH = Faults(HIDDEN_BEFORE_SCALED, DROPS_EVERYTHING, TOO_FAR, MISALIGNED)
+OF_FLASH = Faults(HIDDEN_BEFORE_SCALED, ABSENT_BEFORE_SCALED, DROPS_EVERYTHING, TOO_FAR, MISALIGNED)
 """Those of `aten::_scaled_dot_product_flash_attention` and its equivalent on the CPU."""
 
 

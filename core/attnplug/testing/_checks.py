@@ -21,6 +21,7 @@ class Check:
         full: whether only a full run makes it.
         may_decline: whether an implementation may decline all of its calls: they ask for something that
             no feature stands for, such as strides.
+        pieces: into how many a full run divides it where several processes share the work (`Subject.share`).
     """
 
     function: Callable[[Subject], None]
@@ -29,6 +30,7 @@ class Check:
     dtypes: str = "every in full"
     full: bool = False
     may_decline: bool = False
+    pieces: int = 1
 
     @property
     def name(self) -> str:
@@ -65,11 +67,12 @@ def check(
     dtypes: str = "every in full",
     full: bool = False,
     may_decline: bool = False,
+    pieces: int = 1,
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
     """Add a function to the list of checks; see `Check` for the arguments."""
 
     def add(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        registered.append(Check(function, features, gradients, dtypes, full, may_decline))
+        registered.append(Check(function, features, gradients, dtypes, full, may_decline, pieces))
         return function
 
     return add

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnplug._tables import WIDTH, html_table, table, wrap
 
-PASSED, FAILED, DECLINED, NOT_APPLICABLE = "passed", "failed", "declined", "not applicable"
+STATUSES = PASSED, FAILED, DECLINED, NOT_APPLICABLE = "passed", "failed", "declined", "not applicable"
 HEADERS = ("check", "dtype", "result", "why")
 _SHOWN = 160
 
@@ -72,7 +72,7 @@ class Report:
     def summary(self) -> str:
         """Return the verdict and the counts in one line."""
         counts = Counter(result.status for result in self.results)
-        shown = ", ".join(f"{counts[status]} {status}" for status in (PASSED, FAILED, DECLINED, NOT_APPLICABLE))
+        shown = ", ".join(f"{counts[status]} {status}" for status in STATUSES)
         return f"{self.name} on {self.device}, {self.level}: {self._verdict()}; {shown}; {self.seconds:.1f} s"
 
     def _verdict(self) -> str:

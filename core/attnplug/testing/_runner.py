@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +16,7 @@ from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check
 from attnplug.testing._pool import run_all
 from attnplug.testing._report import Report, Result
-from attnplug.testing._running import find, run_check
+from attnplug.testing._running import find, joined, run_check
 from attnplug.testing._subject import DTYPES, Subject
 from attnplug.testing._tasks import Task
 from attnplug.testing.checks import all_checks
@@ -133,8 +135,13 @@ def check_impls(
 
 def _run(planned: Planned, workers: int | None, timeout: float, found: Callable[[int, Result], None]) -> list[Result]:
     """Make the checks in their places."""
+    pieces = [
+        (position, number, check.pieces if subject.full else 1)
+        for position, (check, subject) in enumerate(planned)
+        for number in range(check.pieces if subject.full else 1)
+    ]
     try:
-        tasks = [Task.of(check, subject) for check, subject in planned] if workers != 0 else []
+        tasks = [_task(*planned[position], piece) for position, *piece in pieces] if workers != 0 else []
     except ValueError:
         if workers is not None:
             raise
@@ -143,12 +150,42 @@ def _run(planned: Planned, workers: int | None, timeout: float, found: Callable[
         on_cpu = all(subject.device.startswith("cpu") for _, subject in planned)
         workers = 0 if on_cpu else min(MOST_WORKERS, os.cpu_count() or 1)
     if workers:
-        return run_all(tasks, workers, timeout, found)
+        return _in_pieces(planned, [position for position, *_ in pieces], tasks, workers, timeout, found)
     results = []
     for position, (check, subject) in enumerate(planned):
         results.append(run_check(check, subject))
         found(position, results[-1])
     return results
+
+
+def _task(check: Check, subject: Subject, piece: Sequence[int]) -> Task:
+    number, count = piece
+    return Task.of(check, replace(subject, piece=(number, count)))
+
+
+def _in_pieces(
+    planned: Planned,
+    positions: list[int],
+    tasks: list[Task],
+    workers: int,
+    timeout: float,
+    found: Callable[[int, Result], None],
+) -> list[Result]:
+    """Make the checks in workers, which share the pieces of one; a check is found when its last piece is."""
+    ended: dict[int, list[Result]] = {}
+    counts = Counter(positions)
+    results: dict[int, Result] = {}
+
+    def piece_found(number: int, result: Result) -> None:
+        position = positions[number]
+        pieces = ended.setdefault(position, [])
+        pieces.append(result)
+        if len(pieces) == counts[position]:
+            results[position] = joined(planned[position][0], pieces)
+            found(position, results[position])
+
+    run_all(tasks, workers, timeout, piece_found)
+    return [results[position] for position in range(len(planned))]
 
 
 def _assert_known(checks: Collection[str]) -> None:

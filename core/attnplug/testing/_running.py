@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +15,7 @@ from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check
 from attnplug.testing._failure import AGAIN, CheckFailure, Declined
-from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, PASSED, Result
+from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, PASSED, STATUSES, Result
 from attnplug.testing._subject import DTYPES, Subject
 
 
@@ -84,10 +86,27 @@ def _outcome(check: Check, subject: Subject) -> tuple[str, str]:
         return PASSED, ""
     if not subject.declined:
         return NOT_APPLICABLE, subject.uncovered[0] if subject.uncovered else "asks for nothing that is declared"
-    if check.may_decline:
+    if check.may_decline or subject.piece[1] > 1:  # of the pieces together `joined` tells
         return DECLINED, subject.declined[0]
+    return FAILED, _declines_all(check, subject.declined[0])
+
+
+def _declines_all(check: Check, reason: str) -> str:
     declared = ", ".join(feature.name for feature in check.features) or "its dtypes and head sizes"
-    return FAILED, f"declares {declared} but declines every call that asks for it: {subject.declined[0]}"
+    return f"declares {declared} but declines every call that asks for it: {reason}"
+
+
+def joined(check: Check, pieces: Sequence[Result]) -> Result:
+    """Return what became of a check of which these are the pieces."""
+    if len(pieces) == 1:
+        return pieces[0]
+    reasons = {status: [each.reason for each in pieces if each.status == status] for status in STATUSES}
+    status = next(status for status in (FAILED, PASSED, DECLINED, NOT_APPLICABLE) if reasons[status])
+    reason = "\n".join(dict.fromkeys(reasons[status])) if status == FAILED else reasons[status][0]
+    if status == DECLINED and not check.may_decline:
+        status, reason = FAILED, _declines_all(check, reason)
+    declined = tuple(call for each in pieces for call in each.declined)
+    return replace(pieces[0], status=status, reason=reason, declined=declined, seconds=sum(p.seconds for p in pieces))
 
 
 def _not_applicable(check: Check, subject: Subject) -> str:

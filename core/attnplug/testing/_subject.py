@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from attnplug.testing._inputs import Inputs
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """In the order in which a check that needs only one takes the first that is declared."""
 
+Work = TypeVar("Work")
+
 
 @dataclass
 class Subject:
@@ -32,6 +34,7 @@ class Subject:
         ran: how many calls of the current check it took.
         declined: calls of the current check that it declined, with its reasons.
         uncovered: calls that its capabilities do not cover, and which it therefore need not take.
+        piece: the number of a piece of the current check, and of how many, where several processes share it.
     """
 
     record: ImplRecord
@@ -41,6 +44,7 @@ class Subject:
     ran: int = 0
     declined: list[str] = field(default_factory=list)
     uncovered: list[str] = field(default_factory=list)
+    piece: tuple[int, int] = (0, 1)
 
     @property
     def name(self) -> str:
@@ -129,6 +133,11 @@ class Subject:
             return False
         self.ran += 1
         return True
+
+    def share(self, work: Sequence[Work]) -> Sequence[Work]:
+        """Return what of the current check's work is this piece's."""
+        number, count = self.piece
+        return work[number::count]
 
     def compare(self, *calls: Call) -> None:
         """Compare each call that the implementation takes with the formulas.

@@ -24,6 +24,7 @@ class Task:
 
     Attributes:
         spec: of an implementation that only the asking program has registered.
+        piece: the number of a piece of the check, and of how many.
     """
 
     impl: str
@@ -32,6 +33,7 @@ class Task:
     dtype: str
     full: bool
     spec: ImplSpec | None = None
+    piece: tuple[int, int] = (0, 1)
 
     @classmethod
     def of(cls, check: Check, subject: Subject) -> Task:
@@ -40,14 +42,15 @@ class Task:
         Raises:
             ValueError: a program registered the implementation, and its kernel cannot be sent to another process.
         """
-        return cls(subject.name, check.name, subject.device, subject.dtype, subject.full, _spec_to_send(subject.name))
+        spec = _spec_to_send(subject.name)
+        return cls(subject.name, check.name, subject.device, subject.dtype, subject.full, spec, subject.piece)
 
     def run(self) -> tuple[Result, bool]:
         """Make the check here; return its result, and whether it has cost this process the device."""
         if self.spec is not None and self.impl not in get_registry():
             attnplug.register_impl(self.spec)
         (check,) = (each for each in all_checks() if each.name == self.check)
-        result = run_check(check, Subject(find(self.impl), self.device, self.dtype, self.full))
+        result = run_check(check, Subject(find(self.impl), self.device, self.dtype, self.full, piece=self.piece))
         if not (words := lost(self.device)):
             return result, False
         reason = f"{result.reason or 'passed, but'}\nafter it the device cannot be used: {words}"

@@ -112,7 +112,8 @@ def _block_mask(params: SDPAParams, positions: flex_mods.Positions, queries: int
     if mask_mod is None:
         return None
     if positions.is_plain and params.attn_mask is None and not flex_mods.is_watched():
-        return _band_blocks(positions.offset, convert.band(params), queries, keys, params.query.device)
+        make = _band_blocks.__wrapped__ if flex_mods.is_captured() else _band_blocks
+        return make(positions.offset, convert.band(params), queries, keys, params.query.device)
     mask = params.attn_mask
     by_mask = mask is not None and mask.dtype == torch.bool
     batch = params.query.shape[0] if positions.by_batch or (by_mask and mask.shape[0] > 1) else None

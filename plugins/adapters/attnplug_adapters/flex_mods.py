@@ -157,6 +157,11 @@ def ends(offset: int, band: tuple[int, int], device: torch.device) -> Tensor:
 
 def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return numbers as a tensor, which a compiled kernel takes as an argument."""
+    if is_captured():  # nor can numbers be copied from the host, which waits for the GPU
+        made = torch.empty(len(values), dtype=torch.tensor(values).dtype, device=device)
+        for at, value in enumerate(values):
+            made[at] = value
+        return held(made, 0)
     return torch.tensor(values, device=device) if is_watched() else _kept(values, device)
 
 
@@ -169,6 +174,14 @@ def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
 def is_watched() -> bool:
     """Whether a trace or a mode looks on: tensors may be fake, must not be kept, and have no memory to be read."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def is_captured() -> bool:
+    """Whether a CUDA graph is captured. Its memory is its own, so nothing made in it may be kept for other calls.
+
+    What is kept may not be used in it either: a graph may outlive it.
+    """
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def held(tensor: Tensor, lengths: int) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -139,7 +138,9 @@ def _dense_backward(
     else:
         grad_out = grad_out.masked_fill((lse == MINUS_INFINITY).unsqueeze(-1), 0.0)
         (kernel_lse,) = saved
-    seed = _no_seed(query.device)
+    # Without dropout cuDNN reads no seed. None is kept for the next call: a CUDA graph may have run this one, whose
+    # memory is the graph's.
+    seed = query.new_empty((), dtype=torch.long)
     return operators.cudnn_backward(
         laid_out_like(query, grad_out),
         *(query, key, value),
@@ -151,11 +152,6 @@ def _dense_backward(
         params.is_causal,
         scale=params.scale,
     )
-
-
-@cache
-def _no_seed(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.long, device=device)
 
 
 def unavailable() -> tuple[str, ...]:

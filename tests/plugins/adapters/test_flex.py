@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -16,7 +17,7 @@ from torch.nn.attention import flex_attention as torch_flex
 import attnplug
 from adapters_on_standins import register, wrong
 from attnplug import CausalVariant, Feature
-from attnplug.testing import Call, all_checks, check_impl
+from attnplug.testing import Call, all_checks, assert_right, check_impl
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
 from attnplug_adapters import flex, flex_kinds, flex_mods, specs
@@ -171,6 +172,31 @@ def test_blocks_of_a_band_are_those_of_each_pair() -> None:
         assert found.seq_lengths == expected.seq_lengths and torch.equal(found.to_dense(), expected.to_dense())
         for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.usefixtures("_unfused")
+def test_what_a_captured_graph_makes_is_not_kept_for_other_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is the graph's, and holds nothing before the graph is replayed."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    attend = flex_kinds.attend
+
+    def noting(constants: Any, query: Any, key: Any, value: Any, score_mod: Any, blocks: Any) -> Any:
+        cells = (cell.cell_contents for cell in (*score_mod.__closure__, *blocks.mask_mod.__closure__))
+        made = [blocks.kv_indices, blocks.full_kv_indices, *cells]
+        seen.extend(weakref.ref(each) for each in made if isinstance(each, torch.Tensor))
+        return attend(constants, query, key, value, score_mod, blocks)
+
+    monkeypatch.setattr(flex_kinds, "attend", noting)
+    query = torch.randn(1, 2, 333, 16)
+    arguments: dict[str, Any] = {"is_causal": True, "softcap": 3.75, "window_size": (77, 0)}
+    with monkeypatch.context() as captured:
+        captured.setattr(torch.cuda, "is_available", lambda: True)
+        captured.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        out = attnplug.scaled_dot_product_attention(query, query, query, **arguments, impl="flex")
+    assert len(seen) >= 4 and not any(each() is not None for each in seen)
+    again = attnplug.scaled_dot_product_attention(query, query, query, **arguments, impl="flex")
+    assert torch.equal(out, again)
+    assert_right({"query": query, "key": query, "value": query, **arguments}, out)
 
 
 @pytest.mark.usefixtures("_unfused")

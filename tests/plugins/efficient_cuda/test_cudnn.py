@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,8 @@ from cuda_calls import (
 )
 from cuda_kernels_emulated import Cudnn, CudnnSequences
 from reference import attention
+
+from attnplug_efficient_cuda import operators  # isort: skip
 
 
 @pytest.fixture(params=[3, 4], ids=["lse of 3 dimensions", "lse of 4 dimensions"])
@@ -54,6 +57,24 @@ def test_dense_calls_are_those_of_pytorch(
     query, key, value = tensors(heads=4, kv_heads=kv_heads, value_size=16, dtype=torch.float16, heads_first=heads_first)
     call = {"query": query, "key": key, "value": value, "is_causal": is_causal}
     assert_same(call, seen_by(5, 7, is_causal=is_causal), 4e-3)
+
+
+def test_no_tensor_of_a_backward_is_kept_beyond_it(emulated_cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph, of `reduce-overhead` for one, refuses to run what keeps memory of its own pool."""
+    given: list[weakref.ref[torch.Tensor]] = []
+    run = emulated_cudnn.backward
+
+    def backward(*tensors: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        given.extend(weakref.ref(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
+        return run(*tensors, **options)
+
+    monkeypatch.setattr(operators, "cudnn_backward", backward)
+    leaves = tensors(dtype=torch.float16)
+    out = attnplug.scaled_dot_product_attention(*leaves, is_causal=True, impl="emulated")
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert len(given) == 8 and all(grad.isfinite().all() for grad in grads)
+    del out, leaves, grads
+    assert [tensor() for tensor in given if tensor() is not None] == []
 
 
 @pytest.mark.parametrize(("kind", "shape"), MASKS, ids=str)

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 SOURCE = Path(__file__).parents[3] / "benchmarks" / "no_gpu" / "driver.c"
 CALLS = """
 import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -54,6 +56,19 @@ assert found[0][0] == 1 and found == found[:1] * 5, found
 out, lse = impl.forward(params)[:2]
 found = [launch(impl.backward, params, ones, None, out, lse) for _ in range(3)]
 assert found[0][0] >= 2 and found == found[:1] * 3, found
+
+# A thread of its own has no context, until PyTorch tells CUDA's runtime which device is its.
+torch.cuda.is_initialized, torch.cuda.current_device = lambda: True, lambda: 0
+torch.cuda.set_device = lambda device: library.cuCtxSetCurrent(ctypes.c_void_p(8))
+elsewhere = [tensor.clone() for tensor in tensors]
+run = impl.prepare(params)
+for call, *given in ((run, *elsewhere), (impl.forward, SDPAParams(*elsewhere, is_causal=True, scale=0.125))):
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(call, *given).result()
+impl._plans.clear()  # as for another kind of call, of which another thread compiled the kernels
+with ThreadPoolExecutor(1) as thread:
+    thread.submit(impl.forward, params).result()
+impl.backward(params, ones, None, out, lse)
 print(*sorted({type(launch.kernel).__name__ for plan in impl._plans.values() for launch in plan.launches}))
 """
 
