@@ -39,6 +39,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "variable length": {"is_causal": True},
 }
 LENGTH, SHORT = 8192, 1024
+FILLED = 384
+"""A length that fills the tiles of two warpgroups, and of three."""
 IN_SHORT = ("short", "variable length")
 """What calls of short sequences begin with."""
 LENGTHS, LONG = (5, 70, 1023, 1300), 2048
@@ -98,7 +100,8 @@ def compile_all() -> None:
 
 def compile_one(size: int, call: str, number: int) -> None:
     """Compile a candidate, and what is shipped beside it."""
-    params = params_of(call_of(size, 256, call, "cpu", heads=(4, 2)))
+    length = SHORT if call.startswith(IN_SHORT) else FILLED
+    params = params_of(call_of(size, length, call, "cpu", heads=(4, 2)))
     for candidate in (CANDIDATES[number], None):
         plan = plan_of(params, size, candidate)
         for launch in plan.launches:
@@ -131,9 +134,8 @@ def plan_of(params: SDPAParams, size: int, candidate: Candidate | None) -> Plan:
     machine = HOPPER if params.query.device.type == "cpu" else impl.machine_of(params.query.device)
     if candidate is None:
         return outputs.forward(params, machine)
-    bounded = params.is_causal or max(params.window_size) >= 0
-    tiles = outputs.TILES[size, outputs.BOUNDED if bounded else outputs.FULL]
-    return outputs.plan(read(params, machine), size, tiles._replace(**candidate.change))
+    problem = read(params, machine)
+    return outputs.plan(problem, size, outputs.tiles_of(problem, size)._replace(**candidate.change))
 
 
 def results(plan: Plan, params: SDPAParams) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from attnplug_flash_triton.forward import RUNTIME
 from attnplug_flash_triton.tiles import (
     LOG2E,
     NO_MASK,
+    added,
     kept,
     load_rows,
     logits,
@@ -269,8 +270,8 @@ def key_value_gradient_kernel(
                 scale, softcap, dropout, keep_scale, seed, len_q, len_k, offset, low, high,
                 edge, HAS_LOW, HAS_HIGH, MASK, MASK_UNIT, SOFTCAP, ALIBI, DROPOUT, FOLDED,
             )  # fmt: skip
-            grad_value = tl.dot(dropped.to(grad_out_tile.dtype), grad_out_tile, grad_value, input_precision=PRECISION)
-            grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision=PRECISION)
+            grad_value = added(dropped.to(grad_out_tile.dtype), grad_out_tile, grad_value, there, PRECISION)
+            grad_key = added(grad_logits.to(query.dtype), query, grad_key, there, PRECISION)
 
     grad_k += batch * grad_k_batch + kv_head * grad_k_head + first_k * grad_k_row
     grad_v += batch * grad_v_batch + kv_head * grad_v_head + first_k * grad_v_row

@@ -137,6 +137,19 @@ def products(
 
 
 @triton.jit
+def added(left, right, total, exists, PRECISION: tl.constexpr):
+    """Return `total + left @ right`, 0 for rows that do not exist.
+
+    IEEE products of float32 are summed by themselves first. In one chain of thousands of terms of one sign, each rounds
+    the whole sum, which the contract's rule for sums does not allow; the condition keeps the compiler from making one.
+    """
+    if left.dtype == tl.float32 and PRECISION == "ieee":
+        return total + tl.where(exists[:, None], tl.dot(left, right, input_precision=PRECISION), 0.0)
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
 def tanh(x):
     """Tanh to float32's last bits: a quotient of exponentials, and near 0, where that cancels, a polynomial.
 

@@ -57,7 +57,6 @@ def test_more_lengths_are_right(causal: bool, size: int, lengths: tuple[int, int
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("spread", [0.2, 0.75, 3.0, 1e4])
 def test_logits_near_a_softcap_and_far_beyond_it_are_right(spread: float, size: int, causal: bool) -> None:
-    """Kernels have one way to a tanh for small numbers, and another for groups of numbers with large ones."""
     query, key, value = (random(1, heads, 400, size, seed=seed) for seed, heads in enumerate((4, 2, 2)))
     arguments = dict(query=query, key=key, value=value, is_causal=causal, softcap=20.0, scale=20 * spread / size**0.5)
     assert_right(arguments, *attend(**arguments, return_lse=True))

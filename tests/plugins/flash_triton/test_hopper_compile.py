@@ -35,9 +35,13 @@ HOPPER = Machine("sm_90", 132)
 CALLS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": dict(is_causal=True),
-    "window": dict(is_causal=True, window=(50, -1)),
-    "everything": dict(lengths=((100, 100),), is_causal=True, window=(50, -1), softcap=2.0, sinks=True),
-    "window, used keys": dict(used=(100, 90), window=(50, 20), lower_right=True),
+    "window": dict(is_causal=True, window=(1500, -1)),
+    "everything": dict(lengths=((192, 192),), is_causal=True, window=(50, -1), softcap=2.0, sinks=True),
+    "narrow": dict(is_causal=True, window=(50, 0)),
+    "softcap": dict(softcap=2.0),
+    "causal softcap": dict(softcap=2.0, is_causal=True),
+    "short": dict(queries=64),
+    "window, used keys": dict(used=(192, 90), window=(50, 20), lower_right=True),
     "negative scale": dict(scale=-0.5),
 }
 ALL = [(size, name) for size in (64, 128, 256) for name in CALLS]
@@ -79,7 +83,7 @@ def rounds(code: list[str]) -> list[list[str]]:
 
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    params = call(size, heads=(2, 1), queries=100, keys=100, **CALLS[name]).params
+    params = params_of(size, name)
     assert_fits_and_overlaps(params, outputs.forward(params, HOPPER), size, name, capsys)
 
 
@@ -87,10 +91,15 @@ def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.Ca
 @pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: f"{candidate.size} {candidate.name}")
 def test_candidates_fit_and_overlap(candidate: Candidate, capsys: pytest.CaptureFixture[str]) -> None:
     size, name = candidate.size, next(iter(candidate.expected))
-    params = call(size, heads=(2, 1), queries=100, keys=100, **(CALLS | {"short": {}})[name]).params
-    tiles = outputs.TILES[size, outputs.BOUNDED if params.is_causal else outputs.FULL]
-    plan = outputs.plan(read(params, HOPPER), size, tiles._replace(**candidate.change))
+    params = params_of(size, name)
+    problem = read(params, HOPPER)
+    plan = outputs.plan(problem, size, outputs.tiles_of(problem, size)._replace(**candidate.change))
     assert_fits_and_overlaps(params, plan, size, f"{candidate.name}, {name}", capsys)
+
+
+def params_of(size: int, name: str) -> SDPAParams:
+    """Return a call of as many queries as three warpgroups take."""
+    return call(size, heads=(2, 1), **({"queries": 192, "keys": 192} | CALLS[name])).params
 
 
 def assert_fits_and_overlaps(

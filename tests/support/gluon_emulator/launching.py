@@ -7,7 +7,6 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ TWINS: dict[str, Any] = {
     "store_wait": copies.store_wait,
     "reduce_add": copies.reduce_add,
     "exp2": torch.exp2,
-    "tanh": lambda x, scale: torch.tanh(x * (scale * 0.5 * log(2.0))),
+    "reciprocal": torch.reciprocal,
+    "softcapped": lambda x: -1 / (1 + torch.exp2(x)),
     "hidden_above": lambda x, place, last: torch.where(place <= last, x, -torch.inf),
     "hidden_below": lambda x, place, first: torch.where(place >= first, x, -torch.inf),
     "after_wait": lambda words, waited, in_order: words,

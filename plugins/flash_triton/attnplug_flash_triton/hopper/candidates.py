@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from attnplug_flash_triton.hopper.outputs import DYNAMIC, EACH, SHARED
+
 
 class Candidate(NamedTuple):
     """One change of the tiles of one class of head sizes.
@@ -30,16 +32,18 @@ class Candidate(NamedTuple):
     expected: Mapping[str, float]
 
 
-TWO = dict(consumers=2)
-"""Three warpgroups take 192 rows of queries, of which sequences of 1024 fill 5.3, so that 11 % of the rounds are for
-rows that are not there. Two take 128, and have more registers, but one less to compute while the others wait."""
-
-NARROW_128, NARROW_64 = dict(block_n=64, stages=4), dict(block_n=64, stages=6)
-"""A window of 1024 has 1025 keys for each query, and 64 rows visit 9.5 tiles of 128 keys, or 18 of 64: 1216 and 1152
-keys. A round costs more than its products, so that more rounds may cost what fewer keys gain."""
+TWO, NARROW = dict(consumers=2), dict(block_n=64, stages=6)
+"""With softcap a round is mostly arithmetic: fewer elements in it, or more registers, may let it overlap."""
 
 CANDIDATES = (
-    Candidate("two warpgroups", 64, TWO, {"short": 0.95, "short causal": 0.93, "window": 0.98, "full": 1.06}),
-    Candidate("narrow tiles", 64, NARROW_64, {"window": 1.0}),
-    Candidate("narrow tiles", 128, NARROW_128, {"window": 0.98}),
+    Candidate("four stages", 64, dict(stages=4), {"full": 0.99, "causal": 0.99}),
+    Candidate("the next tile", 64, dict(persistent=DYNAMIC), {"full": 1.0}),
+    Candidate("narrow tiles", 64, NARROW, {"softcap": 0.95, "causal softcap": 0.95}),
+    Candidate("two warpgroups", 64, TWO, {"softcap": 1.0, "causal softcap": 1.0}),
+    Candidate("shared reciprocals", 64, dict(softcap=SHARED), {"softcap": 1.0, "causal softcap": 1.0}),
+    Candidate("narrow, shared", 64, NARROW | dict(softcap=SHARED), {"softcap": 0.95, "causal softcap": 0.95}),
+    Candidate("narrow tiles", 128, dict(block_n=64, stages=4), {"softcap": 1.0, "causal softcap": 1.0}),
+    Candidate("one reciprocal each", 128, dict(softcap=EACH), {"softcap": 1.05, "causal softcap": 1.05}),
+    Candidate("three stages", 128, dict(stages=3, q_stages=1, own_out=False), {"full": 1.0, "short causal": 1.02}),
+    Candidate("shared reciprocals", 256, dict(softcap=SHARED), {"softcap": 1.02, "causal softcap": 1.02}),
 )

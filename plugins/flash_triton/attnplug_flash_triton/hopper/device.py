@@ -39,60 +39,38 @@ def exp2(x):
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
-NEAR = 0.75
-TANH = (0.9999556, -0.33222763, 0.1257709, -0.03377826)
-"""The coefficients of a polynomial P: for x from -NEAR to NEAR, x * P(x**2) is tanh but for 3.6e-6 at most."""
-
-
-def _tanh(count):
-    """Return the assembly of `tanh` for `count` elements of a thread, which go the same way."""
-    out, value, scale, limit, *factors = (lambda i, n=n: f"${n * count + i}" for n in range(4 + len(TANH)))
-    lines = [f".reg .f32 a<{count}>, t<{count}>; .reg .pred p, q;"]
-    lines += [f"abs.f32 a{i}, {value(i)};" for i in range(count)]
-    step = 1
-    while step < count:
-        lines += [f"max.f32 a{i}, a{i}, a{i + step};" for i in range(0, count, 2 * step)]
-        step *= 2
-    lines += [f"setp.gt.f32 p, a0, {limit(0)}; vote.sync.any.pred q, p, 0xffffffff; @q bra FAR;"]
-    for i in range(count):
-        lines += [f"mul.f32 t{i}, {value(i)}, {value(i)}; mov.f32 a{i}, {factors[-1](0)};"]
-        lines += [f"fma.rn.f32 a{i}, a{i}, t{i}, {each(0)};" for each in reversed(factors[:-1])]
-        lines += [f"mul.f32 {out(i)}, a{i}, {value(i)};"]
-    lines += ["bra DONE; FAR:"]
-    for i in range(count):  # that this has no relative precision near 0 is no loss in a logit
-        lines += [
-            f"mul.f32 a{i}, {value(i)}, {scale(0)}; ex2.approx.ftz.f32 a{i}, a{i}; add.f32 a{i}, a{i}, 0f3F800000;",
-            f"rcp.approx.ftz.f32 a{i}, a{i}; fma.rn.f32 {out(i)}, a{i}, 0fC0000000, 0f3F800000;",
-        ]
-    return "{ " + " ".join(lines) + " DONE: }"
-
-
-TOGETHER = gl.constexpr(16)
-_TANH = gl.constexpr(_tanh(TOGETHER.value))
-_NEAR = gl.constexpr(NEAR)
-_FACTORS = gl.constexpr(TANH)
+@gluon.jit
+def reciprocal(x):
+    """1 / x by the special function unit."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def tanh(x, scale):
-    """tanh of x * scale / (2 log2(e)): by a polynomial where 512 of a warp's are small, else by exponentials.
+def softcapped(x):
+    """Return -1 / (1 + 2**x), which is (tanh(y) - 1) / 2 where x = 2 log2(e) y; four elements share a reciprocal.
 
-    Those, and reciprocals, are made by the special function unit, which has a fourth of the lanes that multiply.
+    From 2**25 on, 1 / (1 + 2**x) is nothing beside 1 in float32: there x ends, so that the product of four is finite.
     """
-    unit = scale * (0.5 * LN2)
-    square = unit * unit
-    c0 = _FACTORS[0] * unit
-    c1 = _FACTORS[1] * unit * square
-    c2 = _FACTORS[2] * unit * square * square
-    c3 = _FACTORS[3] * unit * square * square * square
     return gl.inline_asm_elementwise(
-        _TANH,
-        _constraints(TOGETHER, 7 * TOGETHER),
-        [x, scale, _NEAR / gl.abs(unit), c0, c1, c2, c3],
+        _SOFTCAPPED,
+        "=f,=f,=f,=f,f,f,f,f",
+        [x],
         dtype=gl.float32,
         is_pure=True,
-        pack=TOGETHER,
+        pack=4,
     )
+
+
+_SOFTCAPPED = gl.constexpr(
+    "{ .reg .f32 a<4>, ab, cd, r, s, t; "
+    + " ".join(
+        f"min.f32 a{i}, ${4 + i}, 0f41C80000; ex2.approx.ftz.f32 a{i}, a{i}; sub.f32 a{i}, 0fBF800000, a{i};"
+        for i in range(4)
+    )
+    + " mul.f32 ab, a0, a1; mul.f32 cd, a2, a3; mul.f32 r, ab, cd; rcp.approx.ftz.f32 r, r; "
+    "mul.f32 s, r, cd; mul.f32 t, r, ab; "
+    "mul.f32 $0, s, a1; mul.f32 $1, s, a0; mul.f32 $2, t, a3; mul.f32 $3, t, a2; }"
+)
 
 
 @gluon.constexpr_function

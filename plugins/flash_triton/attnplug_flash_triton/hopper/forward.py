@@ -43,10 +43,11 @@ from attnplug_flash_triton.hopper.device import (
     load_tile,
     multiplied_where_needed,
     packed,
+    reciprocal,
     schedule,
+    softcapped,
     store_tile,
     store_wait,
-    tanh,
 )
 
 RAGGED_ROWS = gl.constexpr(2**30)
@@ -62,6 +63,8 @@ finds out where that is while it loads the one before, and hands it on through s
 PARTS = gl.constexpr(4)
 PLACE = gl.constexpr(7)
 """Numbers that say where a tile is: see `_where`."""
+SHARED = gl.constexpr(2)
+"""For SOFTCAP: four elements share a reciprocal."""
 
 # Arguments that are not compiled in, so that a kernel is compiled once for all lengths.
 RUNTIME = [
@@ -95,6 +98,7 @@ def forward_kernel(
         programs: how many there are.
         scale: of the logits in powers of two, positive; with NEGATE, of the negated products.
         inner_scale: with SOFTCAP, what products are multiplied by within the tanh, times 2 log2(e).
+        SOFTCAP: 0, 1, or SHARED, where `scale` is twice as large; see `softcapped`.
         WORDS: probabilities go from one round to the next in words of two.
         in_order: 0x3210; see `after_wait`.
         PERSISTENT: 0, 1 for every `programs`-th tile, or DYNAMIC.
@@ -397,6 +401,8 @@ def _attend_tile(
     operand = _operand(p, o, dtype)
     o_acc = warpgroup_mma(operand, v_bufs.index(at).reshape([BLOCK_N, SIZE]), o, is_async=True)
     total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    if SOFTCAP == SHARED:
+        top += 0.5
     share, row_lse = _finished(top * scale, total, sinks, head)
     o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
     mbarrier.arrive(v_empty.index(at), count=1)
@@ -498,8 +504,10 @@ def _softmax(
     """
     if NEGATE:
         s = -s
-    if SOFTCAP:
-        s = tanh(s, inner_scale)
+    if SOFTCAP == SHARED:
+        s = softcapped(s * inner_scale)
+    elif SOFTCAP:  # tanh; that it has no relative precision near 0 is no loss in a logit
+        s = 1.0 - 2.0 * reciprocal(exp2(s * inner_scale) + 1.0)
     if MASKED:
         s = _masked(s, bounds, column, HAS_LOW, HAS_HIGH)
     higher = _maxima(s)
