@@ -42,6 +42,8 @@ def exp2(x):
 NEAR = 0.75
 TANH = (0.9999556, -0.33222763, 0.1257709, -0.03377826)
 """The coefficients of a polynomial P: for x from -NEAR to NEAR, x * P(x**2) is tanh but for 3.6e-6 at most."""
+LEAST, MOST = 1e-5, 1e5
+"""Between these, the seventh power of what x is multiplied by first is a normal number of float32."""
 
 
 def _tanh(count):
@@ -71,6 +73,7 @@ TOGETHER = gl.constexpr(16)
 _TANH = gl.constexpr(_tanh(TOGETHER.value))
 _NEAR = gl.constexpr(NEAR)
 _FACTORS = gl.constexpr(TANH)
+_LEAST, _MOST = gl.constexpr(LEAST), gl.constexpr(MOST)
 
 
 @gluon.jit
@@ -80,6 +83,8 @@ def tanh(x, scale):
     Those, and reciprocals, are made by the special function unit, which has a fourth of the lanes that multiply.
     """
     unit = scale * (0.5 * LN2)
+    size = gl.abs(unit)
+    limit = gl.where((size > _LEAST) & (size < _MOST), _NEAR / size, -1.0)
     square = unit * unit
     c0 = _FACTORS[0] * unit
     c1 = _FACTORS[1] * unit * square
@@ -88,7 +93,7 @@ def tanh(x, scale):
     return gl.inline_asm_elementwise(
         _TANH,
         _constraints(TOGETHER, 7 * TOGETHER),
-        [x, scale, _NEAR / gl.abs(unit), c0, c1, c2, c3],
+        [x, scale, limit, c0, c1, c2, c3],
         dtype=gl.float32,
         is_pure=True,
         pack=TOGETHER,
