@@ -142,16 +142,36 @@ def pages_in_pieces(params: SDPAParams, tile: int) -> SDPAParams:
     """Return a call with its pages cut into equal ones below `tile`, the least number of keys that a kernel reads.
 
     Kernels read pages that hold whole tiles as they read other memory: past the last key as well. Smaller ones they
-    read key by key. Cut pages are a view, if they follow each other in memory, else a copy.
+    read key by key. Cut pages are a view, also of a pool that has keys and values in turn, or heads before keys: what
+    lies between two pages counts as pages, which no sequence has. Only a pool in which that cannot be is copied.
     """
     if params.block_table is None or params.key.shape[1] < tile:
         return params
-    size = params.key.shape[1]
+    key, value, size = params.key, params.value, params.key.shape[1]
     piece = max(part for part in range(1, tile) if size % part == 0)
-    key, value = (tensor.unflatten(1, (-1, piece)).flatten(0, 1) for tensor in (params.key, params.value))
+    apart, *others = {_pages_apart(key), _pages_apart(value)}
+    if others or not apart or apart % piece:
+        key, value, apart = key.contiguous(), value.contiguous(), size
     steps = torch.arange(size // piece, device=params.block_table.device, dtype=params.block_table.dtype)
-    table = (params.block_table.unsqueeze(-1) * (size // piece) + steps).flatten(1)
+    table = (params.block_table.unsqueeze(-1) * (apart // piece) + steps).flatten(1)
+    key, value = (_cut(tensor, piece, apart) for tensor in (key, value))
     return replace(params, key=key, value=value, block_table=table)
+
+
+def _pages_apart(pool: Tensor) -> int:
+    """Return by how many keys pages of `(pages, page_size, H, E)` begin apart; 0 where that is no whole number."""
+    pages, size = pool.shape[:2]
+    between, row = pool.stride()[:2]
+    if pages < 2:
+        return size
+    return between // row if row and between % row == 0 else 0
+
+
+def _cut(pool: Tensor, piece: int, apart: int) -> Tensor:
+    pages, size, *shape = pool.shape
+    _, row, *strides = pool.stride()
+    count = (pages - 1) * (apart // piece) + size // piece
+    return pool.as_strided((count, piece, *shape), (piece * row, row, *strides))
 
 
 def natural(lse: Tensor) -> Tensor:
