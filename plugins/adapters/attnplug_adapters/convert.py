@@ -112,13 +112,18 @@ def existing(params: SDPAParams, tensor: Tensor) -> Tensor:
         return tensor
     if not params.is_varlen:
         positions = torch.arange(tensor.shape[2], device=tensor.device).view(-1, 1)
-        return tensor.masked_fill(positions >= params.seqused_k.view(-1, 1, 1, 1), 0.0)
+        return _with_0(positions >= params.seqused_k.view(-1, 1, 1, 1), tensor)
     if params.seqused_k is None:
         nowhere = outside(params.cu_seq_k, tensor.shape[0])
     else:
         sequence, position, nowhere = tokens_of(params.cu_seq_k, tensor.shape[0])
         nowhere = nowhere | (position >= params.seqused_k[sequence])
-    return tensor.masked_fill(nowhere.view(-1, 1, 1), 0.0)
+    return _with_0(nowhere.view(-1, 1, 1), tensor)
+
+
+def _with_0(places: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` with 0 in some places. `masked_fill` would pass over it twice: it copies, and then fills."""
+    return torch.where(places, 0.0, tensor)
 
 
 def notes_of_existing(params: SDPAParams, tile: int) -> list[str]:
@@ -135,7 +140,7 @@ def of_sequences(params: SDPAParams, tensor: Tensor) -> Tensor:
     """Return queries, or gradients of them, with 0 where packed ones are of no sequence: `existing` of rows."""
     if not params.is_varlen:
         return tensor
-    return tensor.masked_fill(outside(params.cu_seq_q, tensor.shape[0]).view(-1, 1, 1), 0.0)
+    return _with_0(outside(params.cu_seq_q, tensor.shape[0]).view(-1, 1, 1), tensor)
 
 
 def pages_in_pieces(params: SDPAParams, tile: int) -> SDPAParams:
