@@ -204,7 +204,6 @@ class SageAttention(Adapter):
             for starts, tensor in ((params.cu_seq_q, query), (params.cu_seq_k, key))
         )
         contexts.bind()
-        contexts.bind()
         with _current_device_kept(query):
             out = self.library.sageattn_varlen(
                 query,
