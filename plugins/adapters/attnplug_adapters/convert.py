@@ -112,13 +112,18 @@ def existing(params: SDPAParams, tensor: Tensor) -> Tensor:
         return tensor
     if not params.is_varlen:
         positions = torch.arange(tensor.shape[2], device=tensor.device).view(-1, 1)
-        return tensor.masked_fill(positions >= params.seqused_k.view(-1, 1, 1, 1), 0.0)
+        return _with_0(positions >= params.seqused_k.view(-1, 1, 1, 1), tensor)
     if params.seqused_k is None:
         nowhere = outside(params.cu_seq_k, tensor.shape[0])
     else:
         sequence, position, nowhere = tokens_of(params.cu_seq_k, tensor.shape[0])
         nowhere = nowhere | (position >= params.seqused_k[sequence])
-    return tensor.masked_fill(nowhere.view(-1, 1, 1), 0.0)
+    return _with_0(nowhere.view(-1, 1, 1), tensor)
+
+
+def _with_0(places: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` with 0 in some places. `masked_fill` would pass over it twice: it copies, and then fills."""
+    return torch.where(places, 0.0, tensor)
 
 
 def notes_of_existing(params: SDPAParams, tile: int) -> list[str]:
@@ -135,23 +140,43 @@ def of_sequences(params: SDPAParams, tensor: Tensor) -> Tensor:
     """Return queries, or gradients of them, with 0 where packed ones are of no sequence: `existing` of rows."""
     if not params.is_varlen:
         return tensor
-    return tensor.masked_fill(outside(params.cu_seq_q, tensor.shape[0]).view(-1, 1, 1), 0.0)
+    return _with_0(outside(params.cu_seq_q, tensor.shape[0]).view(-1, 1, 1), tensor)
 
 
 def pages_in_pieces(params: SDPAParams, tile: int) -> SDPAParams:
     """Return a call with its pages cut into equal ones below `tile`, the least number of keys that a kernel reads.
 
     Kernels read pages that hold whole tiles as they read other memory: past the last key as well. Smaller ones they
-    read key by key. Cut pages are a view, if they follow each other in memory, else a copy.
+    read key by key. Cut pages are a view, also of a pool that has keys and values in turn, or heads before keys: what
+    lies between two pages counts as pages, which no sequence has. Only a pool in which that cannot be is copied.
     """
     if params.block_table is None or params.key.shape[1] < tile:
         return params
-    size = params.key.shape[1]
+    key, value, size = params.key, params.value, params.key.shape[1]
     piece = max(part for part in range(1, tile) if size % part == 0)
-    key, value = (tensor.unflatten(1, (-1, piece)).flatten(0, 1) for tensor in (params.key, params.value))
+    apart, *others = {_pages_apart(key), _pages_apart(value)}
+    if others or not apart or apart % piece:
+        key, value, apart = key.contiguous(), value.contiguous(), size
     steps = torch.arange(size // piece, device=params.block_table.device, dtype=params.block_table.dtype)
-    table = (params.block_table.unsqueeze(-1) * (size // piece) + steps).flatten(1)
+    table = (params.block_table.unsqueeze(-1) * (apart // piece) + steps).flatten(1)
+    key, value = (_cut(tensor, piece, apart) for tensor in (key, value))
     return replace(params, key=key, value=value, block_table=table)
+
+
+def _pages_apart(pool: Tensor) -> int:
+    """Return by how many keys pages of `(pages, page_size, H, E)` begin apart; 0 where that is no whole number."""
+    pages, size = pool.shape[:2]
+    between, row = pool.stride()[:2]
+    if pages < 2:
+        return size
+    return between // row if row and between % row == 0 else 0
+
+
+def _cut(pool: Tensor, piece: int, apart: int) -> Tensor:
+    pages, size, *shape = pool.shape
+    _, row, *strides = pool.stride()
+    count = (pages - 1) * (apart // piece) + size // piece
+    return pool.as_strided((count, piece, *shape), (piece * row, row, *strides))
 
 
 def natural(lse: Tensor) -> Tensor:

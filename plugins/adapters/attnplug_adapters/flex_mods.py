@@ -179,9 +179,11 @@ def is_watched() -> bool:
 def is_captured() -> bool:
     """Whether a CUDA graph is captured. Its memory is its own, so nothing made in it may be kept for other calls.
 
-    What is kept may not be used in it either: a graph may outlive it.
+    What is kept may not be used in it either: a graph may outlive it. A trace is of no graph of CUDA's, and cannot ask.
     """
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def held(tensor: Tensor, lengths: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -114,11 +114,18 @@ def _place(module: ModuleType, adapter: type[Adapter]) -> ModuleType:
 class Hub:
     """The kernel that `ATTNPLUG_HUB` names, downloaded when `hub` is first chosen."""
 
-    shape_dependent: ClassVar[bool] = True  # as some of the adapters are
-
     def __init__(self) -> None:
         self._adapter: Any = None
         self._fault = ""
+
+    @property
+    def shape_dependent(self) -> bool:
+        """Whether lengths count; asked before anything is downloaded, so for what some release of the library does."""
+        try:
+            pinned = Pinned.from_environment()
+        except ValueError:  # `unavailable` tells
+            return False
+        return pinned is not None and hasattr(ADAPTERS[pinned.library], "shape_dependent")
 
     def unavailable(self) -> str | tuple[str, ...]:
         """Return why there is no kernel; the first question downloads the one that was asked for."""
@@ -141,6 +148,10 @@ class Hub:
     def supports(self, params: SDPAParams) -> Any:
         """Ask the adapter."""
         return self._adapter.supports(params)
+
+    def notes(self, params: SDPAParams) -> Any:
+        """Ask the adapter."""
+        return self._adapter.notes(params) if hasattr(self._adapter, "notes") else None
 
     def forward(self, params: SDPAParams) -> Any:
         """Run the adapter's forward."""

@@ -96,7 +96,6 @@ class SageAttention(Adapter):
     """The kernel, on a module that has one of these functions."""
 
     interfaces: ClassVar[tuple[type, ...]] = (Version2, Version1)
-    shape_dependent: ClassVar[bool] = True
 
     @cached_property
     def _release(self) -> str:
@@ -109,6 +108,11 @@ class SageAttention(Adapter):
     def _hides(self) -> bool:
         """Whether keys that the last block lacks are hidden by every kernel, as far as this can be told."""
         return self.interface is Version2 and not differences(self.library, Hiding)
+
+    @property
+    def shape_dependent(self) -> bool:
+        """Whether lengths count: in a release that counts the keys that a block lacks."""
+        return not self.unavailable() and not self._hides
 
     @cached_property
     def _packs(self) -> tuple[str, ...]:
@@ -199,7 +203,6 @@ class SageAttention(Adapter):
             convert.outside(starts, tensor.shape[0]).view(-1, 1, 1)
             for starts, tensor in ((params.cu_seq_q, query), (params.cu_seq_k, key))
         )
-        contexts.bind()
         contexts.bind()
         with _current_device_kept(query):
             out = self.library.sageattn_varlen(

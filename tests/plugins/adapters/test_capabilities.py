@@ -249,6 +249,26 @@ def test_a_pass_over_values_is_told_where_there_is_one(name: str) -> None:
         assert len(told(query, pool, pool, **packed | table)) == noted
 
 
+@pytest.mark.parametrize(("name", "times"), [("sage1", 3), ("sage2", 1), ("sage2_of_july", 3)])
+def test_lengths_count_only_for_releases_of_sage_attention_that_count_missing_keys(
+    name: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they count, a call is decided anew, and compiled anew, for each length."""
+    asked: list[int] = []
+    supports = SageAttention.supports
+    monkeypatch.setattr(
+        SageAttention, "supports", lambda self, params: asked.append(params.key.shape[2]) or supports(self, params)
+    )
+    library = standin(name[:5])
+    if name == "sage2_of_july":
+        library = without_its_last_function("sage2")
+    register(SageAttention(library), ADAPTERS[name][2])
+    for length in (64, 128, 64, 192):
+        query, key = torch.randn(1, 2, 5, 64).half(), torch.randn(1, 2, length, 64).half()
+        attnplug.scaled_dot_product_attention(query, key, key, impl="emulated")
+    assert len(asked) == times
+
+
 def test_sage_attention_is_quantized_and_stays_behind() -> None:
     specs_by_name = {spec.name: spec for spec in attnplug_adapters.attnplug_register_impls()}
     assert [name for name, spec in specs_by_name.items() if spec.capabilities.quantized] == ["sage_attention"]

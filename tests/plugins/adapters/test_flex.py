@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -190,7 +191,7 @@ def test_what_a_captured_graph_makes_is_not_kept_for_other_calls(monkeypatch: py
     query = torch.randn(1, 2, 333, 16)
     arguments: dict[str, Any] = {"is_causal": True, "softcap": 3.75, "window_size": (77, 0)}
     with monkeypatch.context() as captured:
-        captured.setattr(torch.cuda, "is_available", lambda: True)
+        captured.setattr(torch.cuda, "is_initialized", lambda: True)
         captured.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         out = attnplug.scaled_dot_product_attention(query, query, query, **arguments, impl="flex")
     assert len(seen) >= 4 and not any(each() is not None for each in seen)
@@ -211,6 +212,19 @@ def test_a_tangent_is_an_error_and_never_dropped() -> None:
     query = torch.randn(1, 2, 24, 16)
     with forward_ad.dual_level(), pytest.raises(attnplug.GradientError, match="'flex' has no forward-mode derivatives"):
         attnplug.scaled_dot_product_attention(query, forward_ad.make_dual(query, query), query, impl="flex")
+
+
+def test_a_trace_does_not_ask_whether_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo has no answer to that, so that on a GPU a compiled model would be cut in two, or refused."""
+    cuda, copied = ModuleType("torch.cuda"), ModuleType("torch")
+    vars(cuda).update(vars(torch.cuda), is_available=lambda: True, is_initialized=lambda: True)
+    vars(copied).update(vars(torch), cuda=cuda)
+    monkeypatch.setattr(flex_mods, "torch", copied)
+    query, arguments = torch.randn(1, 2, 33, 16), {"is_causal": True, "softcap": 3.0, "window_size": (9, 0)}
+    attend = partial(attnplug.scaled_dot_product_attention, **arguments)
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    found = compiled(query, query, query, impl="flex")
+    torch.testing.assert_close(found, attend(query, query, query, impl="math_ref"), rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:

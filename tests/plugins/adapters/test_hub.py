@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import attnplug
-from adapters_on_standins import on_cpu, standin
+from adapters_on_standins import on_cpu, register, standin
 
 attnplug_adapters = pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
-from attnplug_adapters import hub_pins
+from attnplug_adapters import hub_pins, specs
 from attnplug_adapters.hub_kernels import Hub
 from attnplug_adapters.hub_pins import Pinned, hub_spec
 
@@ -161,3 +161,34 @@ class TestEnvironment:
         with pytest.warns(attnplug.PluginWarning, match="^ATTNPLUG_HUB: "):
             hub_spec()
         assert fake_hub.asked == []
+
+    @pytest.mark.parametrize(("library", "lengths_count"), [("flash-attn2", False), ("sage-attention", True)])
+    def test_lengths_count_where_they_do_for_the_library_inside(
+        self, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, library: str, lengths_count: bool
+    ) -> None:
+        fake_hub.library = standin("flash_attn2" if library == "flash-attn2" else "sage2")
+        monkeypatch.setenv("ATTNPLUG_HUB", f"kernels-community/{library}@2")
+        asked: list[int] = []
+
+        class Asked(Hub):
+            def supports(self, params: attnplug.SDPAParams) -> Any:
+                asked.append(params.key.shape[-2])
+                return super().supports(params)
+
+        kernel = Asked()
+        register(kernel, specs.FLASH_ATTN2 if library == "flash-attn2" else specs.SAGE_ATTENTION)
+        for length in (70, 80, 70, 90):
+            query, key = torch.randn(1, 2, 5, 64).half(), torch.randn(1, 2, length, 64).half()
+            attnplug.scaled_dot_product_attention(query, key, key, impl="emulated")
+        assert asked == ([70, 80, 90] if lengths_count else [70])
+
+    def test_what_the_adapter_has_to_say_of_a_call_is_explained(
+        self, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake_hub.library = standin("flash_attn3")
+        monkeypatch.setenv("ATTNPLUG_HUB", "kernels-community/flash-attn3@2")
+        register(Hub(), specs.FLASH_ATTN3)
+        tensors = [torch.randn(1, 2, 9, 64).half() for _ in range(3)]
+        options = {"seqused_k": torch.tensor([5], dtype=torch.int32), "impl": "emulated"}
+        (candidate,) = (each for each in attnplug.explain(*tensors, **options).candidates if each.name == "emulated")
+        assert candidate.accepted and candidate.notes[0].startswith("copies value")

@@ -14,7 +14,7 @@ from attnplug.testing import assert_right, check_impl
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
 from adapters_on_standins import register, standin, wrong
-from attnplug_adapters import specs
+from attnplug_adapters import convert, specs
 from attnplug_adapters.flash_attn2 import FlashAttn2
 from attnplug_adapters.flash_attn3 import FlashAttn3
 from attnplug_adapters.flash_attn4 import FlashAttn4
@@ -108,3 +108,25 @@ def test_the_recipe_in_the_place_of_one_line_keeps_what_the_line_breaks() -> Non
     for (name, found), (_, tensors, options) in zip(ran, calls * 2, strict=True):
         exact = torch.nn.functional.scaled_dot_product_attention(*tensors, **options).detach()
         assert (found - exact).norm() <= (0.05 if name == "sage_here" else 0) * exact.norm()
+
+
+STARTS, USED = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([2, 4], dtype=torch.int32)
+FORMS: dict[str, tuple[tuple[int, ...], dict[str, Any], list[int]]] = {
+    "used": ((2, 4, 5, 16), dict(seqused_k=USED), [0, 1, 5, 6, 7, 8]),
+    "packed": ((11, 4, 16), dict(cu_seq_q=STARTS, cu_seq_k=STARTS), [*range(8)]),
+    "packed, used": ((11, 4, 16), dict(cu_seq_q=STARTS, cu_seq_k=STARTS, seqused_k=USED), [0, 1, 3, 4, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_does_not_exist_is_0_after_one_pass(form: str) -> None:
+    shape, lengths, there = FORMS[form]
+    exists = torch.zeros(shape[0] * shape[2] if len(shape) == 4 else shape[0], dtype=torch.bool)
+    exists[there] = True
+    exists = exists.view(shape[0], 1, shape[2], 1) if len(shape) == 4 else exists.view(-1, 1, 1)
+    tensor = torch.where(exists, torch.randn(shape), math.nan).half()
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
+        found = convert.existing(attnplug.SDPAParams(tensor, tensor, tensor, **lengths), tensor)
+    assert torch.equal(found, tensor.nan_to_num(0.0)) and found.dtype == tensor.dtype
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert list(shape) not in copied
