@@ -29,7 +29,8 @@ def _any(x: Tensor, mask: str) -> Tensor:
 
 INSTRUCTIONS: dict[str, Callable[..., Tensor]] = {
     "mov.f32": lambda x: x,
-    "min.f32": torch.fmin,  # of a number and a NaN, the number
+    "max.f32": torch.fmax,  # of a number and a NaN, the number
+    "max.NaN.f32": torch.maximum,
     "sub.f32": torch.sub,
     "mul.f32": torch.mul,
     "ex2.approx.ftz.f32": lambda x: _flushed(torch.exp2(_flushed(x))),

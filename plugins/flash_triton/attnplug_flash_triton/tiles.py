@@ -160,7 +160,7 @@ def tanh(x):
     series = series * z - 5.37397155531e-2
     series = series * z + 1.33314422036e-1
     series = (series * z - 3.33332819422e-1) * z * x + x
-    power = tl.exp2(tl.minimum(tl.abs(x), 10.0) * (2 * LOG2E))
+    power = tl.exp2(tl.minimum(tl.abs(x), 10.0, propagate_nan=tl.PropagateNan.ALL) * (2 * LOG2E))
     size = 1.0 - 2.0 / (power + 1.0)
     return tl.where(tl.abs(x) < 0.625, series, tl.where(x < 0, -size, size))
 

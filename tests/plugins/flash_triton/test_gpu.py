@@ -62,6 +62,16 @@ def test_logits_near_a_softcap_and_far_beyond_it_are_right(spread: float, size: 
     assert_right(arguments, *attend(**arguments, return_lse=True))
 
 
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_nan_under_a_softcap_is_felt_in_its_row_alone(size: int) -> None:
+    query, key, value = (random(1, 2, 400, size, seed=seed) for seed in range(3))
+    query[0, 1, 70, 3] = torch.nan
+    out = attend(query, key, value, softcap=20.0)
+    expected = torch.zeros(1, 2, 400, dtype=torch.bool, device=DEVICE)
+    expected[0, 1, 70] = True
+    assert torch.equal(out.isnan().any(-1), expected)
+
+
 def check_right(dtype: torch.dtype, causal: bool, size: int, queries: int, keys: int, heads: tuple[int, int]) -> None:
     """Assert that out, lse and all gradients of a call are right; `heads` of queries, and of keys."""
     shapes = (1, heads[0], queries, size), (1, heads[1], keys, size), (1, heads[1], keys, size)

@@ -49,6 +49,16 @@ def test_of_four_that_share_one_each_is_right_whatever_the_others_are() -> None:
     assert found[:, 0].tolist() == pytest.approx([-1.0, 0.0, -0.5, -1 / (1 + 2**-3)], abs=3e-7)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_of_four_that_share_one_a_nan_stays_one_and_reaches_no_other(place: int) -> None:
+    """Four elements of a thread are of two rows, one of which may be of another sequence."""
+    x = torch.tensor([-1e30, 1e30, 0.5, -3.0]).view(4, 1).repeat(1, ptx.THREADS)
+    x[place, 3] = torch.nan
+    found = assembled("softcapped")(x)
+    assert torch.equal(found.isnan(), x.isnan())
+    assert (found + 1 / (1 + torch.exp2(x))).abs().nan_to_num(0.0).max() < 3e-7
+
+
 @pytest.mark.parametrize("where", [None, 0, 2, 31])
 def test_a_warp_multiplies_by_its_factors_unless_all_are_one(where: int | None) -> None:
     """Elements of a thread are of two rows, in pairs: 0 and 1 of the first, 2 and 3 of the second, and again."""

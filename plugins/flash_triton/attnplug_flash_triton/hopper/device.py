@@ -49,7 +49,8 @@ def reciprocal(x):
 def softcapped(x):
     """Return -1 / (1 + 2**x), which is (tanh(y) - 1) / 2 where x = 2 log2(e) y; four elements share a reciprocal.
 
-    From 2**25 on, 1 / (1 + 2**x) is nothing beside 1 in float32: there x ends, so that the product of four is finite.
+    From 2**25 on, 1 / (1 + 2**x) is nothing beside 1 in float32: there it ends, so that the product of four is finite.
+    There a NaN goes, too, so that it reaches none of the other three, which may be of another row; it comes back last.
     """
     return gl.inline_asm_elementwise(
         _SOFTCAPPED,
@@ -62,14 +63,16 @@ def softcapped(x):
 
 
 _SOFTCAPPED = gl.constexpr(
-    "{ .reg .f32 a<4>, ab, cd, r, s, t; "
+    "{ .reg .f32 a<4>, n<4>, ab, cd, r, s, t; "
     + " ".join(
-        f"min.f32 a{i}, ${4 + i}, 0f41C80000; ex2.approx.ftz.f32 a{i}, a{i}; sub.f32 a{i}, 0fBF800000, a{i};"
+        f"ex2.approx.ftz.f32 n{i}, ${4 + i}; sub.f32 n{i}, 0fBF800000, n{i}; max.f32 a{i}, n{i}, 0fCC000000;"
         for i in range(4)
     )
     + " mul.f32 ab, a0, a1; mul.f32 cd, a2, a3; mul.f32 r, ab, cd; rcp.approx.ftz.f32 r, r; "
     "mul.f32 s, r, cd; mul.f32 t, r, ab; "
-    "mul.f32 $0, s, a1; mul.f32 $1, s, a0; mul.f32 $2, t, a3; mul.f32 $3, t, a2; }"
+    "mul.f32 $0, s, a1; mul.f32 $1, s, a0; mul.f32 $2, t, a3; mul.f32 $3, t, a2; "
+    + " ".join(f"max.NaN.f32 ${i}, ${i}, n{i};" for i in range(4))
+    + " }"
 )
 
 

@@ -273,3 +273,10 @@ def test_few_queries_against_many_keys_are_right(case: str, dtype: torch.dtype) 
     """Keys are split among programs, and heads that share keys are packed into one tile."""
     batch = 2 if case == "used keys" else 1
     assert_call_right(inputs(batch=batch, heads=4, kv_heads=2, queries=3, keys=70, size=16), dtype, **DECODING[case])
+
+
+def test_a_nan_under_a_softcap_is_felt_in_its_row_alone() -> None:
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    query[0, 1, 20, 3] = torch.nan
+    out = attnplug.scaled_dot_product_attention(query, key, value, softcap=5.0, impl="flash_triton")
+    assert out.isnan().any(-1).nonzero().tolist() == [[0, 1, 20]]
