@@ -43,7 +43,6 @@ class Part:
         limit: seconds that it has.
         told: from its log, the lines of the summary.
         environment: variables that it has besides.
-        by_name: whether it runs only where it is asked for.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Part:
     limit: float
     told: Callable[[Path], Iterable[str]]
     environment: dict[str, str] = field(default_factory=dict)
-    by_name: bool = False
 
 
 def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> list[Part]:
@@ -68,7 +66,6 @@ def parts(folder: Path, implementations: list[str], rehearsal: bool = False) -> 
         tests(folder, "clocks", "the tests of times, with nothing beside them", [], clocks, 10.0, rehearsal),
         *(benchmark(folder, name, claim, limit, rehearsal) for name, claim, limit in BENCHMARKS),
         figures(folder, implementations, device, rehearsal),
-        replace(benchmark(folder, *CANDIDATES, rehearsal), by_name=True),
     ]
     if triton in implementations:
         claim = f"every check of {triton} in full, of features three at once, on Hopper on its own kernels"
@@ -86,7 +83,6 @@ BENCHMARKS = (
     ("forward", "forward and decoding beside PyTorch's kernels and FlashAttention", 43.0),
     ("backward", "backward beside cuDNN's", 20.0),
 )
-CANDIDATES = ("candidates", "candidates for Hopper's forward kernel beside what is shipped", 170.0)
 FEW_CHECKS = ["--only", "check_values", "--only", "check_causal", "--dtype", "float32"]
 TIMEOUT = "100"
 """Seconds that a check has: with all cores at work the longest takes a third."""
@@ -319,7 +315,7 @@ def main() -> int:
     print(f"{machine}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
     query = torch.empty(1, 2, 128, 64, dtype=torch.bfloat16, device=kind)
     print(attnplug.explain(query, query, query, is_causal=True), flush=True)
-    wanted = arguments.part or [part.name for part in everything if not part.by_name]
+    wanted = arguments.part or names
     chosen = [part for part in everything if part.name in wanted]
     return run(chosen, folder, arguments.limit * (SLOWER if arguments.rehearse else 1))
 

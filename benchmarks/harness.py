@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def _gpu() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return {}
-    assembler = os.environ.get("TRITON_PTXAS_PATH")
+    assembler = shutil.which(os.environ.get("TRITON_PTXAS_PATH", ""))
     told = "" if assembler is None else subprocess.run([assembler, "--version"], capture_output=True, text=True).stdout
     ptxas = re.search(r"V(\d+\.\d+)", told)
     return {

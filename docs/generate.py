@@ -28,6 +28,7 @@ else:
 
 _ROOT = Path(__file__).resolve().parent.parent
 _RESULTS = _ROOT / "benchmarks/results"
+_H100 = "nvidia-h100-80gb-hbm3"
 _IMPLS = ("flash_triton", "FlashAttention 3", "cuDNN", "PyTorch's flash")
 """Those whose forward was measured on an H100."""
 _MARK = re.compile(r"^<!-- generate: (\w+) -->$", re.MULTILINE)
@@ -194,20 +195,20 @@ def _bars() -> str:
 
 
 def gpu_forward() -> str:
-    """Return forward on an H100: a row for each head size, length and mask."""
+    """Return forward on an H200 and on an H100: a row for each head size, length and mask."""
     rows = [
-        (size, length, mask, *(f"{rates[impl]:.0f}" for impl in _IMPLS))
-        for (size, mask, length), rates in _forward_rates().items()
+        (*kind, *(f"{rates[impl]:.0f} / {other[impl]:.0f}" for impl in _IMPLS))
+        for (kind, rates), other in zip(_forward_rates("nvidia-h200").items(), _forward_rates().values(), strict=True)
     ]
-    return _table(("head size", "length", "mask", *_IMPLS), rows)
+    return _table(("head size", "mask", "length", *_IMPLS), rows)
 
 
-def _forward_rates() -> dict[tuple[str, str, str], dict[str, float]]:
+def _forward_rates(machine: str = _H100) -> dict[tuple[str, str, str], dict[str, float]]:
     """Return TFLOP/s by implementation, for each head size, mask and length."""
     named = re.compile(r"forward, head size (\d+), (full|causal), length (\d+): ")
     return {
         (kind[1], kind[2], kind[3]): _rates(result, "TFLOP/s of ")
-        for result in _json("forward")["results"]
+        for result in _json("forward", machine)["results"]
         if (kind := named.match(result["name"]))
     }
 
@@ -344,7 +345,7 @@ def watching() -> str:
     return _table(("what", "ratio"), rows)
 
 
-def _json(name: str, machine: str = "nvidia-h100-80gb-hbm3") -> Any:
+def _json(name: str, machine: str = _H100) -> Any:
     return json.loads((_RESULTS / machine / f"{name}.json").read_text(encoding="utf-8"))
 
 

@@ -91,7 +91,6 @@ def test_run_knows_every_benchmark() -> None:
         "gpu",
         "forward",
         "backward",
-        "candidates",
         "peers",
         "false_alarms",
         "without_gpu",

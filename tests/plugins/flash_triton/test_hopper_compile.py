@@ -24,9 +24,8 @@ if triton.knobs.runtime.interpret:
 from attnplug import SDPAParams
 from attnplug_flash_triton import cost, impl
 from attnplug_flash_triton.hopper import outputs
-from attnplug_flash_triton.hopper.candidates import CANDIDATES, Candidate
 from attnplug_flash_triton.plans import Plan
-from attnplug_flash_triton.problem import Machine, read
+from attnplug_flash_triton.problem import Machine
 from hopper_gradients import call
 
 BEFORE_ROUNDS = 128
@@ -85,16 +84,6 @@ def rounds(code: list[str]) -> list[list[str]]:
 def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     params = params_of(size, name)
     assert_fits_and_overlaps(params, outputs.forward(params, HOPPER), size, name, capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: f"{candidate.size} {candidate.name}")
-def test_candidates_fit_and_overlap(candidate: Candidate, capsys: pytest.CaptureFixture[str]) -> None:
-    size, name = candidate.size, next(iter(candidate.expected))
-    params = params_of(size, name)
-    problem = read(params, HOPPER)
-    plan = outputs.plan(problem, size, outputs.tiles_of(problem, size)._replace(**candidate.change))
-    assert_fits_and_overlaps(params, plan, size, f"{candidate.name}, {name}", capsys)
 
 
 def params_of(size: int, name: str) -> SDPAParams:

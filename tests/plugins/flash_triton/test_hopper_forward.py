@@ -19,7 +19,6 @@ from attnplug import SDPAParams
 from attnplug_flash_triton import launches
 from attnplug_flash_triton.hopper import choose, outputs
 from attnplug_flash_triton.hopper import forward as kernels
-from attnplug_flash_triton.hopper.candidates import CANDIDATES, Candidate
 from attnplug_flash_triton.problem import Machine
 from gluon_emulator import launching
 from hopper_gradients import Call, call
@@ -116,42 +115,6 @@ def test_narrow_windows_have_narrow_tiles(window: tuple[int, int], is_causal: bo
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_out_and_lse_are_those_of_the_formulas_in_every_order(size: int, name: str, seed: int) -> None:
     assert error(call(size, **CALLS[name]), seed) < LARGEST
-
-
-CANDIDATES_OF = pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda each: f"{each.name} {each.size}")
-
-
-@CANDIDATES_OF
-@pytest.mark.parametrize("name", ["full", "window"])
-def test_candidates_give_out_and_lse_of_the_formulas(
-    candidate: Candidate, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(candidate, monkeypatch)
-    assert error(call(candidate.size, **CALLS[name])) < LARGEST
-
-
-@pytest.mark.slow
-@CANDIDATES_OF
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", CALLS)
-def test_candidates_give_out_and_lse_of_the_formulas_in_every_order(
-    candidate: Candidate, name: str, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(candidate, monkeypatch)
-    assert error(call(candidate.size, **CALLS[name]), seed) < LARGEST
-
-
-def use(candidate: Candidate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run calls on a candidate in place of what is shipped."""
-    for of, tiles in outputs.TILES.items():
-        if of[0] == candidate.size:
-            monkeypatch.setitem(outputs.TILES, of, tiles._replace(**candidate.change))
-
-
-def test_no_call_runs_on_a_candidate() -> None:
-    for candidate in CANDIDATES:
-        shipped = [outputs.TILES[candidate.size, kind] for kind in (outputs.FULL, outputs.BOUNDED)]
-        assert any(tiles != tiles._replace(**candidate.change) for tiles in shipped)
 
 
 @pytest.mark.parametrize(("size", "size_v"), [(40, 40), (80, 24), (72, 200), (192, 128)])
