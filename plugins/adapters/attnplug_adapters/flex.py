@@ -26,6 +26,9 @@ composite = True
 BLOCK = 128
 """PyTorch's own block size."""
 
+NARROW = 24
+"""The least head size from which PyTorch's kernel for the CPU is right for any number of keys, in vectors of 8."""
+
 
 def supports(params: SDPAParams) -> str | None:
     """Decline gradients on CPU, for which PyTorch has no kernel."""
@@ -67,6 +70,8 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
             out = _in_operators(params.scale, query, key, value, score_mod, mask_mod)
             return out[0].transpose(0, 1) if params.is_varlen else out, None
     blocks = _block_mask(params, positions, query.shape[2], key.shape[2])
+    if query.device.type == "cpu":
+        query, key = _of_a_right_size(query), _of_a_right_size(key)
     returned = attend(query, key, value, score_mod, blocks)
     out, lse = (returned[0], returned[1].lse) if wants_lse else (returned, None)
     if params.sinks is not None:
@@ -78,6 +83,17 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
 
 def _has_tangent(tensor: Tensor | None) -> bool:
     return tensor is not None and unpack_dual(tensor).tangent is not None
+
+
+def _of_a_right_size(tensor: Tensor) -> Tensor:
+    """Return queries or keys with zeros appended to heads of 8 and 16, which change no product.
+
+    PyTorch 2.11 to 2.13 multiplies heads below 24 that fill vectors of 8 numbers (AVX2) with a kernel for 16 keys, and
+    gives it the last 8 too (`CppMicroGemmFP32Vec`, `24 * BLOCK_M > K`). That reads 8 keys past the end of the tensor,
+    and writes their logits over the maxima of the first 8 queries. Vectors of 16 (AVX-512) have no such rest.
+    Any number of keys is padded for, since another head size is another kernel, which takes seconds to compile.
+    """
+    return convert.padded(tensor, NARROW) if tensor.shape[-1] in (8, 16) else tensor
 
 
 def _in_operators(scale: Any, query: Tensor, key: Tensor, value: Tensor, score_mod: Any, mask_mod: Any) -> Tensor:

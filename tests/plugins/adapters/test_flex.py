@@ -258,6 +258,25 @@ def test_a_scale_may_be_an_int() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_size", "is_causal", "traced"), [(16, False, False), (8, True, False), (16, False, True)]
+)
+def test_nothing_past_the_last_key_is_felt_on_the_cpu(head_size: int, is_causal: bool, traced: bool) -> None:
+    """In PyTorch 2.11 to 2.13 with AVX2, keys 8 more than a multiple of 16 let 8 further rows into narrow heads."""
+    torch._dynamo.reset()
+    attend = partial(attnplug.scaled_dot_product_attention, is_causal=is_causal, impl="flex")
+    if traced:
+        attend = torch.compile(attend, fullgraph=True)
+    for length in (24, 40):
+        query, value = torch.randn(2, 2, 2, length, head_size)
+        room = torch.full((2, 2, length + 8, head_size), float("nan"))
+        key = room.narrow(2, 0, length).copy_(torch.randn(length, head_size))
+        expected = attnplug.scaled_dot_product_attention(query, key, value, is_causal=is_causal, impl="math_ref")
+        torch.testing.assert_close(attend(query, key, value), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
 def test_masked_calls_of_many_sizes_run_on_the_cpu() -> None:
     """What Inductor generates for a mask whose sizes vary does not compile, so those are constants of a kernel."""
     for batch, length in ((2, 20), (3, 37), (4, 24)):
