@@ -264,8 +264,8 @@ HIDDEN_BEFORE_SCALED = Fault(
     with_positive_scale,
 )
 ABSENT_BEFORE_SCALED = Fault(
-    "PyTorch's CUDA kernels do the same, without a causal mask too, with the keys that their last tile lacks, and take "
-    "the largest logit before they scale, beyond which a negative scale puts others",
+    "PyTorch's CUDA kernels hide the keys that their last tile lacks with -inf before they scale, which a scale of 0 "
+    "turns into NaN, and take the largest logit before, beyond which a negative scale puts others",
     "2.11.0, CUDA 13.0",
     "cuda",
     _is_not_scaled_up,

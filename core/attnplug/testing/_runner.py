@@ -136,12 +136,13 @@ def check_impls(
 def _run(planned: Planned, workers: int | None, timeout: float, found: Callable[[int, Result], None]) -> list[Result]:
     """Make the checks in their places."""
     pieces = [
-        (position, number, check.pieces if subject.full else 1)
+        (position, (number, count))
         for position, (check, subject) in enumerate(planned)
-        for number in range(check.pieces if subject.full else 1)
+        for count in [check.pieces if subject.full else 1]
+        for number in range(count)
     ]
     try:
-        tasks = [_task(*planned[position], piece) for position, *piece in pieces] if workers != 0 else []
+        tasks = [_task(*planned[position], piece) for position, piece in pieces] if workers != 0 else []
     except ValueError:
         if workers is not None:
             raise
@@ -150,7 +151,7 @@ def _run(planned: Planned, workers: int | None, timeout: float, found: Callable[
         on_cpu = all(subject.device.startswith("cpu") for _, subject in planned)
         workers = 0 if on_cpu else min(MOST_WORKERS, os.cpu_count() or 1)
     if workers:
-        return _in_pieces(planned, [position for position, *_ in pieces], tasks, workers, timeout, found)
+        return _in_pieces(planned, [position for position, _ in pieces], tasks, workers, timeout, found)
     results = []
     for position, (check, subject) in enumerate(planned):
         results.append(run_check(check, subject))
@@ -158,9 +159,8 @@ def _run(planned: Planned, workers: int | None, timeout: float, found: Callable[
     return results
 
 
-def _task(check: Check, subject: Subject, piece: Sequence[int]) -> Task:
-    number, count = piece
-    return Task.of(check, replace(subject, piece=(number, count)))
+def _task(check: Check, subject: Subject, piece: tuple[int, int]) -> Task:
+    return Task.of(check, replace(subject, piece=piece))
 
 
 def _in_pieces(

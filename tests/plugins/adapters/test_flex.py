@@ -269,8 +269,8 @@ def test_nothing_past_the_last_key_is_felt_on_the_cpu(head_size: int, is_causal:
         attend = torch.compile(attend, fullgraph=True)
     for length in (24, 40):
         query, value = torch.randn(2, 2, 2, length, head_size)
-        room = torch.full((2, 2, length + 8, head_size), float("nan"))
-        key = room.narrow(2, 0, length).copy_(torch.randn(length, head_size))
+        memory = torch.full((2, 2, length + 8, head_size), float("nan"))
+        key = memory.narrow(2, 0, length).copy_(torch.randn(length, head_size))
         expected = attnplug.scaled_dot_product_attention(query, key, value, is_causal=is_causal, impl="math_ref")
         torch.testing.assert_close(attend(query, key, value), expected)
     torch._dynamo.reset()

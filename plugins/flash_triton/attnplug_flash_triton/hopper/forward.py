@@ -61,6 +61,7 @@ DYNAMIC = gl.constexpr(2)
 """For PERSISTENT: the next tile is the next that no program has taken, by a counter in global memory. The loading warp
 finds out where that is while it loads the one before, and hands it on through shared memory."""
 PARTS = gl.constexpr(4)
+"""Of a row's columns, of which a thread has pairs: see `_maxima`."""
 PLACE = gl.constexpr(7)
 """Numbers that say where a tile is: see `_where`."""
 SHARED = gl.constexpr(2)
