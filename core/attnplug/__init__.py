@@ -47,7 +47,7 @@ from attnplug._version import __version__
 if TYPE_CHECKING:
     from attnplug._api.dense import scaled_dot_product_attention
     from attnplug._api.varlen import varlen_attn
-    from attnplug._call.device import compute_capability
+    from attnplug._call.device import bind_cuda_context, compute_capability
     from attnplug._control.activation import (
         activate_flash_attention_impl,
         current_flash_attention_impl,
@@ -77,6 +77,7 @@ _NEEDS_TORCH = {
     "restore_flash_attention_impl": "attnplug._control.activation",
     "scaled_dot_product_attention": "attnplug._api.dense",
     "varlen_attn": "attnplug._api.varlen",
+    "bind_cuda_context": "attnplug._call.device",
     "compute_capability": "attnplug._call.device",
     "Explanation": "attnplug._control.explain",
     "can_use_impl": "attnplug._control.explain",
@@ -140,6 +141,7 @@ __all__ = [
     "__version__",
     "activate_flash_attention_impl",
     "bind",
+    "bind_cuda_context",
     "can_use_impl",
     "capture",
     "checkpoint_contexts",

@@ -52,7 +52,7 @@ CALLS: dict[str, Callable[[], tuple[list[Tensor], dict[str, Any]]]] = {
 @pytest.fixture(autouse=True)
 def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: {"cpu", "cuda"})
-    monkeypatch.setattr(device._described, "capability", HOPPER)
+    monkeypatch.setattr(device._thread, "described", HOPPER)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: CUDNN)
     monkeypatch.setitem(device._cudnn_errs, 0, (False, True, True))
     torch._dynamo.reset()

@@ -61,6 +61,7 @@ explanation = attnplug.explain(query, query, query, is_causal=True, impl="torch"
 assert_type(explanation, attnplug.Explanation)
 assert_type(explanation.candidates, tuple[Verdict, ...])
 assert_type(attnplug.compute_capability(query.device), tuple[int, int] | None)
+attnplug.bind_cuda_context()
 
 # Watching ---------------------------------------------------------------------------------------------
 

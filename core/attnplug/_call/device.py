@@ -21,12 +21,13 @@ from attnplug._tracing import constant_in_traces
 Capability = tuple[int, int]
 
 
-class _Described(threading.local):
+class _Thread(threading.local):
     def __init__(self) -> None:
-        self.capability: Capability | None = None
+        self.described: Capability | None = None
+        self.has_context = False
 
 
-_described = _Described()
+_thread = _Thread()
 
 
 @cache
@@ -69,12 +70,33 @@ def compute_capability(device: torch.device | str) -> Capability | None:
     device = as_device("device", device)
     if type_of(device) != "cuda" or torch.version.hip is not None:
         return None
-    if _described.capability is not None:
-        return _described.capability
+    if _thread.described is not None:
+        return _thread.described
     if not torch.cuda.is_available():
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.get_device_capability(index) if index < torch.cuda.device_count() else None
+
+
+def bind_cuda_context() -> None:
+    """Give this thread the CUDA context of its device, without which CUDA's driver makes no tensor map on the host.
+
+    For kernels of the tensor memory accelerator: call it before the first map is made, or before a library that makes
+    some. A thread has no context until something in it needs one, and memory out of PyTorch's cache needs none. The
+    driver then refuses ("invalid device context"), and what CUTLASS hands on all the same is no map: the kernel ends
+    with "an illegal instruction was encountered". Triton's launcher binds the context, but only after its maps are made.
+
+    2 us, and 0.1 from then on in the same thread. It may be called without a GPU, and while a CUDA graph is captured.
+
+    Examples:
+        >>> import attnplug
+        >>> attnplug.bind_cuda_context()
+    """
+    if not _thread.has_context and torch.cuda.is_initialized():
+        # Binds for the device that is the current one, too (pytorch#155900, in 2.9). Another that becomes it later is
+        # bound by that change.
+        torch.cuda.set_device(torch.cuda.current_device())
+        _thread.has_context = True
 
 
 @constant_in_traces
@@ -116,12 +138,12 @@ def described(capability: Any, device: Any) -> Iterator[None]:
     Raises:
         TypeError, ValueError: it is not one, or `device`, the query's, is not a CUDA device.
     """
-    before = _described.capability
-    _described.capability = None if capability is None else _checked(capability, device)
+    before = _thread.described
+    _thread.described = None if capability is None else _checked(capability, device)
     try:
         yield
     finally:
-        _described.capability = before
+        _thread.described = before
 
 
 def _checked(capability: Any, device: Any) -> Capability:

@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams, compute_capability
-from attnplug_adapters import contexts, convert
+from attnplug import SDPAParams, bind_cuda_context, compute_capability
+from attnplug_adapters import convert
 from attnplug_adapters.library import Adapter
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
@@ -150,7 +150,7 @@ class FlashAttn3(Adapter):
         tensors = (params.query, params.key, convert.existing(params, params.value))
         query, key, value = (convert.as_kernel_reads(params, tensor) for tensor in tensors)
         paged = params.block_table is not None
-        contexts.bind()
+        bind_cuda_context()
         out, lse, *_ = self.library._flash_attn_forward(
             query,
             key,
@@ -178,7 +178,7 @@ class FlashAttn3(Adapter):
         tensors = (grad_out, query, *(convert.existing(params, each) for each in (params.key, params.value)), out)
         given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]
         grads = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in given[1:4]]
-        contexts.bind()
+        bind_cuda_context()
         self.library._flash_attn_backward(
             *given,
             lse.contiguous(),

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams, compute_capability
-from attnplug_adapters import contexts, convert
+from attnplug import SDPAParams, bind_cuda_context, compute_capability
+from attnplug_adapters import convert
 from attnplug_adapters.library import Adapter
 
 GPUS = (9, 10, 11, 12)
@@ -151,7 +151,7 @@ class FlashAttn4(Adapter):
             "softcap": params.softcap,
             "return_lse": True,
         }
-        contexts.bind()
+        bind_cuda_context()
         if params.is_varlen or params.seqused_k is not None:
             paged = params.block_table is not None
             out, lse = self.library.flash_attn_varlen_func(
@@ -187,7 +187,7 @@ class FlashAttn4(Adapter):
         if params.sinks is not None:  # a row without a denominator would make exp(sink - lse) * 0 a NaN
             lse = lse.masked_fill(lse == convert.MINUS_INFINITY, -convert.MINUS_INFINITY)
         left, right = _open_as_none(convert.band(params))
-        contexts.bind()
+        bind_cuda_context()
         found = self.library._flash_attn_bwd(
             *given,
             lse.contiguous(),

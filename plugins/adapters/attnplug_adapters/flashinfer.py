@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnplug import SDPAParams
-from attnplug_adapters import contexts, convert
+from attnplug import SDPAParams, bind_cuda_context
+from attnplug_adapters import convert
 from attnplug_adapters.library import Adapter
 
 WORKSPACE = 128 * 2**20
@@ -114,7 +114,7 @@ class FlashInfer(Adapter):
             out, lse = out, convert.natural(lse).T.contiguous()
         elif params.query.shape[0] == 1 and params.seqused_k is None:
             given = (tensor[0].transpose(0, 1).contiguous() for tensor in (params.query, params.key, params.value))
-            contexts.bind()
+            bind_cuda_context()
             out, lse = self.library.single_prefill_with_kv_cache(*given, **options, return_lse=True)
             out, lse = out.transpose(0, 1).unsqueeze(0), convert.natural(lse).T.contiguous().unsqueeze(0)
         else:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnplug import Feature, SDPAParams, compute_capability
-from attnplug_adapters import contexts, convert
+from attnplug import Feature, SDPAParams, bind_cuda_context, compute_capability
+from attnplug_adapters import convert
 from attnplug_adapters.library import Adapter, differences
 
 GPUS_OF_2 = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
@@ -169,7 +169,7 @@ class SageAttention(Adapter):
         if params.is_varlen:
             return self._packed(params, query, key, value), None
         options = {"is_causal": params.is_causal, "sm_scale": params.scale, "return_lse": params.return_lse}
-        contexts.bind()
+        bind_cuda_context()
         with _current_device_kept(query):
             found = self.library.sageattn(query, key, value, tensor_layout="HND", **options)
         out, lse = found if params.return_lse else (found, None)
@@ -203,7 +203,7 @@ class SageAttention(Adapter):
             convert.outside(starts, tensor.shape[0]).view(-1, 1, 1)
             for starts, tensor in ((params.cu_seq_q, query), (params.cu_seq_k, key))
         )
-        contexts.bind()
+        bind_cuda_context()
         with _current_device_kept(query):
             out = self.library.sageattn_varlen(
                 query,

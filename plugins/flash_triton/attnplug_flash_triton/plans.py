@@ -23,6 +23,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from attnplug import bind_cuda_context
+
 DESCRIPTORS_KEPT = 64
 APART = 256
 """Bytes: what parts of a workspace start at multiples of, as tensors of their own do at least."""
@@ -66,20 +68,8 @@ class Descriptor(NamedTuple):
         """Return the descriptor as Gluon has it, in a thread that can make a tensor map of it."""
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        _bind_context()
+        bind_cuda_context()
         return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block_shape), self.layout)
-
-
-def _bind_context() -> None:
-    """Give this thread the context of its device, without which CUDA's driver makes no tensor map. 2 us.
-
-    A thread has none until something in it needs one, and on device 0 memory out of PyTorch's cache needs none: then
-    its first launch would be this one. Triton's launcher sees to it, but its tensor maps are made before. On another
-    device a thread has that device's, since it was told the device. `set_device` binds the context of a device that is
-    the current one, too (pytorch#155900, in 2.9), also while a CUDA graph is captured.
-    """
-    if torch.cuda.is_initialized():
-        torch.cuda.set_device(torch.cuda.current_device())
 
 
 class Launch(NamedTuple):
