@@ -6,10 +6,12 @@ behind it is asked.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -123,6 +125,16 @@ def packed(
         found,
         grad_out=grad_out,
     )
+
+
+def packed_while_a_graph_is_captured() -> int:
+    """The same where a CUDA graph is captured; return how many tensors of where its sequences start are kept."""
+    lengths, starts = [11, 17], [[0, 11], [0, 17], [0, 11, 28], [0, 3, 14], [0, 14]]
+    with patch("torch.cuda.is_initialized", lambda: True), patch("torch.cuda.is_current_stream_capturing", lambda: True):
+        packed(lengths, "math_ref")
+    gc.collect()
+    kept = [each for each in gc.get_objects() if type(each) is Tensor and each.dtype is torch.int32]
+    return sum(each.tolist() in starts for each in kept)
 
 
 def dropped(method: str, impl: str, is_causal: bool, length: int = 24) -> list[float]:

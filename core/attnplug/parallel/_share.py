@@ -127,9 +127,23 @@ class Share:
         )
 
 
-@lru_cache(maxsize=256)
 def _on_device(starts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return where sequences start; kept for the other layers and for backward, because a GPU is waited for."""
+    """Return where sequences start.
+
+    A CUDA graph may outlive what is kept here, and its own memory may not be kept: while one is captured, numbers are
+    written one by one, because nothing can be copied from the host.
+    """
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return _kept(starts, device)
+    made = torch.empty(len(starts), dtype=torch.int32, device=device)
+    for at, start in enumerate(starts):
+        made[at] = start
+    return made
+
+
+@lru_cache(maxsize=256)
+def _kept(starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the same, kept for the other layers and for backward, because a GPU is waited for."""
     with torch.inference_mode(False):
         return torch.tensor(starts, dtype=torch.int32, device=device)
 
