@@ -128,15 +128,18 @@ def test_tests_are_summed_up_from_the_log_of_pytest(gpu: ModuleType, tmp_path: P
     assert line.startswith("FAILED ") and "test_some.py::test_bad: AssertionError: PASSED is no status here" in line
 
 
-def test_why_a_test_failed_is_kept_of_a_run_that_is_ended(gpu: ModuleType, tmp_path: Path) -> None:
+def test_why_a_test_failed_is_kept_of_a_run_that_is_ended(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "test_some.py").write_text(
         "import os\ndef test_bad():\n    numbers = [1, 2]\n    assert numbers == [2, 1]\ndef test_last(): os._exit(9)\n"
     )
     given = ["-v", "-p", "no:cacheprovider", "-p", "no:randomly", str(tmp_path)]
     tests = gpu.tests(tmp_path / "results", "tests", "claim", [], given, 60.0, rehearsal=False)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
     assert gpu.run([tests], tmp_path / "results") == 1
     summary = (tmp_path / "results" / "summary.txt").read_text()
-    assert "test_some.py::test_bad: assert [1, 2] == [2, 1]" in summary
+    assert "FAILED test_some.py::test_bad: assert [1, 2] == [2, 1]" in summary
     assert "numbers = [1, 2]" in (tmp_path / "results" / "tests.jsonl").read_text()
 
 
