@@ -56,7 +56,7 @@ def html_table(headers: Sequence[str], rows: Rows, *, strong: Iterable[int] = ()
     chosen = set(strong)
     lines = ["<table>"]
     if caption:
-        lines.append(f'<caption style="caption-side: bottom; text-align: left">{_escaped(caption)}</caption>')
+        lines.append(f'<caption style="caption-side: bottom; text-align: left">{escaped(caption)}</caption>')
     lines.append(f"<thead><tr>{''.join(_cell('th', header) for header in headers)}</tr></thead>\n<tbody>")
     for number, row in enumerate(rows):
         weight = ' style="font-weight: bold"' if number in chosen else ""
@@ -65,10 +65,11 @@ def html_table(headers: Sequence[str], rows: Rows, *, strong: Iterable[int] = ()
 
 
 def _cell(tag: str, text: str) -> str:
-    return f'<{tag} style="text-align: left">{_escaped(text)}</{tag}>'
+    return f'<{tag} style="text-align: left">{escaped(text)}</{tag}>'
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text for HTML."""
     from html import escape  # whose list of entities takes a millisecond
 
     return escape(text)

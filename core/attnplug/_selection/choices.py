@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 
 from attnplug._arguments import as_path
 from attnplug._selection.choice_tables import Choice, Table, joined
-from attnplug._tables import html_table, table
+from attnplug._tables import escaped, html_table, table
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Choices:
 
     def _repr_html_(self) -> str:
         parts = [html_table(HEADERS, rows(one.choices), caption=described(one)) for one in self.tables]
-        return "\n".join([*parts, *(f"<p>{escape(note)}</p>" for note in self.notes)] or ["no measured choices"])
+        return "\n".join([*parts, *(f"<p>{escaped(note)}</p>" for note in self.notes)] or ["no measured choices"])
 
     def __str__(self) -> str:
         parts = [f"{described(one)}:\n{table(HEADERS, rows(one.choices))}" for one in self.tables]

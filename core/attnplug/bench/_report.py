@@ -6,12 +6,11 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from attnplug._arguments import as_path
-from attnplug._tables import html_table, table
+from attnplug._tables import escaped, html_table, table
 from attnplug.bench._cases import Case
 from attnplug.bench._ceilings import Ceiling
 from attnplug.bench._errors import BenchError
@@ -216,7 +215,7 @@ class Report:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"{html_table(*self._filled())}\n<pre>{escape(self.summary())}</pre>"
+        return f"{html_table(*self._filled())}\n<pre>{escaped(self.summary())}</pre>"
 
     def _filled(self) -> tuple[list[str], list[list[str]]]:
         """Return headers and cells of the columns in which something is said."""
