@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnplug._call.autocast import autocasted
-from attnplug._call.validate import broadcast_leading, check_dense, check_scalars
+from attnplug._call.validate import broadcast_leading, check_dense, check_scalars, heads_of
 from attnplug._call.validate_varlen import check_varlen
 from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
@@ -93,7 +93,7 @@ def empty(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         heads = query.shape[1]
         key, value = key[..., :0, :], value[..., :0, :]
     kv_heads = key.shape[-3]
-    if kv_heads != heads and kv_heads:
+    if kv_heads != heads:
         key, value = (tensor.repeat_interleave(heads // kv_heads, -3) for tensor in (key, value))
     out = query @ key.transpose(-1, -2) @ value
     for tensor in (params.attn_mask, params.sinks):
@@ -152,7 +152,7 @@ def _without_idle_groups(params: SDPAParams) -> SDPAParams:
     tensors = (params.query, params.key, params.value)
     if params.enable_gqa is not True or any(not isinstance(tensor, Tensor) or tensor.is_nested for tensor in tensors):
         return params
-    heads, *kv_heads = (tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in tensors)
+    heads, *kv_heads = map(heads_of, tensors)
     return params if heads > max(kv_heads) else replace(params, enable_gqa=False)
 
 

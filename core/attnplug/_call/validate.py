@@ -36,9 +36,9 @@ def check_dense(params: SDPAParams) -> None:
             f"value: its length {value.shape[-2]} must be the key's, {key.shape[-2]}; "
             f"got key {shape(key)}, value {shape(value)}"
         )
-    check_heads(_heads(query), _heads(key), _heads(value), params.enable_gqa)
+    check_heads(heads_of(query), heads_of(key), heads_of(value), params.enable_gqa)
     leading = broadcast_leading(query, key, value)
-    heads = max(_heads(query), _heads(key), _heads(value))
+    heads = max(heads_of(query), heads_of(key), heads_of(value))
     full = (*leading, heads, query.shape[-2], key.shape[-2])
     if params.attn_mask is not None:
         check_mask(params.attn_mask, query, full)
@@ -130,9 +130,7 @@ def broadcast_leading(*tensors: Tensor) -> tuple[int, ...]:
 
 def check_mask(mask: Any, query: Tensor, full: tuple[int, ...]) -> None:
     """Check a mask against the shape of the logits, `full`."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor or None, got {type(mask).__name__}")
-    _assert_dense("attn_mask", mask)
+    _assert_tensor("attn_mask", mask, "a torch.Tensor or None")
     accepted = dict.fromkeys((torch.bool, query.dtype, torch.float32))
     if mask.dtype not in accepted:
         raise ValueError(f"attn_mask: dtype {mask.dtype} is not supported here; accepted: {_dtypes(accepted)}")
@@ -187,9 +185,7 @@ def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int,
 
 def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: torch.device) -> None:
     """Check an int32 tensor of shape `wanted`, where None is any size."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    _assert_dense(name, tensor)
+    _assert_tensor(name, tensor)
     if tensor.dtype is not torch.int32:
         raise ValueError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
     if tensor.device != device:
@@ -228,18 +224,23 @@ def shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _heads(tensor: Tensor) -> int:
+def heads_of(tensor: Tensor) -> int:
+    """Return the number of heads: one where there is no such dimension."""
     return tensor.shape[-3] if tensor.dim() > 2 else 1
 
 
 def _floating(name: str, tensor: Any, device: torch.device) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    _assert_dense(name, tensor)
+    _assert_tensor(name, tensor)
     if tensor.dtype not in FLOATING:
         raise ValueError(f"{name}: dtype {tensor.dtype} is not supported; accepted: {_dtypes(FLOATING)}")
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
+
+
+def _assert_tensor(name: str, value: Any, wanted: str = "a torch.Tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    _assert_dense(name, value)
 
 
 def _assert_dense(name: str, tensor: Tensor) -> None:
