@@ -39,8 +39,7 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
 def refusing_lse_gradient(entry: Entry, params: SDPAParams, out: Tensor, lse: Tensor | None) -> Result:
     """Return `out`, and `lse` such that asking for its gradient raises unless the kernel declares one."""
     if lse is not None and params.return_lse and not declares(entry, Feature.LSE_GRADIENT):
-        inputs = [tensor for tensor in tensors_of(params)[: len(DIFFERENTIABLE)] if tensor is not None]
-        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *inputs)
+        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *tensors_of(params)[: len(DIFFERENTIABLE)])
     return out, lse
 
 
@@ -93,7 +92,7 @@ class _Refuse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(message: str, count: int, *tensors: Tensor) -> Any:
+    def forward(message: str, count: int, *tensors: Any) -> Any:
         passed = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
         return passed[0] if count == 1 else passed
 
@@ -108,9 +107,8 @@ class _Refuse(torch.autograd.Function):
 
 def _refuse_second_derivatives(entry: Entry, grads: list[Tensor | None], inputs: Any) -> list[Tensor | None]:
     present = [grad for grad in grads if grad is not None]
-    given = [tensor for tensor in inputs if tensor is not None]
     if not present:
         return grads
-    passed = _Refuse.apply(no_second_derivatives(entry), len(present), *present, *given)
+    passed = _Refuse.apply(no_second_derivatives(entry), len(present), *present, *inputs)
     wrapped = iter(passed if isinstance(passed, tuple) else (passed,))
     return [None if grad is None else next(wrapped) for grad in grads]
