@@ -85,7 +85,7 @@ _WAY_OUT = "attnplug.capture() and attnplug.tune() measure what a program calls"
 
 
 def tell(facts: CallFacts, params: SDPAParams) -> None:
-    """Warn, once for each cause, that a call runs in the default order although choices are in use."""
+    """Warn, once for each cause, that a call for which nothing was measured runs in the default order."""
     _say(because(facts, params))
 
 
@@ -100,7 +100,7 @@ def tell_of_problem(facts: CallFacts) -> None:
 
 def _say(reason: str) -> None:
     cause = reason.partition(" (")[0]
-    if not reason.startswith("measured") and cause not in _told:
+    if cause not in _told:
         _told.add(cause)
         warn(ChoicesWarning(f"{reason}. Such calls run in the default order; this warning is given once"))
 

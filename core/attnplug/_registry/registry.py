@@ -226,13 +226,13 @@ class Registry:
         """Return the implementation of this name.
 
         Raises:
-            TypeError: `name` is not a string; `where` says where it came from.
+            TypeError: `name` is not a string.
             UnknownImplementationError: there is none, or it is broken, disabled or not installed, which the message
                 says; `where` says where the name came from, `also` what else would have been accepted there.
             DuplicateImplementationError: several distributions claim the name.
         """
         if not isinstance(name, str):
-            raise TypeError(f"{where or 'name'}: expected the name of an implementation, got {name!r}")
+            raise TypeError(f"{where}: expected the name of an implementation, got {name!r}")
         entry = self._entries.get(name)
         if entry is not None:
             return entry
@@ -260,12 +260,11 @@ class Registry:
         return {name: reason for name, reason in absent.items() if name not in entries}
 
     def remedy(self, name: str) -> str:
-        """Return the command that brings an implementation of `absent()`; empty if none is known."""
-        known = KNOWN.get(name)
-        plugin = name if known is None else known.entry_point
+        """Return the command that brings an implementation of the catalogue that is among `absent()`."""
+        known = KNOWN[name]
         with self._lock:
-            out = [record.remedy for record in self._plugins_out if record.entry_point == plugin]
-        return out[0] if out else "" if known is None else known.install
+            out = [record.remedy for record in self._plugins_out if record.entry_point == known.entry_point]
+        return out[0] if out else known.install
 
     def __contains__(self, name: str) -> bool:
         """Whether the name is taken."""
