@@ -20,6 +20,9 @@ ROUTES = [None, "torch", "aten_math"]
 attend = attnplug.scaled_dot_product_attention
 
 
+NESTED = torch.nested.nested_tensor([Q[0]])  # of the layout of dense tensors
+
+
 def of_one_dimension_more(tensor: Tensor) -> Tensor:
     return torch.nested.nested_tensor([tensor[0], tensor[0]], layout=torch.jagged)
 
@@ -33,6 +36,9 @@ def of_one_dimension_more(tensor: Tensor) -> Tensor:
         ((Q, of_one_dimension_more(Q), of_one_dimension_more(Q)), ValueError, "all three nested or none"),
         ((of_one_dimension_more(Q), Q, Q), ValueError, "all three nested or none"),
         ((Q[0], of_one_dimension_more(Q[0]), Q[0]), ValueError, "all three nested or none"),
+        ((NESTED, Q, Q), ValueError, "all three nested or none"),
+        ((Q, NESTED, Q), ValueError, "all three nested or none"),
+        ((Q, Q, NESTED), ValueError, "all three nested or none"),
         ((Q[0, 0], Q[0, 0].to_sparse(), Q[0, 0]), ValueError, "key: expected a dense tensor"),
         ((Q[None], Q[None].to_sparse(), Q[None]), ValueError, "key: expected a dense tensor"),
         ((Q[0], Q[0], Q[0].to_mkldnn()), ValueError, "value: expected a dense tensor"),
@@ -46,6 +52,7 @@ def of_one_dimension_more(tensor: Tensor) -> Tensor:
 def test_what_is_no_dense_tensor_is_an_error_that_says_so(
     arguments: Any, error: type[Exception], message: str, impl: str | None
 ) -> None:
+    attend(Q, Q.clone(), Q.clone(), impl=impl)  # like which a call is recognised from now on
     for function in (attend, attnplug.explain):
         with pytest.raises(error, match=message):
             function(*arguments, impl=impl)

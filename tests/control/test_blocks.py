@@ -112,6 +112,29 @@ def test_a_scope_that_two_other_threads_are_in_is_refused_and_left_in_neither() 
         assert [work.result(60) for work in working] == [MATH, MATH]
 
 
+def test_a_scope_that_another_thread_is_in_too_is_left_out_of_order_in_its_own_thread_alone() -> None:
+    scope, entered, done = attnplug.sdpa_kernel(MATH), threading.Event(), threading.Event()
+
+    def work() -> str:
+        with scope:
+            entered.set()
+            done.wait(60)
+            return ran()
+
+    with ThreadPoolExecutor(1) as pool:
+        scope.__enter__()
+        working = pool.submit(work)
+        entered.wait(60)
+        try:
+            with attnplug.sdpa_kernel(FLASH):
+                scope.__exit__()
+                assert ran() == FLASH
+            assert ran() == DEFAULT
+        finally:
+            done.set()
+        assert working.result(60) == MATH
+
+
 def test_leaving_what_was_not_entered_is_refused() -> None:
     scope, recording = attnplug.sdpa_kernel(MATH), attnplug.record()
     with scope, recording:

@@ -43,6 +43,7 @@ def broken(kernel: Any) -> str:
     except pytest.fail.Exception:  # it did not warn
         assert attnplug.explain(query, query, query, impl="strict").chosen == "strict"
     (record,) = (record for record in attnplug.list_impls() if record.name == "strict")
+    assert record.remedy == ""  # no command mends a program
     return record.reason
 
 

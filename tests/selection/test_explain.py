@@ -39,6 +39,22 @@ def test_explain_runs_nothing_and_agrees_with_the_call() -> None:
     assert not verdicts["torch"].accepted and "outside sdpa_kernel" in verdicts["torch"].reasons[0]
 
 
+def test_the_nearest_to_a_fused_kernel_is_the_one_that_declines_for_the_fewest_reasons_in_the_scope() -> None:
+    half = ("bfloat16",)
+    register("far", capabilities=Capabilities(dtypes=half, features=(), head_sizes=(64,)))
+    register("near", capabilities=Capabilities(dtypes=half, features=()))
+    register("formulas", backend=attnplug.SDPBackend.MATH, capabilities=Capabilities(features=()))
+    register("outside")
+    with attnplug.sdpa_kernel(["far", "formulas", "near", "aten_math"]):
+        explanation = attnplug.explain(Q, Q, Q, is_causal=True)
+        behind = attnplug.explain(Q.bfloat16(), Q.bfloat16(), Q.bfloat16())
+    assert explanation.chosen == "aten_math" and explanation.nearest is not None
+    assert explanation.nearest.name == "near" and explanation.remedy == ""
+    assert "Nearest miss: near: " in str(explanation)
+    assert behind.chosen == "aten_math" and behind.nearest is not None  # which comes before what a program registers
+    assert behind.nearest.name == "near" and behind.remedy == "impl='near'"
+
+
 def test_explain_speaks_of_variable_length_calls_too() -> None:
     tokens, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
     explanation = attnplug.explain(tokens, tokens, tokens, cu_seq_q=starts, cu_seq_k=starts, max_q=3, max_k=3)

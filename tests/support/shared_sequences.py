@@ -130,7 +130,10 @@ def packed(
 def packed_while_a_graph_is_captured() -> int:
     """The same where a CUDA graph is captured; return how many tensors of where its sequences start are kept."""
     lengths, starts = [11, 17], [[0, 11], [0, 17], [0, 11, 28], [0, 3, 14], [0, 14]]
-    with patch("torch.cuda.is_initialized", lambda: True), patch("torch.cuda.is_current_stream_capturing", lambda: True):
+    with (
+        patch("torch.cuda.is_initialized", lambda: True),
+        patch("torch.cuda.is_current_stream_capturing", lambda: True),
+    ):
         packed(lengths, "math_ref")
     gc.collect()
     kept = [each for each in gc.get_objects() if type(each) is Tensor and each.dtype is torch.int32]

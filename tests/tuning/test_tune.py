@@ -68,6 +68,8 @@ def test_forward_and_backward_count_together_where_gradients_are_needed():
     assert chosen(choices) == [("torch", "torch")]
     (choice,) = choices
     assert choice.kind.gradients and choice.default_seconds == 4.0
+    cells = str(choices).splitlines()[2].split()
+    assert cells[2] == "gradients," and cells[-3:] == ["torch", "torch", "-"]
 
 
 def test_the_gain_is_over_what_runs_without_choices():
@@ -75,8 +77,15 @@ def test_the_gain_is_over_what_runs_without_choices():
     (choice,) = choices
     assert choice.gain == pytest.approx(1.5)
     table = str(choices).splitlines()
+    assert "None" not in table[0]  # of what is not there
     assert table[1].split() == ["kind", "of", "call", "was", "is", "now", "gain"]
     assert table[2].split() == ["float32", "D8,", "B·H", "≤2,", "S", "≤8", "torch", "aten_math", "1.50"]
+
+
+def test_a_kind_of_call_says_what_is_in_its_sizes_once():
+    (choice,) = choices_from(records(CASE.but(kv_heads=1, value_head_size=16, causal=True), {"torch": 1.0}))
+    assert {"GQA", "VALUE_HEAD_SIZE"} < {*choice.kind.features}
+    assert str(choice.kind).startswith("float32 D8/16 groups-of-2 causal, ")
 
 
 def test_one_case_of_each_kind_is_measured_the_one_that_is_called_most():
