@@ -84,7 +84,7 @@ def bind_cuda_context() -> None:
     For kernels of the tensor memory accelerator: call it before the first map is made, or before a library that makes
     some. A thread has no context until something in it needs one, and memory out of PyTorch's cache needs none. The
     driver then refuses ("invalid device context"), and what CUTLASS hands on all the same is no map: the kernel ends
-    with "an illegal instruction was encountered". Triton's launcher binds the context, but only after its maps are made.
+    with "an illegal instruction was encountered". Triton's launcher binds the context, but after its maps are made.
 
     2 us, and 0.1 from then on in the same thread. It may be called without a GPU, and while a CUDA graph is captured.
 
