@@ -356,24 +356,28 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     assumes it: see `builtin.rewrites.starts_aligned`.
     """
     tracing = is_compiling()
-    holds = holds_in_trace if tracing else bool
+    holds, shape = holds_in_trace if tracing else bool, query.shape
     if dropout:
         *_, errs = cudnn_errs(query.get_device())
-        if errs or holds(query.numel() * key.shape[-2] >= 2**31 * query.shape[-1]):  # too many numbers to draw
+        if errs or holds(query.numel() * key.shape[-2] >= 2**31 * shape[-1]):  # too many numbers to draw
             return False
-    if holds(query.shape[-2] == 1):
+    if holds(shape[-2] == 1):
         errs, errs_in_gradients, _ = cudnn_errs(query.get_device())
         if errs or (errs_in_gradients and _records(query, key, value)):
             return False
-    if query.dim() > 2 and holds(key.stride(-3) == 0) and holds(value.stride(-3) == 0):  # heads that share their keys
+    # All strides are read: to ask for one takes twice as long.
+    if (
+        len(shape) > 2 and holds(key.stride()[-3] == 0) and holds(value.stride()[-3] == 0)
+    ):  # heads that share their keys
         return False
-    if _records(query, key, value) and (holds(query.numel() >= LARGE) or holds(query.shape[-1] < 8)):
+    if _records(query, key, value) and (holds(query.numel() >= LARGE) or holds(shape[-1] < 8)):
         return False
     if tracing:
         return True
     # Outside a trace no offset is a symbol, as its type would allow.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
-    return starts * query.element_size() % 16 == 0  # as each of them: what it must be a multiple of is a power of two
+    # as each of them: what it must be a multiple of is a power of two
+    return not starts or starts * query.element_size() % 16 == 0
 
 
 def _records(query: Tensor, key: Tensor, value: Tensor) -> bool:
