@@ -21,7 +21,7 @@ demo: $(VENV)/demo  ## real models: a semantic search once with each implementat
 
 # In random order. A run prints its seed, and `--randomly-seed=SEED` repeats it.
 # Bytecode is kept whatever the environment says: hundreds of processes would compile the same modules again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --durations=15 --durations-min=2
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=2
 test: $(VENV)/dev  ## the tests, but for slow ones and those that need a GPU
 	$(PYTEST) -m "not slow"
 
