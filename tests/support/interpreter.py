@@ -23,9 +23,9 @@ DTYPES = ["float16", "float32"]
 def quickened() -> Iterator[None]:
     """Keep Triton's interpreter from what takes most of its time and changes no result.
 
-    It patches its language again for each call of a device function: for ours it has done so when the kernel was launched,
-    and what it has patched for its own it leaves so. It computes whether each sum and product of whole numbers overflows,
-    for an assertion that it makes with `debug` alone. And it lists all dtypes whenever it looks for one.
+    It patches its language again for each call of a device function: for ours it has done so when the kernel was
+    launched, and what it has patched for its own stays so. It computes whether each sum and product of whole numbers
+    overflows, for an assertion that it makes with `debug` alone. And it lists all dtypes whenever it looks for one.
     """
     from triton import language
     from triton.runtime import interpreter

@@ -190,7 +190,9 @@ PLANTED: dict[str, tuple[dict[str, Any], Changes]] = {
 }
 
 
-@pytest.mark.parametrize("arguments", {str(arguments): arguments for arguments, _ in PLANTED.values()}.values(), ids=str)
+@pytest.mark.parametrize(
+    "arguments", {str(arguments): arguments for arguments, _ in PLANTED.values()}.values(), ids=str
+)
 def test_nothing_is_found_where_nothing_is_planted(arguments: dict[str, Any]) -> None:
     made = call(**arguments)
     assert error(made, plan_of(made, deterministic=arguments is DETERMINISTIC), seed=1) < 1e-4
