@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint gpu bench docs dist clean
+.PHONY: help demo test test-slow test-all lint gpu bench docs dist clean
 
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -21,12 +21,15 @@ demo: $(VENV)/demo  ## real models: a semantic search once with each implementat
 
 # In random order. A run prints its seed, and `--randomly-seed=SEED` repeats it.
 # Bytecode is kept whatever the environment says: hundreds of processes would compile the same modules again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --durations=15 --durations-min=2
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=2
 test: $(VENV)/dev  ## the tests, but for slow ones and those that need a GPU
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/dev  ## the slow tests: each shipped configuration compiled, kernels emulated, packages installed
 	$(PYTEST) -m slow
+
+test-all: $(VENV)/dev  ## both, in one run: what they share is imported once, and no core waits for the end of the first
+	$(PYTEST)
 
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .

@@ -30,16 +30,16 @@ Intervals = list[tuple[float, float]]
 def measure(quick: bool) -> Iterator[Result]:
     ranks = torch.cuda.device_count() if torch.cuda.device_count() > 1 else 4
     heads, size, length = (2, 16, 256 * ranks) if quick else (4, 64, 1024 * ranks)
-    for name, arguments in {
+    calls = {
         "causal": {"is_causal": True},
         "full": {},
         "causal, a window of a quarter": {"is_causal": True, "window_size": (length // 4, -1)},
-    }.items():
-        with tempfile.TemporaryDirectory() as folder:
-            given = (ranks, folder, (heads, size, length), arguments)
-            multiprocessing.spawn(_rank, given, nprocs=ranks)
-            sent, least, covered = torch.load(Path(folder, "result.pt"))
-        backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_rank, (ranks, folder, (heads, size, length), calls), nprocs=ranks)
+        found = torch.load(Path(folder, "result.pt"))
+    backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+    for name, (sent, least, covered) in found.items():
         details = {"MiB": sent / 2**20, "ranks": ranks, "over": backend}
         yield Result(
             f"{name}: bytes sent, forward and backward / least possible", sent / least, "ratio", 1.0, 1.0, details
@@ -48,8 +48,8 @@ def measure(quick: bool) -> Iterator[Result]:
     yield from on_paper()
 
 
-def _rank(rank: int, ranks: int, folder: str, shape: tuple[int, int, int], arguments: dict[str, Any]) -> None:
-    """Run a ring forward and backward, and let rank 0 write down what all have sent and its own overlap."""
+def _rank(rank: int, ranks: int, folder: str, shape: tuple[int, int, int], calls: dict[str, dict[str, Any]]) -> None:
+    """Run a ring forward and backward for each call; rank 0 writes down what all have sent and its own overlap."""
     on_gpu = torch.cuda.device_count() > 1
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -57,8 +57,20 @@ def _rank(rank: int, ranks: int, folder: str, shape: tuple[int, int, int], argum
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=store, rank=rank, world_size=ranks)
+    found = {name: _ring(ranks, device, shape, arguments) for name, arguments in calls.items()}
+    if rank == 0:
+        torch.save(found, Path(folder, "result.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _ring(
+    ranks: int, device: torch.device, shape: tuple[int, int, int], arguments: dict[str, Any]
+) -> tuple[float, float, float]:
+    """Return bytes that a rank sends, the least that it could, and the share of the time of messages with a kernel."""
     group = dist.group.WORLD
     heads, size, length = shape
+    on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     tensors = [
         torch.randn(1, heads, length // ranks, size, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
@@ -83,11 +95,8 @@ def _rank(rank: int, ranks: int, folder: str, shape: tuple[int, int, int], argum
     numbers = torch.tensor([counted.bytes, least], dtype=torch.float64)
     numbers = numbers.to(device)
     dist.all_reduce(numbers)
-    if rank == 0:
-        sent, least = numbers.tolist()
-        torch.save((sent / ranks, least / ranks, _covered(profile, on_gpu)), Path(folder, "result.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
+    sent, least = numbers.tolist()
+    return sent / ranks, least / ranks, _covered(profile, on_gpu)
 
 
 def _needed(length: int, is_causal: bool = False, window_size: tuple[int, int] = (-1, -1)) -> int:

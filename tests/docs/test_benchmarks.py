@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import forked
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = (
@@ -33,7 +34,7 @@ PROGRAMS = (
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / program), *arguments]
+    command = [forked.python(), str(BENCHMARKS / program), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

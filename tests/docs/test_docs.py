@@ -5,6 +5,7 @@ The lists of hooks and of environment variables are in private modules, because 
 
 from __future__ import annotations
 
+import ast
 import doctest
 import html
 import importlib
@@ -90,15 +91,27 @@ def test_nothing_is_fetched_to_show_a_page(site):
         assert not fetched, (page.name, fetched)
 
 
-@pytest.mark.parametrize("line", ["[away](nowhere.md)", "[away](index.md#nowhere)", "::: attnplug.nothing", "nav"])
-def test_a_mistake_in_a_page_stops_the_build(tmp_path, line):
+@pytest.mark.parametrize(
+    ("text", "nav", "mistakes"),
+    [
+        ("::: attnplug.nothing", "[index.md]", ["attnplug.nothing"]),
+        (
+            "[away](nowhere.md), [away](index.md#nowhere)",
+            "[index.md, missing.md]",
+            ["'nowhere.md'", "'index.md#nowhere'", "'missing.md'"],
+        ),
+    ],
+    ids=["reference", "links"],
+)
+def test_a_mistake_in_a_page_stops_the_build(tmp_path, text, nav, mistakes):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/index.md").write_text("# A page\n" if line == "nav" else f"# A page\n\n{line}\n")
-    nav = "[index.md, nowhere.md]" if line == "nav" else "[index.md]"
+    (tmp_path / "docs/index.md").write_text(f"# A page\n\n{text}\n")
     config = tmp_path / "mkdocs.yml"
     config.write_text(f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nhooks: []\nextra_css: []\nnav: {nav}\n")
     done = pages.build(tmp_path / "site", config)
-    assert (done.returncode != 0 and "nowhere" in done.stderr) or "attnplug.nothing" in done.stderr, done.stderr
+    assert done.returncode != 0
+    for mistake in mistakes:
+        assert re.search(f"^(WARNING|ERROR) .*{mistake}", done.stderr, re.MULTILINE), done.stderr
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -217,6 +230,32 @@ def test_what_a_page_shows_runs_and_prints_what_it_says(name, tmp_path):
     assert pages.Page(name, tmp_path, packages=("my_kernel",)).run() > 0
 
 
+@pytest.mark.parametrize("name", RUN)
+def test_a_page_imports_the_modules_that_it_names(name):
+    """Else it runs where something before has imported them, and not for its readers."""
+    imported, named = set(), set()
+    for node in (node for block in python_of(name) for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.Import):
+            imported |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Attribute):
+            named.add(ast.unparse(node))
+    there = {"attnplug", *(f"attnplug.{each}" for each in attnplug.__all__)}
+    assert named & set(MODULES) - there <= imported
+
+
+def test_what_is_collected_while_a_page_runs_is_not_shown(tmp_path, monkeypatch):
+    """Python warns of a file that nobody has closed, at some later time."""
+    (tmp_path / "page.md").write_text("```python\nimport gc\n\nprint(gc.collect() > 0)\n```\n\n```text\nTrue\n```\n")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    lost: list[Any] = [(tmp_path / "page.md").open()]
+    lost.append(lost)
+    del lost
+    assert pages.Page("page.md", tmp_path / "folder").run() == 2
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -245,3 +284,7 @@ def test_an_exception_that_a_page_does_not_show_fails_it(tmp_path, monkeypatch):
 
 def page(name: str) -> str:
     return (pages.DOCS / name).read_text()
+
+
+def python_of(name: str) -> list[str]:
+    return [block.source for block in pages.blocks(name) if block.language == "python"]

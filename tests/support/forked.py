@@ -47,10 +47,18 @@ def listen() -> None:
         )
         program.chmod(0o755)
     os.environ[_FOLDER] = str(folder)
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder))
+    atexit.register(lambda: os.getpid() == owner and _end(folder))
 
 
 _SERVERS: list[subprocess.Popen[bytes]] = []
+
+
+def _end(folder: Path) -> None:
+    """End the servers, and wait for them: of one that may still run Python warns."""
+    for server in _SERVERS:
+        server.terminate()
+        server.communicate()  # closes its stdin, too
+    shutil.rmtree(folder)
 
 
 def python(warm: str = "torch") -> str:

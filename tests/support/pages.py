@@ -148,6 +148,7 @@ class Page:
         code = compile("\n" * (block.line - 1) + block.source, str(DOCS / self.name), "exec")
         with io.StringIO() as printed, redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", ResourceWarning)  # of what ran before, and readers see none
             before = os.getcwd()
             os.chdir(self._cwd())
             try:

@@ -6,6 +6,7 @@ There, accesses to shared memory that barriers do not order are faults. See `glu
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,18 +18,18 @@ import hopper_gradients
 from attnplug import Feature
 from attnplug_flash_triton import impl
 from attnplug_flash_triton.hopper import gradients
-from hopper_gradients import HOPPER, WITH_ONE_PROCESSOR, call, error, plan_of
+from hopper_gradients import HOPPER, WITH_ONE_PROCESSOR, call, error, orders, plan_of
 
 LARGEST = 1e-4
 """Of an error in float32, relative to the largest element."""
 
-KERNELS = [
-    pytest.param(64, False, id="64-fused"),
-    pytest.param(128, False, id="128-fused"),
-    pytest.param(64, True, id="64-deterministic"),
-    pytest.param(128, True, id="128-deterministic"),
-    pytest.param(256, False, id="256"),
-]
+KERNELS = {
+    "64-fused": (64, False),
+    "128-fused": (128, False),
+    "64-deterministic": (64, True),
+    "128-deterministic": (128, True),
+    "256": (256, False),
+}
 CALLS: dict[str, dict[str, Any]] = {
     "full": {},
     "whole tiles": dict(queries=256, keys=256),
@@ -58,6 +59,12 @@ QUICK = [
     *((256, False, name) for name in ("lower right", "softcap, causal")),
 ]
 
+ALL = [
+    pytest.param(*KERNELS[kernel], name, seed, id=f"{kernel}-{name}-{seed}")
+    for (i, kernel), (j, name) in product(enumerate(KERNELS), enumerate(CALLS))
+    for seed in orders(i, j)
+]
+
 
 @pytest.mark.parametrize(("size", "deterministic", "name"), QUICK)
 def test_gradients_are_those_of_the_formulas(size: int, deterministic: bool, name: str) -> None:
@@ -66,9 +73,7 @@ def test_gradients_are_those_of_the_formulas(size: int, deterministic: bool, nam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(("size", "deterministic"), KERNELS)
+@pytest.mark.parametrize(("size", "deterministic", "name", "seed"), ALL)
 def test_gradients_are_those_of_the_formulas_in_every_order(
     size: int, deterministic: bool, name: str, seed: int
 ) -> None:

@@ -6,6 +6,7 @@ There, accesses to shared memory that barriers do not order are faults. See `glu
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from attnplug_flash_triton.hopper import choose, outputs
 from attnplug_flash_triton.hopper import forward as kernels
 from attnplug_flash_triton.problem import Machine
 from gluon_emulator import launching
-from hopper_gradients import Call, call
+from hopper_gradients import Call, call, orders
 
 FEW_PROCESSORS = Machine("sm_90", 3)
 """So that a program has several tiles of queries."""
@@ -56,6 +57,11 @@ QUICK = [
     *((64, name) for name in CALLS),
     *((128, name) for name in ("full", "window", "variable length")),
     *((256, name) for name in ("full", "lower right", "variable length")),
+]
+ALL = [
+    (size, name, seed)
+    for (i, size), (j, name) in product(enumerate((64, 128, 256)), enumerate(CALLS))
+    for seed in orders(i, j)
 ]
 
 
@@ -110,9 +116,7 @@ def test_narrow_windows_have_narrow_tiles(window: tuple[int, int], is_causal: bo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize(("size", "name", "seed"), ALL)
 def test_out_and_lse_are_those_of_the_formulas_in_every_order(size: int, name: str, seed: int) -> None:
     assert error(call(size, **CALLS[name]), seed) < LARGEST
 

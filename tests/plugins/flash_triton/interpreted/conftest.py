@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from interpreter import patched_once
+from interpreter import quickened
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -21,7 +21,7 @@ def _small_tiles() -> Iterator[None]:
         pytest.skip("runs in a process of its own, from test_flash_triton.py")
     from attnplug_flash_triton import config
 
-    with patched_once():
+    with quickened():
         before = config.use(config.Table.uniform(config.INTERPRETER, config.Tiles(16, 16, 1, 1)))
         yield
         config.use(before)
