@@ -35,6 +35,8 @@ INSTRUCTIONS: dict[str, Callable[..., Tensor]] = {
     "mul.f32": torch.mul,
     "ex2.approx.ftz.f32": lambda x: _flushed(torch.exp2(_flushed(x))),
     "rcp.approx.ftz.f32": lambda x: _flushed(1 / _flushed(x)),
+    "setp.gt.s32": lambda x, y: x > y,
+    "selp.f32": lambda x, y, where: torch.where(where, x, y),
     "setp.neu.f32": torch.ne,
     "setp.neu.or.f32": lambda x, y, other: torch.ne(x, y) | other,
     "vote.sync.any.pred": _any,
@@ -42,7 +44,7 @@ INSTRUCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def run(assembly: str, outputs: int, inputs: list[Tensor]) -> list[Tensor]:
-    """Return `$0` to `$(outputs - 1)`, given what follows them: float32, one for each thread."""
+    """Return `$0` to `$(outputs - 1)`, given what follows them: float32 or int32, one for each thread."""
     body = re.fullmatch(r"\s*\{(.*)\}\s*", assembly, re.DOTALL)
     assert body is not None
     code, labels = [], {}
@@ -88,4 +90,6 @@ def _together(predicate: Tensor) -> bool:
 def _value(operand: str, registers: dict[str, Any]) -> Any:
     if operand.startswith("0f"):
         return torch.frombuffer(bytearray.fromhex(operand[2:])[::-1], dtype=torch.float32).expand(THREADS)
+    if re.fullmatch(r"-?\d+", operand):
+        return torch.tensor(int(operand), dtype=torch.int32).expand(THREADS)
     return operand if operand.startswith("0x") else registers[operand]

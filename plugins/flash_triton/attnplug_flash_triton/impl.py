@@ -58,9 +58,10 @@ def notes(params: SDPAParams) -> list[str]:
     kinds = {"forward": choose.reasons_forward(params)}
     if params.needs_grad:
         kinds["backward"] = choose.reasons_backward(params)
-    own = f"Hopper's own kernels{choose.remark()}"
     return [
-        f"{kind} runs on " + (f"the plain kernels, not on Hopper's own: {', '.join(reasons)}" if reasons else own)
+        f"{kind} runs on the plain kernels, not on Hopper's own: {', '.join(reasons)}"
+        if reasons
+        else f"{kind} runs on Hopper's own kernels{choose.remark(kind, params)}"
         for kind, reasons in kinds.items()
     ]
 

@@ -98,16 +98,20 @@ def test_a_gpu_that_is_too_old_is_declined_with_what_it_lacks() -> None:
 
 
 RELEASE = ".".join(triton.__version__.split(".")[:2])
+NOT_YET = "which is not yet proven on sm_90"
+UNPROVEN = "to join tiles of queries is not yet proven on sm_90"
 OWN, PLAIN = "forward runs on Hopper's own kernels", "forward runs on the plain kernels, not on Hopper's own: "
 
 
 @pytest.mark.parametrize(
     ("gpu", "wish", "options", "said"),
     [
-        ((9, 0), "", {}, [OWN, OWN.replace("forward", "backward")]),
+        ((9, 0), "", {}, [f"{OWN}; {UNPROVEN}, FLASH_TRITON_HOPPER=1 does it", OWN.replace("forward", "backward")]),
+        ((9, 0), "1", {}, [f"{OWN}; with FLASH_TRITON_HOPPER=1 they join tiles of queries, {NOT_YET}"]),
+        ((9, 0), "", {"window_size": (9, 0)}, [OWN]),
         ((9, 0), "", {"dropout_p": 0.1}, [f"{PLAIN}has no dropout"]),
         ((9, 0), "0", {}, [f"{PLAIN}FLASH_TRITON_HOPPER=0 keeps Hopper's own kernels from running"]),
-        ((9, 0), "another Triton", {}, [f"{OWN}, proven with Triton 3.0; this is {RELEASE}"]),
+        ((9, 0), "another Triton", {"window_size": (9, 0)}, [f"{OWN}, proven with Triton 3.0; this is {RELEASE}"]),
         ((8, 0), "", {}, []),
     ],
 )
@@ -118,7 +122,7 @@ def test_explain_says_which_kernels_run_and_why(
     from attnplug_flash_triton.hopper import choose
 
     monkeypatch.setattr(toolchain, "reasons", lambda device: [])
-    monkeypatch.setenv("FLASH_TRITON_HOPPER", wish if wish == "0" else "")
+    monkeypatch.setenv("FLASH_TRITON_HOPPER", wish if wish in ("0", "1") else "")
     monkeypatch.setattr(choose, "PROVEN_WITH", "3.0" if wish == "another Triton" else RELEASE)
     with FakeTensorMode():
         query = torch.empty(1, 4, 512, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)

@@ -23,7 +23,8 @@ class Assembled(Language):
     @staticmethod
     def inline_asm_elementwise(assembly: str, constraints: str, given: list[Any], pack: int, **_: Any) -> Tensor:
         columns = [torch.broadcast_to(each, (pack, ptx.THREADS)) for each in given]
-        assert constraints.split(",") == ["=f"] * pack + ["f"] * pack * len(given)
+        kinds = ["r" if each.dtype == torch.int32 else "f" for each in given]
+        assert constraints.split(",") == ["=f"] * pack + [kind for kind in kinds for _ in range(pack)]
         return torch.stack(
             ptx.run(getattr(assembly, "value", assembly), pack, [row for each in columns for row in each])
         )
@@ -59,6 +60,26 @@ def test_of_four_that_share_one_a_nan_stays_one_and_reaches_no_other(place: int)
     assert (found + 1 / (1 + torch.exp2(x))).abs().nan_to_num(0.0).max() < 3e-7
 
 
+class Rows:
+    """What a kernel broadcasts to rows or columns: an element for each that a thread has."""
+
+    def __init__(self, elements: Tensor) -> None:
+        self.elements = elements
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.elements
+
+
+@pytest.mark.parametrize("keys", [1, 2, 7, 8, 9, 40, 63, 64, 100])
+def test_products_behind_the_last_key_are_hidden(keys: int) -> None:
+    """A thread has pairs of columns, 8 apart, of two rows: 0 and 1 of the first, 2 and 3 of the second, and again."""
+    element, thread = torch.arange(32)[:, None], torch.arange(ptx.THREADS)
+    column = element // 4 * 8 + element % 2 + thread % 4 * 2
+    x = torch.randn(32, ptx.THREADS)
+    found = assembled("hidden_behind")(x, Rows((column - keys + 1).int()))
+    assert torch.equal(found, torch.where(column < keys, x, -torch.inf))
+
+
 @pytest.mark.parametrize("where", [None, 0, 2, 31])
 def test_a_warp_multiplies_by_its_factors_unless_all_are_one(where: int | None) -> None:
     """Elements of a thread are of two rows, in pairs: 0 and 1 of the first, 2 and 3 of the second, and again."""
@@ -67,11 +88,4 @@ def test_a_warp_multiplies_by_its_factors_unless_all_are_one(where: int | None) 
     if where is not None:
         rows[where // 2 % 2, where % ptx.THREADS] = 0.25
     factors = rows.repeat_interleave(2, 0).repeat(8, 1)
-
-    class Rows:
-        """The factor of each row, which the kernel broadcasts to columns."""
-
-        def __getitem__(self, _: Any) -> Tensor:
-            return factors
-
-    assert torch.equal(assembled("multiplied_where_needed")(x, Rows()), x * factors)
+    assert torch.equal(assembled("multiplied_where_needed")(x, Rows(factors)), x * factors)

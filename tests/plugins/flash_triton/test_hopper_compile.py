@@ -7,6 +7,7 @@ output, where ptxas would not leave them by itself.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -86,6 +87,19 @@ def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.Ca
     assert_fits_and_overlaps(params, outputs.forward(params, HOPPER), size, name, capsys)
 
 
+JOINED = [
+    (size, name) for size in (64, 128) for name in ("full", "causal", "softcap", "causal softcap", "negative scale")
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in JOINED]
+)
+def test_joined_tiles_fit_and_overlap(size: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    params = params_of(size, name)
+    assert_fits_and_overlaps(params, outputs.forward(params, HOPPER, join=True), size, f"{name}, joined", capsys)
+
+
 def params_of(size: int, name: str) -> SDPAParams:
     """Return a call of as many queries as three warpgroups take."""
     return call(size, heads=(2, 1), **({"queries": 192, "keys": 192} | CALLS[name])).params
@@ -113,3 +127,14 @@ def assert_fits_and_overlaps(
         scores, output = text.index("WARPGROUP.DEPBAR.LE gsb0, 0x1"), text.index("WARPGROUP.DEPBAR.LE gsb0, 0x0")
         exponentials = [found.start() for found in re.finditer(r"MUFU\.EX2", text)]
         assert all(scores < place < output for place in exponentials)
+    if launch.compiled_in["JOINED"]:  # between two tiles, too
+        assert_exponentials_follow_scores(code, 64 * launch.compiled_in["BLOCK_N"] // 128)
+
+
+def assert_exponentials_follow_scores(code: list[str], count: int) -> None:
+    """Assert that behind each wait for scores alone there are so many before the next wait, for what was multiplied."""
+    waits = [place for place, line in enumerate(code) if "WARPGROUP.DEPBAR.LE" in line]
+    for wait, following in itertools.pairwise(waits):
+        if "0x1" in code[wait]:
+            assert "0x0" in code[following]
+            assert sum("MUFU.EX2" in line for line in code[wait:following]) >= count

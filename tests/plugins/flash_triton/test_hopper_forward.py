@@ -71,10 +71,11 @@ def _three_warpgroups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "SPARE_ROWS", 10.0)
 
 
-def error(made: Call, seed: int = 0) -> float:
+def error(made: Call, seed: int = 0, join: bool = False) -> float:
     """Return the largest error of out and lse; inf where one is infinite and the other is not."""
     assert outputs.reasons(made.params) == []
-    plan = outputs.forward(made.params, FEW_PROCESSORS)
+    plan = outputs.forward(made.params, FEW_PROCESSORS, join)
+    assert plan.launches[0].compiled_in["JOINED"] is join
     got = gluon_emulator.run_plan(plan, made.given, seed, HALVES)
     errors = []
     for x, want in zip(got, (made.given["out"], made.given["lse"]), strict=True):
@@ -86,6 +87,38 @@ def error(made: Call, seed: int = 0) -> float:
 @pytest.mark.parametrize(("size", "name"), QUICK)
 def test_out_and_lse_are_those_of_the_formulas(size: int, name: str) -> None:
     assert error(call(size, **CALLS[name]), seed=1) < LARGEST
+
+
+JOINED = [name for name in CALLS if "window" not in CALLS[name] or CALLS[name]["window"][0] < 0]
+"""Calls of which tiles are joined, as no query has a first key."""
+QUICK_JOINED = [*((64, name) for name in JOINED), *((128, name) for name in ("full", "sinks", "variable length, full"))]
+
+
+@pytest.mark.parametrize(("size", "name"), QUICK_JOINED)
+def test_joined_tiles_give_the_same(size: int, name: str) -> None:
+    assert error(call(size, **CALLS[name]), seed=1, join=True) < LARGEST
+
+
+@pytest.mark.parametrize("name", ["full", "upper left"])
+def test_joined_tiles_of_two_warpgroups_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert error(call(64, **CALLS[name]), join=True) < LARGEST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("size", [64, 128])
+def test_joined_tiles_give_the_same_in_every_order(size: int, name: str, seed: int) -> None:
+    assert error(call(size, **CALLS[name]), seed, join=True) < LARGEST
+
+
+@pytest.mark.parametrize(
+    ("size", "options"), [(256, {}), (64, dict(window=(50, -1))), (128, dict(window=(1500, 0), is_causal=True))]
+)
+def test_tiles_that_cannot_be_joined_are_not(size: int, options: dict[str, Any]) -> None:
+    plan = outputs.forward(call(size, **options).params, FEW_PROCESSORS, join=True)
+    assert plan.launches[0].compiled_in["JOINED"] is False
 
 
 @pytest.mark.parametrize("name", ["full", "window", "variable length"])
@@ -198,19 +231,97 @@ PLANTED = {
 }  # fmt: skip
 
 
-def assert_found(change: tuple[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+PLANTED_IN_JOINED = {
+    "the first keys of a tile are not waited for": (
+        "            mbarrier.wait(k_full.index(at_k), (first // STAGES) & 1)\n",
+        "",
+    ),
+    "the last values of a tile are not waited for": (
+        "            mbarrier.wait(v_full.index(at_v), (last // STAGES) & 1)\n",
+        "",
+    ),
+    "the next queries are not waited for": (
+        "            mbarrier.wait(q_full.index(at_q), (following // Q_STAGES) & 1)\n",
+        "",
+    ),
+    "queries are not released": (
+        "                mbarrier.arrive(q_empty.index(at_q), count=1)\n",
+        "                pass\n",
+    ),
+    "queries are released before the last round": (
+        "            whole_begin, whole_end = _whole(row, 0, end, len_k, low, high, BLOCK_N, False, HAS_HIGH)\n",
+        "            whole_begin, whole_end = _whole(row, 0, end, len_k, low, high, BLOCK_N, False, HAS_HIGH)\n"
+        "            mbarrier.arrive(q_empty.index(at_q), count=1)\n",
+    ),
+    "the first keys of a tile are not released": (
+        "                mbarrier.arrive(k_empty.index(at_k), count=1)\n",
+        "                pass\n",
+    ),
+    "the first keys of a tile are released before they are multiplied": (
+        "            o_acc = warpgroup_mma(operand, v_bufs.index(at_v).reshape([BLOCK_N, SIZE]), o, is_async=True)\n"
+        "            s = warpgroup_mma_wait(1, deps=(s_acc,))\n"
+        "            if is_there:\n"
+        "                mbarrier.arrive(k_empty.index(at_k), count=1)\n",
+        "            o_acc = warpgroup_mma(operand, v_bufs.index(at_v).reshape([BLOCK_N, SIZE]), o, is_async=True)\n"
+        "            if is_there:\n"
+        "                mbarrier.arrive(k_empty.index(at_k), count=1)\n"
+        "            s = warpgroup_mma_wait(1, deps=(s_acc,))\n",
+    ),
+    "the last values of a tile are released before they are multiplied": (
+        "            o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n"
+        "            mbarrier.arrive(v_empty.index(at_v), count=1)\n",
+        "            mbarrier.arrive(v_empty.index(at_v), count=1)\n"
+        "            o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n",
+    ),
+    "scores are used before the product is over": (
+        "            s = warpgroup_mma_wait(1, deps=(s_acc,))\n            if is_there:",
+        "            s = warpgroup_mma_wait(2, deps=(s_acc,))\n            if is_there:",
+    ),
+    "keys that only later rows see are not released": (
+        "                _pass_keys(rings, done, done + passed, STAGES)\n",
+        "",
+    ),
+    "values that only later rows see are not released": (
+        "                _pass_values(rings, done, done + passed, STAGES)\n",
+        "",
+    ),
+    "outputs are overwritten while they are stored": (
+        "            store_wait(0)\n            written = o_bufs",
+        "            written = o_bufs",
+    ),
+    "outputs are not fenced": ("    fence_async_shared()\n", ""),
+    "where the next tile is, is released before it is read": (
+        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n"
+        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n    else:\n"
+        "        at = gl.program_id(0) + gl.where",
+        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n"
+        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n"
+        "    else:\n        at = gl.program_id(0) + gl.where",
+    ),
+}
+
+
+def assert_found(made: Call, change: tuple[str, str], join: bool, folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Assert that the emulator finds a fault in the kernel with one text changed."""
     faulty = launching.mutant(kernels, folder, change)
-    monkeypatch.setattr(outputs, "forward_kernel", faulty.forward_kernel)
-    made = call(64, lengths=((1, 5), (400, 700), (0, 10), (64, 200)), window=(150, 20))
+    patch.setattr(outputs, "forward_kernel", faulty.forward_kernel)
     with pytest.raises(gluon_emulator.Fault):
         for seed in range(6):
-            error(made, seed)
+            error(made, seed, join)
 
 
 @pytest.mark.parametrize("change", PLANTED.values(), ids=PLANTED)
 def test_planted_faults_are_found(change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_found(change, tmp_path, monkeypatch)
+    made = call(64, lengths=((1, 5), (400, 700), (0, 10), (64, 200)), window=(150, 20))
+    assert_found(made, change, False, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("change", PLANTED_IN_JOINED.values(), ids=PLANTED_IN_JOINED)
+def test_faults_planted_in_joined_tiles_are_found(
+    change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = call(64, lengths=((1, 5), (400, 700), (0, 10), (64, 200)), is_causal=True)
+    assert_found(made, change, True, tmp_path, monkeypatch)
 
 
 def test_few_rows_run_on_the_plain_kernel_which_splits_keys() -> None:
@@ -250,6 +361,15 @@ def test_the_environment_keeps_hoppers_own_kernels_from_running(monkeypatch: pyt
     assert choose.reasons_backward(call().params) == choose.reasons_forward(call().params)
     monkeypatch.setenv("FLASH_TRITON_HOPPER", "1")
     assert choose.reasons_forward(call().params) == choose.reasons_backward(call().params) == []
+
+
+@pytest.mark.parametrize(("wish", "joins"), [("", False), ("1", True)])
+def test_tiles_are_joined_only_where_the_environment_asks_for_it(
+    wish: str, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_TRITON_HOPPER", wish)
+    plan = choose.forward(call().params, FEW_PROCESSORS)
+    assert plan.launches[0].compiled_in["JOINED"] is joins
 
 
 def test_a_wish_that_means_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The family of kernels for compute capability 9.0: Hopper's own for the calls that they take, else the plain ones.
 
-`FLASH_TRITON_HOPPER=0` keeps Hopper's own from running.
+`FLASH_TRITON_HOPPER=0` keeps Hopper's own from running, and with 1 they do what has not yet run on a GPU, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ PROVEN_WITH = "3.6"
 
 def forward(params: SDPAParams, machine: Machine) -> Plan:
     """Return the plan of forward; see `launches.forward`."""
-    return (launches if reasons_forward(params) else outputs).forward(params, machine)
+    if reasons_forward(params):
+        return launches.forward(params, machine)
+    return outputs.forward(params, machine, join=wish() == "1")
 
 
 def backward(
@@ -50,10 +52,19 @@ def reasons_backward(params: SDPAParams, grad_out: Tensor | None = None) -> list
     return _kept_out() or gradients.reasons(params, grad_out)
 
 
-def remark() -> str:
-    """Return what is to be said of Hopper's own kernels where another Triton compiles them than that of the proof."""
+def remark(kind: str, params: SDPAParams) -> str:
+    """Return what is to be said of Hopper's own kernels, which run a call's `forward` or `backward`.
+
+    That is where another Triton compiles them than that of the proof, and where there is what has not run on a GPU.
+    """
     release = ".".join(triton.__version__.split(".")[:2])
-    return "" if release == PROVEN_WITH else f", proven with Triton {PROVEN_WITH}; this is {release}"
+    said = "" if release == PROVEN_WITH else f", proven with Triton {PROVEN_WITH}; this is {release}"
+    if kind == "forward" and outputs.can_join(params, Machine("sm_90", 1)):
+        if wish() == "1":
+            said += f"; with {VARIABLE}=1 they join tiles of queries, which is not yet proven on sm_90"
+        else:
+            said += f"; to join tiles of queries is not yet proven on sm_90, {VARIABLE}=1 does it"
+    return said
 
 
 def _kept_out() -> list[str]:
@@ -66,9 +77,18 @@ def are_allowed() -> bool:
     Raises:
         ValueError: it says neither 0 nor 1.
     """
-    wish = os.environ.get(VARIABLE, "")
-    if wish not in ("", "0", "1"):
+    return wish() != "0"
+
+
+def wish() -> str:
+    """Return what the environment says: 0, 1, or nothing.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    found = os.environ.get(VARIABLE, "")
+    if found not in ("", "0", "1"):
         raise ValueError(
-            f"{VARIABLE}={wish!r} is neither 0 (plain kernels alone) nor 1 (Hopper's own too, the default)"
+            f"{VARIABLE}={found!r} is neither 0 (plain kernels alone) nor 1 (Hopper's own, with what is not yet proven)"
         )
-    return wish != "0"
+    return found

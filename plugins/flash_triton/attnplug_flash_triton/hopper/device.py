@@ -93,8 +93,8 @@ def _multiplication(count):
 
 
 @gluon.constexpr_function
-def _constraints(outputs, inputs):
-    return ",".join(["=f"] * outputs + ["f"] * inputs)
+def _constraints(outputs, floats, integers=0):
+    return ",".join(["=f"] * outputs + ["f"] * floats + ["r"] * integers)
 
 
 @gluon.jit
@@ -104,6 +104,33 @@ def multiplied_where_needed(x, factors):
         _multiplication(32),
         _constraints(32, 64),
         [x, factors[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=32,
+    )
+
+
+@gluon.constexpr_function
+def _hiding(count):
+    """Return the assembly of `hidden_behind` for `count` elements of a thread, in pairs of two rows."""
+    lines = [".reg .pred p;"]
+    for i in range(count):
+        column = i // 4 * 8 + i % 2
+        lines.append(f"setp.gt.s32 p, ${2 * count}, {-column};")
+        lines.append(f"selp.f32 ${i}, 0fFF800000, ${count + i}, p;")
+    return "{ " + " ".join(lines) + " }"
+
+
+@gluon.jit
+def hidden_behind(x, past):
+    """Return products `x`, with -inf in the columns whose `past` is above 0; it rises by 1 from column to column.
+
+    A thread keeps `past` of one column, and not of 32: these do not change from tile to tile, and would be spilled.
+    """
+    return gl.inline_asm_elementwise(
+        _hiding(32),
+        _constraints(32, 32, 32),
+        [x, past[None, :]],
         dtype=gl.float32,
         is_pure=True,
         pack=32,
@@ -137,17 +164,16 @@ def hidden_below(x, place, first):
 
 
 @gluon.jit
-def above_wait(x):
+def above_wait(x, above):
     """Return `x`, computed before the next wait for products.
 
     ptxas moves such a wait up past arithmetic, so that nothing overlaps, but not past a store. This one is never made:
-    `x` is a sum of exponentials, which is not negative.
+    `x` is a sum of exponentials, which is not negative, and `above` is, which ptxas cannot know.
     """
     return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, 0f00000000; @p st.shared.f32 [a], $1; "
-        "mov.f32 $0, $1; }",
-        "=f,f",
-        [x],
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, $2; @p st.shared.f32 [a], $1; mov.f32 $0, $1; }",
+        "=f,f,f",
+        [x, above],
         dtype=gl.float32,
         is_pure=False,
         pack=1,

@@ -39,6 +39,7 @@ from attnplug_flash_triton.hopper.device import (
     as_operand,
     exp2,
     hidden_above,
+    hidden_behind,
     hidden_below,
     load_tile,
     multiplied_where_needed,
@@ -64,6 +65,8 @@ PARTS = gl.constexpr(4)
 """Of a row's columns, of which a thread has pairs: see `_maxima`."""
 PLACE = gl.constexpr(7)
 """Numbers that say where a tile is: see `_where`."""
+AT_END = gl.constexpr(2)
+"""For MASKED: all that hides keys is the end of the sequence."""
 SHARED = gl.constexpr(2)
 """For SOFTCAP: four elements share a reciprocal."""
 
@@ -82,7 +85,7 @@ def forward_kernel(
     Q_STAGES: gl.constexpr,
     PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr, JOINED: gl.constexpr,
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Write out and lse for tiles of `CONSUMERS * 64` queries of one head.
@@ -103,6 +106,8 @@ def forward_kernel(
         WORDS: probabilities go from one round to the next in words of two.
         in_order: 0x3210; see `after_wait`.
         PERSISTENT: 0, 1 for every `programs`-th tile, or DYNAMIC.
+        JOINED: where one tile of queries ends, the next begins; see `_attend_joined`. It takes OWN_OUT, two Q_STAGES,
+            no HAS_LOW, and at most BLOCK_N rows before the last warpgroup's.
         OWN_OUT: the output has its own shared memory; else it takes that of the queries.
         SIZE: of a head, rounded up to 64, 128 or 256.
     """
@@ -153,12 +158,12 @@ def forward_kernel(
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, JOINED,
                 )),
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, JOINED,
                 )),
                 (_load, (
                     shared, 1, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT, RAGGED_Q, RAGGED_K,
@@ -178,17 +183,17 @@ def forward_kernel(
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 0, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, JOINED,
                 )),
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 1, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, JOINED,
                 )),
                 (_attend, (
                     shared, lse, sinks, scale, inner_scale, in_order, 2, SIZE, M, BLOCK_N, CONSUMERS,
                     STAGES, Q_STAGES, PERSISTENT, OWN_OUT, RAGGED_Q,
-                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS, JOINED,
                 )),
             ],
             [4, 4, 4],
@@ -287,14 +292,20 @@ def _attend(
     PERSISTENT: gl.constexpr, OWN_OUT: gl.constexpr,
     RAGGED_Q: gl.constexpr,
     LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
-    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr, JOINED: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of each tile: those of warpgroup number `CONSUMER`."""
     descs, buffers, full, empty, next, lengths, numbers = shared
     next_tiles, next_full, next_empty, counter = next
     heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
     done = 0
-    if PERSISTENT == DYNAMIC:
+    if JOINED:
+        _attend_joined(
+            shared, lse, sinks, scale, inner_scale, in_order,
+            CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT, RAGGED_Q,
+            LOWER_RIGHT, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+        )  # fmt: skip
+    elif PERSISTENT == DYNAMIC:
         turn = 0
         while _is_handed(turn, next, 4):
             done = _attend_tile(
@@ -418,7 +429,181 @@ def _attend_tile(
         written = o_bufs.index(CONSUMER).reshape(o_desc.block_type.shape)
     else:
         written = o_bufs.index(at_q).reshape(o_desc.block_type.shape)
-    written.reshape([WARPGROUP, SIZE]).store(o.to(dtype))
+    _write(o, row_lse, written, o_desc, lse, (row, batch, head, first_q, len_q), num_q, heads, s_layout, RAGGED_Q)
+    if not OWN_OUT:
+        store_wait(0)
+        mbarrier.arrive(q_empty.index(at_q), count=1)
+    return done
+
+
+@gluon.jit
+def _attend_joined(
+    shared, lse, sinks, scale, inner_scale, in_order,
+    CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PERSISTENT: gl.constexpr, RAGGED_Q: gl.constexpr,
+    LOWER_RIGHT: gl.constexpr, HAS_HIGH: gl.constexpr,
+    NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """Compute 64 rows of each tile, those of warpgroup number `CONSUMER`; where one tile ends, the next begins.
+
+    The last values of a tile are multiplied together with the first keys of the next, as in a round, so that the tensor
+    cores wait neither for a tile's first softmax nor for its output. Behind the last tile its queries are multiplied
+    with some keys once more, and nothing is done with the result.
+
+    Before the first keys of a tile there is at most one tile of keys that only warpgroups of later rows see: its values
+    have a buffer while the last ones of the tile before are still in theirs.
+    """
+    descs, buffers, full, empty, next, lengths, numbers = shared
+    q_desc, k_desc, v_desc, o_desc = descs
+    q_bufs, k_bufs, v_bufs, o_bufs = buffers
+    q_full, k_full, v_full = full
+    q_empty, k_empty, v_empty = empty
+    heads, group, num_q, num_k, k_rows, left, right, tiles, columns, section, programs = numbers
+    dtype: gl.constexpr = q_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
+    zero = gl.zeros([WARPGROUP, BLOCK_N], gl.float32, s_layout)
+    rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
+    turns = 0
+    if PERSISTENT != DYNAMIC:
+        turns = _turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)
+
+    is_there = _is_there_next(0, turns, next, PERSISTENT)
+    if is_there:
+        where, bounds, passed, end = _rows_of(
+            0, is_there, next, lengths, numbers, CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_HIGH
+        )
+        _pass_over(rings, 0, passed, STAGES)
+        mbarrier.wait(q_full.index(CONSUMER), 0)
+        mbarrier.wait(k_full.index(passed), 0)
+        q = q_bufs.index(CONSUMER).reshape([WARPGROUP, SIZE])
+        keys = k_bufs.index(passed).reshape([BLOCK_N, SIZE]).permute((1, 0))
+        s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s_acc,))
+        mbarrier.arrive(k_empty.index(passed), count=1)
+        p, top, total, fade = _softmax(
+            s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
+            True, True if HAS_HIGH else AT_END, False, HAS_HIGH, NEGATE, SOFTCAP,
+        )  # fmt: skip
+        o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
+        p = _weights(p, o, in_order, dtype, WORDS)
+        done = passed
+        turn = 0
+        while is_there:
+            at_q = turn % Q_STAGES * CONSUMERS + CONSUMER
+            q = q_bufs.index(at_q).reshape([WARPGROUP, SIZE])
+            o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
+            row, len_k, low, high = bounds
+            whole_begin, whole_end = _whole(row, 0, end, len_k, low, high, BLOCK_N, False, HAS_HIGH)
+            if HAS_HIGH:
+                for i in range(done + 1, done + end - whole_end):
+                    p, top, total, o = _round(
+                        q, rings, i, zero, p, top, total, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
+                        inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES,
+                        True, False, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    )  # fmt: skip
+            for i in range(done + end - whole_end, done + end):
+                p, top, total, o = _round(
+                    q, rings, i, zero, p, top, total, o, bounds, 0, scale, inner_scale,
+                    in_order, dtype, SIZE, BLOCK_N, STAGES,
+                    False, False, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                )  # fmt: skip
+            done += end
+
+            last = done - 1
+            is_there = _is_there_next(turn + 1, turns, next, PERSISTENT)
+            if is_there:
+                mbarrier.arrive(q_empty.index(at_q), count=1)
+            this, passed = where, 0
+            if HAS_HIGH:
+                where, bounds, passed, end = _rows_of(
+                    turn + 1, is_there, next, lengths, numbers,
+                    CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_HIGH,
+                )  # fmt: skip
+                _pass_keys(rings, done, done + passed, STAGES)
+            following = gl.where(is_there, turn + 1, turn)
+            first = gl.where(is_there, done + passed, last)
+            at_q = following % Q_STAGES * CONSUMERS + CONSUMER
+            at_k = first % STAGES
+            at_v = last % STAGES
+            mbarrier.wait(q_full.index(at_q), (following // Q_STAGES) & 1)
+            mbarrier.wait(k_full.index(at_k), (first // STAGES) & 1)
+            q = q_bufs.index(at_q).reshape([WARPGROUP, SIZE])
+            keys = k_bufs.index(at_k).reshape([BLOCK_N, SIZE]).permute((1, 0))
+            s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(at_v), (last // STAGES) & 1)
+            operand = _operand(p, o, dtype)
+            o_acc = warpgroup_mma(operand, v_bufs.index(at_v).reshape([BLOCK_N, SIZE]), o, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s_acc,))
+            if is_there:
+                mbarrier.arrive(k_empty.index(at_k), count=1)
+            if not HAS_HIGH:  # nothing before asks where it is, and to find out takes divisions
+                where, bounds, passed, end = _rows_of(
+                    turn + 1, is_there, next, lengths, numbers,
+                    CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_HIGH,
+                )  # fmt: skip
+            total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+            if SOFTCAP == SHARED:
+                top += 0.5
+            share, row_lse = _finished(top * scale, total, sinks, this[2])
+            p32, top, total, fade = _softmax(
+                s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
+                True, True if HAS_HIGH else AT_END, False, HAS_HIGH, NEGATE, SOFTCAP,
+            )  # fmt: skip
+            total = above_wait(total, -scale)
+            o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
+            mbarrier.arrive(v_empty.index(at_v), count=1)
+            if HAS_HIGH:
+                _pass_values(rings, done, done + passed, STAGES)
+                done += passed
+            p = _weights(p32, o, in_order, dtype, WORDS)
+            o = o * gl.convert_layout(share, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
+            store_wait(0)
+            written = o_bufs.index(CONSUMER).reshape(o_desc.block_type.shape)
+            _write(o, row_lse, written, o_desc, lse, this, num_q, heads, s_layout, RAGGED_Q)
+            turn += 1
+
+
+@gluon.jit
+def _is_there_next(turn, turns, next, PERSISTENT: gl.constexpr):
+    """Whether this program has a `turn`-th tile; it must have the one before."""
+    if PERSISTENT == DYNAMIC:
+        return _is_handed(turn, next, 4)
+    else:
+        return turn < turns
+
+
+@gluon.jit
+def _rows_of(
+    turn, is_there, next, lengths, numbers,
+    CONSUMER: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, PERSISTENT: gl.constexpr,
+    LOWER_RIGHT: gl.constexpr, HAS_HIGH: gl.constexpr,
+):  # fmt: skip
+    """Return where a warpgroup's rows of the `turn`-th tile are, the bounds of what they see, and which keys these are:
+    how many tiles come before them that only later rows see, and the end of theirs, of which there is at least one.
+
+    If it is not there, what is returned is of another tile, with none before.
+    """
+    if PERSISTENT == DYNAMIC:
+        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)
+        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)
+    else:
+        at = gl.program_id(0) + gl.where(is_there, turn, turn - 1) * numbers[10]
+        tile_row, batch, head, first_q, len_q, first_k, len_k = _where(at, lengths, numbers, M, HAS_HIGH)
+    low, high = _sides(len_q, len_k, numbers, LOWER_RIGHT)
+    begin, end_all = _span(tile_row, gl.minimum(tile_row + M, len_q), 0, len_k, low, high, BLOCK_N, False, HAS_HIGH)
+    row = tile_row + CONSUMER * WARPGROUP
+    begin, end = _span(row, row + WARPGROUP, 0, len_k, low, high, BLOCK_N, False, HAS_HIGH)
+    end = gl.minimum(end, end_all)
+    passed = gl.where(is_there, end_all - end, 0)
+    return (row, batch, head, first_q, len_q), (row, len_k, low, high), passed, end
+
+
+@gluon.jit
+def _write(o, row_lse, written, o_desc, lse, place, num_q, heads, s_layout: gl.constexpr, RAGGED_Q: gl.constexpr):
+    """Write 64 rows of out, through the shared memory `written`, and of lse."""
+    row, batch, head, first_q, len_q = place
+    written.reshape([WARPGROUP, o.shape[1]]).store(o.to(o_desc.dtype))
     fence_async_shared()
     if RAGGED_Q:
         where = [RAGGED_ROWS, first_q + len_q, RAGGED_ROWS - len_q + row, head, 0]
@@ -429,10 +614,6 @@ def _attend_tile(
         lse_rows = lse + (gl.cast(batch, gl.int64) * heads + head) * num_q
     i = row + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
     gl.store(lse_rows + i, row_lse, mask=i < len_q)
-    if not OWN_OUT:
-        store_wait(0)
-        mbarrier.arrive(q_empty.index(at_q), count=1)
-    return done
 
 
 @gluon.jit
@@ -459,7 +640,7 @@ def _round(
         s, top, total, bounds, column, scale, inner_scale,
         False, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
     )  # fmt: skip
-    total = above_wait(total)
+    total = above_wait(total, 0.0)
     o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
     mbarrier.arrive(v_empty.index(at_v), count=1)
     p = _weights(p32, o, in_order, dtype, WORDS)
@@ -509,7 +690,10 @@ def _softmax(
         s = softcapped(s * inner_scale)
     elif SOFTCAP:  # tanh; that it has no relative precision near 0 is no loss in a logit
         s = 1.0 - 2.0 * reciprocal(exp2(s * inner_scale) + 1.0)
-    if MASKED:
+    if MASKED == AT_END:
+        j = column + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+        s = hidden_behind(s, j - bounds[1] + 1)
+    elif MASKED:
         s = _masked(s, bounds, column, HAS_LOW, HAS_HIGH)
     higher = _maxima(s)
     if not FIRST:
@@ -593,6 +777,24 @@ def _pass_over(rings, begin, end, STAGES: gl.constexpr):
         mbarrier.arrive(k_empty.index(at), count=1)
         mbarrier.wait(v_full.index(at), (i // STAGES) & 1)
         mbarrier.arrive(v_empty.index(at), count=1)
+
+
+@gluon.jit
+def _pass_keys(rings, begin, end, STAGES: gl.constexpr):
+    """Release the keys of tiles that this warpgroup does not need."""
+    k_bufs, v_bufs, k_full, v_full, k_empty, v_empty = rings
+    for i in range(begin, end):
+        mbarrier.wait(k_full.index(i % STAGES), (i // STAGES) & 1)
+        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
+
+
+@gluon.jit
+def _pass_values(rings, begin, end, STAGES: gl.constexpr):
+    """Release their values."""
+    k_bufs, v_bufs, k_full, v_full, k_empty, v_empty = rings
+    for i in range(begin, end):
+        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
+        mbarrier.arrive(v_empty.index(i % STAGES), count=1)
 
 
 @gluon.jit

@@ -99,11 +99,23 @@ def reasons(params: SDPAParams) -> list[str]:
     return found
 
 
-def forward(params: SDPAParams, machine: Machine) -> Plan:
-    """Return the plan of forward: it gives out and lse."""
+def forward(params: SDPAParams, machine: Machine, join: bool = False) -> Plan:
+    """Return the plan of forward, which gives out and lse; with `join`, of joined tiles where `can_join`."""
+    problem, size = read(params, machine), size_of(params)
+    return plan(problem, size, tiles_of(problem, size), join and can_join(params, machine))
+
+
+def can_join(params: SDPAParams, machine: Machine) -> bool:
+    """Whether the kernel can begin a tile of queries where it ends the one before: see `JOINED` there."""
     problem = read(params, machine)
-    size = next(limit for limit in config.SIZES if max(params.query.shape[-1], params.value.shape[-1]) <= limit)
-    return plan(problem, size, tiles_of(problem, size))
+    tiles = tiles_of(problem, size_of(params))
+    before_last = (tiles.consumers - 1) * ROWS
+    return tiles.own_out and tiles.q_stages > 1 and before_last <= tiles.block_n and not problem.flags["HAS_LOW"]
+
+
+def size_of(params: SDPAParams) -> int:
+    """Return the class of a call's head sizes."""
+    return next(limit for limit in config.SIZES if max(params.query.shape[-1], params.value.shape[-1]) <= limit)
 
 
 def tiles_of(problem: Problem, size: int) -> Tiles:
@@ -116,7 +128,7 @@ def tiles_of(problem: Problem, size: int) -> Tiles:
     return tiles._replace(consumers=2) if rows[0] > SPARE_ROWS * rows[1] else tiles
 
 
-def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
+def plan(problem: Problem, size: int, tiles: Tiles, join: bool = False) -> Plan:
     """Return the plan of forward on given tiles; `size` is the class of head sizes."""
     params, flags, packed = problem.params, problem.flags, problem.packed
     ragged = packed or params.seqused_k is not None
@@ -151,7 +163,7 @@ def plan(problem: Problem, size: int, tiles: Tiles) -> Plan:
         *_scales(params, tiles.softcap),
         BYTES_IN_ORDER,
     )
-    compiled_in = _compiled_in(params, flags, size, tiles)
+    compiled_in = _compiled_in(params, flags, size, tiles) | {"JOINED": join}
     return Plan((Launch(forward_kernel, programs, arguments, compiled_in),), new, ("out", "lse"))
 
 
