@@ -63,6 +63,9 @@ ALL = [
     for (i, size), (j, name) in product(enumerate((64, 128, 256)), enumerate(CALLS))
     for seed in orders(i, j)
 ]
+JOINED = [name for name in CALLS if "window" not in CALLS[name] or CALLS[name]["window"][0] < 0]
+"""Calls of which tiles are joined, as no query has a first key."""
+QUICK_JOINED = [*((64, name) for name in JOINED), *((128, name) for name in ("full", "sinks", "variable length, full"))]
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +92,6 @@ def test_out_and_lse_are_those_of_the_formulas(size: int, name: str) -> None:
     assert error(call(size, **CALLS[name]), seed=1) < LARGEST
 
 
-JOINED = [name for name in CALLS if "window" not in CALLS[name] or CALLS[name]["window"][0] < 0]
-"""Calls of which tiles are joined, as no query has a first key."""
-QUICK_JOINED = [*((64, name) for name in JOINED), *((128, name) for name in ("full", "sinks", "variable length, full"))]
-
-
 @pytest.mark.parametrize(("size", "name"), QUICK_JOINED)
 def test_joined_tiles_give_the_same(size: int, name: str) -> None:
     assert error(call(size, **CALLS[name]), seed=1, join=True) < LARGEST
@@ -106,9 +104,7 @@ def test_joined_tiles_of_two_warpgroups_give_the_same(name: str, monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", JOINED)
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("size", "name", "seed"), [case for case in ALL if case[0] < 256 and case[1] in JOINED])
 def test_joined_tiles_give_the_same_in_every_order(size: int, name: str, seed: int) -> None:
     assert error(call(size, **CALLS[name]), seed, join=True) < LARGEST
 
