@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
 from attnplug._run.contract import DIFFERENTIABLE, TENSORS
@@ -106,7 +107,7 @@ def _outside_traces(function: Callable[..., None], *arguments: Any) -> None:
         function(*arguments)
 
 
-@torch._disable_dynamo  # type: ignore[untyped-decorator]  # imports Dynamo when it is called, and a trace has
+@_disable_dynamo  # imports Dynamo when it is called: a trace has
 def _uncompiled(function: Callable[..., None], *arguments: Any) -> None:
     function(*arguments)
 
