@@ -21,6 +21,7 @@ from attnplug._registry.config import get_config
 from attnplug._registry.forks import KERNEL, REGISTRY, lock
 from attnplug._registry.kernel import Kernel, load_kernel
 from attnplug._registry.machine import device_types, missing_modules
+from attnplug._tracing import constant_in_traces
 from attnplug._types import Capabilities, ImplRecord, ImplSpec, SDPBackend
 
 BUILTIN = "attnplug"
@@ -120,6 +121,11 @@ class Entry:
                 finally:
                     self._loading = False
         return self.loaded
+
+    @constant_in_traces
+    def constant(self, function: Callable[[Entry], str]) -> str:
+        """Return what `function` says of this entry, outside the graph; a trace has to guard on the entry."""
+        return function(self)
 
     def record(self) -> ImplRecord:
         """Return what is known of this. Asks the author's code, so no lock may be held."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
@@ -21,6 +22,7 @@ from attnplug._run.contract import (
     run_forward,
     tensors_of,
 )
+from attnplug._run.operator import backward_in_trace
 from attnplug._types import Feature, SDPAParams
 
 
@@ -76,7 +78,9 @@ class _Attention(torch.autograd.Function):
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         tensors, (out, lse, *saved) = (*everything[:count], *_ABSENT[count:]), everything[count:]
         wanted = (*ctx.needs_input_grad[2:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
-        grads = call.backward(tensors, wanted, grad_out, grad_lse, out, lse, saved)
+        given = tensors, wanted, grad_out, grad_lse, out, lse, saved
+        twice = torch.is_grad_enabled() and declares(call.entry, Feature.SECOND_DERIVATIVES)
+        grads = backward_in_trace(call, *given) if is_compiling() and not twice else call.backward(*given)
         if torch.is_grad_enabled() and not declares(call.entry, Feature.SECOND_DERIVATIVES):
             grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
         return (None, None, *grads, *_ABSENT)[: 2 + count]

@@ -19,7 +19,7 @@ def count_flops(operator: Any, backward: Any, call: Callable[[tuple[Any, ...]], 
 
     Args:
         operator: the packet of the operator.
-        backward: that of its backward, which has six arguments more, at first.
+        backward: that of its backward, which has seven arguments more, at first.
         call: returns the call that the operator's arguments describe.
     """
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -29,7 +29,7 @@ def count_flops(operator: Any, backward: Any, call: Callable[[tuple[Any, ...]], 
         return 2 * _scores(params) * (params.query.shape[-1] + params.value.shape[-1])
 
     def of_backward(*arguments: Any, out_val: Any = None) -> int:
-        params = call(arguments[6:])
+        params = call(arguments[7:])
         return 2 * _scores(params) * (3 * params.query.shape[-1] + 2 * params.value.shape[-1])
 
     formulas = {operator: of_forward, backward: of_backward}

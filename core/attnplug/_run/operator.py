@@ -53,8 +53,8 @@ ARGUMENTS = (
 )
 _FORWARD = f"({ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
 _BACKWARD = (
-    f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor[] saved, bool[] wanted, {ARGUMENTS}) "
-    f"-> Tensor[]"
+    f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor? lse, Tensor?[] saved, bool[] wanted, bool whole, "
+    f"{ARGUMENTS}) -> Tensor[]"
 )
 _NAMES = tuple(part.split()[-1] for part in ARGUMENTS.split(", "))
 
@@ -197,21 +197,23 @@ class Operator:
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
         out: Tensor,
-        lse: Tensor,
-        saved: list[Tensor],
+        lse: Tensor | None,
+        saved: list[Any],
         wanted: list[bool],
+        whole: bool,
         *arguments: Any,
     ) -> list[Tensor]:
-        call, tensors = self._call(arguments)
+        """Run backward; `whole` says that forward was the operator, too, and `saved` what that returned."""
+        call, tensors = self._call(arguments, lse is not None)
         with torch.no_grad():
-            if self.kernel.fake is None and self._saves:
+            if whole and self.kernel.fake is None and self._saves:
                 with _random_state(saved, out.device):
                     _, _, *saved = call.forward(tensors)
-            elif self.kernel.fake is None:
+            elif whole and self.kernel.fake is None:
                 saved = []
             grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
         # What a rank has of a call is nothing that a watcher could compare, and its implementation is in no registry.
-        if thread.state.watched == WATCHED_TENSORS and not isinstance(self._entry.spec.kernel, OfOneRank):
+        if whole and thread.state.watched == WATCHED_TENSORS and not isinstance(self._entry.spec.kernel, OfOneRank):
             self._tell(params_from(arguments), dict(zip(DIFFERENTIABLE, grads, strict=True)), grad_out, grad_lse)
         return _fresh([grad for grad in grads if grad is not None], (*tensors, grad_out, grad_lse, out, lse, *saved))
 
@@ -226,9 +228,10 @@ class Operator:
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
         out: Tensor,
-        lse: Tensor,
-        saved: list[Tensor],
+        lse: Tensor | None,
+        saved: list[Any],
         wanted: list[bool],
+        whole: bool,
         *arguments: Any,
     ) -> list[Tensor]:
         return [tensor.new_empty(tensor.shape) for tensor, want in zip(arguments, wanted, strict=False) if want]
@@ -248,7 +251,7 @@ class Operator:
         if grad_out is None and grad_lse is None:
             return (None,) * len(_NAMES)
         wanted = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
-        grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, *inputs, *ctx.constants))
+        grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, True, *inputs, *ctx.constants))
         given = [next(grads) if want else None for want in wanted]
         return (*given, *(None for _ in _NAMES[len(given) :]))
 
@@ -259,10 +262,10 @@ class Operator:
         with _disable_current_modes():
             return [_generator_state(tensors[0].device)]
 
-    def _call(self, arguments: tuple[Any, ...]) -> tuple[KernelCall, tuple[Any, ...]]:
+    def _call(self, arguments: tuple[Any, ...], has_lse: bool = True) -> tuple[KernelCall, tuple[Any, ...]]:
         """Return the call that the operator's arguments describe, and its tensors."""
         # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
-        params = replace(params_from(arguments), return_lse=self._gives_lse)
+        params = replace(params_from(arguments), return_lse=has_lse and self._gives_lse)
         return KernelCall.of(self._entry, params), arguments[: len(TENSORS)]
 
 
@@ -283,10 +286,43 @@ class OperatorCall(KernelCall):
         lse: Tensor | None,
         saved: Given,
     ) -> list[Tensor | None]:
-        arguments = arguments_of(self.params(tensors))
-        operator = operator_of(self.entry)
-        grads = iter(operator.backward(grad_out, grad_lse, out, lse, list(saved), list(wanted), *arguments))
-        return [next(grads) if want else None for want in wanted]
+        operator = operator_of(self.entry).backward
+        return _backward(operator, self.params(tensors), True, wanted, grad_out, grad_lse, out, lse, saved)
+
+
+def backward_in_trace(call: KernelCall, tensors: Given, *given: Any) -> list[Tensor | None]:
+    """Run the backward of a call whose forward ran in eager code, where compiled autograd traces backward.
+
+    The arguments are those of `KernelCall.backward`. A trace cannot look into the kernel.
+    """
+    id(call.entry)  # of which a trace takes the name for a constant: this makes it guard on the entry itself
+    operator = getattr(torch.ops.attnplug, call.entry.constant(_name_of_backward)).default
+    fields: dict[str, Any] = dict(zip((*TENSORS, *CONSTANTS), (*tensors, *call.constants), strict=True))
+    with torch.no_grad():
+        return _backward(operator, SDPAParams(**fields), False, *given)
+
+
+def _name_of_backward(entry: Entry) -> str:
+    """Return the name of the operator of an implementation's backward, defining it at the first call."""
+    return operator_of(entry).backward.__name__.partition(".")[0]
+
+
+def _backward(
+    operator: Any,
+    params: SDPAParams,
+    whole: bool,
+    wanted: tuple[bool, ...],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    saved: Given,
+) -> list[Tensor | None]:
+    """Run the operator of a backward; return a gradient for each of `DIFFERENTIABLE` that is wanted."""
+    if grad_out is None and grad_lse is None:
+        return [None for _ in wanted]
+    grads = iter(operator(grad_out, grad_lse, out, lse, list(saved), list(wanted), whole, *arguments_of(params)))
+    return [next(grads) if want else None for want in wanted]
 
 
 def params_from(arguments: tuple[Any, ...]) -> SDPAParams:

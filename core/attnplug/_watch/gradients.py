@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
 
 from attnplug._run.contract import DIFFERENTIABLE, TENSORS
 from attnplug._types import SDPAParams
@@ -97,6 +99,19 @@ class Backward:
         self._judge(found, arrived.get("out"), arrived.get("lse"))
 
 
+def _outside_traces(function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function`. The graph of compiled autograd breaks here: Dynamo would compile all that compares."""
+    if is_compiling():
+        _uncompiled(function, *arguments)
+    else:
+        function(*arguments)
+
+
+@_disable_dynamo  # imports Dynamo when it is called: a trace has
+def _uncompiled(function: Callable[..., None], *arguments: Any) -> None:
+    function(*arguments)
+
+
 class _Hook:
     """What a node of autograd calls; it must not keep the node alive."""
 
@@ -104,7 +119,7 @@ class _Hook:
         self._backward, self._outputs = backward, outputs
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        self._backward.reached(self._outputs, gradients)
+        _outside_traces(self._backward.reached, self._outputs, gradients)
 
 
 class _Aliases(torch.autograd.Function):
@@ -120,5 +135,5 @@ class _Aliases(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        ctx.backward_of_call.finished(gradients)
+        _outside_traces(ctx.backward_of_call.finished, gradients)
         return (None, *gradients)

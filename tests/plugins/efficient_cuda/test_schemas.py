@@ -6,6 +6,7 @@ operators in the form that their schemas ask for, or the call is declined with a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import combinations_with_replacement
 from typing import Any
@@ -67,7 +68,7 @@ def on(device: str, value: Any) -> Any:
 class RealSchemas(TorchDispatchMode):
     """Lets the dispatcher check each call against its schema, then asks PyTorch's meta kernels for the result.
 
-    PyTorch's meta function of the CUTLASS backward lacks two of the operator's arguments, and the two
+    Until 2.15 PyTorch's meta function of the CUTLASS backward lacks two of the operator's arguments, and the two
     cuDNN operators have none of their own; those of the operators above them stand in.
     """
 
@@ -92,13 +93,12 @@ class RealSchemas(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _efficient_backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        kwargs.pop("window_size", None)
         names = [argument.name for argument in func._schema.arguments]
-        given = dict(zip(names, args, strict=False))
-        del given["out"]
+        given = dict(zip(names, args, strict=False)) | kwargs
         given["grad_out"] = given.pop("grad_out_")
-        given = {name: on("meta", value) for name, value in given.items()}
-        grads = torch._meta_registrations.meta__efficient_attention_backward(**given, **kwargs)
+        meta = torch._meta_registrations.meta__efficient_attention_backward
+        taken = inspect.signature(meta).parameters
+        grads = meta(**{name: on("meta", value) for name, value in given.items() if name in taken})
         return tuple(on("cuda", grad) for grad in grads)
 
     def _cudnn_forward(self, args: Any, kwargs: Any) -> Any:
