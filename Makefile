@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lint gpu bench docs dist clean
+.PHONY: help demo test test-slow lint gpu bench docs dist clean
 
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -27,9 +27,6 @@ test: $(VENV)/dev  ## the tests, but for slow ones and those that need a GPU
 
 test-slow: $(VENV)/dev  ## the slow tests: each shipped configuration compiled, kernels emulated, packages installed
 	$(PYTEST) -m slow
-
-test-all: $(VENV)/dev  ## both, in one run: what they share is imported once, and no core waits for the end of the first
-	$(PYTEST)
 
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .
