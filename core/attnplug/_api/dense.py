@@ -365,18 +365,16 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
         errs, errs_in_gradients, _ = cudnn_errs(query.get_device())
         if errs or (errs_in_gradients and _records(query, key, value)):
             return False
-    # All strides are read: to ask for one takes twice as long.
-    if (
-        len(shape) > 2 and holds(key.stride()[-3] == 0) and holds(value.stride()[-3] == 0)
-    ):  # heads that share their keys
+    # Heads that share their keys. All strides are read, because to ask for one takes twice as long.
+    if len(shape) > 2 and holds(key.stride()[-3] == 0) and holds(value.stride()[-3] == 0):
         return False
     if _records(query, key, value) and (holds(query.numel() >= LARGE) or holds(shape[-1] < 8)):
         return False
     if tracing:
         return True
-    # Outside a trace no offset is a symbol, as its type would allow.
+    # Outside a trace no offset is a symbol, as its type would allow. They are judged at once, because what each must be
+    # a multiple of is a power of two.
     starts = query.storage_offset() | key.storage_offset() | value.storage_offset()  # type: ignore[operator]
-    # as each of them: what it must be a multiple of is a power of two
     return not starts or starts * query.element_size() % 16 == 0
 
 
