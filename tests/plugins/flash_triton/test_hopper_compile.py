@@ -87,9 +87,7 @@ def test_shipped_kernels_fit_and_overlap(size: int, name: str, capsys: pytest.Ca
     assert_fits_and_overlaps(params, outputs.forward(params, HOPPER), size, name, capsys)
 
 
-JOINED = [
-    (size, name) for size in (64, 128) for name in ("full", "causal", "softcap", "causal softcap", "negative scale")
-]
+JOINED = [(size, name) for size in (64, 128) for name in CALLS if (size, name) != (64, "window")]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +95,9 @@ JOINED = [
 )
 def test_joined_tiles_fit_and_overlap(size: int, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     params = params_of(size, name)
-    assert_fits_and_overlaps(params, outputs.forward(params, HOPPER, join=True), size, f"{name}, joined", capsys)
+    plan = outputs.forward(params, HOPPER, join=True)
+    assert plan.launches[0].compiled_in["JOINED"]
+    assert_fits_and_overlaps(params, plan, size, f"{name}, joined", capsys)
 
 
 def params_of(size: int, name: str) -> SDPAParams:

@@ -63,9 +63,12 @@ ALL = [
     for (i, size), (j, name) in product(enumerate((64, 128, 256)), enumerate(CALLS))
     for seed in orders(i, j)
 ]
-JOINED = [name for name in CALLS if "window" not in CALLS[name] or CALLS[name]["window"][0] < 0]
-"""Calls of which tiles are joined, as no query has a first key."""
-QUICK_JOINED = [*((64, name) for name in JOINED), *((128, name) for name in ("full", "sinks", "variable length, full"))]
+APART = {*((256, name) for name in CALLS), (64, "left side")}
+"""Those of which tiles are not joined."""
+QUICK_JOINED = [
+    *((64, name) for name in CALLS if name != "left side"),
+    *((128, name) for name in ("full", "window", "variable length, full")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -104,15 +107,25 @@ def test_joined_tiles_of_two_warpgroups_give_the_same(name: str, monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "name", "seed"), [case for case in ALL if case[0] < 256 and case[1] in JOINED])
+@pytest.mark.parametrize(("size", "name", "seed"), [case for case in ALL if case[:2] not in APART])
 def test_joined_tiles_give_the_same_in_every_order(size: int, name: str, seed: int) -> None:
     assert error(call(size, **CALLS[name]), seed, join=True) < LARGEST
 
 
-@pytest.mark.parametrize(
-    ("size", "options"), [(256, {}), (64, dict(window=(50, -1))), (128, dict(window=(1500, 0), is_causal=True))]
-)
-def test_tiles_that_cannot_be_joined_are_not(size: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("stages", "joins"), [(1, False), (2, True)])
+def test_tiles_are_joined_only_where_there_are_buffers_for_what_is_held_between_them(
+    stages: int, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two warpgroups, and 128 keys in a tile, that is a tile's last values, and of a window those behind them."""
+    monkeypatch.setitem(outputs.TILES, (128, "bounded"), outputs.TILES[128, "bounded"]._replace(stages=stages))
+    plan = outputs.forward(call(128, window=(1500, 0)).params, FEW_PROCESSORS, join=True)
+    assert plan.launches[0].compiled_in["JOINED"] is joins
+
+
+@pytest.mark.parametrize(("size", "options"), [(256, {}), (64, dict(window=(1500, 0)))])
+def test_tiles_with_too_little_shared_memory_or_too_few_registers_are_not_joined(
+    size: int, options: dict[str, Any]
+) -> None:
     plan = outputs.forward(call(size, **options).params, FEW_PROCESSORS, join=True)
     assert plan.launches[0].compiled_in["JOINED"] is False
 
@@ -245,8 +258,8 @@ PLANTED_IN_JOINED = {
         "                pass\n",
     ),
     "queries are released before the last round": (
-        "            whole_begin, whole_end = _whole(row, 0, end, len_k, low, high, BLOCK_N, False, HAS_HIGH)\n",
-        "            whole_begin, whole_end = _whole(row, 0, end, len_k, low, high, BLOCK_N, False, HAS_HIGH)\n"
+        "            whole_begin, whole_end = _whole(row, begin, end, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)\n",
+        "            whole_begin, whole_end = _whole(row, begin, end, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)\n"
         "            mbarrier.arrive(q_empty.index(at_q), count=1)\n",
     ),
     "the first keys of a tile are not released": (
@@ -273,12 +286,12 @@ PLANTED_IN_JOINED = {
         "            s = warpgroup_mma_wait(1, deps=(s_acc,))\n            if is_there:",
         "            s = warpgroup_mma_wait(2, deps=(s_acc,))\n            if is_there:",
     ),
-    "keys that only later rows see are not released": (
-        "                _pass_keys(rings, done, done + passed, STAGES)\n",
+    "keys that only other warpgroups see are not released": (
+        "                _pass_keys(rings, done, done + between, STAGES)\n",
         "",
     ),
-    "values that only later rows see are not released": (
-        "                _pass_values(rings, done, done + passed, STAGES)\n",
+    "values that only other warpgroups see are not released": (
+        "                _pass_values(rings, done, done + between, STAGES)\n",
         "",
     ),
     "outputs are overwritten while they are stored": (
@@ -316,7 +329,7 @@ def test_planted_faults_are_found(change: tuple[str, str], tmp_path: Path, monke
 def test_faults_planted_in_joined_tiles_are_found(
     change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = call(64, lengths=((1, 5), (400, 700), (0, 10), (64, 200)), is_causal=True)
+    made = call(64, lengths=((1, 5), (400, 700), (0, 10), (64, 200)), window=(150, 20))
     assert_found(made, change, True, tmp_path, monkeypatch)
 
 

@@ -107,7 +107,7 @@ def forward_kernel(
         in_order: 0x3210; see `after_wait`.
         PERSISTENT: 0, 1 for every `programs`-th tile, or DYNAMIC.
         JOINED: where one tile of queries ends, the next begins; see `_attend_joined`. It takes OWN_OUT, two Q_STAGES,
-            no HAS_LOW, and at most BLOCK_N rows before the last warpgroup's.
+            and as many STAGES as `outputs.can_join` says.
         OWN_OUT: the output has its own shared memory; else it takes that of the queries.
         SIZE: of a head, rounded up to 64, 128 or 256.
     """
@@ -303,7 +303,7 @@ def _attend(
         _attend_joined(
             shared, lse, sinks, scale, inner_scale, in_order,
             CONSUMER, SIZE, M, BLOCK_N, CONSUMERS, STAGES, Q_STAGES, PERSISTENT, RAGGED_Q,
-            LOWER_RIGHT, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+            LOWER_RIGHT, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
         )  # fmt: skip
     elif PERSISTENT == DYNAMIC:
         turn = 0
@@ -441,7 +441,7 @@ def _attend_joined(
     shared, lse, sinks, scale, inner_scale, in_order,
     CONSUMER: gl.constexpr, SIZE: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, Q_STAGES: gl.constexpr, PERSISTENT: gl.constexpr, RAGGED_Q: gl.constexpr,
-    LOWER_RIGHT: gl.constexpr, HAS_HIGH: gl.constexpr,
+    LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     NEGATE: gl.constexpr, SOFTCAP: gl.constexpr, WORDS: gl.constexpr,
 ):  # fmt: skip
     """Compute 64 rows of each tile, those of warpgroup number `CONSUMER`; where one tile ends, the next begins.
@@ -450,8 +450,9 @@ def _attend_joined(
     cores wait neither for a tile's first softmax nor for its output. Behind the last tile its queries are multiplied
     with some keys once more, and nothing is done with the result.
 
-    Before the first keys of a tile there is at most one tile of keys that only warpgroups of later rows see: its values
-    have a buffer while the last ones of the tile before are still in theirs.
+    Between the last keys of a tile and the first of the next there may be tiles of keys that only others see:
+    behind, those of earlier rows, and before, those of later ones. Their values must have buffers while the last of
+    the tile are still in theirs, or the next keys would never come: see `outputs.can_join`.
     """
     descs, buffers, full, empty, next, lengths, numbers = shared
     q_desc, k_desc, v_desc, o_desc = descs
@@ -464,15 +465,18 @@ def _attend_joined(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
     zero = gl.zeros([WARPGROUP, BLOCK_N], gl.float32, s_layout)
     rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
+    BOUNDED: gl.constexpr = HAS_LOW or HAS_HIGH
+    MASKED: gl.constexpr = True if BOUNDED else AT_END
     turns = 0
     if PERSISTENT != DYNAMIC:
         turns = _turns(lengths, numbers, M, PERSISTENT, HAS_HIGH)
 
     is_there = _is_there_next(0, turns, next, PERSISTENT)
     if is_there:
-        where, bounds, passed, end = _rows_of(
-            0, is_there, next, lengths, numbers, CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_HIGH
-        )
+        where, bounds, passed, begin, end, behind = _rows_of(
+            0, is_there, next, lengths, numbers,
+            CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
+        )  # fmt: skip
         _pass_over(rings, 0, passed, STAGES)
         mbarrier.wait(q_full.index(CONSUMER), 0)
         mbarrier.wait(k_full.index(passed), 0)
@@ -483,7 +487,7 @@ def _attend_joined(
         mbarrier.arrive(k_empty.index(passed), count=1)
         p, top, total, fade = _softmax(
             s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
-            True, True if HAS_HIGH else AT_END, False, HAS_HIGH, NEGATE, SOFTCAP,
+            True, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
         )  # fmt: skip
         o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
         p = _weights(p, o, in_order, dtype, WORDS)
@@ -494,35 +498,45 @@ def _attend_joined(
             q = q_bufs.index(at_q).reshape([WARPGROUP, SIZE])
             o = gl.zeros([WARPGROUP, SIZE], gl.float32, o_layout)
             row, len_k, low, high = bounds
-            whole_begin, whole_end = _whole(row, 0, end, len_k, low, high, BLOCK_N, False, HAS_HIGH)
+            whole_begin, whole_end = _whole(row, begin, end, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
             if HAS_HIGH:
                 for i in range(done + 1, done + end - whole_end):
                     p, top, total, o = _round(
                         q, rings, i, zero, p, top, total, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
                         inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES,
-                        True, False, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                        True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
                     )  # fmt: skip
-            for i in range(done + end - whole_end, done + end):
+            for i in range(done + end - whole_end, done + end - whole_begin):
                 p, top, total, o = _round(
                     q, rings, i, zero, p, top, total, o, bounds, 0, scale, inner_scale,
                     in_order, dtype, SIZE, BLOCK_N, STAGES,
-                    False, False, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    False, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
                 )  # fmt: skip
-            done += end
+            if HAS_LOW:
+                for i in range(done + end - whole_begin, done + end - begin):
+                    p, top, total, o = _round(
+                        q, rings, i, zero, p, top, total, o, bounds, (end - 1 - (i - done)) * BLOCK_N, scale,
+                        inner_scale, in_order, dtype, SIZE, BLOCK_N, STAGES,
+                        True, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP, WORDS,
+                    )  # fmt: skip
+            done += end - begin
 
             last = done - 1
             is_there = _is_there_next(turn + 1, turns, next, PERSISTENT)
             if is_there:
                 mbarrier.arrive(q_empty.index(at_q), count=1)
-            this, passed = where, 0
-            if HAS_HIGH:
-                where, bounds, passed, end = _rows_of(
+            this = where
+            between = 0
+            if BOUNDED:
+                between = behind
+                where, bounds, passed, begin, end, behind = _rows_of(
                     turn + 1, is_there, next, lengths, numbers,
-                    CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_HIGH,
+                    CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
-                _pass_keys(rings, done, done + passed, STAGES)
+                between += passed
+                _pass_keys(rings, done, done + between, STAGES)
             following = gl.where(is_there, turn + 1, turn)
-            first = gl.where(is_there, done + passed, last)
+            first = gl.where(is_there, done + between, last)
             at_q = following % Q_STAGES * CONSUMERS + CONSUMER
             at_k = first % STAGES
             at_v = last % STAGES
@@ -537,10 +551,10 @@ def _attend_joined(
             s = warpgroup_mma_wait(1, deps=(s_acc,))
             if is_there:
                 mbarrier.arrive(k_empty.index(at_k), count=1)
-            if not HAS_HIGH:  # nothing before asks where it is, and to find out takes divisions
-                where, bounds, passed, end = _rows_of(
+            if not BOUNDED:  # nothing before asks where it is, and to find out takes divisions
+                where, bounds, passed, begin, end, behind = _rows_of(
                     turn + 1, is_there, next, lengths, numbers,
-                    CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_HIGH,
+                    CONSUMER, M, BLOCK_N, PERSISTENT, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
                 )  # fmt: skip
             total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
             if SOFTCAP == SHARED:
@@ -548,14 +562,14 @@ def _attend_joined(
             share, row_lse = _finished(top * scale, total, sinks, this[2])
             p32, top, total, fade = _softmax(
                 s, None, None, bounds, (end - 1) * BLOCK_N, scale, inner_scale,
-                True, True if HAS_HIGH else AT_END, False, HAS_HIGH, NEGATE, SOFTCAP,
+                True, MASKED, HAS_LOW, HAS_HIGH, NEGATE, SOFTCAP,
             )  # fmt: skip
             total = above_wait(total, -scale)
             o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))
             mbarrier.arrive(v_empty.index(at_v), count=1)
-            if HAS_HIGH:
-                _pass_values(rings, done, done + passed, STAGES)
-                done += passed
+            if BOUNDED:
+                _pass_values(rings, done, done + between, STAGES)
+                done += between
             p = _weights(p32, o, in_order, dtype, WORDS)
             o = o * gl.convert_layout(share, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
             store_wait(0)
@@ -577,10 +591,12 @@ def _is_there_next(turn, turns, next, PERSISTENT: gl.constexpr):
 def _rows_of(
     turn, is_there, next, lengths, numbers,
     CONSUMER: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, PERSISTENT: gl.constexpr,
-    LOWER_RIGHT: gl.constexpr, HAS_HIGH: gl.constexpr,
+    LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
-    """Return where a warpgroup's rows of the `turn`-th tile are, the bounds of what they see, and which keys these are:
-    how many tiles come before them that only later rows see, and the end of theirs, of which there is at least one.
+    """Return where a warpgroup's rows of the `turn`-th tile are, the bounds of what they see, and which tiles of keys.
+
+    That is how many come before that only later rows see, their own from begin to end, of which there is at least one,
+    and how many come behind that only earlier rows see.
 
     If it is not there, what is returned is of another tile, with none before.
     """
@@ -591,12 +607,16 @@ def _rows_of(
         at = gl.program_id(0) + gl.where(is_there, turn, turn - 1) * numbers[10]
         tile_row, batch, head, first_q, len_q, first_k, len_k = _where(at, lengths, numbers, M, HAS_HIGH)
     low, high = _sides(len_q, len_k, numbers, LOWER_RIGHT)
-    begin, end_all = _span(tile_row, gl.minimum(tile_row + M, len_q), 0, len_k, low, high, BLOCK_N, False, HAS_HIGH)
+    begin_all, end_all = _span(
+        tile_row, gl.minimum(tile_row + M, len_q), 0, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH
+    )
     row = tile_row + CONSUMER * WARPGROUP
-    begin, end = _span(row, row + WARPGROUP, 0, len_k, low, high, BLOCK_N, False, HAS_HIGH)
+    begin, end = _span(row, row + WARPGROUP, begin_all, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)
     end = gl.minimum(end, end_all)
-    passed = gl.where(is_there, end_all - end, 0)
-    return (row, batch, head, first_q, len_q), (row, len_k, low, high), passed, end
+    begin = gl.minimum(begin, end - 1)
+    before = gl.where(is_there, end_all - end, 0)
+    where = (row, batch, head, first_q, len_q)
+    return where, (row, len_k, low, high), before, begin, end, begin - begin_all
 
 
 @gluon.jit

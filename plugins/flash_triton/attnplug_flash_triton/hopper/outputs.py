@@ -106,11 +106,18 @@ def forward(params: SDPAParams, machine: Machine, join: bool = False) -> Plan:
 
 
 def can_join(params: SDPAParams, machine: Machine) -> bool:
-    """Whether the kernel can begin a tile of queries where it ends the one before: see `JOINED` there."""
+    """Whether the kernel can begin a tile of queries where it ends the one before: see `JOINED` there.
+
+    While a warpgroup waits for the first keys of its next tile, it holds the last values of this one, those of tiles
+    behind them that only warpgroups of earlier rows see, and those of all but one of the tiles before the next keys.
+    Three warpgroups have too few registers for that and both ends of a window in long tiles of keys.
+    """
     problem = read(params, machine)
-    tiles = tiles_of(problem, size_of(params))
-    before_last = (tiles.consumers - 1) * ROWS
-    return tiles.own_out and tiles.q_stages > 1 and before_last <= tiles.block_n and not problem.flags["HAS_LOW"]
+    tiles, flags = tiles_of(problem, size_of(params)), problem.flags
+    others = cdiv((tiles.consumers - 1) * ROWS, tiles.block_n)  # tiles that not all warpgroups see, on each side
+    held = 1 + others * flags["HAS_LOW"] + max(others - 1, 0) * flags["HAS_HIGH"]
+    fits = not (flags["HAS_LOW"] and tiles.consumers == 3 and tiles.block_n == 128)
+    return tiles.own_out and tiles.q_stages > 1 and held <= tiles.stages and fits
 
 
 def size_of(params: SDPAParams) -> int:
