@@ -108,10 +108,10 @@ OWN, PLAIN = "forward runs on Hopper's own kernels", "forward runs on the plain 
     [
         ((9, 0), "", {}, [f"{OWN}; {UNPROVEN}, FLASH_TRITON_HOPPER=1 does it", OWN.replace("forward", "backward")]),
         ((9, 0), "1", {}, [f"{OWN}; with FLASH_TRITON_HOPPER=1 they join tiles of queries, {NOT_YET}"]),
-        ((9, 0), "", {"window_size": (9, 0)}, [OWN]),
+        ((9, 0), "", {"size": 256}, [OWN]),
         ((9, 0), "", {"dropout_p": 0.1}, [f"{PLAIN}has no dropout"]),
         ((9, 0), "0", {}, [f"{PLAIN}FLASH_TRITON_HOPPER=0 keeps Hopper's own kernels from running"]),
-        ((9, 0), "another Triton", {"window_size": (9, 0)}, [f"{OWN}, proven with Triton 3.0; this is {RELEASE}"]),
+        ((9, 0), "another Triton", {"size": 256}, [f"{OWN}, proven with Triton 3.0; this is {RELEASE}"]),
         ((8, 0), "", {}, []),
     ],
 )
@@ -125,7 +125,9 @@ def test_explain_says_which_kernels_run_and_why(
     monkeypatch.setenv("FLASH_TRITON_HOPPER", wish if wish in ("0", "1") else "")
     monkeypatch.setattr(choose, "PROVEN_WITH", "3.0" if wish == "another Triton" else RELEASE)
     with FakeTensorMode():
-        query = torch.empty(1, 4, 512, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        shape = (1, 4, 512, options.get("size", 64))
+        query = torch.empty(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        options = {name: value for name, value in options.items() if name != "size"}
         found = attnplug.explain(query, query, query, impl="flash_triton", compute_capability=gpu, **options)
     assert found.chosen == "flash_triton"
     assert list(found.candidates[0].notes[: len(said)]) == said
