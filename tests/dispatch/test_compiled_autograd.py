@@ -127,6 +127,24 @@ def test_a_compiled_backward_is_that_of_the_kernel_that_ran_forward() -> None:
     assert_gradients(given, False, 2)
 
 
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_compiled_backward_is_given_the_call_that_forward_was_given(with_lse: bool) -> None:
+    seen = []
+
+    class Seen(Opaque):
+        @classmethod
+        def backward(cls, params: SDPAParams, *given: Any) -> tuple[Tensor, ...]:
+            seen.append({name: value for name, value in vars(params).items() if not isinstance(value, Tensor)})
+            return super().backward(params, *given)
+
+    register("seen", Seen, Feature.LSE_GRADIENT)
+    loss(*tensors(), impl="seen", with_lse=with_lse).backward()
+    result = loss(*tensors(), impl="seen", with_lse=with_lse)
+    with compiled():
+        result.backward()
+    assert seen[0] == seen[1] and seen[0]["return_lse"] is with_lse
+
+
 def test_a_checkpoint_in_a_compiled_backward_repeats_its_choice() -> None:
     register("opaque", Opaque)
     given = tensors()

@@ -74,8 +74,8 @@ def test_packed_sequences_cut_across_ranks_give_what_one_rank_gives(world: World
     )
 
 
-def test_nothing_is_kept_of_a_packed_call_that_a_cuda_graph_captures(world: Worlds) -> None:
-    """Its memory is the graph's, which may also outlive what is kept."""
+def test_nothing_is_kept_of_a_packed_call_that_a_cuda_graph_captures_nor_copied_from_the_host(world: Worlds) -> None:
+    """Its memory is the graph's, which may also outlive what is kept; and the device cannot be waited for."""
     assert world(2).run(ranks_do.packed_while_a_graph_is_captured) == [0, 0]
 
 

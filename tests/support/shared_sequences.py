@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.overrides import TorchFunctionMode
 
 import attnplug
 from attnplug import parallel
@@ -127,12 +128,22 @@ def packed(
     )
 
 
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses a number that is assigned to one element, for which PyTorch waits, as it may not during a capture."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__setitem__:
+            assert args[0][args[1]].dim() > 0, "a number is copied from the host"
+        return func(*args, **(kwargs or {}))
+
+
 def packed_while_a_graph_is_captured() -> int:
     """The same where a CUDA graph is captured; return how many tensors of where its sequences start are kept."""
     lengths, starts = [11, 17], [[0, 11], [0, 17], [0, 11, 28], [0, 3, 14], [0, 14]]
     with (
         patch("torch.cuda.is_initialized", lambda: True),
         patch("torch.cuda.is_current_stream_capturing", lambda: True),
+        NothingFromTheHost(),
     ):
         packed(lengths, "math_ref")
     gc.collect()

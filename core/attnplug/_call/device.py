@@ -78,6 +78,7 @@ def compute_capability(device: torch.device | str) -> Capability | None:
     return torch.cuda.get_device_capability(index) if index < torch.cuda.device_count() else None
 
 
+@constant_in_traces
 def bind_cuda_context() -> None:
     """Give this thread the CUDA context of its device, without which CUDA's driver makes no tensor map on the host.
 
@@ -86,7 +87,8 @@ def bind_cuda_context() -> None:
     driver then refuses ("invalid device context"), and what CUTLASS hands on all the same is no map: the kernel ends
     with "an illegal instruction was encountered". Triton's launcher binds the context, but after its maps are made.
 
-    2 us, and 0.1 from then on in the same thread. It may be called without a GPU, and while a CUDA graph is captured.
+    2 us, and 0.1 from then on in the same thread. It may be called without a GPU, while a CUDA graph is captured, and
+    in a trace, which binds for the thread that traces and puts nothing into the graph.
 
     Examples:
         >>> import attnplug

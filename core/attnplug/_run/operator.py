@@ -204,7 +204,9 @@ class Operator:
         *arguments: Any,
     ) -> list[Tensor]:
         """Run backward; `whole` says that forward was the operator, too, and `saved` what that returned."""
-        call, tensors = self._call(arguments, lse is not None)
+        call, tensors = self._call(arguments)
+        if not whole:
+            call = KernelCall.of(self._entry, params_from(arguments))
         with torch.no_grad():
             if whole and self.kernel.fake is None and self._saves:
                 with _random_state(saved, out.device):
@@ -262,10 +264,10 @@ class Operator:
         with _disable_current_modes():
             return [_generator_state(tensors[0].device)]
 
-    def _call(self, arguments: tuple[Any, ...], has_lse: bool = True) -> tuple[KernelCall, tuple[Any, ...]]:
+    def _call(self, arguments: tuple[Any, ...]) -> tuple[KernelCall, tuple[Any, ...]]:
         """Return the call that the operator's arguments describe, and its tensors."""
         # The operator's lse has one shape: there whenever the kernel can give one, asked for or not.
-        params = replace(params_from(arguments), return_lse=has_lse and self._gives_lse)
+        params = replace(params_from(arguments), return_lse=self._gives_lse)
         return KernelCall.of(self._entry, params), arguments[: len(TENSORS)]
 
 

@@ -137,7 +137,7 @@ def _on_device(starts: tuple[int, ...], device: torch.device) -> Tensor:
         return _kept(starts, device)
     made = torch.empty(len(starts), dtype=torch.int32, device=device)
     for at, start in enumerate(starts):
-        made[at] = start
+        made[at].fill_(start)  # where `made[at] = start` copies it from the host
     return made
 
 

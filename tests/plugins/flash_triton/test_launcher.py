@@ -86,7 +86,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("hopper", "kernels"), [("0", "JITFunction"), ("1", "GluonJITFunction JITFunction")])
+@pytest.mark.parametrize(("hopper", "kernels"), [("0", "JITFunction"), ("", "GluonJITFunction JITFunction")])
 def test_tritons_launcher_takes_kept_and_prepared_launches(
     library: Path, hopper: str, kernels: str, tmp_path: Path
 ) -> None:

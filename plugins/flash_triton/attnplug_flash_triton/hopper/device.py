@@ -168,7 +168,7 @@ def above_wait(x, above):
     """Return `x`, computed before the next wait for products.
 
     ptxas moves such a wait up past arithmetic, so that nothing overlaps, but not past a store. This one is never made:
-    `x` is a sum of exponentials, which is not negative, and `above` is, which ptxas cannot know.
+    `x` is a sum of exponentials, which is not negative, and `above` is not positive, which ptxas cannot know.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $1, $2; @p st.shared.f32 [a], $1; mov.f32 $0, $1; }",
