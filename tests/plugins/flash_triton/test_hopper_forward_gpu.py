@@ -69,7 +69,7 @@ def test_joined_tiles_give_the_same_bits(size: int, name: str) -> None:
 def test_joined_tiles_of_packed_sequences_give_the_same_bits(size: int, name: str) -> None:
     (queries, keys), starts = map(sum, zip(*SEQUENCES, strict=True)), []
     for lengths in zip(*SEQUENCES, strict=True):
-        starts.append(torch.tensor([0, *lengths], device="cuda").cumsum(0, dtype=torch.int32))
+        starts.append(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda())
     query, key, value = tensors((queries, 6, size), (keys, 3, size), (keys, 3, size))
     options = {"scale": size**-0.5, "max_q": 1024, "max_k": 1024} | CALLS[name]
     assert_same_bits(SDPAParams(query, key, value, enable_gqa=True, cu_seq_q=starts[0], cu_seq_k=starts[1], **options))
