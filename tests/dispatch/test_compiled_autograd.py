@@ -183,8 +183,8 @@ def test_gradients_of_a_compiled_backward_are_verified_by_code_that_is_not_compi
 
 
 def test_a_wrong_gradient_is_found_in_a_compiled_backward() -> None:
-    register("twice", Twice)
+    register("doubled_gradients", Twice)
     with attnplug.verify(1.0, on_mismatch="raise"):
-        result = loss(*tensors(), impl="twice", with_lse=False)
+        result = loss(*tensors(), impl="doubled_gradients", with_lse=False)
         with pytest.raises(MismatchError, match="gradient of query"), compiled(fullgraph=False):
             result.backward()

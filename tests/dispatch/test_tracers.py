@@ -294,16 +294,16 @@ def test_a_size_that_depends_on_data_can_be_exported(impl: str | None, of: str) 
 def test_an_exported_program_comes_back_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "twice.py").write_text("def forward(params):\n    return params.query * 2, None\n")
     monkeypatch.syspath_prepend(tmp_path)
-    attnplug.register_impl(ImplSpec(name="twice", kernel="twice", backend=None))
+    attnplug.register_impl(ImplSpec(name="exported", kernel="twice", backend=None))
 
     class Model(nn.Module):
         def forward(self, query: Tensor) -> Tensor:
-            return attend(query, query, query, impl="twice")
+            return attend(query, query, query, impl="exported")
 
     torch.export.save(torch.export.export(Model(), (Q,)), tmp_path / "program.pt2")
     loading = """
         import torch, attnplug
-        attnplug.register_impl(attnplug.ImplSpec(name="twice", kernel="twice", backend=None))
+        attnplug.register_impl(attnplug.ImplSpec(name="exported", kernel="twice", backend=None))
         query = torch.ones(1, 2, 4, 8)
         print(torch.equal(torch.export.load("program.pt2").module()(query), query * 2))
     """
