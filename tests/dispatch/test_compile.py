@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -270,16 +271,79 @@ def test_autocast_is_traced() -> None:
     torch.testing.assert_close(out, function(*inputs))
 
 
-def test_a_call_that_nothing_supports_says_why() -> None:
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="aten_math: does not support softcap"):
-        Compiled(call)(*tensors(), softcap=1.0, impl="aten_math")
-    torch._dynamo.reset()
+def packed(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Any:
+    starts = torch.tensor([0, 1, 4], dtype=torch.int32)
+    rows = (each[0].transpose(0, 1) for each in (query, key, value))
+    return attnplug.varlen_attn(*rows, starts, starts, 3, 3, **more)
+
+
+MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "a name that is unknown": (call, {"impl": "aten_meth"}),
+    "what an implementation lacks": (call, {"impl": "aten_math", "softcap": 1.0}),
+    "no number": (call, {"softcap": "a"}),
+    "an argument out of range": (call, {"dropout_p": 2.0}),
+    "sinks of another shape": (call, {"sinks": torch.ones(3)}),
+    "a mask of another shape": (call, {"attn_mask": torch.zeros(4, 5)}),
+    "keys of another dtype": (call, {"key": torch.randn(SHAPE, dtype=torch.float64)}),
+    "keys of another head size": (call, {"key": torch.randn(1, 2, 4, 7)}),
+    "packed, a name that is unknown": (packed, {"impl": "aten_meth"}),
+    "packed, what an implementation lacks": (packed, {"impl": "aten_math", "softcap": 1.0}),
+    "packed, sinks of another shape": (packed, {"sinks": torch.ones(3)}),
+}
+
+
+DYNAMIC = "what an implementation lacks", "keys of another head size", "packed, what an implementation lacks"
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [*((name, None) for name in MISTAKES), *((name, True) for name in DYNAMIC)]
+)
+def test_a_mistake_is_the_eager_error_and_what_is_mended_is_compiled(name: str, dynamic: bool | None) -> None:
+    """Dynamo runs code eagerly ever after, in the whole process, once an error has left a trace of it."""
+    function, mistake = MISTAKES[name]
+    names = ("query", "key", "value")
+    right = dict(zip(names, tensors(), strict=True))
+    with pytest.raises(Exception) as eager:
+        function(**right | mistake)
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=counter, dynamic=dynamic)
+    def user(arguments: dict[str, Any]) -> Tensor:
+        return function(**arguments) + 1
+
+    with pytest.raises(type(eager.value), match=f"^{re.escape(str(eager.value))}$"):
+        user(right | mistake)
+    torch.testing.assert_close(user(right), function(**right) + 1)
+    assert counter.frame_count > 0
+    torch.testing.assert_close(Compiled(function)(**right), function(**right))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_full_graph_is_told_in_the_words_of_the_eager_error(name: str) -> None:
+    function, mistake = MISTAKES[name]
+    given = dict(zip(("query", "key", "value"), tensors(), strict=True)) | mistake
+    with pytest.raises(Exception) as eager:
+        function(**given)
+    with pytest.raises(torch._dynamo.exc.Unsupported) as full:
+        Compiled(function)(**given)
+    told = " ".join(str(full.value).split())
+    assert " ".join(str(eager.value).split()) in told
+
+
+def test_a_softcap_may_be_dynamic() -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(call, backend=counter, dynamic=True, fullgraph=True)
+    inputs = tensors()
+    for softcap in (1.5, 2.5):
+        torch.testing.assert_close(compiled(*inputs, softcap=softcap), call(*inputs, softcap=softcap))
+    assert counter.frame_count == 1
+
+
+def test_the_reasons_of_a_compiled_call_that_nothing_supports_are_kept() -> None:
     compiled = torch.compile(call, backend="eager")  # where a graph may break, errors are what they are without one
     with pytest.raises(attnplug.NoImplementationError) as caught:
         compiled(*tensors(), softcap=1.0, impl="aten_math")
     assert caught.value.reasons == {"aten_math": ("does not support softcap",)}
-    with pytest.raises(attnplug.UnknownImplementationError, match="did you mean 'aten_math'"):
-        compiled(*tensors(), impl="aten_meth")
 
 
 def test_the_registry_may_be_asked_for_the_first_time_in_a_trace() -> None:

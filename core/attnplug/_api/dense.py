@@ -210,6 +210,7 @@ def scaled_dot_product_attention(
                 or (not enable_gqa and fit_alike(query, key, value))
             )
             and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
+            and (not tracing or _agree(query, key, value, attn_mask))
             and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
         )
     if passes:
@@ -292,6 +293,8 @@ def scaled_dot_product_attention(
     if found is not None:
         out, lse = found.run_as_given(params_of(fields))
         return (out, lse) if return_lse else out
+    if tracing:
+        return traced.or_eagerly(_the_long_way, fields, impl, way)
     return _the_long_way(fields, impl, way)
 
 
@@ -347,6 +350,18 @@ def _is_plain_mask(mask: Tensor, query: Tensor) -> bool:
 def _are_of_four(*tensors: Tensor) -> bool:
     """Whether tensors have four dimensions: a trace of PyTorch 2.11 breaks where another number is unpacked."""
     return all(tensor.dim() == 4 for tensor in tensors)
+
+
+def _agree(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch's function has nothing left to refuse of a call; its error would leave a trace as Dynamo's."""
+    if not (query.dtype is key.dtype is value.dtype and query.device == key.device == value.device):
+        return False
+    if mask is None:
+        return True
+    whole = (*query.shape[:-1], key.shape[-2])[-mask.dim() :]  # of no fewer dimensions, as `_is_plain_mask` has seen
+    return all(
+        holds_in_trace(have == 1) or holds_in_trace(have == want) for have, want in zip(mask.shape, whole, strict=True)
+    )
 
 
 def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:

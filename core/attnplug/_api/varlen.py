@@ -205,6 +205,8 @@ def varlen_attn(
         if found is not None and check_lengths(params := params_of(fields)) > 0:
             out, lse = found.run_as_given(params)
             return (out, lse) if return_lse else out
+    if tracing:
+        return traced.or_eagerly(_the_long_way, fields, impl, way)
     return _the_long_way(fields, impl, way)
 
 

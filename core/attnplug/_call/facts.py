@@ -258,7 +258,7 @@ def _extensions(params: SDPAParams, heads: int, grad: bool) -> Extensions | None
     extensions = Extensions(
         int(params.causal_variant),
         params.window_size,
-        params.softcap > 0,
+        True if params.softcap > 0 else False,  # noqa: SIM210, a trace makes a constant of a branch
         None if sinks is None else TensorFacts(sinks.dtype, grad and sinks.requires_grad),
         0 if slopes is None else slopes.dim(),
         used is not None,

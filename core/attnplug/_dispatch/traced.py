@@ -8,11 +8,13 @@ graph holds the chosen kernel alone, and a change of selection is a guard that f
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from operator import index  # under a trace it makes a symbolic size a constant, with a guard
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -53,6 +55,36 @@ _operators = _Chosen()
 def _attribute(name: str) -> str:
     """Return the attribute under which an implementation is kept: `class` is a name, and `a.b`, but no attribute."""
     return "of_" + re.sub(r"\W", lambda found: f"_{ord(found[0]):x}_", name)
+
+
+def or_eagerly(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Trace a call; of one that raises an error the graph breaks, and the eager call raises it.
+
+    Where an error leaves a trace, Dynamo runs the code with which the trace began eagerly ever after, also once the
+    mistake is mended. Under `fullgraph` the message of the break is that of the error.
+    """
+    returned, mistake = _attempt(run, *arguments)
+    if mistake is not None:
+        torch._dynamo.graph_break(msg=mistake)
+        returned = _eagerly(run, *arguments)
+    return returned
+
+
+def _attempt(run: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """Return what a call returns, or what it says is wrong.
+
+    A function of its own: where a graph breaks in a `try`, Dynamo runs the function that has it eagerly.
+    """
+    try:
+        return run(*arguments), None
+    except Exception as error:
+        said = error.args[0] if error.args else ""  # PyTorch 2.11 cannot trace `str` of a class of ours
+        return None, f"{type(error).__name__}: {said}"
+
+
+@_disable_dynamo  # imports Dynamo when it is called: a trace has
+def _eagerly(run: Callable[..., Any], *arguments: Any) -> Any:
+    return run(*arguments)
 
 
 def dense(params: SDPAParams, impl: str | None) -> Result:
@@ -96,7 +128,7 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, tuple[
     """
     decisive = _decisive(params, impl)
     name, kind, refused, error = _choose(*decisive)
-    if error:  # A trace gives up here, and the eager call raises the error itself; under fullgraph this is its text.
+    if error:  # of which `or_eagerly` needs the text
         raise AttnplugError(error)
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
