@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import gc
-import getpass
-import hashlib
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +19,6 @@ from process_state import differences, snapshot
 settings.register_profile("repeatable", derandomize=True)  # a run that fails fails again
 settings.load_profile("repeatable")
 logging.getLogger("torch.__trace").propagate = False  # pytest would keep each graph that is compiled, written out
-# Inductor keeps what it compiled by the names of operators, which a test of another version may have had for others.
-_operators = (Path(attnplug.__file__).parent / "_run/operator.py").read_bytes()
-_cache = f"torchinductor_{getpass.getuser()}_{hashlib.sha256(_operators).hexdigest()[:12]}"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _cache))
 forked.listen()
 
 HAS_GPU = torch.cuda.is_available()

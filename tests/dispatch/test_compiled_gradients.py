@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 import attnplug
+import forked
 from attnplug.testing import Call, assert_right
 
 QKV = ("query", "key", "value")
@@ -69,3 +72,43 @@ def test_gradients_of_compiled_calls_are_right(impl: str | None, name: str) -> N
     gradients = call.backward(inputs, out, lse, leaves)
     given = {"grad_out": inputs.grad_out} | ({"grad_lse": inputs.grad_lse} if call.lse_gradient else {})
     assert_right(inputs.arguments, out.detach(), None if lse is None else lse.detach(), gradients=gradients, **given)
+
+
+KERNEL = """
+import torch
+
+def forward(params):
+    logits = params.query @ params.key.mT * params.scale
+    return logits.softmax(-1) @ params.value, logits.logsumexp(-1), *[torch.full((2,), 3.0) for _ in range(SAVED)]
+
+def fake(params):
+    query = params.query
+    return torch.empty_like(query), query.new_empty(query.shape[:-1]), *[query.new_empty(2) for _ in range(SAVED)]
+
+def backward(params, grad_out, grad_lse, out, lse, *saved):
+    assert len(saved) == SAVED
+    return grad_out, grad_out, grad_out
+"""
+PROGRAM = """
+import torch, attnplug, kernel
+from torch._dynamo.utils import counters
+
+attnplug.register_impl(attnplug.ImplSpec(name="mine", kernel="kernel", backend=None))
+attend = torch.compile(lambda query: attnplug.scaled_dot_product_attention(query, query, query, impl="mine"))
+query = torch.randn(1, 2, 16, 8, requires_grad=True)
+attend(query).sum().backward()
+torch.testing.assert_close(query.grad, torch.full_like(query, 3.0))
+print("found" if counters["aot_autograd"]["autograd_cache_hit"] else "compiled")
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_on_disk_is_found_again_but_not_for_another_version_of_a_kernel(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    came = []
+    for saved in (1, 1, 2):
+        (tmp_path / "kernel.py").write_text(f"SAVED = {saved}\n{KERNEL}")
+        done = forked.run(PROGRAM, environment, tmp_path)
+        assert done.returncode == 0, done.stderr
+        came += done.stdout.split()
+    assert came == ["compiled", "found", "compiled"]

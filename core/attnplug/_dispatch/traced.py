@@ -95,13 +95,13 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
     if is_empty(prepared):
         out, lse = empty(prepared)
     else:
-        name, kind, refused, call = _chosen(prepared, impl)
+        name, kind, refused, made_from, call = _chosen(prepared, impl)
         if kind != OPERATOR and getattr(_composite, _attribute(name)).any_form:
             out, lse = _forward(given, name, kind)[:2]
             show(call, given, out, lse)
             return out, lse
         with no_autocast(prepared.query):
-            out, lse = _run(prepared, name, kind, refused)
+            out, lse = _run(prepared, name, kind, refused, made_from)
         show(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
@@ -114,27 +114,28 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     prepared = prepare_varlen(params)
     if is_empty(prepared):
         return empty(prepared)
-    name, kind, refused, call = _chosen(prepared, impl)
+    name, kind, refused, made_from, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
-        out, lse = _run(prepared, name, kind, refused)
+        out, lse = _run(prepared, name, kind, refused, made_from)
     show(call, prepared, out, lse)
     return out, lse
 
 
-def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, tuple[str, ...]]:
+def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, str, tuple[str, ...]]:
     """Return, as constants, the name of the chosen implementation, how it is traced, and what to say.
 
-    That is what to say where someone asks for a gradient through lse, and what is told of the call.
+    That is what to say where someone asks for a gradient through lse, then what its operator was made from, and what
+    is told of the call.
     """
     decisive = _decisive(params, impl)
-    name, kind, refused, error = _choose(*decisive)
+    name, kind, refused, made_from, error = _choose(*decisive)
     if error:  # of which `or_eagerly` needs the text
         raise AttnplugError(error)
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
         tell(call)
-    return name, kind, refused, call
+    return name, kind, refused, made_from, call
 
 
 def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
@@ -186,9 +187,9 @@ def _tree(items: Any, generation: int) -> Any:
     return tree_of_trace(facts)
 
 
-def _run(params: SDPAParams, name: str, kind: str, refused: str) -> Result:
+def _run(params: SDPAParams, name: str, kind: str, refused: str, made_from: str) -> Result:
     if kind == OPERATOR:
-        out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params))
+        out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params), made_from)
     else:
         returned = _forward(params, name, kind)
         check_outputs(name, params, returned)
@@ -289,15 +290,16 @@ def _shape_matters(
 @constant_in_traces
 def _choose(
     scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
-) -> tuple[str, str, str, str]:
+) -> tuple[str, str, str, str, str]:
     """Return the name under which the chosen kernel is kept, how it is traced, and what to say.
 
-    That is what to say where someone asks for a gradient through lse, and what went wrong.
+    That is what to say where someone asks for a gradient through lse, then what its operator was made from, and what
+    went wrong.
     """
     try:
         decision = _resolved(scope, impl, activation, choice, items)
     except AttnplugError as error:
-        return "", "", "", str(error)
+        return "", "", "", "", str(error)
     _operators.constant_lse = constant_lse()
     # An exported program runs without attnplug.
     refused = "" if is_exporting() else refusal(decision.entry)
@@ -311,12 +313,13 @@ def _choose(
             "",
             "",
             "",
+            "",
             f"implementation {decision.name!r} cannot be seen through by torch.func transforms inside torch.compile; "
             f"leave the transformed function uncompiled, or use an implementation made of PyTorch operators, for "
             f"example inside sdpa_kernel(SDPBackend.MATH)",
         )
     else:
-        setattr(_operators, _attribute(decision.name), operator_of(decision.entry).forward)
-    if not decision.kernel.composite:
-        return decision.name, OPERATOR, refused, ""
-    return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, refused, ""
+        operator = operator_of(decision.entry)
+        setattr(_operators, _attribute(decision.name), operator.forward)
+        return decision.name, OPERATOR, refused, "" if is_exporting() else operator.made_from, ""
+    return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, refused, "", ""

@@ -7,17 +7,24 @@ costs more than the rest of the path.
 
 A graph has to know the shapes of what forward saves for backward before it runs. A kernel that saves and
 has no `fake` to say so is not asked: its backward runs forward once more, under the same random state.
+
+PyTorch keeps compiled graphs on disk and finds them by their text, in which an operator is a name and its
+arguments. So that a graph is not found that was compiled for another version of a kernel, which saved other
+tensors for backward, what the operator was made from is one of its arguments.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import itertools
 import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +58,7 @@ ARGUMENTS = (
     "bool enable_gqa, float scale, int causal_variant, int[] window_size, float softcap, bool return_lse, "
     "SymInt? max_q, SymInt? max_k, int draw"
 )
-_FORWARD = f"({ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor[] saved)"
+_FORWARD = f"({ARGUMENTS}, str made_from='') -> (Tensor out, Tensor lse, Tensor[] saved)"
 _BACKWARD = (
     f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor? lse, Tensor?[] saved, bool[] wanted, bool whole, "
     f"{ARGUMENTS}) -> Tensor[]"
@@ -160,6 +167,17 @@ class Operator:
         self.forward, self.backward = forward.default, backward.default
         count_flops(forward, backward, params_from)
 
+    @cached_property
+    def made_from(self) -> str:
+        """A digest of what a compiled graph relies on: this module, the kernel's version, and the files it is in."""
+        digest = hashlib.sha256(f"{self._entry.distribution} {self._entry.version}".encode())
+        functions = self._remember, self.kernel.forward, self.kernel.backward, self.kernel.fake
+        for code in dict.fromkeys(getattr(inspect.unwrap(each), "__code__", None) for each in functions if each):
+            if code is not None:
+                file = Path(code.co_filename)
+                digest.update(file.read_bytes() if file.is_file() else code.co_code)
+        return digest.hexdigest()[:16]
+
     def run(self, params: SDPAParams) -> Result:
         """Run the operator; returns `out` and `lse`, None unless asked for."""
         out, lse, _ = self.forward(*arguments_of(params))
@@ -242,7 +260,7 @@ class Operator:
         out, lse, saved = output
         ctx.count = len(TENSORS)
         ctx.save_for_backward(*inputs[: ctx.count], out, lse, *saved)
-        ctx.constants = inputs[ctx.count :]
+        ctx.constants = inputs[ctx.count : len(_NAMES)]
         ctx.set_materialize_grads(False)
         if not declares(self._entry, Feature.LSE_GRADIENT):
             ctx.mark_non_differentiable(lse)
@@ -251,11 +269,11 @@ class Operator:
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         inputs, (out, lse, *saved) = everything[: ctx.count], everything[ctx.count :]
         if grad_out is None and grad_lse is None:
-            return (None,) * len(_NAMES)
+            return (None,) * len(ctx.needs_input_grad)
         wanted = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
         grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, True, *inputs, *ctx.constants))
         given = [next(grads) if want else None for want in wanted]
-        return (*given, *(None for _ in _NAMES[len(given) :]))
+        return (*given, *(None for _ in ctx.needs_input_grad[len(given) :]))
 
     def _random_state(self, call: KernelCall, tensors: tuple[Any, ...]) -> list[Tensor]:
         """Return what backward needs to run forward again: the random state, if forward draws numbers."""
@@ -328,8 +346,8 @@ def _backward(
 
 
 def params_from(arguments: tuple[Any, ...]) -> SDPAParams:
-    """Return the call that `arguments_of` took apart."""
-    values = dict(zip(_NAMES, arguments, strict=True))
+    """Return the call that `arguments_of` took apart; what an operator was made from may follow."""
+    values = dict(zip(_NAMES, arguments, strict=False))
     del values["draw"]
     values["causal_variant"] = CausalVariant(values["causal_variant"])
     values["window_size"] = tuple(values["window_size"])

@@ -33,7 +33,8 @@ def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> 
     if is_empty(params):
         return empty(params)
     if is_compiling():
-        out, lse, _ = getattr(_operators, _traced(group.group_name, impl))(*arguments_of(params))
+        name, made_from = _traced(group.group_name, impl)
+        out, lse, _ = getattr(_operators, name)(*arguments_of(params), made_from)
         return out, lse if params.return_lse else None
     entry = _entry(group, impl)
     if is_watched(params.query):
@@ -62,10 +63,14 @@ def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
 
 
 @constant_in_traces
-def _traced(group_name: str, impl: str | None) -> str:
-    """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself."""
+def _traced(group_name: str, impl: str | None) -> tuple[str, str]:
+    """Return the attribute under which the operator of a ring is kept, and what that was made from.
+
+    In a trace, a group is not itself.
+    """
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # private to PyTorch
     entry = _entry(resolve(group_name), impl)
     name = f"of_{list(_entries.values()).index(entry)}"
-    setattr(_operators, name, operator_of(entry).forward)
-    return name
+    operator = operator_of(entry)
+    setattr(_operators, name, operator.forward)
+    return name, operator.made_from
