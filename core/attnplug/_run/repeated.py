@@ -48,7 +48,7 @@ class Repeated:
 
     def __init__(self, call: KernelCall, query: Tensor, run: Run) -> None:
         self.call, self.count = call, 3
-        self._run = run
+        self._run, self._prepare = run, call.entry.kernel.prepare_backward
         self._is_checked = False
         self._autocasts = no_autocast(query) if any_autocast() else None
         self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
@@ -84,6 +84,8 @@ class Repeated:
         `saved` is out, lse or None, and what else forward saved. All are looked at, because hooks of saved tensors may
         have changed them.
         """
+        if self._prepare is None:
+            return None
         tensors = (grad_out, query, key, value, *saved)
         if saved[1] is None:
             tensors = (*tensors[:5], *tensors[6:])
@@ -114,17 +116,13 @@ class Repeated:
         self, wanted: tuple[bool, ...], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
     ) -> tuple[Run | None, Any]:
         """Return what the kernel prepares for tensors like these, if it does, and what that returns, checked."""
-        entry = self.call.entry
-        if entry.kernel.prepare_backward is None:
-            return None, None
-        params = self.call.params((*map(marked, (query, key, value), wanted), *_NO_OTHERS))
-        run = in_kernel(entry.kernel.prepare_backward, params, grad_out, *saved)
+        assert self._prepare is not None
+        params, name = self.call.params((*map(marked, (query, key, value), wanted), *_NO_OTHERS)), self.call.entry.name
+        run = in_kernel(self._prepare, params, grad_out, *saved)
         if run is None:
             return None, None
         if not callable(run):
             got = type(run).__name__
-            raise KernelError(
-                f"implementation {entry.name!r}: prepare_backward must return a function or None, got {got}"
-            )
+            raise KernelError(f"implementation {name!r}: prepare_backward must return a function or None, got {got}")
         grads = in_kernel(run, query, key, value, grad_out, *saved)
-        return run, None if grads is None else checked_gradients(entry.name, params, grads)
+        return run, None if grads is None else checked_gradients(name, params, grads)
