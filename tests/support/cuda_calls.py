@@ -36,6 +36,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, name: str, kernel: Cutlass | Cudnn 
     monkeypatch.setattr(operators, f"{prefix}_forward", kernel.forward)
     monkeypatch.setattr(operators, f"{prefix}_backward", kernel.backward)
     monkeypatch.setattr(operators, "bound", lambda name: getattr(kernel, "whole", None))
+    monkeypatch.setattr(operators, "overload", lambda name: getattr(kernel, "whole_backward", kernel.backward))
     if isinstance(kernel, Cudnn):
         monkeypatch.setattr(operators, "cudnn_lse_rank", lambda: kernel.lse_rank)
     parts = [Capabilities(devices=("cpu",), features=part.features) for part in SPECS[name].capabilities.alternatives]

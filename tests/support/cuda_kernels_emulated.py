@@ -184,6 +184,20 @@ class Cutlass:
         grads = [grad.to(query.dtype) for grad in (grad_q, grad_k, grad_v)]
         return *grads, grad_bias if grad_bias is None else grad_bias.to(query.dtype)
 
+    def whole_backward(
+        self, grad_out, query, key, value, bias, out, lse, seed, offset, dropout, wanted, is_causal, *, scale
+    ):  # fmt: skip
+        """`aten::_scaled_dot_product_efficient_attention_backward`."""
+        assert [*wanted] == [True, True, True, bias is not None]
+        grad_out, query, key, value, out = (t.transpose(1, 2) for t in (grad_out, query, key, value, out))
+        lengths = query.shape[1], key.shape[1]
+        given = (lse, dropout, seed, offset, int(is_causal), bias is not None)
+        found = self.backward(
+            grad_out, query, key, value, bias, out, None, None, *lengths, *given,
+            scale=scale, num_splits_key=None, window_size=None,
+        )  # fmt: skip
+        return *(grad.transpose(1, 2) for grad in found[:3]), found[3]
+
 
 class Cudnn:
     """`aten::_cudnn_attention_forward` and `_backward` of dense tensors; rows without keys are NaN for it."""

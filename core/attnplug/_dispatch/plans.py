@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnplug._call.autocast import any_autocast, no_autocast
+from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import CallFacts, Layout
 from attnplug._call.kinds import sizes_of
 from attnplug._call.prepare import default_scale
@@ -23,18 +23,10 @@ from attnplug._dispatch.watched import among_watchers
 from attnplug._errors import KernelError
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
-from attnplug._run.autograd import recorded, run
-from attnplug._run.contract import (
-    TENSORS,
-    KernelCall,
-    Result,
-    check_outputs,
-    checked_forward,
-    declares,
-    in_kernel,
-    run_forward,
-)
+from attnplug._run.autograd import record_repeated, run
+from attnplug._run.contract import KernelCall, Result, checked_forward, declares, in_kernel
 from attnplug._run.operator import is_watched, operator_of
+from attnplug._run.repeated import Repeated
 from attnplug._run.transforms import is_transformed, run_transformed
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import process, start, thread, when_started
@@ -171,38 +163,15 @@ class Plan:
 
 
 def _prepared(plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., Result]:
-    """Return a `plain` that runs what a kernel prepared for calls that repeat one, and checks once what it returns."""
-    call, is_checked = KernelCall.of(plan.decision.entry, params), False
-    autocasts = no_autocast(params.query) if any_autocast() else None
-
-    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
-        nonlocal is_checked
-        outer = thread.in_kernel
-        thread.in_kernel = True  # `in_kernel`, without the time of another call
-        try:
-            if autocasts is None:
-                returned: tuple[Any, ...] | None = run(query, key, value)
-            else:
-                with autocasts:
-                    returned = run(query, key, value)
-        finally:
-            thread.in_kernel = outer
-        if returned is None:
-            return run_forward(call.entry, repeated(query, key, value))
-        if not is_checked:
-            check_outputs(plan.decision.name, repeated(query, key, value), returned)
-            is_checked = True
-        return returned
-
-    def repeated(*tensors: Tensor) -> SDPAParams:
-        return call.params((*tensors, *(None,) * (len(TENSORS) - 3)))
+    """Return a `plain` that runs what a kernel prepared for calls that repeat one."""
+    repeated = Repeated(KernelCall.of(plan.decision.entry, params), params.query, run)
 
     def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
         if forward_ad._current_level >= 0:
-            return plan.carry_out(repeated(query, key, value))
+            return plan.carry_out(repeated.params(query, key, value))
         if plan.grad:
-            return recorded(call, forward, query, key, value)
-        return forward(query, key, value)[:2]
+            return record_repeated(repeated, query, key, value)
+        return repeated.forward(query, key, value)[:2]
 
     return plain
 

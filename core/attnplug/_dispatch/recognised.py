@@ -1,10 +1,8 @@
 """The short way of the kept route: a call is recognised, by one comparison in C, as one whose plan is known.
 
 The facts of a call are read off its tensors one by one, which takes longer than anything else about a call of a kept
-plan. `TensorGuards`, with which Dynamo compares the inputs of a compiled function, compares all of them at once, and
-more: the type of each tensor, its dispatch keys together with those of the thread (so that autocast, transforms, modes
-and layouts count), dtype, device, whether autograd records it, and the sizes and strides that are given. Those that are
-not given, batch and lengths, are compared in Python, so that a decode loop is recognised at each step. Where each of
+plan. `compared` looks at all of them at once, and at more than facts hold, but for sizes and strides that it is not
+given. Those, batch and lengths, are compared in Python, so that a decode loop is recognised at each step. Where each of
 them counts, because a kernel looks at shapes (`Kernel.shape_dependent`) or has prepared for them (`Kernel.prepare`),
 plans are kept by all sizes and strides. A comparison with those of the first call comes before it, until lengths turn
 out to vary: it needs nothing in Python.
@@ -15,22 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnplug._call.autocast import any_autocast
+from attnplug._call.comparing import compared
 from attnplug._call.facts import is_plain
 from attnplug._dispatch.plans import Plan
 from attnplug._run.contract import Result
 from attnplug._run.operator import is_watched
-from attnplug._run.transforms import is_transformed
+from attnplug._run.transforms import is_transformed, is_wrapped
 from attnplug._selection.state import when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
 
-_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
-"""Private to PyTorch: where a release has none, or another, nothing is recognised, and facts decide as ever."""
 PLAIN = (Tensor, torch.nn.Parameter)
 SEVERAL = 8
 """How many kinds of tensors are recognised for each way to call; others are decided by their facts.
@@ -198,6 +194,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         or is_transformed()
         or is_watched(query)  # what a kernel prepared is no operator
         or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
+        or any(map(is_wrapped, tensors))  # which what runs for recognised calls does not look for
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
         or (autocasts and _autocast_dtype(query.device.type) is not query.dtype)
@@ -236,7 +233,7 @@ def comparison(tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = 
     and values must be strided, of at least two dimensions, and dense in the last, as these are.
     """
     dense = all(tensor.stride(-1) == 1 for tensor in tensors[:3])
-    if _TensorGuards is None or not dense or not {*map(type, tensors)}.issubset(PLAIN):
+    if not dense or not {*map(type, tensors)}.issubset(PLAIN):
         return None
     heads = -2 if packed else -3
     sizes: list[list[int | None]] = []
@@ -254,22 +251,7 @@ def comparison(tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = 
                 size[-1], stride[-1] = tensor.shape[-1], 1
         sizes.append(size)
         strides.append(stride)
-    try:
-        return _guards(tensors, sizes, strides)
-    except TypeError:  # a release whose guards take other arguments
-        return None
-
-
-def _guards(tensors: tuple[Tensor, ...], sizes: list[Any], strides: list[Any]) -> Callable[..., bool]:
-    """Return what compares tensors with these; PyTorch's guards refuse one that is given twice."""
-    distinct = len({*map(id, tensors)})
-    if distinct == len(tensors):
-        return _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    each = [_guards((tensor,), [size], [stride]) for tensor, size, stride in zip(tensors, sizes, strides, strict=True)]
-    if distinct == 1 and len(tensors) == 3:  # self-attention of one tensor
-        fits = each[0]
-        return lambda query, key, value: query is key is value and fits(query)
-    return lambda *given: all(fits(tensor) for fits, tensor in zip(each, given, strict=True))
+    return compared(tensors, sizes, strides)
 
 
 when_started(lambda registry: registry.listeners.append(lambda _: known.clear()))

@@ -67,11 +67,17 @@ class Kernel:
         prepare: `prepare(params) -> run or None`: given a call without mask or anything beyond PyTorch's arguments and
             an lse, returns a function for calls that repeat it. `run(query, key, value) -> (out, lse, *saved)` does
             what forward does for a call that differs only in where its tensors lie in memory: same shapes, strides,
-            dtype, device, scale. Unless `params.needs_grad`, `saved` may be left out, and lse be None if the call does
-            not return it. It returns None to have forward called, as it must where it depends on alignment or on a
-            setting that has changed. `params` must not be kept. It saves looking up a plan, building the `SDPAParams`
-            and checking the output. Calls with a mask are prepared for by attnplug's own kernels alone, whose `run`
-            gets it as a fourth argument.
+            dtype, device, scale. Unless `params.needs_grad`, `saved` may be left out. Unless `params.return_lse`, lse
+            may be None; backward then gets None. It returns None to have forward called, as it must where it depends on
+            alignment or on a setting that has changed. `params` must not be kept. It saves looking up a plan, building
+            the `SDPAParams` and checking the output. Calls with a mask are prepared for by attnplug's own kernels
+            alone, whose `run` gets it as a fourth argument.
+        prepare_backward: `prepare_backward(params, grad_out, out, lse, *saved) -> run or None`: the same for backward
+            of what `prepare` gave a function for, where nothing asks for a gradient through lse.
+            `run(query, key, value, grad_out, out, lse, *saved) -> (grad_query, grad_key, grad_value)` does what
+            backward does for tensors that differ from these only in where they lie in memory; as in backward,
+            `requires_grad` says which gradients are wanted. It returns None to have backward called. No tensor must
+            be kept.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
@@ -94,6 +100,7 @@ class Kernel:
     any_form: bool = False
     plain: Callable[..., Any] | None = None
     prepare: Callable[[SDPAParams], Callable[..., Any] | None] | None = None
+    prepare_backward: Callable[..., Callable[..., Any] | None] | None = None
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
     register_fn: Callable[[], Any] | None = None
@@ -159,6 +166,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "notes": ("params",),
     "plain": ("query", "key", "value", "attn_mask", "dropout", "is_causal", "scale", "enable_gqa"),
     "prepare": ("params",),
+    "prepare_backward": ("params", "grad_out", "out", "lse"),
     "fake": ("params",),
     "family": ("params",),
     "register_fn": (),
@@ -265,7 +273,7 @@ def _check_signature(where: str, role: str, function: Any, arguments: tuple[str,
         return
     try:
         # backward gets more than these: the tensors that forward saves
-        (signature.bind_partial if role == "backward" else signature.bind)(*arguments)
+        (signature.bind_partial if role in ("backward", "prepare_backward") else signature.bind)(*arguments)
     except TypeError as error:
         called = f"{role}({', '.join(arguments)})"
         raise SpecError(f"{where}: {role}{signature} cannot be called as {called}: {error}") from None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from attnplug._call.autocast import any_autocast
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
 from attnplug._run.contract import (
@@ -33,7 +35,10 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
         KernelError: the kernel returned something else than it must.
     """
     if grad and entry.kernel.backward is not None:
-        return recorded(KernelCall.of(entry, params), lambda *_: run_forward(entry, params), *_present(params))
+        tensors = _present(params)
+        once = _Once(KernelCall.of(entry, params), len(tensors), lambda *_: run_forward(entry, params))
+        out, lse = _Attention.apply(once, *tensors)
+        return out, lse
     out, lse = run_forward(entry, params)[:2]
     return refusing_lse_gradient(entry, params, out, lse) if grad else (out, lse)
 
@@ -53,9 +58,33 @@ def _present(params: SDPAParams) -> list[Tensor | None]:
     return tensors
 
 
-def recorded(call: KernelCall, forward: Callable[..., tuple[Any, ...]], *tensors: Tensor | None) -> Result:
-    """Return `out` and `lse` of a forward of these tensors, the first of `TENSORS`, as a call that autograd records."""
-    return _Attention.apply(call, forward, *tensors)
+class Recorded(Protocol):
+    """A call that autograd records.
+
+    Attributes:
+        call: what it is besides its tensors.
+        count: of these, the first of `TENSORS`.
+        forward: returns `(out, lse, *saved)` of them.
+        backward: returns their gradients, or None to leave that to `call`. Given are which are wanted, the gradient of
+            out, and all that was saved; there is none of lse, nobody records a graph, and nothing casts.
+    """
+
+    call: KernelCall
+    count: int
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., Any]
+
+
+@dataclass
+class _Once:
+    """A call for which nothing was prepared."""
+
+    call: KernelCall
+    count: int
+    forward: Callable[..., tuple[Any, ...]]
+
+    def backward(self, *given: Any) -> None:
+        """Leave it to the call."""
 
 
 class _Attention(torch.autograd.Function):
@@ -64,26 +93,38 @@ class _Attention(torch.autograd.Function):
     apply: Any  # PyTorch's has no types
 
     @staticmethod
-    def forward(ctx: Any, call: KernelCall, forward: Any, *tensors: Tensor | None) -> tuple[Any, Any]:
-        out, lse, *saved = forward(*tensors)
-        ctx.call, ctx.count = call, len(tensors)
+    def forward(ctx: Any, one: Recorded, *tensors: Tensor | None) -> tuple[Any, Any]:
+        out, lse, *saved = one.forward(*tensors)
+        ctx.one = one
         ctx.save_for_backward(*tensors, out, lse, *saved)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        call: KernelCall = ctx.call
-        count: int = ctx.count
+        one: Recorded = ctx.one
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
+        recording, tracing = torch.is_grad_enabled(), is_compiling()
+        if not (grad_out is None or grad_lse is not None or recording or tracing or any_autocast()):
+            found = one.backward(ctx.needs_input_grad[1:], grad_out, *everything)
+            if found is not None:
+                return None, *found[: one.count]
+        call, count = one.call, one.count
         tensors, (out, lse, *saved) = (*everything[:count], *_ABSENT[count:]), everything[count:]
-        wanted = (*ctx.needs_input_grad[2:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
+        wanted = (*ctx.needs_input_grad[1:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
         given = tensors, wanted, grad_out, grad_lse, out, lse, saved
-        twice = torch.is_grad_enabled() and declares(call.entry, Feature.SECOND_DERIVATIVES)
-        grads = backward_in_trace(call, *given) if is_compiling() and not twice else call.backward(*given)
-        if torch.is_grad_enabled() and not declares(call.entry, Feature.SECOND_DERIVATIVES):
+        differentiates = recording and declares(call.entry, Feature.SECOND_DERIVATIVES)
+        grads = backward_in_trace(call, *given) if tracing and not differentiates else call.backward(*given)
+        if recording and not differentiates:
             grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
-        return (None, None, *grads, *_ABSENT)[: 2 + count]
+        return (None, *grads, *_ABSENT)[: 1 + count]
+
+
+record_repeated: Callable[..., Result] = super(torch.autograd.Function, _Attention).apply
+"""Return `out` and `lse`, given a `Recorded` and its tensors, none of which a transform of `torch.func` has wrapped.
+
+`_Attention.apply` would look for such tensors, which takes 5 us.
+"""
 
 
 _ABSENT = (None,) * len(TENSORS)

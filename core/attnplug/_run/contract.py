@@ -110,11 +110,11 @@ class KernelCall:
         tensors, grad_out, grad_lse = _as_in_memory(tensors), *_as_in_memory((grad_out, grad_lse))
         once = not (torch.is_grad_enabled() and declares(entry, Feature.SECOND_DERIVATIVES))
         if once:  # second derivatives go through the tensors themselves
-            tensors = (*map(_marked, tensors, wanted), *tensors[len(wanted) :])
+            tensors = (*map(marked, tensors, wanted), *tensors[len(wanted) :])
         params = self.params(tensors)
-        with no_autocast(params.query), torch.no_grad() if once else nullcontext():
+        with no_autocast(params.query), torch.no_grad() if once and torch.is_grad_enabled() else nullcontext():
             returned = in_kernel(backward, params, grad_out, grad_lse, out, lse, *saved)
-            return _checked_gradients(entry.name, params, returned)
+            return checked_gradients(entry.name, params, returned)
 
     def fake(self, tensors: Given) -> tuple[Any, ...] | None:
         """Return what the kernel says that its forward returns, as empty tensors; None if it does not say."""
@@ -207,7 +207,7 @@ def _as_in_memory(tensors: Given) -> Given:
     return tuple([tensor if tensor is None else tensor.resolve_neg() for tensor in tensors])
 
 
-def _marked(tensor: Tensor | None, want: bool) -> Tensor | None:
+def marked(tensor: Tensor | None, want: bool) -> Tensor | None:
     """Return a tensor that says by `requires_grad` whether its gradient is wanted: below autograd it does not."""
     if tensor is None or tensor.requires_grad is want:
         return tensor
@@ -228,7 +228,7 @@ def _check_output(
         raise KernelError(f"implementation {name!r}: {what} must be on {device}, got {tensor.device}")
 
 
-def _checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Tensor | None]:
+def checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Tensor | None]:
     """Return one gradient, or None where none is wanted, for each of `DIFFERENTIABLE`."""
     if not isinstance(returned, (tuple, list)) or not 3 <= len(returned) <= 5:
         raise KernelError(

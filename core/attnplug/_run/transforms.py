@@ -34,6 +34,15 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory of its own, because a transform has wrapped it.
+
+    `is_transformed` does not see one that has ended, nor `is_grads_batched` of `torch.autograd.grad`.
+    """
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def run_transformed(entry: Entry, params: SDPAParams) -> Result:
     """Run the chosen kernel so that the transforms around this call see it; returns `out` and `lse`.
 

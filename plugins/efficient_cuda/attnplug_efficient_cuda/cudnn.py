@@ -65,23 +65,23 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     return laid_out_like(query, out), lse, *own
 
 
-def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None] | None] | None:
+def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...] | None] | None:
     """Return what runs a call whose tensors are like these, if the operator takes them as they are.
 
-    It does what `forward` does of such a call, written out, and without an lse that nobody asked for.
+    It does what `forward` does of such a call, written out. An lse that nobody asked for is saved for backward alone.
     """
     told = direct.of(params)
     if told is None or params.scale is None or params.scale <= 0:
         return None
-    rows, told_out = params.query.shape[:-1], told.out
-    wants_lse = params.return_lse or params.needs_grad
+    rows, told_out, returns_lse = params.query.shape[:-1], told.out, params.return_lse
+    wants_lse = returns_lse or params.needs_grad
     attend = operators.repeated("_scaled_dot_product_cudnn_attention", params, wants_lse)
     if attend is None:
         return None
 
     fits: bool | None = None  # whether the operator lays its output out as told: it does so by the strides alone
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:
         nonlocal fits
         if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % layout.READ_BYTES:
             return None
@@ -91,7 +91,31 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tens
             fits = out.stride() == told_out
         if not fits:
             out = laid_out_like(query, out)
-        return out, found[1].reshape(rows) if wants_lse else None
+        return (out, found[1].reshape(rows)) if returns_lse else (out, None, found[1])
+
+    return run
+
+
+def prepare_backward(
+    params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor | None, *saved: Tensor
+) -> Callable[..., tuple[Tensor, ...] | None] | None:
+    """Return what runs backward of a call whose tensors are like these, if the operator takes them as they are."""
+    order, attend = _order(params.query), operators.overload("_cudnn_attention_backward")
+    if direct.of(params) is None or attend is None or lse is not None or not out.permute(order).is_contiguous():
+        return None
+    laid_out, scale = layout.laid_out(grad_out, order), params.scale
+    rest = None, None, None, params.query.shape[2], params.key.shape[2], 0.0, params.is_causal
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, out: Tensor, lse: None, kept: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        grad_out = laid_out(grad_out)
+        addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | grad_out.data_ptr() | out.data_ptr()
+        if addresses % layout.READ_BYTES or torch.are_deterministic_algorithms_enabled():
+            return None
+        seed = _no_seed(query)
+        grads: tuple[Tensor, ...] = attend(grad_out, query, key, value, out, kept, seed, seed, *rest, scale=scale)
+        return grads
 
     return run
 
@@ -114,7 +138,7 @@ def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     *saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value.
@@ -124,6 +148,8 @@ def backward(
     """
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError("cudnn: the backward has no deterministic form; use 'efficient_cuda' or another one")
+    if lse is None:  # as it was prepared
+        lse = saved[0].reshape(params.query.shape[:-1])
     params, sign = layout.positive_scale(params)
     if params.is_varlen:
         grad_query, *others = cudnn_packed.backward(params, grad_out, out, lse)
@@ -145,9 +171,7 @@ def _dense_backward(
     else:
         grad_out = grad_out.masked_fill((lse == MINUS_INFINITY).unsqueeze(-1), 0.0)
         (kernel_lse,) = saved
-    # Without dropout cuDNN reads no seed. None is kept for the next call: a CUDA graph may have run this one, whose
-    # memory is the graph's.
-    seed = query.new_empty((), dtype=torch.long)
+    seed = _no_seed(query)
     return operators.cudnn_backward(
         laid_out_like(query, grad_out),
         *(query, key, value),
@@ -159,6 +183,14 @@ def _dense_backward(
         params.is_causal,
         scale=params.scale,
     )
+
+
+def _no_seed(query: Tensor) -> Tensor:
+    """Return what cuDNN is given for a seed, which it does not read without dropout.
+
+    None is kept for the next call: a CUDA graph may have run this one, whose memory is the graph's.
+    """
+    return query.new_empty((), dtype=torch.long)
 
 
 def unavailable() -> tuple[str, ...]:

@@ -126,11 +126,11 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Any,
     told = direct.of(params)
     if told is None or params.dropout > 0 or params.scale is None or params.scale <= 0:
         return None
-    scale, queries = params.scale, params.query.shape[2]
+    scale, queries, returns_lse = params.scale, params.query.shape[2], params.return_lse
     # Without an lse, a query that is alone in its block of 32 or 64, and whose heads share their keys, takes a path
     # that is wrong (pytorch#192138).
-    wants_lse, attend = params.return_lse or params.needs_grad or queries % 32 == 1, None
-    if told.window is None and told.mask_type != geometry.LOWER_RIGHT:  # of which this operator does not know
+    wants_lse, attend = returns_lse or params.needs_grad or queries % 32 == 1, None
+    if _is_simple(told):
         attend = operators.repeated("_scaled_dot_product_efficient_attention", params, wants_lse)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...] | None:
@@ -138,10 +138,36 @@ def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Any,
             return None
         if attend is None:
             return _forward_directly(query, key, value, told, 0.0, scale)
-        out, lse, *_ = attend(query, key, value)
-        if not wants_lse:
-            return out, None
+        found = attend(query, key, value)
+        out, lse = found[0], found[1]
+        if not returns_lse:
+            return out, None, lse  # with the kernel's padding, for backward
         return out, lse.narrow(2, 0, queries) if told.padded else lse
+
+    return run
+
+
+def _is_simple(told: Direct) -> bool:
+    """Whether the operators around the kernel's, which know no window and no lower right mask, take a call."""
+    return told.window is None and told.mask_type != geometry.LOWER_RIGHT
+
+
+def prepare_backward(
+    params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor | None, *saved: Tensor
+) -> Callable[..., tuple[Any, ...] | None] | None:
+    """Return what runs backward of a call whose tensors are like these, if its lse was saved as the kernel reads it."""
+    told, attend = direct.of(params), operators.overload("_scaled_dot_product_efficient_attention_backward")
+    if told is None or attend is None or lse is not None or not out.transpose(1, 2).is_contiguous():
+        return None
+    laid_out, seeds, scale = layout.laid_out(grad_out, (0, 2, 1, 3)), _no_seeds(), params.scale
+    options = 0.0, (True, True, True, False), told.mask_type != geometry.NO_MASK
+
+    def run(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, out: Tensor, lse: None, kept: Tensor) -> Any:
+        grad_out = laid_out(grad_out)
+        addresses = query.data_ptr() | key.data_ptr() | value.data_ptr() | grad_out.data_ptr() | out.data_ptr()
+        if addresses % layout.READ_BYTES or torch.are_deterministic_algorithms_enabled():
+            return None
+        return attend(grad_out, query, key, value, None, out, kept, *seeds, *options, scale=scale)[:3]
 
     return run
 

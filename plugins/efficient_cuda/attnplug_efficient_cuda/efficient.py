@@ -35,9 +35,11 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
 
 
 def backward(
-    params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *saved: Tensor
+    params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor | None, *saved: Tensor
 ) -> tuple[Any, ...]:
     """Return the gradients of query, key, value and, of a dense call, the mask; lse has none here."""
+    if lse is None:  # as it was prepared
+        lse, saved = layout.part(saved[0], 2, (0, params.query.shape[2])), ()
     params, sign = layout.positive_scale(params)
     grad_query, *others = _backward(params, grad_out, out, lse, *saved)
     return grad_query if sign == 1 else grad_query * sign, *others
@@ -59,7 +61,7 @@ def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *s
     return dense.backward(params, grad_out, out, lse, *saved)
 
 
-prepare = dense.prepare
+prepare, prepare_backward = dense.prepare, dense.prepare_backward
 
 
 def unavailable() -> tuple[str, ...]:

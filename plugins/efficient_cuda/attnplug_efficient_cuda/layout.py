@@ -7,7 +7,7 @@ allow, and a copy where they do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -84,6 +84,19 @@ def packed(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and starts_aligned(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def laid_out(like: Tensor, order: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Return what makes of a tensor that lies in memory as this one does one whose dimensions do so in this order.
+
+    One that does already is returned as it is. Any other is copied, to where the kernels can read.
+    """
+    if like.permute(*order).is_contiguous():
+        return lambda tensor: tensor
+    shape = [like.shape[dim] for dim in order]
+    steps = dict(zip(order, contiguous_strides(shape), strict=True))
+    strides = [steps[dim] for dim in range(4)]
+    return lambda tensor: tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def contiguous_strides(shape: Sequence[int]) -> list[int]:

@@ -48,6 +48,12 @@ _EXPECTED = {
         "bool is_causal, *, float? scale",
         4,
     ),
+    "_scaled_dot_product_efficient_attention_backward": (
+        "Tensor grad_out_, Tensor query, Tensor key, Tensor value, Tensor attn_bias, Tensor out, Tensor logsumexp, "
+        "Tensor philox_seed, Tensor philox_offset, float dropout_p, List[bool] grad_input_mask, bool is_causal, *, "
+        "float? scale",
+        4,
+    ),
     "_scaled_dot_product_cudnn_attention": (
         "Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p, "
         "bool is_causal, bool return_debug_mask, *, float? scale",
@@ -82,6 +88,11 @@ def bound(name: str) -> Any:
     For `_scaled_dot_product_*`, which reach the operators above with less said: 3 to 6 us less for each call.
     """
     return None if changed(name) else getattr(torch, name, None)
+
+
+def overload(name: str) -> Any:
+    """Return `aten::<name>` itself, None where this release has none that is called as here."""
+    return None if changed(name) else getattr(torch.ops.aten, name).default
 
 
 def repeated(name: str, params: SDPAParams, wants_lse: bool) -> Callable[[Tensor, Tensor, Tensor], Any] | None:

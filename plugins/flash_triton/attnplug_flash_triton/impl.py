@@ -110,20 +110,51 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, attn_mask and sinks."""
     statistics = saved[:2] if keeps_statistics(params) else ()
-    given = tensors_of(params) | {"grad_out": grad_out, "out": out, "lse": lse}
+    given = _given_to_backward(params, grad_out, out, lse, *statistics)
     if grad_lse is not None:
         given["grad_lse"] = grad_lse
-    if statistics:
-        given["top"], given["total"] = statistics
     if params.dropout > 0:
         given["seed"] = saved[-1]
-
-    def make(machine: Machine) -> Plan:
-        return family_for(params, machine).backward(params, machine, grad_out, grad_lse, out, lse, *statistics)
-
     device = params.query.device
-    query, key, value, delta, *of_mask = _run(_plan(params, given, device, make), given, device)
+    query, key, value, delta, *of_mask = _run(_backward_plan(params, given, device), given, device)
     return query, key, value, of_mask[0] if of_mask else None, _sinks_gradient(params.sinks, lse, delta)
+
+
+def prepare_backward(
+    params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
+) -> Callable[..., tuple[Tensor, ...] | None] | None:
+    """Return what runs backward of a call whose tensors are like these; None if they are not aligned."""
+    given, device = _given_to_backward(params, grad_out, out, lse, *statistics), params.query.device
+    if any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
+        return None
+    plan, settings = _backward_plan(params, given, device), _settings_of_backward(params.query.dtype)
+    names = tuple(given)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+        addresses = 0
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        if addresses % ALIGNED or _settings_of_backward(tensors[0].dtype) != settings:
+            return None
+        return _run(plan, dict(zip(names, tensors, strict=True)), device)[:3]
+
+    return run
+
+
+def _given_to_backward(
+    params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
+) -> dict[str, Tensor]:
+    given = tensors_of(params) | {"grad_out": grad_out, "out": out, "lse": lse}
+    return given | dict(zip(("top", "total"), statistics, strict=False))
+
+
+def _backward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Plan:
+    def make(machine: Machine) -> Plan:
+        of_rows = [given.get(name) for name in ("grad_lse", "out", "lse")]
+        statistics = [given[name] for name in ("top", "total") if name in given]
+        return family_for(params, machine).backward(params, machine, given["grad_out"], *of_rows, *statistics)
+
+    return _plan(params, given, device, make)
 
 
 def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
@@ -184,6 +215,11 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
 def _settings(dtype: torch.dtype) -> tuple[int, bool]:
     """Return what a plan depends on besides the call and PyTorch's deterministic mode."""
     return config.version(), dtype is torch.float32 and tf32_allowed()
+
+
+def _settings_of_backward(dtype: torch.dtype) -> tuple[Hashable, ...]:
+    """Return what a plan of backward depends on besides the call."""
+    return *_settings(dtype), torch.are_deterministic_algorithms_enabled()
 
 
 def tensors_of(params: SDPAParams) -> dict[str, Tensor]:

@@ -253,6 +253,78 @@ def test_what_is_prepared_keeps_no_tensor_alive() -> None:
     assert [reference() for reference in kept] == [None, None, None]
 
 
+def of_backward(dtype: torch.dtype = torch.float16) -> list[Tensor]:
+    """Return query, key, value, a gradient, out, lse and what else forward saves."""
+    query, key, value = tensors(32, 32, dtype=dtype)
+    rows = [torch.zeros(query.shape[:-1]) for _ in range(3 if dtype is torch.float32 else 1)]
+    return [query, key, value, torch.randn_like(query), torch.randn_like(query), *rows]
+
+
+def prepared_backward(given: list[Tensor], **options: Any) -> Any:
+    return impl.prepare_backward(SDPAParams(*given[:3], scale=0.1, **options), *given[3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_is_prepared_for_backward_launches_what_backward_launches(gpu: Driver, dtype: torch.dtype) -> None:
+    first, second = of_backward(dtype), of_backward(dtype)
+    run = prepared_backward(first, is_causal=True)
+    query, key, value, grad_out, out, lse, *statistics = second
+    impl.backward(SDPAParams(query, key, value, is_causal=True, scale=0.1), grad_out, None, out, lse, *statistics)
+    each = len(gpu.launched)
+    for _ in range(2):
+        grads = run(*second)
+        assert [grad.shape for grad in grads] == [query.shape, key.shape, value.shape]
+    launches = [numbered(gpu.launched[start : start + each]) for start in range(0, 3 * each, each)]
+    assert launches[0] == launches[1] == launches[2] and len(gpu.launched) == 3 * each >= 6
+    pointers = {tensor.data_ptr() for tensor in second}
+    launched = [{item for launch in gpu.launched[start : start + each] for item in launch[3:] if isinstance(item, int)}
+                for start in (each, 2 * each)]  # fmt: skip
+    assert all(len(pointers - given) == len(statistics) // 2 for given in launched)  # with statistics no lse is read
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_what_is_prepared_for_backward_leaves_tensors_that_start_elsewhere_to_backward(
+    gpu: Driver, number: int
+) -> None:
+    given = of_backward()
+    run = prepared_backward(given)
+    assert run(*given) is not None
+    plain = given[number]
+    given[number] = torch.empty(plain.numel() + 1, dtype=plain.dtype)[1:].view(plain.shape)
+    assert run(*given) is None and prepared_backward(given) is None
+
+
+def test_what_is_prepared_for_backward_leaves_other_settings_to_backward(gpu: Driver) -> None:
+    half, single = of_backward(), of_backward(torch.float32)
+    run, wide = prepared_backward(half), prepared_backward(single)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert wide(*single) is None and run(*half) is not None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert run(*half) is None
+        strict = prepared_backward(half)
+        assert strict(*half) is not None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert strict(*half) is None is not run(*half)
+    before = config.use(config.table_of("sm_90"))
+    config.use(before)
+    assert run(*half) is None
+
+
+def test_what_is_prepared_for_backward_keeps_no_tensor_alive(gpu: Driver) -> None:
+    given = of_backward()
+    run, kept = prepared_backward(given), [weakref.ref(tensor) for tensor in given]
+    grads = run(*given)
+    assert len(grads) == 3
+    given.clear()
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 6
+
+
 def test_float32_products_follow_pytorchs_setting() -> None:
     given = tensors(32, 32, dtype=torch.float32)
     kernels = []

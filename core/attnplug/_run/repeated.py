@@ -1,0 +1,128 @@
+"""Calls that repeat one in all but where their tensors lie in memory: forward and backward as the kernel prepared them.
+
+What else is looked up for each call is decided here once for each kind of tensors: the record that the kernel gets, in
+which tensors say whether their gradient is wanted; whether they are what they look like in memory; whether someone
+looks on; and whether the kernel returns what it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplug._call.autocast import any_autocast, no_autocast
+from attnplug._call.comparing import compared
+from attnplug._errors import KernelError
+from attnplug._run.contract import (
+    TENSORS,
+    KernelCall,
+    check_outputs,
+    checked_gradients,
+    in_kernel,
+    marked,
+    run_forward,
+)
+from attnplug._run.operator import is_watched
+from attnplug._run.transforms import is_transformed, is_wrapped
+from attnplug._selection.state import thread
+from attnplug._types import SDPAParams
+
+KINDS = 8
+"""For how many kinds of tensors backward is prepared: gradients may come in ever new strides."""
+strided = torch.strided
+_NO_OTHERS = (None,) * (len(TENSORS) - 3)
+
+Run = Callable[..., Any]
+
+
+class Repeated:
+    """What a kernel prepared for calls that repeat one.
+
+    Attributes:
+        call: what they are besides their tensors.
+        count: of these.
+    """
+
+    def __init__(self, call: KernelCall, query: Tensor, run: Run) -> None:
+        self.call, self.count = call, 3
+        self._run, self._prepare = run, call.entry.kernel.prepare_backward
+        self._is_checked = False
+        self._autocasts = no_autocast(query) if any_autocast() else None
+        self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
+
+    def params(self, *tensors: Tensor) -> SDPAParams:
+        """Return the description of a call of these query, key and value."""
+        return self.call.params((*tensors, *_NO_OTHERS))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+        """Return `(out, lse, *saved)`, checked at the first call."""
+        outer = thread.in_kernel
+        thread.in_kernel = True  # `in_kernel`, without the time of another call
+        try:
+            if self._autocasts is None:
+                returned: tuple[Any, ...] | None = self._run(query, key, value)
+            else:
+                with self._autocasts:
+                    returned = self._run(query, key, value)
+        finally:
+            thread.in_kernel = outer
+        if returned is None:
+            return run_forward(self.call.entry, self.params(query, key, value))
+        if not self._is_checked:
+            check_outputs(self.call.entry.name, self.params(query, key, value), returned)
+            self._is_checked = True
+        return returned
+
+    def backward(
+        self, wanted: tuple[bool, ...], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
+    ) -> Any:
+        """Return the gradients of query, key and value; None where `KernelCall.backward` has to run.
+
+        `saved` is out, lse or None, and what else forward saved. All are looked at, because hooks of saved tensors may
+        have changed them.
+        """
+        if self._prepare is None:
+            return None
+        tensors = (grad_out, query, key, value, *saved)
+        if saved[1] is None:
+            tensors = (*tensors[:5], *tensors[6:])
+        for tensor in tensors:
+            if tensor is None or tensor.layout is not strided or tensor.is_nested:  # `compared` takes no others
+                return None
+        kind = wanted, saved[1] is None, len(saved)
+        for known, fits, run in self._backwards:
+            if known == kind and fits(*tensors):
+                if run is None:
+                    return None
+                outer = thread.in_kernel
+                thread.in_kernel = True  # as in `forward`
+                try:
+                    return run(query, key, value, grad_out, *saved)
+                finally:
+                    thread.in_kernel = outer
+        unlike = any(tensor.is_neg() or is_wrapped(tensor) for tensor in tensors)  # what lies in memory
+        seen = unlike or is_watched(grad_out) or is_transformed()
+        fits_these = None if seen or len(self._backwards) >= KINDS else compared(tensors)
+        if fits_these is None:
+            return None
+        run, grads = self._prepare_backward(wanted, grad_out, query, key, value, *saved)
+        self._backwards.append((kind, fits_these, run))
+        return grads
+
+    def _prepare_backward(
+        self, wanted: tuple[bool, ...], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
+    ) -> tuple[Run | None, Any]:
+        """Return what the kernel prepares for tensors like these, if it does, and what that returns, checked."""
+        assert self._prepare is not None
+        params, name = self.call.params((*map(marked, (query, key, value), wanted), *_NO_OTHERS)), self.call.entry.name
+        run = in_kernel(self._prepare, params, grad_out, *saved)
+        if run is None:
+            return None, None
+        if not callable(run):
+            got = type(run).__name__
+            raise KernelError(f"implementation {name!r}: prepare_backward must return a function or None, got {got}")
+        grads = in_kernel(run, query, key, value, grad_out, *saved)
+        return run, None if grads is None else checked_gradients(name, params, grads)
