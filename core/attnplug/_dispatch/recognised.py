@@ -23,10 +23,11 @@ from torch import Tensor
 from attnplug._call.autocast import any_autocast
 from attnplug._call.facts import is_plain
 from attnplug._dispatch.plans import Plan
+from attnplug._dispatch.ranges import is_profiled
 from attnplug._run.contract import Result
 from attnplug._run.operator import is_watched
 from attnplug._run.transforms import is_transformed
-from attnplug._selection.state import when_started
+from attnplug._selection.state import thread, when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
 
 _TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
@@ -35,7 +36,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 SEVERAL = 8
 """How many kinds of tensors are recognised for each way to call; others are decided by their facts.
 
-With more sizes than this of one kind, lengths vary.
+With more sizes than this of one kind, lengths vary; and when so many have come a second time, others will.
 """
 SIZES = 256
 """How many sizes of one kind are kept."""
@@ -54,6 +55,7 @@ class Known:
         plan: how to carry out such a call; None where its sizes decide about it.
         repeated: the same for one that `same` recognises.
         by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None.
+        came_again: how many sizes came a second time, up to `SEVERAL`.
     """
 
     same: Callable[..., bool] | None
@@ -63,6 +65,7 @@ class Known:
     plan: Plan | None
     repeated: Plan
     by_sizes: dict[Hashable, Plan] | None
+    came_again: int = 0
 
     def keep(self, sizes: Hashable, plan: Plan) -> None:
         """Keep a plan under all sizes and strides of a call."""
@@ -74,19 +77,25 @@ class Known:
             self.same = None
 
 
-class _SeenTwice(Plan):
-    """The plan of a call that came with these sizes once before: there will be more, for which the kernel prepares."""
+class _Preparing(Plan):
+    """The plan of a call for whose sizes the kernel prepares first, because there will be more of them.
+
+    That is so when they come a second time, as in each layer of a decode loop; and once several did, at once.
+    """
 
     def __init__(self, plan: Plan, known: Known, sizes: Hashable) -> None:
         self._plan, self._known, self._sizes = plan, known, sizes
         self.plain = None
 
     def run_as_given(self, params: SDPAParams) -> Result:
-        plan = self._plan
-        returned = plan.run_as_given(params)
+        plan, mask, scale = self._plan, params.attn_mask, params.scale
+        plan.complete(params)
         repeated = plan.repeated(params)
         self._known.keep(self._sizes, copy(plan) if repeated is plan else repeated)  # no longer seen once
-        return returned
+        if repeated.plain is None or thread.state.watched or is_profiled():
+            return plan.run_as_given(params)
+        given = params.query, params.key, params.value, mask, params.dropout, params.is_causal
+        return repeated.plain(*given, scale, params.enable_gqa)
 
 
 known: dict[Hashable, tuple[Known, ...]] = {}
@@ -123,10 +132,15 @@ def recognise(
             if one.by_sizes is not None:
                 found = one.by_sizes.get(sizes := _sizes(given))
                 if found is not None:
-                    return _SeenTwice(found, one, sizes) if found is one.plan else found
+                    if found is not one.plan:
+                        return found
+                    one.came_again = min(one.came_again + 1, SEVERAL)
+                    return _Preparing(found, one, sizes)
             if one.plan is not None and _agree(query, key, value, mask, one.square):
                 if sizes is None:
                     one.same = None
+                elif one.came_again == SEVERAL:
+                    return _Preparing(one.plan, one, sizes)
                 else:
                     one.keep(sizes, one.plan)
                 return one.plan
