@@ -275,6 +275,11 @@ def odd(length: int) -> list[Tensor]:
     return [rows[..., : length * 64].unflatten(2, (length, 64))] * 2
 
 
+def in_columns(length: int) -> list[Tensor]:
+    """Return keys and values that must be copied at every other length."""
+    return [tensor.mT.contiguous().mT for tensor in cut(length)] if length % 2 else cut(length)
+
+
 def decoded(length: int, keys: Any = cut, **options: Any) -> SDPAParams:
     query = torch.ones(1, HEADS[0], 1, 64, dtype=torch.float16)
     return SDPAParams(query, *keys(length), enable_gqa=True, **{"scale": 0.1, **options})
@@ -296,6 +301,7 @@ GROWING = {
     "cut": decoded,
     "whole": lambda length: decoded(length, whole),
     "odd strides": lambda length: decoded(length, odd),
+    "columns": lambda length: decoded(length, in_columns),
     "causal": lambda length: decoded(length, is_causal=True, causal_variant=CausalVariant.LOWER_RIGHT),
     "used keys and sinks": lambda length: decoded(
         length, seqused_k=torch.ones(1, dtype=torch.int32), sinks=torch.zeros(4)
