@@ -70,9 +70,9 @@ class Kernel:
             dtype, device, scale. Unless `params.needs_grad`, `saved` may be left out, and lse be None if the call does
             not return it. It returns None to have forward called, as it must where it depends on alignment or on a
             setting that has changed. `params` must not be kept. It is asked at the first call of its kind, for other
-            shapes and strides when they come a second time, and at once when several did, as in a decode loop. It saves looking up a plan, building the `SDPAParams`
-            and checking the output. Calls with a mask are prepared for by attnplug's own kernels alone, whose `run`
-            gets it as a fourth argument.
+            shapes and strides when they come a second time, and at once when several did, as in a decode loop. It saves
+            looking up a plan, building the `SDPAParams` and checking the output. Calls with a mask are prepared for by
+            attnplug's own kernels alone, whose `run` gets it as a fourth argument.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward
