@@ -228,6 +228,22 @@ def test_a_kernel_prepares_for_no_lengths_that_never_come_again() -> None:
     assert (kernel.asked, kernel.forwards, kernel.runs) == (1, 100, 0)
 
 
+def test_a_kernel_soon_stops_to_prepare_at_once_where_lengths_no_longer_come_again() -> None:
+    keys = torch.randn(2, 4, 100, 8)
+    with registered(kernel := Prepares()) as attend:
+        for length in range(1, 21):
+            for _ in range(3):
+                attend(Q, keys[:, :, :length], keys[:, :, :length])
+        assert kernel.asked == 20
+        for length in range(21, 101):
+            attend(Q, keys[:, :, :length], keys[:, :, :length])
+        assert kernel.asked <= 22
+        for length in range(2, 21):
+            for _ in range(3):
+                attend(Q, keys[:, :, :length].contiguous(), keys[:, :, :length].contiguous())
+        assert kernel.asked >= 22 + 17
+
+
 def test_what_a_kernel_prepared_in_a_long_decode_loop_does_not_pile_up() -> None:
     keys, alive = torch.randn(2, 4, 2000, 8), WeakSet[Any]()
 

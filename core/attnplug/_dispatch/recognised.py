@@ -55,7 +55,8 @@ class Known:
         plan: how to carry out such a call; None where its sizes decide about it.
         repeated: the same for one that `same` recognises.
         by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None.
-        came_again: how many sizes came a second time, up to `SEVERAL`.
+        came_again: how many sizes came a second time, up to `SEVERAL`; one less for each that was prepared for in vain.
+        unused: the plan that was last prepared at once, until its sizes come again.
     """
 
     same: Callable[..., bool] | None
@@ -66,6 +67,7 @@ class Known:
     repeated: Plan
     by_sizes: dict[Hashable, Plan] | None
     came_again: int = 0
+    unused: Plan | None = None
 
     def keep(self, sizes: Hashable, plan: Plan) -> None:
         """Keep a plan under all sizes and strides of a call."""
@@ -80,18 +82,22 @@ class Known:
 class _Preparing(Plan):
     """The plan of a call for whose sizes the kernel prepares first, because there will be more of them.
 
-    That is so when they come a second time, as in each layer of a decode loop; and once several did, at once.
+    That is so when they come a second time, as in each layer of a decode loop; and once several did, at once, for as
+    long as those come again.
     """
 
-    def __init__(self, plan: Plan, known: Known, sizes: Hashable) -> None:
-        self._plan, self._known, self._sizes = plan, known, sizes
+    def __init__(self, plan: Plan, known: Known, sizes: Hashable, at_once: bool = False) -> None:
+        self._plan, self._known, self._sizes, self._at_once = plan, known, sizes, at_once
         self.plain = None
 
     def run_as_given(self, params: SDPAParams) -> Result:
         plan, mask, scale = self._plan, params.attn_mask, params.scale
         plan.complete(params)
         repeated = plan.repeated(params)
-        self._known.keep(self._sizes, copy(plan) if repeated is plan else repeated)  # no longer seen once
+        repeated = copy(plan) if repeated is plan else repeated  # no longer seen once
+        self._known.keep(self._sizes, repeated)
+        if self._at_once:
+            self._known.unused = repeated
         if repeated.plain is None or thread.state.watched or is_profiled():
             return plan.run_as_given(params)
         given = params.query, params.key, params.value, mask, params.dropout, params.is_causal
@@ -133,15 +139,19 @@ def recognise(
                 found = one.by_sizes.get(sizes := _sizes(given))
                 if found is not None:
                     if found is not one.plan:
+                        if found is one.unused:
+                            one.unused = None
                         return found
                     one.came_again = min(one.came_again + 1, SEVERAL)
                     return _Preparing(found, one, sizes)
             if one.plan is not None and _agree(query, key, value, mask, one.square):
                 if sizes is None:
                     one.same = None
-                elif one.came_again == SEVERAL:
-                    return _Preparing(one.plan, one, sizes)
                 else:
+                    if one.unused is not None:
+                        one.came_again, one.unused = one.came_again - 1, None
+                    if one.came_again == SEVERAL:
+                        return _Preparing(one.plan, one, sizes, at_once=True)
                     one.keep(sizes, one.plan)
                 return one.plan
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
