@@ -109,12 +109,13 @@ def prepare(
 
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
     """Return a plan that gives what forward returns or, unless `wants_lse`, out alone; the rest is then workspace."""
+    kind = (*_kind(params, given, device), wants_lse)
+    if (kept := _plans.get(kind)) is not None:  # before a call of each layer pays for what follows
+        return kept
 
     def make(machine: Machine) -> Plan:
         plan = family_for(params, machine).forward(params, machine)
         return plan if wants_lse else replace(plan, results=plan.results[:1])
-
-    kind = (*_kind(params, given, device), wants_lse)
 
     def grown(machine: Machine) -> Plan:
         like = _kind_but_keys(params, kind, given)
