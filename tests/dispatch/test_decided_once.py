@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -202,18 +204,88 @@ def test_a_kernel_prepares_for_sizes_that_come_again() -> None:
             for length in lengths:
                 key, value = K[:, :, :length] * times, V[:, :, :length]
                 torch.testing.assert_close(attend(Q, key, value), sdpa(Q, key, value))
-        assert (kernel.forwards, kernel.runs) == (1 + 2 + 2, 3 + 2 + 2)
+        assert (kernel.forwards, kernel.runs) == (1 + 1 + 1, 3 + 3 + 3)
 
 
-def test_each_layer_of_a_decode_loop_but_two_runs_what_the_kernel_prepared() -> None:
+def test_a_decode_loop_runs_what_the_kernel_prepared_once_lengths_have_come_again() -> None:
+    """For the first few at the second layer, then at the first."""
     keys, layers = torch.randn(2, 4, 300, 8), 5
     with registered(kernel := Prepares()) as attend:
         for length in range(1, 301):
             for _ in range(layers):
                 key = keys[:, :, :length]
                 torch.testing.assert_close(attend(Q, key, key), sdpa(Q, key, key))
-    assert kernel.forwards == 2 * 300 - 1
-    assert kernel.runs == (layers - 2) * 300 + 1
+    assert kernel.forwards < 12
+    assert kernel.forwards + kernel.runs == layers * 300
+    assert kernel.asked == 300
+
+
+def test_a_kernel_prepares_for_no_lengths_that_never_come_again() -> None:
+    keys = torch.randn(2, 4, 100, 8)
+    with registered(kernel := Prepares()) as attend:
+        for length in range(1, 101):
+            attend(Q, keys[:, :, :length], keys[:, :, :length])
+    assert (kernel.asked, kernel.forwards, kernel.runs) == (1, 100, 0)
+
+
+def test_a_kernel_soon_stops_to_prepare_at_once_where_lengths_no_longer_come_again() -> None:
+    keys = torch.randn(2, 4, 100, 8)
+    with registered(kernel := Prepares()) as attend:
+        for length in range(1, 21):
+            for _ in range(3):
+                attend(Q, keys[:, :, :length], keys[:, :, :length])
+        assert kernel.asked == 20
+        for length in range(21, 101):
+            attend(Q, keys[:, :, :length], keys[:, :, :length])
+        assert kernel.asked <= 22
+        for length in range(2, 21):
+            for _ in range(3):
+                attend(Q, keys[:, :, :length].contiguous(), keys[:, :, :length].contiguous())
+        assert kernel.asked >= 22 + 17
+
+
+def test_what_a_kernel_prepared_in_a_long_decode_loop_does_not_pile_up() -> None:
+    keys, alive = torch.randn(2, 4, 2000, 8), WeakSet[Any]()
+
+    class Noted(Prepares):
+        def prepare(self, params: SDPAParams) -> Any:
+            alive.add(run := super().prepare(params))
+            return run
+
+    with registered(kernel := Noted()) as attend:
+        for length in range(1, 2001):
+            for _ in range(2):
+                attend(Q, keys[:, :, :length], keys[:, :, :length])
+        gc.collect()
+        assert kernel.asked == 2000
+        assert 0 < len(alive) < 600
+
+
+@pytest.mark.parametrize("around", ["a recording", "a profiler"])
+def test_lengths_that_a_kernel_prepares_for_at_once_are_seen_by_those_who_watch(around: str) -> None:
+    keys = torch.randn(2, 4, 40, 8)
+    with registered(Prepares()) as attend:
+        for length in range(1, 21):
+            for _ in range(2):
+                attend(Q, keys[:, :, :length], keys[:, :, :length])
+        with attnplug.record() if around == "a recording" else profile() as seen:
+            for length in range(21, 41):
+                attend(Q, keys[:, :, :length], keys[:, :, :length])
+    names = [call.impl for call in seen] if around == "a recording" else [event.name for event in seen.events()]
+    assert len([name for name in names if "prepares" in name]) == 20
+
+
+def test_a_decode_loop_gets_the_numbers_of_its_own_lengths_and_layouts() -> None:
+    """For caches that are cut and caches that are contiguous."""
+    keys, values = torch.randn(2, 2, 4, 60, 8)
+    with registered(Prepares()) as attend:
+        for length in range(6, 61):
+            for layer in range(3):
+                key, value = keys[:, :, :length] * (layer + 1), values[:, :, :length]
+                if length % 2:
+                    value = value.contiguous()
+                out = attend(Q, key, value, scale=0.3)
+                torch.testing.assert_close(out, sdpa(Q, key, value, scale=0.3))
 
 
 def test_a_decode_loop_leaves_room_for_calls_of_other_heads() -> None:

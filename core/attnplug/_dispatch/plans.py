@@ -81,14 +81,18 @@ class Plan:
 
     def run_as_given(self, params: SDPAParams) -> Result:
         """Run a call that was recognised, whose record was just built, with the user's mask and scale."""
-        if params.scale is None:
-            params.__dict__["scale"] = self.scale
-        if params.attn_mask is not None:
-            params.__dict__["attn_mask"] = with_four_dimensions(params.attn_mask)
+        self.complete(params)
         if self.checked and not (thread.state.watched or is_profiled() or is_transformed() or any_autocast()):
             out, lse, *_ = checked_forward(self.decision.entry, params)
             return out, lse
         return self.run(params)
+
+    def complete(self, params: SDPAParams) -> None:
+        """Give a record that was just built the scale and the mask that kernels get."""
+        if params.scale is None:
+            params.__dict__["scale"] = self.scale
+        if params.attn_mask is not None:
+            params.__dict__["attn_mask"] = with_four_dimensions(params.attn_mask)
 
     def watched_plain(
         self,

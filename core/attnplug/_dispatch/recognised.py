@@ -21,17 +21,18 @@ from attnplug._call.autocast import any_autocast
 from attnplug._call.comparing import compared
 from attnplug._call.facts import is_plain
 from attnplug._dispatch.plans import Plan
+from attnplug._dispatch.ranges import is_profiled
 from attnplug._run.contract import Result
 from attnplug._run.operator import is_watched
 from attnplug._run.transforms import is_transformed, is_wrapped
-from attnplug._selection.state import when_started
+from attnplug._selection.state import thread, when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
 
 PLAIN = (Tensor, torch.nn.Parameter)
 SEVERAL = 8
 """How many kinds of tensors are recognised for each way to call; others are decided by their facts.
 
-With more sizes than this of one kind, lengths vary.
+With more sizes than this of one kind, lengths vary; and when so many have come a second time, others will.
 """
 SIZES = 256
 """How many sizes of one kind are kept."""
@@ -50,6 +51,8 @@ class Known:
         plan: how to carry out such a call; None where its sizes decide about it.
         repeated: the same for one that `same` recognises.
         by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None.
+        came_again: how many sizes came a second time, up to `SEVERAL`; one less for each that was prepared for in vain.
+        unused: the plan that was last prepared at once, until its sizes come again.
     """
 
     same: Callable[..., bool] | None
@@ -59,6 +62,8 @@ class Known:
     plan: Plan | None
     repeated: Plan
     by_sizes: dict[Hashable, Plan] | None
+    came_again: int = 0
+    unused: Plan | None = None
 
     def keep(self, sizes: Hashable, plan: Plan) -> None:
         """Keep a plan under all sizes and strides of a call."""
@@ -70,19 +75,29 @@ class Known:
             self.same = None
 
 
-class _SeenTwice(Plan):
-    """The plan of a call that came with these sizes once before: there will be more, for which the kernel prepares."""
+class _Preparing(Plan):
+    """The plan of a call for whose sizes the kernel prepares first, because there will be more of them.
 
-    def __init__(self, plan: Plan, known: Known, sizes: Hashable) -> None:
-        self._plan, self._known, self._sizes = plan, known, sizes
+    That is so when they come a second time, as in each layer of a decode loop; and once several did, at once, for as
+    long as those come again.
+    """
+
+    def __init__(self, plan: Plan, known: Known, sizes: Hashable, at_once: bool = False) -> None:
+        self._plan, self._known, self._sizes, self._at_once = plan, known, sizes, at_once
         self.plain = None
 
     def run_as_given(self, params: SDPAParams) -> Result:
-        plan = self._plan
-        returned = plan.run_as_given(params)
+        plan, mask, scale = self._plan, params.attn_mask, params.scale
+        plan.complete(params)
         repeated = plan.repeated(params)
-        self._known.keep(self._sizes, copy(plan) if repeated is plan else repeated)  # no longer seen once
-        return returned
+        repeated = copy(plan) if repeated is plan else repeated  # no longer seen once
+        self._known.keep(self._sizes, repeated)
+        if self._at_once:
+            self._known.unused = repeated
+        if repeated.plain is None or thread.state.watched or is_profiled():
+            return plan.run_as_given(params)
+        given = params.query, params.key, params.value, mask, params.dropout, params.is_causal
+        return repeated.plain(*given, scale, params.enable_gqa)
 
 
 known: dict[Hashable, tuple[Known, ...]] = {}
@@ -119,11 +134,20 @@ def recognise(
             if one.by_sizes is not None:
                 found = one.by_sizes.get(sizes := _sizes(given))
                 if found is not None:
-                    return _SeenTwice(found, one, sizes) if found is one.plan else found
+                    if found is not one.plan:
+                        if found is one.unused:
+                            one.unused = None
+                        return found
+                    one.came_again = min(one.came_again + 1, SEVERAL)
+                    return _Preparing(found, one, sizes)
             if one.plan is not None and _agree(query, key, value, mask, one.square):
                 if sizes is None:
                     one.same = None
                 else:
+                    if one.unused is not None:
+                        one.came_again, one.unused = one.came_again - 1, None
+                    if one.came_again == SEVERAL:
+                        return _Preparing(one.plan, one, sizes, at_once=True)
                     one.keep(sizes, one.plan)
                 return one.plan
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions

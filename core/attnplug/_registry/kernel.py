@@ -69,9 +69,10 @@ class Kernel:
             what forward does for a call that differs only in where its tensors lie in memory: same shapes, strides,
             dtype, device, scale. Unless `params.needs_grad`, `saved` may be left out. Unless `params.return_lse`, lse
             may be None; backward then gets None. It returns None to have forward called, as it must where it depends on
-            alignment or on a setting that has changed. `params` must not be kept. It saves looking up a plan, building
-            the `SDPAParams` and checking the output. Calls with a mask are prepared for by attnplug's own kernels
-            alone, whose `run` gets it as a fourth argument.
+            alignment or on a setting that has changed. `params` must not be kept. It is asked at the first call of its
+            kind, for other shapes and strides when they come a second time, and at once when several did, as in a
+            decode loop. It saves looking up a plan, building the `SDPAParams` and checking the output. Calls with a
+            mask are prepared for by attnplug's own kernels alone, whose `run` gets it as a fourth argument.
         prepare_backward: `prepare_backward(params, grad_out, out, lse, *saved) -> run or None`: the same for backward
             of what `prepare` gave a function for, where nothing asks for a gradient through lse.
             `run(query, key, value, grad_out, out, lse, *saved) -> (grad_query, grad_key, grad_value)` does what

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnplug import Feature, SDPAParams, compute_capability
 from attnplug_flash_triton import config, launches, toolchain
+from attnplug_flash_triton.growing import Growing, can_grow
 from attnplug_flash_triton.plans import Plan
 from attnplug_flash_triton.problem import Machine, keeps_statistics, machine_of, tf32_allowed
 
@@ -18,7 +21,9 @@ PLANS_KEPT = 1024
 ALIGNED = 16
 """Bytes. Triton compiles a kernel apart for pointers that are not multiples of it."""
 
+Kept = TypeVar("Kept")
 _plans: dict[Hashable, Plan] = {}
+_growing: dict[Hashable, Growing] = {}
 _interpreter = threading.Lock()
 
 
@@ -79,25 +84,47 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     return (*results, given["seed"]) if params.dropout > 0 else results
 
 
-def prepare(params: SDPAParams) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...] | None] | None:
+def prepare(
+    params: SDPAParams,
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...] | None] | None:
     """Return what runs a call whose tensors are like these; None if it draws numbers, or they are not aligned."""
     given, device = tensors_of(params), params.query.device
     if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
         return None
-    plan, settings = _forward_plan(params, given, device), _settings(params.query.dtype)
-    count = None if params.needs_grad else 2
+    needs_grad = params.needs_grad
+    wants_lse = needs_grad or params.return_lse
+    plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:
         aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED == 0
         if not aligned or _settings(query.dtype) != settings:
             return None
-        return _run(plan, {"query": query, "key": key, "value": value}, device)[:count]
+        results = _run(plan, {"query": query, "key": key, "value": value}, device)
+        if not wants_lse:
+            return results[0], None
+        return results if needs_grad else results[:2]
 
     return run
 
 
-def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Plan:
-    return _plan(params, given, device, lambda machine: family_for(params, machine).forward(params, machine))
+def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
+    """Return a plan that gives what forward returns or, unless `wants_lse`, out alone; the rest is then workspace."""
+    kind = (*_kind(params, given, device), wants_lse)
+    if (kept := _plans.get(kind)) is not None:  # before a call of each layer pays for what follows
+        return kept
+
+    def make(machine: Machine) -> Plan:
+        plan = family_for(params, machine).forward(params, machine)
+        return plan if wants_lse else replace(plan, results=plan.results[:1])
+
+    def grown(machine: Machine) -> Plan:
+        like = _kind_but_keys(params, kind, given)
+        found = _growing.get(like)
+        if found is None:
+            found = _keep(_growing, like, Growing(params, machine))
+        return found.plan(params, lambda: make(machine))
+
+    return _plan(kind, device, grown if can_grow(params) else make)
 
 
 def backward(
@@ -154,7 +181,7 @@ def _backward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.d
         statistics = [given[name] for name in ("top", "total") if name in given]
         return family_for(params, machine).backward(params, machine, given["grad_out"], *of_rows, *statistics)
 
-    return _plan(params, given, device, make)
+    return _plan(_kind(params, given, device), device, make)
 
 
 def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
@@ -169,16 +196,17 @@ def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
     return launches
 
 
-def _plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, make: Callable[[Machine], Plan]) -> Plan:
+def _plan(kind: Hashable, device: torch.device, make: Callable[[Machine], Plan]) -> Plan:
     """Return the plan that is kept for calls of this kind, or make and keep one."""
-    kind = _kind(params, given, device)
     plan = _plans.get(kind)
-    if plan is None:
-        plan = make(machine_of(device))
-        if len(_plans) >= PLANS_KEPT:
-            _plans.clear()
-        _plans[kind] = plan
-    return plan
+    return _keep(_plans, kind, make(machine_of(device))) if plan is None else plan
+
+
+def _keep(where: dict[Hashable, Kept], kind: Hashable, value: Kept) -> Kept:
+    if len(where) >= PLANS_KEPT:
+        where.clear()
+    where[kind] = value
+    return value
 
 
 def _run(plan: Plan, given: dict[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
@@ -191,14 +219,33 @@ def _run(plan: Plan, given: dict[str, Tensor], device: torch.device) -> tuple[Te
         return plan.run(given, device)
 
 
-def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Hashable:
+def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> tuple[Hashable, ...]:
     """Return all that a plan depends on. About 3 us."""
-    mask, dtype = params.attn_mask, given["query"].dtype
+    return (
+        *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNED) for tensor in given.values()],
+        params.max_k,
+        *_rest_of_kind(params, given, device),
+    )
+
+
+def _kind_but_keys(params: SDPAParams, kind: tuple[Hashable, ...], names: Iterable[str]) -> tuple[Hashable, ...]:
+    """Return what `_kind` returned for tensors of these names, but for how many keys there are, and where they lie."""
+    sizes: list[Any] = [params.key.shape, params.value.shape]
+    heads = [tuple(size[1:]) if params.is_varlen else (*size[:2], size[3]) for size in sizes]
+    forms: list[Any] = [*kind]
+    for place, name in enumerate(names):
+        if name in ("key", "value"):
+            forms[place] = forms[place][2:]
+    del forms[place + 1]  # max_k
+    return (*heads, *forms)
+
+
+def _rest_of_kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> tuple[Hashable, ...]:
+    mask = params.attn_mask
     return (
         *given,
-        *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNED) for tensor in given.values()],
         device,
-        *_settings(dtype),
+        *_settings(given["query"].dtype),
         params.dropout,
         params.is_causal,
         params.scale,
@@ -206,7 +253,6 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
         params.window_size,
         params.softcap,
         params.max_q,
-        params.max_k,
         mask is not None and mask.requires_grad,
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -7,7 +7,7 @@ They suit every architecture and every feature. Another family of kernels is ano
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,32 @@ from attnplug_flash_triton.problem import Form, Machine, Problem, cdiv, is_dense
 
 FUSED = {"enable_fp_fusion": True}
 """Products and sums in one instruction, of which Triton's default differs between releases."""
+
+
+class Grid(NamedTuple):
+    """The programs of forward, before keys are split: so many tiles of rows for each of `columns`.
+
+    `pack` query heads that share keys are in one tile, where there are few rows.
+    """
+
+    few: bool
+    tiles: config.Tiles
+    pack: int
+    row_tiles: int
+    columns: int
+
+    @property
+    def programs(self) -> int:
+        return self.row_tiles * self.columns
+
+
+def grid_of(problem: Problem) -> Grid:
+    """Return the programs of forward, which do not depend on how many keys there are."""
+    few = problem.longest_q * problem.group <= config.FEW
+    tiles = problem.tiles(config.FEW_ROWS if few else config.FORWARD)
+    pack = problem.group if few else 1
+    count = cdiv(problem.longest_q * pack, tiles.block_m)
+    return Grid(few, tiles, pack, count, problem.batch * problem.heads // pack)
 
 
 def forward(params: SDPAParams, machine: Machine) -> Plan:
@@ -45,11 +71,8 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
         new |= {name: New.contiguous(rows, torch.float32) for name in statistics}
     results = tuple(new)
 
-    few = problem.longest_q * problem.group <= config.FEW
-    tiles = problem.tiles(config.FEW_ROWS if few else config.FORWARD)
-    pack = problem.group if few else 1
-    count, columns = cdiv(problem.longest_q * pack, tiles.block_m), problem.batch * problem.heads // pack
-    splits = problem.splits(count * columns, tiles.block_n) if few else 1
+    few, tiles, pack, count, columns = grid = grid_of(problem)
+    splits = problem.splits(grid.programs, tiles.block_n) if few else 1
     kept = 1.0 / (1.0 - params.dropout) if params.dropout < 1 else 0.0
     written: tuple[str | None, ...] = ("out", "lse", *statistics)
     if splits > 1:
@@ -72,7 +95,7 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
         SPLIT=splits > 1,
         **_compiled_in(tiles),
     )
-    launches = [Launch(forward_kernel, count * columns * splits, arguments, compiled_in)]
+    launches = [Launch(forward_kernel, grid.programs * splits, arguments, compiled_in)]
     if splits > 1:
         launches.append(_of_parts(problem, statistics, kept, splits))
     return Plan(tuple(launches), new, results, _not_dense(params))

@@ -15,7 +15,6 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +119,16 @@ class Plan:
         tensors = {**given, **{name: given[name].contiguous() for name in self.compact}}
         return {**tensors, **{name: new.make(device) for name, new in self.new.items()}}
 
+    def with_arguments(self, places: Sequence[int], numbers: Sequence[int]) -> Plan:
+        """Return this plan with other integers, which Triton gives the same types, in places of its first launch."""
+        first, *rest = self.launches
+        arguments = list(first.arguments)
+        for place, number in zip(places, numbers, strict=True):
+            arguments[place] = number
+        launches = (Launch(first.kernel, first.programs, tuple(arguments), first.compiled_in), *rest)
+        kept = None if self._kept is None else self._kept.with_arguments(places, numbers)
+        return Plan(launches, self.new, self.results, self.compact, kept)
+
     def run(self, given: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
         """Run the plan with the tensors of one call, on the device that is current, and return its results.
 
@@ -153,11 +162,17 @@ class _Kept:
         names = (*given, *made, *hidden)
         self.compact = [names.index(name) for name in plan.compact]
         self.new = [(new.shape, new.stride, new.dtype, new.fill) for new in made.values()]
-        self.results = itemgetter(*(names.index(name) for name in plan.results))
+        self.results = [names.index(name) for name in plan.results]
         sizes = [-(-new.bytes // APART) * APART for new in hidden.values()]
         self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
         self.workspace = sum(sizes)
         self.launches = [_KeptLaunch(*pair, names) for pair in zip(plan.launches, compiled, strict=True)]
+
+    def with_arguments(self, places: Sequence[int], numbers: Sequence[int]) -> _Kept:
+        """See `Plan.with_arguments`."""
+        kept = _clone(self)
+        kept.launches = [self.launches[0].with_arguments(places, numbers), *self.launches[1:]]
+        return kept
 
     def run(self, given: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
         """Make what is new, and launch. About 4 us and 3 for each launch."""
@@ -178,7 +193,7 @@ class _Kept:
             pointers += [start + offset for offset in self.offsets]
         for launch in self.launches:
             launch.run(pointers, tensors, stream)
-        return self.results(tensors)
+        return tuple([tensors[number] for number in self.results])
 
 
 def _hidden(plan: Plan) -> dict[str, New]:
@@ -213,6 +228,14 @@ class _KeptLaunch:
         if self.descriptors:
             self.launcher = _taking_maps(compiled.run)
 
+    def with_arguments(self, places: Sequence[int], numbers: Sequence[int]) -> _KeptLaunch:
+        """See `Plan.with_arguments`: before a descriptor each argument is in its own place."""
+        launch = _clone(self)
+        launch.arguments = self.arguments.copy()
+        for place, number in zip(places, numbers, strict=True):
+            launch.arguments[place] = number
+        return launch
+
     def run(self, pointers: list[int], tensors: list[Tensor], stream: int) -> None:
         arguments = self.arguments.copy()
         for place, number in self.pointers:
@@ -220,6 +243,13 @@ class _KeptLaunch:
         for place, number, maps in self.descriptors:
             arguments[place] = maps.of(pointers[number], tensors[number])
         self.launcher(self.programs, 1, 1, stream, self.function, self.metadata, None, None, None, *arguments)
+
+
+def _clone(one: Any) -> Any:
+    """Return a shallow copy of an object, in a fifth of `copy.copy`'s time."""
+    other = object.__new__(type(one))
+    other.__dict__.update(one.__dict__)
+    return other
 
 
 class _Maps:

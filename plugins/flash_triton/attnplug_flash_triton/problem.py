@@ -98,19 +98,31 @@ class Problem:
         precision = single if self.params.query.dtype == torch.float32 else config.HALF
         return config.table_of(self.machine.architecture).choose(kernel, precision, size, bool(extra))
 
-    def splits(self, programs: int, block_n: int) -> int:
-        """Return into how many parts the keys are split, so that few programs make one for each multiprocessor.
+    @property
+    def bytes_of_key(self) -> int:
+        """How many bytes a key and its value have, in one head."""
+        return (self.flags["SIZE"] + self.flags["SIZE_V"]) * self.params.key.element_size()
 
-        On an H100 that is faster than two, by up to a tenth: parts cost time to add up.
-        """
-        wanted = self.machine.processors // programs
-        return max(1, min(wanted, self.longest_k // block_n, MOST_PARTS))
+    def splits(self, programs: int, block_n: int) -> int:
+        """Return into how many parts the keys are split; see the function of this name."""
+        return splits(self.machine.processors, programs, self.longest_k, block_n)
 
     def section(self, columns_of_keys: int) -> int:
         """Return how many columns, which read as many heads of keys, run together."""
-        flags, key = self.flags, self.params.key
-        size = self.longest_k * (flags["SIZE"] + flags["SIZE_V"]) * key.element_size()
-        return max(1, min(columns_of_keys, CACHED_BYTES // max(size, 1)))
+        return sections(self.longest_k * self.bytes_of_key, columns_of_keys)
+
+
+def splits(processors: int, programs: int, longest_k: int, block_n: int) -> int:
+    """Return into how many parts keys are split, so that few programs make one for each multiprocessor.
+
+    On an H100 that is faster than two, by up to a tenth: parts cost time to add up.
+    """
+    return max(1, min(processors // programs, longest_k // block_n, MOST_PARTS))
+
+
+def sections(bytes_of_keys: int, columns_of_keys: int) -> int:
+    """Return how many columns, each of which reads a head of keys and values of this size, run together."""
+    return max(1, min(columns_of_keys, CACHED_BYTES // max(bytes_of_keys, 1)))
 
 
 def keeps_statistics(params: SDPAParams) -> bool:
@@ -141,7 +153,7 @@ def read(params: SDPAParams, machine: Machine, *others: Form) -> Problem:
         high = 0
     slopes, factor = params.alibi_slopes, float(params.scale)
     flags = _flags(params)
-    strides = (*_strides(query, packed, False), *_strides(key, packed, paged), *_strides(value, packed, paged))
+    strides = (*_strides(query, packed, False), *strides_of_keys(key, value, packed, paged))
     steps_of_others = [_strides(form, packed, False) for form in others]
     aligned = 16 // params.query.element_size()
     align = aligned if all(step % aligned == 0 for step in (*strides, *chain(*steps_of_others))) else 1
@@ -213,6 +225,11 @@ class Form(NamedTuple):
         """Return the form of `tensor`, copied if it is not dense."""
         shape, stride = tuple(tensor.shape), tensor.stride()
         return cls(shape, stride if is_dense(shape, stride, rows) else contiguous_strides(shape))
+
+
+def strides_of_keys(key: Form, value: Form, packed: bool, paged: bool) -> tuple[int, ...]:
+    """Return the strides of batch, head and row of keys, then those of values, as kernels count them."""
+    return (*_strides(key, packed, paged), *_strides(value, packed, paged))
 
 
 def _strides(form: Form, packed: bool, paged: bool) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ from attnplug_flash_triton import config, impl, plans
 from attnplug_flash_triton.problem import Machine
 
 HOPPER = Machine("sm_90", 132)
+FAMILY_FOR = impl.family_for
 
 
 class Driver:
@@ -89,6 +90,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(impl, "machine_of", lambda device: HOPPER)
     monkeypatch.setattr(impl, "family_for", lambda params, machine: impl.launches)  # what every GPU has
     monkeypatch.setattr(impl, "_plans", {})
+    monkeypatch.setattr(impl, "_growing", {})
     return stub
 
 
@@ -323,6 +325,193 @@ def test_what_is_prepared_for_backward_keeps_no_tensor_alive(gpu: Driver) -> Non
     given.clear()
     gc.collect()
     assert [reference() for reference in kept] == [None] * 6
+
+
+HEADS = (4, 2)
+CACHE = torch.randn(2, 1, 2, 6000, 64).half()
+
+
+def cut(length: int) -> list[Tensor]:
+    """Return keys and values whose strides no length changes."""
+    return [tensor[:, :, :length] for tensor in CACHE]
+
+
+def whole(length: int) -> list[Tensor]:
+    """Return keys and values that are contiguous."""
+    return [tensor.contiguous() for tensor in cut(length)]
+
+
+def odd(length: int) -> list[Tensor]:
+    """Return keys and values of which only every other length has strides that are multiples of 16 bytes."""
+    rows = torch.zeros(1, 2, length * 64 + 4 * (length % 2), dtype=torch.float16)
+    return [rows[..., : length * 64].unflatten(2, (length, 64))] * 2
+
+
+def in_columns(length: int) -> list[Tensor]:
+    """Return keys and values that must be copied at every other length."""
+    return [tensor.mT.contiguous().mT for tensor in cut(length)] if length % 2 else cut(length)
+
+
+def decoded(length: int, keys: Any = cut, **options: Any) -> SDPAParams:
+    query = torch.ones(1, HEADS[0], 1, 64, dtype=torch.float16)
+    return SDPAParams(query, *keys(length), enable_gqa=True, **{"scale": 0.1, **options})
+
+
+def paged(length: int, **options: Any) -> SDPAParams:
+    """Return a call of two sequences of one query each, whose keys are in pages of 16."""
+    query, (key, value) = torch.ones(2, HEADS[0], 64, dtype=torch.float16), torch.randn(2, 512, 16, 2, 64).half()
+    of_sequences = dict(
+        cu_seq_q=torch.arange(3, dtype=torch.int32),
+        seqused_k=torch.tensor([length, 1], dtype=torch.int32),
+        block_table=torch.zeros(2, 256, dtype=torch.int32),
+    )
+    options = dict(max_q=1, max_k=length, causal_variant=CausalVariant.LOWER_RIGHT) | options
+    return SDPAParams(query, key, value, enable_gqa=True, scale=0.1, **of_sequences, **options)
+
+
+GROWING = {
+    "cut": decoded,
+    "whole": lambda length: decoded(length, whole),
+    "odd strides": lambda length: decoded(length, odd),
+    "columns": lambda length: decoded(length, in_columns),
+    "causal": lambda length: decoded(length, is_causal=True, causal_variant=CausalVariant.LOWER_RIGHT),
+    "used keys and sinks": lambda length: decoded(
+        length, seqused_k=torch.ones(1, dtype=torch.int32), sinks=torch.zeros(4)
+    ),
+    "dropout": lambda length: decoded(length, dropout=0.5),
+    "pages": paged,
+}
+
+
+def forward_of(params: SDPAParams) -> list[tuple[Any, ...]]:
+    """Return what a call launches, and the tensors that it fills, as they are told apart."""
+    driver.active.launched.clear()
+    impl.forward(params)
+    return numbered(driver.active.launched)
+
+
+@pytest.mark.parametrize("call", GROWING)
+@pytest.mark.parametrize("family", ["plain", "hopper"])
+def test_a_decode_loop_launches_at_each_length_what_a_plan_for_that_length_launches(
+    call: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths that grow by one, with more and more programs for each head, and some that are far apart."""
+    if family == "hopper":
+        monkeypatch.setattr(impl, "family_for", FAMILY_FOR)
+    lengths = [1, 2, 7, 8, *range(61, 67), *range(126, 131), 1023, 1024, 1025, 4000, 4001, 4002, 5999, 1025, 7]
+    lengths = lengths[:-4] + lengths[-2:] if call == "pages" else lengths
+    of_loop = [forward_of(GROWING[call](length)) for length in lengths]
+    parts = {len(launched) for launched in of_loop}
+    assert parts == {1, 2}  # few keys are no work for two kernels
+    for length, launched in zip(lengths, of_loop, strict=True):
+        impl._plans.clear()
+        impl._growing.clear()
+        assert forward_of(GROWING[call](length)) == launched
+
+
+def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is, for its way from arguments to a kernel; the compiled one is launched with other numbers."""
+
+    def step(length: int) -> None:
+        impl.forward(decoded(length))
+        prepared(decoded(length))(torch.ones(1, 4, 1, 64, dtype=torch.float16), *cut(length))
+
+    step(4400)
+    binding: list[Any] = []
+    monkeypatch.setattr(impl.launches.forward_kernel, "run", lambda *given, **options: binding.append(given))
+    before = len(driver.active.launched)
+    for length in range(4500, 4550):
+        step(length)
+    assert not binding
+    assert len(driver.active.launched) == before + 2 * 50 * 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda length: decoded(length, scale=0.2),
+        lambda length: decoded(length, is_causal=True),
+        lambda length: decoded(length, window_size=(3, -1)),
+        lambda length: decoded(length, softcap=1.0),
+        lambda length: decoded(length, seqused_k=torch.ones(1, dtype=torch.int32)),
+        lambda length: SDPAParams(
+            torch.ones(1, 4, 2, 64, dtype=torch.float16), *cut(length), enable_gqa=True, scale=0.1
+        ),
+        lambda length: SDPAParams(
+            torch.ones(1, 4, 1, 64, dtype=torch.float16), *(t[:, :1] for t in cut(length)), enable_gqa=True, scale=0.1
+        ),
+        lambda length: SDPAParams(
+            torch.ones(2, 4, 1, 64, dtype=torch.float16),
+            *(t.expand(2, -1, -1, -1) for t in cut(length)),
+            enable_gqa=True,
+            scale=0.1,
+        ),
+        lambda length: decoded(length, lambda length: [cut(length)[0], cut(length)[1][..., :32]]),
+        lambda length: decoded(length, attn_mask=torch.ones(1, 1, 1, length, dtype=torch.bool)),
+    ],
+    ids=["scale", "causal", "window", "softcap", "used", "queries", "heads of keys", "batch", "value size", "mask"],
+)
+def test_a_call_of_another_kind_between_those_of_a_decode_loop_gets_its_own(change: Any) -> None:
+    lengths = (1030, 1040)
+    alone = []
+    for make in (decoded, change):
+        for length in lengths:
+            impl._plans.clear()
+            impl._growing.clear()
+            alone.append(forward_of(make(length)))
+    impl._plans.clear()
+    impl._growing.clear()
+    mixed = {(make is change, length): forward_of(make(length)) for length in lengths for make in (decoded, change)}
+    assert [mixed[kind, length] for kind in (False, True) for length in lengths] == alone
+
+
+def test_what_is_prepared_at_each_length_reads_the_tensors_of_its_call(gpu: Driver) -> None:
+    for length in (1024, 1100, 1101, 1102):
+        params = decoded(length)
+        gpu.launched.clear()
+        out, lse = prepared(params)(params.query, params.key, params.value)
+        assert lse is None and out.shape == params.query.shape
+        given = gpu.launched[0][3:]
+        assert [given[place] for place in range(3)] == [t.data_ptr() for t in (params.query, params.key, params.value)]
+        assert length in given
+        assert out.data_ptr() in gpu.launched[-1][3:]
+
+
+def test_an_lse_is_returned_where_it_is_asked_for() -> None:
+    grad = decoded(1024).query.requires_grad_()
+    for length in (1024, 1100):
+        key, value = cut(length)
+        assert prepared(decoded(length))(grad.detach(), key, value)[1] is None
+        assert prepared(decoded(length, return_lse=True))(grad.detach(), key, value)[1].shape == (1, 4, 1)
+        params = SDPAParams(grad, key, value, enable_gqa=True, scale=0.1)
+        assert [tensor.shape for tensor in prepared(params)(grad, key, value)] == [(1, 4, 1, 64), (1, 4, 1)]
+        assert impl.forward(decoded(length))[1].shape == (1, 4, 1)
+
+
+def test_each_token_of_a_decode_loop_has_memory_of_its_own() -> None:
+    """What is kept for other lengths holds no memory: what one call writes, and its caller keeps, no other writes."""
+    outs = [prepared(decoded(length))(decoded(length).query, *cut(length))[0] for length in range(1024, 1034)]
+    assert len({out.data_ptr() for out in outs}) == 10
+
+
+def test_what_is_kept_of_a_long_decode_loop_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(impl, "PLANS_KEPT", 16)
+    for length in range(1, 4000, 3):
+        impl.forward(decoded(length))
+        assert len(impl._plans) <= 16
+    assert len(impl._growing) == 1
+    assert len(next(iter(impl._growing.values())).plans) <= 2 * 64
+
+
+def test_threads_that_decode_at_once_launch_each_their_own_length(gpu: Driver) -> None:
+    for length in (1024, 1100):  # compiled
+        impl.forward(decoded(length))
+    gpu.launched.clear()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda length: impl.forward(decoded(length)), range(2000, 2200)))
+    lengths = [length for launch in gpu.launched for length in range(2000, 2200) if length in launch[3:]]
+    assert sorted({*lengths}) == [*range(2000, 2200)]
+    assert len(gpu.launched) == 400
 
 
 def test_float32_products_follow_pytorchs_setting() -> None:
