@@ -84,8 +84,10 @@ def forget() -> None:
     """Forget what only accumulates: no test can take it back, and another would notice.
 
     Dynamo compiles a function for a few kinds of calls and then no more (`recompile_limit`), and never again a function
-    whose trace failed; and a fallback is reported once.
+    whose trace failed; a decision is kept for calls like the one that it was made for, and a fallback is reported once.
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    if process.registry is not None:
+        process.registry.changed()
     resolver._reported.clear()
