@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import attnplug
 import forked
-from process_state import differences, snapshot
+from process_state import differences, forget, snapshot
 
-settings.register_profile("repeatable", derandomize=True)  # a run that fails fails again
+# A run that fails fails again, and how long an example takes is the machine's affair.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 logging.getLogger("torch.__trace").propagate = False  # pytest would keep each graph that is compiled, written out
 forked.listen()
@@ -68,6 +69,7 @@ def _leaves_no_trace() -> Iterator[None]:
     for record in attnplug.list_impls():
         if record.distribution == "this program":
             attnplug.unregister_impl(record.name)
+    forget()
     changed = differences(before, snapshot())
     if changed:  # a bound module counts until it is collected
         gc.collect()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import attnplug
-from process_state import differences, snapshot
+from process_state import differences, forget, snapshot
 
 
 def bound(stack: ExitStack, _: pytest.MonkeyPatch) -> None:
@@ -71,3 +73,27 @@ def test_what_is_left_behind_is_named(change: str, monkeypatch: pytest.MonkeyPat
         assert any(line.startswith(f"{name} was ") for line in differences(before, snapshot()))
     monkeypatch.undo()
     assert differences(before, snapshot()) == []
+
+
+def test_what_dynamo_gives_up_is_not_given_up_for_the_tests_to_come() -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(lambda query: query + 1, backend=counter, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for length in (2, 3, 4):
+            compiled(torch.ones(length))
+        assert counter.frame_count == 1
+        forget()
+        compiled(torch.ones(4))
+    assert counter.frame_count == 2
+
+
+def test_what_is_said_once_is_said_to_the_tests_to_come_too() -> None:
+    query = torch.ones(1, 1, 2, 4)
+    attnplug.activate_flash_attention_impl("aten_math")
+    for _ in range(2):
+        for expected in (1, 0):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                attnplug.scaled_dot_product_attention(query, query, query, return_lse=True)
+            assert [each.category for each in said] == [attnplug.FallbackWarning] * expected
+        forget()

@@ -33,7 +33,7 @@ def additive(mask: torch.Tensor | None, is_causal: bool, queries: int, keys: int
 
 
 @pytest.mark.parametrize("impl", BUILTIN)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_forward_is_right_for_every_call_that_is_accepted(impl: str, data: st.DataObject) -> None:
     sizes = st.integers(1, 9)

@@ -72,7 +72,7 @@ def calls(draw: st.DrawFn) -> SDPAParams:
     )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(calls(), st.booleans())
 def test_an_example_has_the_facts_that_it_was_made_from(params: SDPAParams, with_layout: bool) -> None:
     facts = CallFacts.of(params)

@@ -45,7 +45,7 @@ def shell() -> CLI:
         environment = inherited | {"OMP_NUM_THREADS": "1"} | given
         if options is not None:
             command = [sys.executable, *options, "-m", "attnplug", *arguments]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         else:
             done = forked.run(f"import sys; from attnplug.cli import main; sys.exit(main({arguments}))", environment)
         return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)

@@ -143,7 +143,7 @@ def test_comparing_two_benchmarks_imports_no_torch(shell):
 def piped(*arguments: str, into: str) -> tuple[int, str]:
     """Return the status of a command whose output goes `into` something, and what is on stderr."""
     script = f"{sys.executable} -m attnplug {' '.join(arguments)} {into}; echo ${{PIPESTATUS[0]}} >&2"
-    done = subprocess.run(["bash", "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", script], check=False, capture_output=True, text=True, timeout=600)
     *said, status = done.stderr.splitlines()
     return int(status), "\n".join(said)
 
@@ -182,7 +182,7 @@ def test_a_shell_completes_commands_options_and_names(shell, tmp_path):
     def completed(line: str) -> set[str]:
         script = f"exec 8>{tmp_path / 'answer'}; {sys.executable} -m attnplug"
         given = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
-        subprocess.run(["bash", "-c", script], check=True, env=os.environ | given, timeout=120)
+        subprocess.run(["bash", "-c", script], check=True, env=os.environ | given, timeout=600)
         return set((tmp_path / "answer").read_text().split())
 
     assert "explain" in completed("attnplug e")

@@ -9,10 +9,10 @@ import pickle
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -226,24 +226,27 @@ def test_interrupts_at_any_moment_leave_nothing() -> None:
     handles = [attnplug.bind(outer, FLASH), attnplug.bind(inner, MATH)]
     decorated = attnplug.sdpa_kernel(FLASH)(lambda: outer(Q))
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def blocks() -> None:
+        while True:
+            with attnplug.sdpa_kernel(MATH), attnplug.record():
+                decorated()
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        while frame is not None and frame.f_code is not blocks.__code__:
+            frame = frame.f_back
+        if frame is not None:  # and not where this test counts: a second one may come before the timer is stopped
+            raise KeyboardInterrupt
 
     with attnplug.sdpa_kernel(MATH):
         decorated()  # kernels are imported before: an interrupted import may leave Python's own lock taken
     before = signal.signal(signal.SIGALRM, interrupt)
-    draw, interrupted, wrong = random.Random(0), 0, []
-    end = time.monotonic() + 60  # which only a machine that does much else comes near
+    draw, wrong = random.Random(0), []
     try:
-        while interrupted < INTERRUPTS and time.monotonic() < end:
-            try:
-                # again after a while, because Python swallows what is raised while it finalizes an object
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(20e-6, 400e-6), 0.1)
-                while True:
-                    with attnplug.sdpa_kernel(MATH), attnplug.record():
-                        decorated()
-            except KeyboardInterrupt:
-                interrupted += 1
+        for _ in range(INTERRUPTS):
+            # again after a while, because Python swallows what is raised while it finalizes an object
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(20e-6, 400e-6), 0.1)
+            with suppress(KeyboardInterrupt):
+                blocks()
             signal.setitimer(signal.ITIMER_REAL, 0)
             with attnplug.record() as calls:
                 attnplug.scaled_dot_product_attention(Q, Q, Q)
@@ -253,7 +256,7 @@ def test_interrupts_at_any_moment_leave_nothing() -> None:
         signal.signal(signal.SIGALRM, before)
         for handle in handles:
             handle.remove()
-    assert not wrong and interrupted == INTERRUPTS
+    assert not wrong
 
 
 # --- all at once ---

@@ -36,7 +36,7 @@ PROGRAMS = (
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [forked.python(), str(BENCHMARKS / program), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow

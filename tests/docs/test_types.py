@@ -20,7 +20,7 @@ def mypy(cache: Path, folder: Path, *files: str | Path) -> str:
     """Return what mypy says of `files`; Triton's scaffold has the settings for kernels that have no types."""
     settings = ["--strict", "--cache-dir", str(cache), "--config-file", "with_triton/pyproject.toml"]
     command = [sys.executable, "-m", "mypy", *settings, *map(str, files)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500).stdout
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600).stdout
 
 
 @pytest.fixture(scope="module")

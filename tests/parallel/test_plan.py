@@ -94,7 +94,7 @@ def check(layout: Layout, sequence_of: list[int] | None = None) -> None:
     assert computed == dict.fromkeys(expected, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(12, 40), st.booleans(), st.tuples(SIDES, SIDES))
 def test_each_pair_that_may_be_seen_is_computed_once(
     ranks: int, length: int, is_causal: bool, window: tuple[int, int]
@@ -102,7 +102,7 @@ def test_each_pair_that_may_be_seen_is_computed_once(
     check(Layout(ranks, length, length, is_causal, window))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.lists(st.integers(0, 20), min_size=1, max_size=6), st.booleans(), st.tuples(SIDES, SIDES))
 def test_the_same_holds_for_packed_sequences(
     ranks: int, lengths: list[int], is_causal: bool, window: tuple[int, int]
@@ -265,7 +265,7 @@ def test_a_kernel_that_cannot_compute_each_block_of_each_rank_is_declined_before
         attnplug.unregister_impl("mine")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.integers(2, 8), st.integers(16, 60), st.booleans(), st.tuples(SIDES, SIDES), st.booleans())
 def test_each_ranks_messages_come_in_the_order_in_which_their_receiver_waits_for_them(
     monkeypatch: pytest.MonkeyPatch,

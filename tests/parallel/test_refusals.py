@@ -118,7 +118,7 @@ GONE = "rank 1 of the group does not answer"
     ],
 )
 def test_the_others_name_a_rank_that(tmp_path: Path, method: str, how: str, when: str, text: str) -> None:
-    world = World(3, tmp_path, timeout=timedelta(seconds=3))
+    world = World(3, tmp_path, timeout=timedelta(seconds=10))
     world.run(ranks_do.register, "opaque")
     world.start(ranks_do.failing, method, 1, how, when)
     results = world.results(ranks=3 if how == "raises" else 2)

@@ -372,7 +372,7 @@ def test_workers_of_a_data_loader_attend_as_the_main_process_does(bind: Any, met
     bind(data.model, "aten_math")
     expected = [data[index] for index in range(len(data))]
     assert all(names == ["aten_math", "torch"] for _, names in expected)
-    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=method, timeout=120)
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=method, timeout=600)
     for (found, names), (out, expected_names) in zip(loader, expected, strict=True):
         assert names == expected_names
         torch.testing.assert_close(found, out)

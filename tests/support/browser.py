@@ -50,7 +50,7 @@ def shown(started: Any, page: Path | str, width: int = 1280, scheme: str = "ligh
     """Show a page; what it writes to the console as an error fails the test."""
     context = started.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     tab = context.new_page()
-    tab.set_default_timeout(5_000)
+    tab.set_default_timeout(60_000)  # of what never comes; a loaded machine takes its time
     errors: list[str] = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(page.as_uri() if isinstance(page, Path) else page)

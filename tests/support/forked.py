@@ -20,7 +20,7 @@ from pathlib import Path
 
 import forked_client
 
-SECONDS = 120
+SECONDS = 600  # of a process that hangs: one that imports torch takes two minutes where twenty others run
 WARM = {"torch": ["torch"], "dynamo": ["torch._dynamo", "torch._inductor.compile_fx"]}
 """What processes may have imported: nothing but torch, or what compiling with any backend needs."""
 

@@ -69,7 +69,7 @@ class Environment:
         """Install projects with pip, from their sources; nothing is downloaded."""
         options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(self.packages))
         command = [sys.executable, "-m", "pip", "install", *options, *map(str, folders)]
-        subprocess.run(command, check=True, timeout=300)
+        subprocess.run(command, check=True, timeout=600)
         for name in ("attnplug",):  # --target has no place for programs but its own
             program = self.programs / name
             program.write_text(f"#!{self.python}\nimport sys\nfrom attnplug.cli import main\nsys.exit(main())\n")

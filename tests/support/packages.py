@@ -129,7 +129,7 @@ class Site:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
     def _environment(self, given: Mapping[str, str]) -> dict[str, str]:

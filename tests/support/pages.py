@@ -73,7 +73,7 @@ def build(site: Path, config: Path = DOCS.parent / "mkdocs.yml") -> subprocess.C
         env=os.environ | {"OMP_NUM_THREADS": "1", "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -173,7 +173,7 @@ class Page:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert shown or done.returncode == 0, f"{self._where(block)}: status {done.returncode}\n{done.stdout}"
         return done.stdout

@@ -8,6 +8,7 @@ there, so attnplug's part is read where it is kept.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.attention as torch_attention
 import torch.nn.functional as F
 
 import attnplug
+from attnplug._dispatch import resolver
 from attnplug._selection.state import process, thread
 
 OPERATORS = tuple(
@@ -76,3 +78,16 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     names = sorted(before.keys() | after.keys())
     pairs = [(name, before.get(name, "nothing"), after.get(name, "nothing")) for name in names]
     return [f"{name} was {old}, and is {new}" for name, old, new in pairs if old != new]
+
+
+def forget() -> None:
+    """Forget what only accumulates: no test can take it back, and another would notice.
+
+    Dynamo compiles a function for a few kinds of calls and then no more (`recompile_limit`), and never again a function
+    whose trace failed; a decision is kept for calls like the one that it was made for, and a fallback is reported once.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if process.registry is not None:
+        process.registry.changed()
+    resolver._reported.clear()

@@ -170,7 +170,7 @@ def test_processes_that_save_to_one_file_at_once_lose_nothing(tmp_path):
         subprocess.Popen([sys.executable, "-c", SAVES, str(one), str(path), str(rank)], stderr=subprocess.PIPE)
         for rank in range(3)
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0], errors
     assert sorted(choice.kind.head_size for choice in Choices.load(path)) == [8 * number for number in range(1, 31)]
     assert {each.name for each in Path(tmp_path).iterdir()} == {

@@ -111,7 +111,7 @@ def differentiable(tensors: list[Tensor], options: dict[str, Any]) -> tuple[list
     return [*tensors, *(options[name] for name in names)], function
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_features_combine_as_the_formulas_do(data: st.DataObject) -> None:
     size = st.integers(1, 7)
