@@ -134,7 +134,8 @@ def stubbed(turns: int) -> Iterator[Result]:
     driver.set_active(Stub())
     os.environ["FLASH_TRITON_HOPPER"] = "0"  # tensor maps, which those kernels take, only a driver can make
     impl.machine_of = lambda device: HOPPER  # CPU tensors, launched as if they were on the GPU
-    kernel = SimpleNamespace(forward=impl.forward, backward=impl.backward, prepare=impl.prepare)
+    roles = "forward", "backward", "prepare", "prepare_backward"
+    kernel = SimpleNamespace(**{role: getattr(impl, role) for role in roles})
     capabilities = Capabilities(features={Feature.GQA, Feature.VARLEN, Feature.LSE})
     attnplug.register_impl(ImplSpec(name="stubbed", kernel=kernel, backend=None, capabilities=capabilities))
     query, key, value, grad = torch.randn(4, 1, 1, 16, 64, dtype=torch.bfloat16)
