@@ -409,6 +409,26 @@ def test_a_decode_loop_launches_at_each_length_what_a_plan_for_that_length_launc
         assert forward_of(GROWING[call](length)) == launched
 
 
+def far_apart(length: int, step: int) -> SDPAParams:
+    """Return a call of two sequences of one query each, whose keys are so many numbers apart, in memory that nobody has."""
+    query = torch.ones(2, HEADS[0], 1, 64, dtype=torch.float16)
+    keys = torch.empty_strided((2, 2, length, 64), (step, 64 * length, 64, 1), dtype=torch.float16, device="meta")
+    return SDPAParams(query, keys, keys, enable_gqa=True, scale=0.1)
+
+
+def test_strides_beyond_32_bits_get_the_kernel_that_takes_them() -> None:
+    """Triton compiles a kernel apart for them; steps of 16 bytes are counted as one."""
+    small, wide = [2**20, 2**31 - 1, 2**31 + 8], [2**31 + 1, 2**34 + 8]
+    calls = [(length + step % 7, step) for length in (1, 4000) for _ in range(2) for step in (*small, *wide)]
+    of_loop = [forward_of(far_apart(*call)) for call in calls]
+    for call, launched in zip(calls, of_loop, strict=True):
+        impl._plans.clear()
+        impl._growing.clear()
+        assert forward_of(far_apart(*call)) == launched
+    signatures = {step: launched[0][0][1] for (_, step), launched in zip(calls, of_loop, strict=True)}
+    assert ["i64" in signatures[step] for step in (*small, *wide)] == [False] * 3 + [True] * 2
+
+
 def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is, for its way from arguments to a kernel; the compiled one is launched with other numbers."""
 
