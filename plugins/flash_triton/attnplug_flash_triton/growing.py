@@ -72,11 +72,11 @@ class Growing:
         if found is None:
             return make()
         kind, numbers = found
-        plan = self.plans.get(kind)
-        if plan is None:
-            plan = self.plans[kind] = make()
-            return plan
-        return plan.with_arguments(PLACES, numbers)
+        known = self.plans.get(kind)
+        plan = make() if known is None else known.with_arguments(PLACES, numbers)
+        if known is None or not known.is_kept:  # whose call failed, or has not ended yet
+            self.plans[kind] = plan
+        return plan
 
     def _numbers(self, params: SDPAParams) -> tuple[Hashable, tuple[int, ...]] | None:
         """Return which plan a call has, and what is to be filled in; None if it must have one of its own."""

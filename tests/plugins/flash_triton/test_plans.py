@@ -446,6 +446,23 @@ def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: p
     assert len(driver.active.launched) == before + 2 * 50 * 2
 
 
+def test_after_a_first_call_that_failed_the_next_one_is_what_later_lengths_are_filled_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out_of_memory(*given: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty_strided", out_of_memory)
+        impl.forward(decoded(4400))
+    impl.forward(decoded(4500))
+    binding: list[Any] = []
+    monkeypatch.setattr(impl.launches.forward_kernel, "run", lambda *given, **options: binding.append(given))
+    for length in range(4501, 4510):
+        impl.forward(decoded(length))
+    assert not binding
+
+
 @pytest.mark.parametrize(
     "change",
     [
