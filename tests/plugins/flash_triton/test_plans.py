@@ -410,7 +410,7 @@ def test_a_decode_loop_launches_at_each_length_what_a_plan_for_that_length_launc
 
 
 def far_apart(length: int, step: int) -> SDPAParams:
-    """Return a call of two sequences of one query each, whose keys are so many numbers apart, in memory that nobody has."""
+    """Return a call of two queries whose keys are so many numbers apart, in no memory at all."""
     query = torch.ones(2, HEADS[0], 1, 64, dtype=torch.float16)
     keys = torch.empty_strided((2, 2, length, 64), (step, 64 * length, 64, 1), dtype=torch.float16, device="meta")
     return SDPAParams(query, keys, keys, enable_gqa=True, scale=0.1)
