@@ -39,9 +39,8 @@ def can_grow(params: SDPAParams) -> bool:
 
     A mask has as many columns. With few rows the plain kernels run on every architecture.
     """
-    queries, heads_of_keys = params.max_q if params.is_varlen else params.query.shape[2], params.key.shape[-2]
-    if not params.is_varlen:
-        heads_of_keys = params.key.shape[1]
+    packed = params.is_varlen
+    queries, heads_of_keys = params.max_q if packed else params.query.shape[2], params.key.shape[-2 if packed else 1]
     return params.attn_mask is None and int(queries) * (params.query.shape[1] // heads_of_keys) <= config.FEW
 
 
