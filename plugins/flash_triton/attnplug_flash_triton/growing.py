@@ -39,9 +39,8 @@ def can_grow(params: SDPAParams) -> bool:
 
     A mask has as many columns. With few rows the plain kernels run on every architecture.
     """
-    queries, heads_of_keys = params.max_q if params.is_varlen else params.query.shape[2], params.key.shape[-2]
-    if not params.is_varlen:
-        heads_of_keys = params.key.shape[1]
+    packed = params.is_varlen
+    queries, heads_of_keys = params.max_q if packed else params.query.shape[2], params.key.shape[-2 if packed else 1]
     return params.attn_mask is None and int(queries) * (params.query.shape[1] // heads_of_keys) <= config.FEW
 
 
@@ -72,11 +71,11 @@ class Growing:
         if found is None:
             return make()
         kind, numbers = found
-        plan = self.plans.get(kind)
-        if plan is None:
-            plan = self.plans[kind] = make()
-            return plan
-        return plan.with_arguments(PLACES, numbers)
+        known = self.plans.get(kind)
+        plan = make() if known is None else known.with_arguments(PLACES, numbers)
+        if known is None or not known.is_kept:  # whose call failed, or has not ended yet
+            self.plans[kind] = plan
+        return plan
 
     def _numbers(self, params: SDPAParams) -> tuple[Hashable, tuple[int, ...]] | None:
         """Return which plan a call has, and what is to be filled in; None if it must have one of its own."""

@@ -114,6 +114,11 @@ class Plan:
     compact: tuple[str, ...] = ()
     _kept: _Kept | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether a call has ended, after which others need not go Triton's way."""
+        return self._kept is not None
+
     def tensors(self, given: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Return all tensors that the launches name: those given, compact where they must be, and new ones."""
         tensors = {**given, **{name: given[name].contiguous() for name in self.compact}}

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnplug
-from attnplug import Feature
+from attnplug import Feature, SDPAParams
 from cuda_calls import (
     KERNELS,
     SPECS,
@@ -184,6 +184,30 @@ def test_every_pair_of_features_meets_the_schema_or_is_declined_with_a_reason(
             assert (grad.shape, grad.dtype, grad.device) == (tensor.shape, tensor.dtype, tensor.device)
     prefix = "_efficient" if name == "efficient_cuda" else "_cudnn"
     assert mode.seen == [f"{prefix}_attention_forward", f"{prefix}_attention_backward"]
+
+
+@pytest.mark.parametrize("heads_first", [True, False], ids=["heads first", "rows first"])
+@pytest.mark.parametrize("changed", [{}, {"scale": 0.3}, {"is_causal": True}], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_prepared_meets_the_schemas_of_the_operators_that_say_less(
+    name: str, changed: dict[str, Any], heads_first: bool
+) -> None:
+    shape, kernel = (2, 4, 40, 64), KERNELS[name]
+    order = (0, 1, 2, 3) if heads_first else (0, 2, 1, 3)
+    given = [
+        torch.empty([shape[dim] for dim in order], dtype=torch.float16, device="meta").permute(order) for _ in range(4)
+    ]
+    query, key, value = (tensor.requires_grad_() for tensor in given[:3])
+    params = SDPAParams(query, key, value, **{"scale": 64**-0.5, **changed})
+    with torch.no_grad(), RealSchemas():
+        run = kernel.prepare(params)
+        assert run is not None
+        out, lse, kept = run(query, key, value)
+        assert lse is None and out.shape == shape
+        back = kernel.prepare_backward(params, given[3], out, None, kept)
+        assert back is not None
+        grads = back(query, key, value, given[3], out, None, kept)
+    assert [grad.shape for grad in grads] == [shape] * 3
 
 
 @pytest.mark.parametrize(

@@ -409,6 +409,26 @@ def test_a_decode_loop_launches_at_each_length_what_a_plan_for_that_length_launc
         assert forward_of(GROWING[call](length)) == launched
 
 
+def far_apart(length: int, step: int) -> SDPAParams:
+    """Return a call of two queries whose keys are so many numbers apart, in no memory at all."""
+    query = torch.ones(2, HEADS[0], 1, 64, dtype=torch.float16)
+    keys = torch.empty_strided((2, 2, length, 64), (step, 64 * length, 64, 1), dtype=torch.float16, device="meta")
+    return SDPAParams(query, keys, keys, enable_gqa=True, scale=0.1)
+
+
+def test_strides_beyond_32_bits_get_the_kernel_that_takes_them() -> None:
+    """Triton compiles a kernel apart for them; steps of 16 bytes are counted as one."""
+    small, wide = [2**20, 2**31 - 1, 2**31 + 8], [2**31 + 1, 2**34 + 8]
+    calls = [(length + step % 7, step) for length in (1, 4000) for _ in range(2) for step in (*small, *wide)]
+    of_loop = [forward_of(far_apart(*call)) for call in calls]
+    for call, launched in zip(calls, of_loop, strict=True):
+        impl._plans.clear()
+        impl._growing.clear()
+        assert forward_of(far_apart(*call)) == launched
+    signatures = {step: launched[0][0][1] for (_, step), launched in zip(calls, of_loop, strict=True)}
+    assert ["i64" in signatures[step] for step in (*small, *wide)] == [False] * 3 + [True] * 2
+
+
 def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is, for its way from arguments to a kernel; the compiled one is launched with other numbers."""
 
@@ -424,6 +444,23 @@ def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: p
         step(length)
     assert not binding
     assert len(driver.active.launched) == before + 2 * 50 * 2
+
+
+def test_after_a_first_call_that_failed_the_next_one_is_what_later_lengths_are_filled_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out_of_memory(*given: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty_strided", out_of_memory)
+        impl.forward(decoded(4400))
+    impl.forward(decoded(4500))
+    binding: list[Any] = []
+    monkeypatch.setattr(impl.launches.forward_kernel, "run", lambda *given, **options: binding.append(given))
+    for length in range(4501, 4510):
+        impl.forward(decoded(length))
+    assert not binding
 
 
 @pytest.mark.parametrize(
