@@ -284,6 +284,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "an argument out of range": (call, {"dropout_p": 2.0}),
     "sinks of another shape": (call, {"sinks": torch.ones(3)}),
     "a mask of another shape": (call, {"attn_mask": torch.zeros(4, 5)}),
+    "a mask of another dtype": (call, {"attn_mask": torch.zeros(4, 4, dtype=torch.float16)}),
     "keys of another dtype": (call, {"key": torch.randn(SHAPE, dtype=torch.float64)}),
     "keys of another head size": (call, {"key": torch.randn(1, 2, 4, 7)}),
     "packed, a name that is unknown": (packed, {"impl": "aten_meth"}),
