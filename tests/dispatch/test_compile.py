@@ -284,6 +284,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "an argument out of range": (call, {"dropout_p": 2.0}),
     "sinks of another shape": (call, {"sinks": torch.ones(3)}),
     "a mask of another shape": (call, {"attn_mask": torch.zeros(4, 5)}),
+    "a mask of another dtype": (call, {"attn_mask": torch.zeros(4, 4, dtype=torch.float16)}),
     "keys of another dtype": (call, {"key": torch.randn(SHAPE, dtype=torch.float64)}),
     "keys of another head size": (call, {"key": torch.randn(1, 2, 4, 7)}),
     "packed, a name that is unknown": (packed, {"impl": "aten_meth"}),
@@ -344,6 +345,27 @@ def test_the_reasons_of_a_compiled_call_that_nothing_supports_are_kept() -> None
     with pytest.raises(attnplug.NoImplementationError) as caught:
         compiled(*tensors(), softcap=1.0, impl="aten_math")
     assert caught.value.reasons == {"aten_math": ("does not support softcap",)}
+
+
+def test_an_error_of_a_kernel_that_breaks_the_graph_is_raised_and_nothing_runs_twice() -> None:
+    class FailsAtFirst:
+        composite, runs = True, 0
+
+        def forward(self, params: attnplug.SDPAParams) -> Any:
+            torch._dynamo.graph_break()
+            self.runs += 1
+            if self.runs == 1:
+                raise RuntimeError("out of luck")
+            logits = params.query @ params.key.mT
+            return logits.softmax(-1) @ params.value, logits.logsumexp(-1)
+
+    attnplug.register_impl(attnplug.ImplSpec(name="fails", kernel=(kernel := FailsAtFirst()), backend=None))
+    compiled = torch.compile(call, backend="eager")
+    with attnplug.record() as calls, pytest.raises(RuntimeError, match="^out of luck$"):
+        compiled(*tensors(), impl="fails")
+    assert kernel.runs == len(calls) == 1
+    compiled(*tensors(), impl="fails")
+    assert kernel.runs == 2
 
 
 def test_the_registry_may_be_asked_for_the_first_time_in_a_trace() -> None:

@@ -269,6 +269,17 @@ def test_what_a_prepared_backward_returns_is_checked(answer: Any, message: str) 
             attend(*leaves()).sum().backward()
 
 
+def test_a_gradient_that_is_missing_later_is_no_zero() -> None:
+    with registered(kernel := Trains()) as attend:
+        for _ in range(3):
+            assert_right(attend, torch.randn(SHAPE))
+        kernel.answer = lambda params, grad_out: (grad_out, None, grad_out)
+        with pytest.raises(KernelError, match="'trains': backward returned no gradient of key"):
+            attend(*leaves()).sum().backward()
+        query, key, value = leaves()
+        attend(query, key.requires_grad_(False), value).sum().backward()
+
+
 def test_what_is_prepared_for_backward_must_be_a_function() -> None:
     class Wrong(Trains):
         def prepare_backward(self, *given: Any) -> Any:

@@ -358,6 +358,8 @@ def _agree(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bo
         return False
     if mask is None:
         return True
+    if not (mask.dtype is torch.bool or mask.dtype is query.dtype or mask.dtype is torch.float32):
+        return False
     whole = (*query.shape[:-1], key.shape[-2])[-mask.dim() :]  # of no fewer dimensions, as `_is_plain_mask` has seen
     return all(
         holds_in_trace(have == 1) or holds_in_trace(have == want) for have, want in zip(mask.shape, whole, strict=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._call.autocast import no_autocast
@@ -78,6 +79,8 @@ def _attempt(run: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]
     try:
         return run(*arguments), None
     except Exception as error:
+        if not is_dynamo_compiling():  # the call was run, as the graph broke in its kernel: its error is no mistake
+            raise
         said = error.args[0] if error.args else ""  # PyTorch 2.11 cannot trace `str` of a class of ours
         return None, f"{type(error).__name__}: {said}"
 

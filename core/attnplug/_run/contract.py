@@ -243,12 +243,17 @@ def checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Tens
             grads.append(None)
             continue
         if grad is None:
-            raise KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which is required")
+            raise no_gradient(name, field)
         if field == "attn_mask":
             grad = _summed(name, grad, tensor)
         _check_output(name, f"the gradient of {field}", grad, tuple(tensor.shape), tensor.dtype, tensor.device)
         grads.append(grad)
     return grads
+
+
+def no_gradient(name: str, field: str) -> KernelError:
+    """Return the error for a gradient that is wanted and not there."""
+    return KernelError(f"implementation {name!r}: backward returned no gradient of {field}, which is required")
 
 
 def _summed(name: str, grad: Any, mask: Tensor) -> Tensor:

@@ -19,12 +19,14 @@ import hashlib
 import inspect
 import itertools
 import keyword
+import linecache
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
+from types import CodeType, ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -169,13 +171,11 @@ class Operator:
 
     @cached_property
     def made_from(self) -> str:
-        """A digest of what a compiled graph relies on: this module, the kernel's version, and the files it is in."""
+        """A digest of what a compiled graph relies on: this module, the kernel's version, and the text of both."""
         digest = hashlib.sha256(f"{self._entry.distribution} {self._entry.version}".encode())
-        functions = self._remember, self.kernel.forward, self.kernel.backward, self.kernel.fake
-        for code in dict.fromkeys(getattr(inspect.unwrap(each), "__code__", None) for each in functions if each):
-            if code is not None:
-                file = Path(code.co_filename)
-                digest.update(file.read_bytes() if file.is_file() else code.co_code)
+        functions = Operator._remember, self.kernel.forward, self.kernel.backward, self.kernel.fake
+        for text in dict.fromkeys(text for function in functions if function for text in _texts(function)):
+            digest.update(text.encode(errors="surrogatepass"))
         return digest.hexdigest()[:16]
 
     def run(self, params: SDPAParams) -> Result:
@@ -343,6 +343,48 @@ def _backward(
         return [None for _ in wanted]
     grads = iter(operator(grad_out, grad_lse, out, lse, list(saved), list(wanted), whole, *arguments_of(params)))
     return [next(grads) if want else None for want in wanted]
+
+
+def _texts(function: Any) -> Iterator[str]:
+    """Yield what tells one version of a function of the author's from another.
+
+    That is, of each Python function that it is made of, the file, also where that is in an archive or the cell of a
+    notebook, and what was compiled of it; and the constants that it was made with, as an object or a partial.
+    """
+    layers: list[Any] = []
+    layers.append(inspect.unwrap(function, stop=layers.append))  # which gives None: go on
+    for layer in layers:
+        if isinstance(layer, partial):
+            yield _constants(dict(enumerate(layer.args)) | layer.keywords)
+            yield from _texts(layer.func)
+            continue
+        owner = getattr(layer, "__self__", layer)
+        if not isinstance(owner, ModuleType):  # the one of a C function
+            yield _constants(getattr(owner, "__dict__", {}))
+        called = layer if hasattr(layer, "__code__") else type(layer).__call__
+        code = getattr(called, "__code__", None)
+        if isinstance(code, CodeType):
+            try:
+                yield Path(code.co_filename).read_text(encoding="utf-8", errors="surrogateescape")
+            except OSError:
+                yield "".join(linecache.getlines(code.co_filename, getattr(called, "__globals__", None)))
+            yield _compiled(code)
+
+
+def _constants(values: Mapping[Any, Any]) -> str:
+    """Return those of named values whose text is the same in every process."""
+    return repr([(name, value) for name, value in values.items() if isinstance(value, (int, float, str, NoneType))])
+
+
+def _compiled(code: CodeType) -> str:
+    """Return what a function was compiled to, wherever it stands."""
+    constants = [
+        _compiled(each)
+        if isinstance(each, CodeType)
+        else repr(sorted(each, key=repr) if isinstance(each, frozenset) else each)
+        for each in code.co_consts
+    ]
+    return repr((code.co_code, code.co_names, constants))
 
 
 def params_from(arguments: tuple[Any, ...]) -> SDPAParams:

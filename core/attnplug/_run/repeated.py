@@ -23,6 +23,7 @@ from attnplug._run.contract import (
     checked_gradients,
     in_kernel,
     marked,
+    no_gradient,
     run_forward,
 )
 from attnplug._run.operator import is_watched
@@ -100,9 +101,15 @@ class Repeated:
                 outer = thread.in_kernel
                 thread.in_kernel = True  # as in `forward`
                 try:
-                    return run(query, key, value, grad_out, *saved)
+                    grads = run(query, key, value, grad_out, *saved)
                 finally:
                     thread.in_kernel = outer
+                # What else is wrong with them autograd says; one that is missing it takes for zeros.
+                if grads is not None and (grads[0] is None or grads[1] is None or grads[2] is None):
+                    for field, want, grad in zip(TENSORS, wanted, grads, strict=False):
+                        if want and grad is None:
+                            raise no_gradient(self.call.entry.name, field)
+                return grads
         unlike = any(tensor.is_neg() or is_wrapped(tensor) for tensor in tensors)  # what lies in memory
         seen = unlike or is_watched(grad_out) or is_transformed()
         fits_these = None if seen or len(self._backwards) >= KINDS else compared(tensors)
