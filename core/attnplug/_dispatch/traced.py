@@ -98,13 +98,13 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
     if is_empty(prepared):
         out, lse = empty(prepared)
     else:
-        name, kind, refused, made_from, call = _chosen(prepared, impl)
+        name, kind, refused, saves, call = _chosen(prepared, impl)
         if kind != OPERATOR and getattr(_composite, _attribute(name)).any_form:
             out, lse = _forward(given, name, kind)[:2]
             show(call, given, out, lse)
             return out, lse
         with no_autocast(prepared.query):
-            out, lse = _run(prepared, name, kind, refused, made_from)
+            out, lse = _run(prepared, name, kind, refused, saves)
         show(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
@@ -117,9 +117,9 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     prepared = prepare_varlen(params)
     if is_empty(prepared):
         return empty(prepared)
-    name, kind, refused, made_from, call = _chosen(prepared, impl)
+    name, kind, refused, saves, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
-        out, lse = _run(prepared, name, kind, refused, made_from)
+        out, lse = _run(prepared, name, kind, refused, saves)
     show(call, prepared, out, lse)
     return out, lse
 
@@ -127,18 +127,18 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
 def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, str, tuple[str, ...]]:
     """Return, as constants, the name of the chosen implementation, how it is traced, and what to say.
 
-    That is what to say where someone asks for a gradient through lse, then what its operator was made from, and what
+    That is what to say where someone asks for a gradient through lse, then a digest of what forward returns, and what
     is told of the call.
     """
     decisive = _decisive(params, impl)
-    name, kind, refused, made_from, error = _choose(*decisive)
+    name, kind, refused, saves, error = _choose(*decisive)
     if error:  # of which `or_eagerly` needs the text
         raise AttnplugError(error)
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
         tell(call)
-    return name, kind, refused, made_from, call
+    return name, kind, refused, saves, call
 
 
 def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
@@ -190,9 +190,9 @@ def _tree(items: Any, generation: int) -> Any:
     return tree_of_trace(facts)
 
 
-def _run(params: SDPAParams, name: str, kind: str, refused: str, made_from: str) -> Result:
+def _run(params: SDPAParams, name: str, kind: str, refused: str, saves: str) -> Result:
     if kind == OPERATOR:
-        out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params), made_from)
+        out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params), saves)
     else:
         returned = _forward(params, name, kind)
         check_outputs(name, params, returned)
@@ -296,7 +296,7 @@ def _choose(
 ) -> tuple[str, str, str, str, str]:
     """Return the name under which the chosen kernel is kept, how it is traced, and what to say.
 
-    That is what to say where someone asks for a gradient through lse, then what its operator was made from, and what
+    That is what to say where someone asks for a gradient through lse, then a digest of what forward returns, and what
     went wrong.
     """
     try:
@@ -323,6 +323,9 @@ def _choose(
         )
     else:
         operator = operator_of(decision.entry)
+        with _disable_current_modes(), FakeTensorMode():
+            # What is exported is found by nobody, and loaded by later versions.
+            saves = "" if is_exporting() else operator.saves(example(_facts(items)))
         setattr(_operators, _attribute(decision.name), operator.forward)
-        return decision.name, OPERATOR, refused, "" if is_exporting() else operator.made_from, ""
+        return decision.name, OPERATOR, refused, saves, ""
     return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, refused, "", ""

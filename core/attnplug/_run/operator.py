@@ -10,23 +10,19 @@ has no `fake` to say so is not asked: its backward runs forward once more, under
 
 PyTorch keeps compiled graphs on disk and finds them by their text, in which an operator is a name and its
 arguments. So that a graph is not found that was compiled for another version of a kernel, which saved other
-tensors for backward, what the operator was made from is one of its arguments.
+tensors for backward, a digest of what forward returns is one of its arguments.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import keyword
-import linecache
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, cached_property, partial
-from pathlib import Path
-from types import CodeType, ModuleType, NoneType
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,6 +49,7 @@ from attnplug._selection.watching import TENSORS as WATCHED_TENSORS
 from attnplug._selection.watching import Gradients, RecordedCall, differentiated
 from attnplug._tracing import constant_in_traces
 from attnplug._types import CausalVariant, Feature, SDPAParams
+from attnplug._version import __version__
 
 ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
@@ -60,11 +57,13 @@ ARGUMENTS = (
     "bool enable_gqa, float scale, int causal_variant, int[] window_size, float softcap, bool return_lse, "
     "SymInt? max_q, SymInt? max_k, int draw"
 )
-_FORWARD = f"({ARGUMENTS}, str made_from='') -> (Tensor out, Tensor lse, Tensor[] saved)"
+_FORWARD = f"({ARGUMENTS}, str saves='') -> (Tensor out, Tensor lse, Tensor[] saved)"
 _BACKWARD = (
     f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor? lse, Tensor?[] saved, bool[] wanted, bool whole, "
     f"{ARGUMENTS}) -> Tensor[]"
 )
+SAVES = hashlib.sha256(f"{__version__} {_FORWARD} {_BACKWARD}".encode()).hexdigest()[:16]
+"""A digest of what all compiled graphs rely on; what one relies on besides is what forward returns."""
 _NAMES = tuple(part.split()[-1] for part in ARGUMENTS.split(", "))
 
 _defined: set[str] = set()
@@ -169,14 +168,11 @@ class Operator:
         self.forward, self.backward = forward.default, backward.default
         count_flops(forward, backward, params_from)
 
-    @cached_property
-    def made_from(self) -> str:
-        """A digest of what a compiled graph relies on: this module, the kernel's version, and the text of both."""
-        digest = hashlib.sha256(f"{self._entry.distribution} {self._entry.version}".encode())
-        functions = Operator._remember, self.kernel.forward, self.kernel.backward, self.kernel.fake
-        for text in dict.fromkeys(text for function in functions if function for text in _texts(function)):
-            digest.update(text.encode(errors="surrogatepass"))
-        return digest.hexdigest()[:16]
+    def saves(self, params: SDPAParams) -> str:
+        """Return the digest of what forward returns for a call of fake tensors; see `SAVES`."""
+        out, lse, saved = self._fake_forward(*arguments_of(params))
+        described = [(tensor.dtype, tensor.shape, tensor.stride(), str(tensor.device)) for tensor in (out, lse, *saved)]
+        return hashlib.sha256(f"{SAVES} {described}".encode()).hexdigest()[:16]
 
     def run(self, params: SDPAParams) -> Result:
         """Run the operator; returns `out` and `lse`, None unless asked for."""
@@ -345,50 +341,8 @@ def _backward(
     return [next(grads) if want else None for want in wanted]
 
 
-def _texts(function: Any) -> Iterator[str]:
-    """Yield what tells one version of a function of the author's from another.
-
-    That is, of each Python function that it is made of, the file, also where that is in an archive or the cell of a
-    notebook, and what was compiled of it; and the constants that it was made with, as an object or a partial.
-    """
-    layers: list[Any] = []
-    layers.append(inspect.unwrap(function, stop=layers.append))  # which gives None: go on
-    for layer in layers:
-        if isinstance(layer, partial):
-            yield _constants(dict(enumerate(layer.args)) | layer.keywords)
-            yield from _texts(layer.func)
-            continue
-        owner = getattr(layer, "__self__", layer)
-        if not isinstance(owner, ModuleType):  # the one of a C function
-            yield _constants(getattr(owner, "__dict__", {}))
-        called = layer if hasattr(layer, "__code__") else type(layer).__call__
-        code = getattr(called, "__code__", None)
-        if isinstance(code, CodeType):
-            try:
-                yield Path(code.co_filename).read_text(encoding="utf-8", errors="surrogateescape")
-            except OSError:
-                yield "".join(linecache.getlines(code.co_filename, getattr(called, "__globals__", None)))
-            yield _compiled(code)
-
-
-def _constants(values: Mapping[Any, Any]) -> str:
-    """Return those of named values whose text is the same in every process."""
-    return repr([(name, value) for name, value in values.items() if isinstance(value, (int, float, str, NoneType))])
-
-
-def _compiled(code: CodeType) -> str:
-    """Return what a function was compiled to, wherever it stands."""
-    constants = [
-        _compiled(each)
-        if isinstance(each, CodeType)
-        else repr(sorted(each, key=repr) if isinstance(each, frozenset) else each)
-        for each in code.co_consts
-    ]
-    return repr((code.co_code, code.co_names, constants))
-
-
 def params_from(arguments: tuple[Any, ...]) -> SDPAParams:
-    """Return the call that `arguments_of` took apart; what an operator was made from may follow."""
+    """Return the call that `arguments_of` took apart; the digest of what forward returns may follow."""
     values = dict(zip(_NAMES, arguments, strict=False))
     del values["draw"]
     values["causal_variant"] = CausalVariant(values["causal_variant"])

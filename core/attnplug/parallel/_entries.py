@@ -12,7 +12,7 @@ from attnplug._call.prepare import empty, is_empty
 from attnplug._registry.registry import PROGRAM, Entry
 from attnplug._run.autograd import run
 from attnplug._run.contract import Result
-from attnplug._run.operator import arguments_of, is_watched, operator_of
+from attnplug._run.operator import SAVES, arguments_of, is_watched, operator_of
 from attnplug._tracing import constant_in_traces
 from attnplug._types import Capabilities, ImplSpec, SDPAParams
 from attnplug.parallel._ring import FEATURES, Ring
@@ -33,8 +33,7 @@ def run_ring(params: SDPAParams, group: dist.ProcessGroup, impl: str | None) -> 
     if is_empty(params):
         return empty(params)
     if is_compiling():
-        name, made_from = _traced(group.group_name, impl)
-        out, lse, _ = getattr(_operators, name)(*arguments_of(params), made_from)
+        out, lse, _ = getattr(_operators, _traced(group.group_name, impl))(*arguments_of(params), SAVES)
         return out, lse if params.return_lse else None
     entry = _entry(group, impl)
     if is_watched(params.query):
@@ -63,14 +62,10 @@ def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
 
 
 @constant_in_traces
-def _traced(group_name: str, impl: str | None) -> tuple[str, str]:
-    """Return the attribute under which the operator of a ring is kept, and what that was made from.
-
-    In a trace, a group is not itself.
-    """
+def _traced(group_name: str, impl: str | None) -> str:
+    """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself."""
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # private to PyTorch
     entry = _entry(resolve(group_name), impl)
     name = f"of_{list(_entries.values()).index(entry)}"
-    operator = operator_of(entry)
-    setattr(_operators, name, operator.forward)
-    return name, operator.made_from
+    setattr(_operators, name, operator_of(entry).forward)
+    return name
