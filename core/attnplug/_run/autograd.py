@@ -66,7 +66,8 @@ class Recorded(Protocol):
         count: of these, the first of `TENSORS`.
         forward: returns `(out, lse, *saved)` of them.
         backward: returns their gradients, or None to leave that to `call`. Given are which are wanted, the gradient of
-            out, and all that was saved; there is none of lse, nobody records a graph, and nothing casts.
+            out, and all that was saved. It is called where lse has no gradient, no graph is recorded, and autocast is
+            off.
     """
 
     call: KernelCall

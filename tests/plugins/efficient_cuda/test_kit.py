@@ -123,25 +123,27 @@ def test_gradients_of_calls_that_repeat_another_are_those_of_pytorch(
                 torch.testing.assert_close(grad.double(), right, **close)
 
 
+def run_backward(strict: bool, **like: Any) -> None:
+    """Run forward and then, in deterministic mode or not, backward."""
+    given = tensors(queries=5, keys=7, **like)
+    out = attnplug.scaled_dot_product_attention(*given, impl="emulated")
+    torch.use_deterministic_algorithms(strict)
+    try:
+        out.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_prepared_backward_of_cudnn_heeds_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     install_cudnn(monkeypatch, 92500)
     emulate(monkeypatch, "cudnn", Cudnn())
 
-    def backward() -> None:
-        given = tensors(queries=5, keys=7, dtype=torch.float16)
-        out = attnplug.scaled_dot_product_attention(*given, impl="emulated")
-        torch.use_deterministic_algorithms(strict)
-        try:
-            out.sum().backward()
-        finally:
-            torch.use_deterministic_algorithms(False)
-
     for strict in (False, True, False, True):
         if strict:
             with pytest.raises(RuntimeError, match="no deterministic form"):
-                backward()
+                run_backward(strict, dtype=torch.float16)
         else:
-            backward()
+            run_backward(strict, dtype=torch.float16)
 
 
 def test_efficient_backward_in_deterministic_mode_asks_for_one_split_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +159,5 @@ def test_efficient_backward_in_deterministic_mode_asks_for_one_split_of_keys(mon
     )
     for _ in range(3):
         for strict in (False, True):
-            given = tensors(queries=5, keys=7)
-            out = attnplug.scaled_dot_product_attention(*given, impl="emulated")
-            torch.use_deterministic_algorithms(strict)
-            try:
-                out.sum().backward()
-            finally:
-                torch.use_deterministic_algorithms(False)
+            run_backward(strict)
     assert splits[-2:] == [1, 1] and splits.count(1) == 3
