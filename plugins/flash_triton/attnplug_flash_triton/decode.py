@@ -14,16 +14,22 @@ from attnplug_flash_triton.tiles import LN2, LOG2E
 MOST_PARTS = 64
 
 
-@triton.jit(do_not_specialize=["keep_scale", "splits", "rows_in_all", "heads", "num_q"])
+@triton.jit(do_not_specialize=["sequences", "keep_scale", "splits", "rows_in_all", "heads", "num_q"])
 def combine_kernel(
-    parts, part_tops, part_totals, out, lse, tops, totals, keep_scale, splits, rows_in_all, heads, num_q,
-    PACKED: tl.constexpr, FOLDED: tl.constexpr, SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr,
+    parts, part_tops, part_totals, out, lse, tops, totals, cu_q, sequences, keep_scale, splits, rows_in_all, heads,
+    num_q, PACKED: tl.constexpr, FOLDED: tl.constexpr, SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse of one row, and its statistics where wanted. Shapes are those of `forward_kernel`."""
+    """Write out and lse of one row, and its statistics where wanted. Shapes are those of `forward_kernel`.
+
+    A packed row that no sequence has, behind the last one, has seen no key.
+    """
     row = tl.program_id(0).to(tl.int64)
     out_row = row % num_q * heads + row // num_q if PACKED else row
     part, d = tl.arange(0, PARTS), tl.arange(0, BLOCK_DV)[None, :]
-    top = tl.load(part_tops + part * rows_in_all + row, mask=part < splits, other=float("-inf"))
+    there = part < splits
+    if PACKED:
+        there &= row % num_q < tl.load(cu_q + sequences)
+    top = tl.load(part_tops + part * rows_in_all + row, mask=there, other=float("-inf"))
     some = top > float("-inf")
     total = tl.load(part_totals + part * rows_in_all + row, mask=some, other=0.0)
     highest = tl.max(top, 0)

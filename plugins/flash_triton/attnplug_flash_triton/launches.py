@@ -19,10 +19,23 @@ from attnplug_flash_triton.decode import MOST_PARTS, combine_kernel
 from attnplug_flash_triton.forward import forward_kernel
 from attnplug_flash_triton.mask_gradient import mask_gradient_kernel
 from attnplug_flash_triton.plans import Launch, New, Plan, contiguous_strides
-from attnplug_flash_triton.problem import Form, Machine, Problem, cdiv, is_dense, keeps_statistics, read, row_dim
+from attnplug_flash_triton.problem import (
+    Form,
+    Machine,
+    Problem,
+    block_of,
+    cdiv,
+    is_dense,
+    keeps_statistics,
+    read,
+    row_dim,
+)
+from attnplug_flash_triton.tails import clear_kernel
 
 FUSED = {"enable_fp_fusion": True}
 """Products and sums in one instruction, of which Triton's default differs between releases."""
+TAIL = 32
+"""Rows of one head that are cleared at once."""
 
 
 class Grid(NamedTuple):
@@ -60,11 +73,7 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
     problem = read(params, machine)
     rows = problem.rows
     shape, dtype = (*params.query.shape[:-1], params.value.shape[-1]), params.query.dtype
-    untouched = problem.packed  # there may be rows that no sequence has
-    new = {
-        "out": New.contiguous(shape, dtype, 0.0 if untouched else None),
-        "lse": New.contiguous(rows, torch.float32, -torch.inf if untouched else None),
-    }
+    new = {"out": New.contiguous(shape, dtype), "lse": New.contiguous(rows, torch.float32)}
     statistics: tuple[str | None, str | None] = (None, None)
     if keeps_statistics(params):
         statistics = ("top", "total")
@@ -79,8 +88,7 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
         written = ("parts", "lse", "part_tops", "part_totals")
         new |= {
             "parts": New.contiguous((splits, *shape), torch.float32),
-            "part_tops": New.contiguous((splits, *rows), torch.float32, -torch.inf if untouched else None),
-            "part_totals": New.contiguous((splits, *rows), torch.float32),
+            **{name: New.contiguous((splits, *rows), torch.float32) for name in ("part_tops", "part_totals")},
         }
     arguments = (
         *problem.leading,
@@ -98,6 +106,8 @@ def forward(params: SDPAParams, machine: Machine) -> Plan:
     launches = [Launch(forward_kernel, grid.programs * splits, arguments, compiled_in)]
     if splits > 1:
         launches.append(_of_parts(problem, statistics, kept, splits))
+    elif problem.packed:
+        launches.append(tail_of_out(params, machine, new))
     return Plan(tuple(launches), new, results, _not_dense(params))
 
 
@@ -106,6 +116,7 @@ def _of_parts(problem: Problem, statistics: tuple[str | None, str | None], kept:
     rows = prod(problem.rows)
     arguments = (
         *("parts", "part_tops", "part_totals", "out", "lse", *statistics),
+        *("cu_seq_q" if problem.packed else None, problem.batch),
         *(kept, splits, rows, problem.heads, problem.rows[-1]),
     )
     compiled_in = {name: problem.flags[name] for name in ("FOLDED", "SIZE_V", "BLOCK_DV")}
@@ -126,11 +137,11 @@ def backward(
     Delta is, for each row, the sum of `p * grad_p`. The last is there if the mask is additive and wants one.
     """
     rows = row_dim(params)
-    new = {f"grad_{name}": gradient_of(getattr(params, name), params) for name in ("query", "key", "value")}
+    new = gradients_of(params)
     others = [Form.dense(grad_out, rows), *(Form(tensor.shape, tensor.stride) for tensor in new.values())]
     problem = read(params, machine, *others)
     flags, (of_out, of_q, of_k, of_v) = problem.flags, problem.strides
-    new["delta"] = New.contiguous(lse.shape, torch.float32, 0.0 if problem.packed else None)
+    new["delta"] = New.contiguous(lse.shape, torch.float32)
     keep_scale = 1.0 / (1.0 - params.dropout) if params.dropout < 1 else 0.0
     shifts = ("top", "total") if statistics else ("lse", None)
     shared = ("grad_out", *of_out, *shifts, "delta", keep_scale, problem.factor)
@@ -160,6 +171,7 @@ def backward(
     if problem.additive and params.attn_mask.requires_grad:
         new["grad_mask"] = New.contiguous(params.attn_mask.shape, torch.float32)
         launches.append(_of_mask(problem, shared))
+    launches += tails_of_gradients(params, machine, new)
     compact = [*_not_dense(params)]
     if not is_dense(grad_out.shape, grad_out.stride(), rows):
         compact.append("grad_out")
@@ -183,11 +195,55 @@ def _of_mask(problem: Problem, shared: tuple[Any, ...]) -> Launch:
     return Launch(mask_gradient_kernel, programs, arguments, problem.flags | _compiled_in(tiles))
 
 
-def gradient_of(tensor: Tensor, params: SDPAParams) -> New:
-    """Return where the gradient of `tensor` is written: laid out as it is, if that leaves the rows dense."""
-    shape, stride = tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride()
-    stride = stride if is_dense(shape, stride, row_dim(params)) else contiguous_strides(shape)
-    return New(shape, tensor.dtype, stride, 0.0 if params.is_varlen else None)  # rows that no sequence has
+def gradients_of(params: SDPAParams) -> dict[str, New]:
+    """Return where the gradients of query, key and value are written: laid out as these, if that leaves rows dense."""
+    new = {}
+    for name in ("query", "key", "value"):
+        tensor = getattr(params, name)
+        shape, stride = tuple(tensor.shape), torch.empty_like(tensor, device="meta").stride()
+        stride = stride if is_dense(shape, stride, row_dim(params)) else contiguous_strides(shape)
+        new[f"grad_{name}"] = New(shape, tensor.dtype, stride, 0.0 if name != "query" and _has_gaps(params) else None)
+    return new
+
+
+def _has_gaps(params: SDPAParams) -> bool:
+    """Whether there may be packed keys within sequences that do not exist."""
+    return params.is_varlen and params.seqused_k is not None
+
+
+def tail_of_out(params: SDPAParams, machine: Machine, new: dict[str, New]) -> Launch:
+    """Return the launch that writes packed rows of out and lse that no sequence has."""
+    return _tail("cu_seq_q", "out", params, machine, new, "lse", -torch.inf)
+
+
+def tails_of_gradients(params: SDPAParams, machine: Machine, new: dict[str, New]) -> list[Launch]:
+    """Return the launches that write packed rows of gradients, and of delta, that no sequence has; none if dense."""
+    if not params.is_varlen:
+        return []
+    launches = [_tail("cu_seq_q", "grad_query", params, machine, new, "delta")]
+    if not _has_gaps(params):
+        launches += [_tail("cu_seq_k", name, params, machine, new) for name in ("grad_key", "grad_value")]
+    return launches
+
+
+def _tail(
+    cumulative: str,
+    name: str,
+    params: SDPAParams,
+    machine: Machine,
+    new: dict[str, New],
+    of_rows: str | None = None,
+    value: float = 0.0,
+) -> Launch:
+    rows, heads, size = new[name].shape
+    row_step, head_step, _ = new[name].stride
+    programs = max(1, min(2 * machine.processors, cdiv(rows * heads, TAIL)))
+    arguments = (
+        *(cumulative, name, of_rows, params.cu_seq_q.shape[0] - 1, rows, heads),
+        *(row_step, head_step, programs),
+    )
+    compiled_in = dict(OF_ROWS=value, SIZE=size, BLOCK_D=block_of(size), BLOCK=TAIL, num_warps=4, **FUSED)
+    return Launch(clear_kernel, programs, arguments, compiled_in)
 
 
 def _not_dense(params: SDPAParams) -> tuple[str, ...]:

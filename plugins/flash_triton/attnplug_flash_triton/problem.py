@@ -198,8 +198,8 @@ def _flags(params: SDPAParams) -> dict[str, Any]:
         FOLDED=plain and params.scale != 0,  # -inf * 0 is NaN
         SIZE=size,
         SIZE_V=size_v,
-        BLOCK_D=_block_of(size),
-        BLOCK_DV=_block_of(size_v),
+        BLOCK_D=block_of(size),
+        BLOCK_DV=block_of(size_v),
         PRECISION="tf32" if single and tf32_allowed() else "ieee",
     )
 
@@ -251,7 +251,8 @@ def cdiv(number: int, by: int) -> int:
     return -(-number // by)
 
 
-def _block_of(size: int) -> int:
+def block_of(size: int) -> int:
+    """Return the power of two, at least 16, in which columns are counted."""
     return 1 << max(4, (size - 1).bit_length())
 
 

@@ -19,7 +19,7 @@ from attnplug_flash_triton import launches
 from attnplug_flash_triton.hopper import backward as kernels
 from attnplug_flash_triton.hopper.descriptors import of_numbers, of_rows, rows_between_sequences, why_not
 from attnplug_flash_triton.plans import Launch, New, Plan
-from attnplug_flash_triton.problem import LONGEST, Machine, cdiv
+from attnplug_flash_triton.problem import LONGEST, Machine, block_of, cdiv
 
 L2_BYTES = 32 * 2**20
 """What programs at work at the same time should fit."""
@@ -178,9 +178,9 @@ def backward(
     size = next(limit for limit in TILES if largest <= limit)
     call = _Call(params, size, TILES[size])
     fused = size <= 128 and not torch.are_deterministic_algorithms_enabled()
-    new = {f"grad_{name}": launches.gradient_of(getattr(params, name), params) for name in ("query", "key", "value")}
+    new = launches.gradients_of(params)
     results = (*new, "delta")
-    new["delta"] = New.contiguous(lse.shape, torch.float32, 0.0 if call.packed else None)
+    new["delta"] = New.contiguous(lse.shape, torch.float32)
     new["rows"] = New.contiguous((2, call.row_count), torch.float32)
     compact = tuple(name for name, tensor in (("grad_out", grad_out),) if why_not(name, tensor))
     compact += tuple(
@@ -197,6 +197,7 @@ def backward(
         new["sums"] = New.contiguous((call.row_count * size // 256, 256), torch.float32, 0.0)
     wanted += _of_keys(call, of_out, new, fused, machine)
     wanted.append(_gathering(call, new["grad_query"]) if fused else _of_query(call, of_out, new["grad_query"]))
+    wanted += launches.tails_of_gradients(params, machine, new)
     return Plan(tuple(wanted), new, results, compact)
 
 
@@ -227,7 +228,7 @@ def _of_keys(call: _Call, of_out: New, new: dict[str, New], fused: bool, machine
         if apart:
             of = list(new[name].shape)
             of[1] = call.heads
-            new[part] = New.contiguous(of, new[name].dtype, 0.0 if call.packed else None)
+            new[part] = New.contiguous(of, new[name].dtype, new[name].fill)
     columns = call.batch * call.heads // taken
     row = taken * call.longest_q * size * (2 * new["grad_query"].dtype.itemsize + (4 if fused else 0))
     section = max(1, min(columns, L2_BYTES // max(row, 1)))
@@ -298,4 +299,4 @@ def _steps(tensor: New, packed: bool) -> tuple[int, int, int]:
 
 
 def _columns(size: int) -> dict[str, int]:
-    return dict(SIZE=size, BLOCK_D=1 << max(4, (size - 1).bit_length()))
+    return dict(SIZE=size, BLOCK_D=block_of(size))

@@ -11,7 +11,7 @@ from attnplug import SDPAParams
 from attnplug_flash_triton import config
 from attnplug_flash_triton.hopper.descriptors import of_rows, rows_between_sequences, why_not
 from attnplug_flash_triton.hopper.forward import forward_kernel
-from attnplug_flash_triton.launches import FUSED
+from attnplug_flash_triton.launches import FUSED, tail_of_out
 from attnplug_flash_triton.plans import Launch, New, Plan
 from attnplug_flash_triton.problem import LONGEST, Machine, Problem, cdiv, read
 
@@ -140,9 +140,9 @@ def plan(problem: Problem, size: int, tiles: Tiles, join: bool = False) -> Plan:
     params, flags, packed = problem.params, problem.flags, problem.packed
     ragged = packed or params.seqused_k is not None
     shape = (*params.query.shape[:-1], params.value.shape[-1])
-    new = {  # packed: there may be rows that no sequence has
-        "out": New.contiguous(shape, params.query.dtype, 0.0 if packed else None),
-        "lse": New.contiguous(problem.rows, torch.float32, -torch.inf if packed else None),
+    new = {
+        "out": New.contiguous(shape, params.query.dtype),
+        "lse": New.contiguous(problem.rows, torch.float32),
     }
     if packed and tiles.persistent == STATIC:  # sequences differ in length
         tiles = tiles._replace(persistent=DYNAMIC)
@@ -171,7 +171,10 @@ def plan(problem: Problem, size: int, tiles: Tiles, join: bool = False) -> Plan:
         BYTES_IN_ORDER,
     )
     compiled_in = _compiled_in(params, flags, size, tiles) | {"JOINED": join}
-    return Plan((Launch(forward_kernel, programs, arguments, compiled_in),), new, ("out", "lse"))
+    launches = [Launch(forward_kernel, programs, arguments, compiled_in)]
+    if packed:
+        launches.append(tail_of_out(params, problem.machine, new))
+    return Plan(tuple(launches), new, ("out", "lse"))
 
 
 def _compiled_in(params: SDPAParams, flags: dict[str, Any], size: int, tiles: Tiles) -> dict[str, Any]:
