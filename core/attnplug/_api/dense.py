@@ -324,10 +324,12 @@ def to_symbols(function: Callable[..., Any], fields: dict[str, Any], impl: str |
     return handle_torch_function(function, tensors, **given, impl=impl)
 
 
-def are_numbers(variant: Any, window: Any, softcap: Any, *tensors: Any) -> bool:
+def are_numbers(variant: Any, window: Any, softcap: Any, sinks: Any, slopes: Any, used: Any = None) -> bool:
     """Whether what a call asks for beyond PyTorch's own arguments is numbers alone, exactly of their kinds."""
     return (
-        all(tensor is None for tensor in tensors)
+        sinks is None
+        and slopes is None
+        and used is None
         and type(variant) is CausalVariant
         and type(softcap) in NUMBERS
         and type(window) is tuple

@@ -16,8 +16,9 @@ MOST_PARTS = 64
 
 @triton.jit(do_not_specialize=["sequences", "keep_scale", "splits", "rows_in_all", "heads", "num_q"])
 def combine_kernel(
-    parts, part_tops, part_totals, out, lse, tops, totals, cu_q, sequences, keep_scale, splits, rows_in_all, heads,
-    num_q, PACKED: tl.constexpr, FOLDED: tl.constexpr, SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr,
+    parts, part_tops, part_totals, out, lse, tops, totals, cu_q,
+    sequences, keep_scale, splits, rows_in_all, heads, num_q,
+    PACKED: tl.constexpr, FOLDED: tl.constexpr, SIZE_V: tl.constexpr, BLOCK_DV: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Write out and lse of one row, and its statistics where wanted. Shapes are those of `forward_kernel`.
 

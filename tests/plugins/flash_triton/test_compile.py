@@ -18,7 +18,8 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from attnplug_flash_triton import config, cost
+from attnplug import SDPAParams
+from attnplug_flash_triton import config, cost, impl, launches
 from attnplug_flash_triton.config import Cell, Tiles
 from attnplug_flash_triton.problem import Machine
 
@@ -89,3 +90,30 @@ def test_a_kernel_is_compiled_once_for_all_lengths(logits: str) -> None:
     assert len(variants) == (5 if logits == config.EXTRA else 4)
     assert len(variants.pop("forward_kernel")) == 3
     assert {name: len(each) for name, each in variants.items()} == dict.fromkeys(variants, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", config.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_packed_sequences_launch_besides_fits_each_architecture(architecture: str, dtype: torch.dtype) -> None:
+    """Parts that are added up, and rows that no sequence has, of out and of gradients whose heads come first."""
+    query, key = (torch.empty(heads, 4096, 256, dtype=dtype).transpose(0, 1) for heads in (4, 2))
+    bounds = torch.arange(0, 4097, 1024, dtype=torch.int32)
+    few = SDPAParams(query[:4], key, key, scale=0.1, cu_seq_q=bounds // 1024, cu_seq_k=bounds, max_q=1, max_k=1024)
+    many = replace(few, query=query, cu_seq_q=bounds, max_q=1024)
+    machine, compiled = Machine(architecture, 132), set()
+    for params in (few, many):
+        plan = launches.forward(params, machine)
+        tensors = plan.tensors(impl.tensors_of(params), query.device)
+        wanted = [(launch, tensors) for launch in plan.launches[1:]]
+        if params is many:
+            out, lse, *statistics = (tensors[name] for name in plan.results)
+            plan = launches.backward(params, machine, out, None, out, lse, *statistics)
+            tensors = plan.tensors(tensors | {"grad_out": out}, query.device)
+            wanted += [(launch, tensors) for launch in plan.launches[2:]]
+        for launch, given in wanted:
+            found = cost.cost(launch, given, architecture)
+            assert found.spilled == 0
+            assert not cost.does_not_fit(found, architecture)
+            compiled.add(launch.kernel.__name__)
+    assert compiled == {"combine_kernel", "clear_kernel"}
