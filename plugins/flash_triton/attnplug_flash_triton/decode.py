@@ -27,10 +27,9 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     out_row = row % num_q * heads + row // num_q if PACKED else row
     part, d = tl.arange(0, PARTS), tl.arange(0, BLOCK_DV)[None, :]
-    there = part < splits
     if PACKED:
-        there &= row % num_q < tl.load(cu_q + sequences)
-    top = tl.load(part_tops + part * rows_in_all + row, mask=there, other=float("-inf"))
+        splits = tl.where(row % num_q < tl.load(cu_q + sequences), splits, 0)
+    top = tl.load(part_tops + part * rows_in_all + row, mask=part < splits, other=float("-inf"))
     some = top > float("-inf")
     total = tl.load(part_totals + part * rows_in_all + row, mask=some, other=0.0)
     highest = tl.max(top, 0)

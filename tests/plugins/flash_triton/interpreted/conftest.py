@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from interpreter import quickened
 
@@ -25,3 +26,11 @@ def _small_tiles() -> Iterator[None]:
         before = config.use(config.Table.uniform(config.INTERPRETER, config.Tiles(16, 16, 1, 1)))
         yield
         config.use(before)
+
+
+@pytest.fixture
+def memory_is_nan() -> Iterator[None]:
+    """Let new tensors hold NaN, as PyTorch does for those that ask for deterministic algorithms."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

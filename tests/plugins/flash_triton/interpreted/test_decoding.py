@@ -60,12 +60,13 @@ def test_each_length_of_a_decode_loop_is_right_in_whatever_layout(case: str, dty
                 assert_right(call, attnplug.scaled_dot_product_attention(**call, impl="flash_triton"))
 
 
+@pytest.mark.usefixtures("memory_is_nan")
 def test_each_length_of_a_decode_loop_over_pages_is_right() -> None:
     table = torch.randperm(80, generator=torch.Generator().manual_seed(1)).view(2, 40).int()
     key, value = (torch.randn(80, 8, 2, size) for size in (24, 16))
     for length in LENGTHS:
         call = dict(
-            query=torch.randn(2, 4, 24),
+            query=torch.randn(3, 4, 24),  # the last one is of no sequence
             key=key,
             value=value,
             cu_seq_q=torch.arange(3, dtype=torch.int32),
@@ -77,7 +78,10 @@ def test_each_length_of_a_decode_loop_over_pages_is_right() -> None:
             is_causal=True,
             enable_gqa=True,
         )
-        assert_right(call, *attnplug.varlen_attn(**call, return_lse=True, impl="flash_triton"))
+        out, lse = attnplug.varlen_attn(**call, return_lse=True, impl="flash_triton")
+        assert_right(call | {"query": call["query"][:2]}, out[:2], lse[:, :2])
+        assert not out[2].any()
+        assert (lse[:, 2] == -torch.inf).all()
 
 
 def test_dropout_in_a_decode_loop_draws_what_it_draws_for_each_length_alone() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +19,6 @@ VARLEN: dict[str, dict[str, Any]] = {
     "window, softcap, sinks": {"window_size": (6, 2), "softcap": 2.0, "sinks": random(2).float()},
     "alibi, used keys": {"alibi_slopes": torch.rand(4, 2), "seqused_k": torch.tensor([3, 0, 18, 0], dtype=torch.int32)},
 }
-
-
-@pytest.fixture
-def memory_is_nan() -> Iterator[None]:
-    """Let new tensors hold NaN, as PyTorch does for those that ask for deterministic algorithms."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("memory_is_nan")
