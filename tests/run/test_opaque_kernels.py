@@ -287,3 +287,91 @@ def test_a_minus_that_pytorch_has_put_off_is_in_the_memory_that_a_kernel_reads()
     for _ in range(2):
         torch.testing.assert_close(gradients("reading"), gradients("aten_math"))
     attnplug.unregister_impl("reading")
+
+
+# Many gradients at once --------------------------------------------------------------------------------------
+
+Attend = Callable[..., Tensor]
+
+
+def by_one_call(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.grad(function(*given), given, grads, is_grads_batched=True)
+
+
+def by_vmap(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    out = function(*given)
+    return torch.func.vmap(lambda grad: torch.autograd.grad(out, given, grad))(grads)
+
+
+def by_both(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    out = function(*given)
+    return torch.func.vmap(lambda grads: torch.autograd.grad(out, given, grads, is_grads_batched=True))(
+        grads.unflatten(0, (2, -1))
+    )
+
+
+def by_one_call_for_a_sum(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.grad(function(*given).sum(), given, grads[:, 0, 0, 0, 0], is_grads_batched=True)
+
+
+def by_jacobian(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.functional.jacobian(lambda *each: function(*each)[:, 0], tuple(given), vectorize=True)
+
+
+def by_checkpoint(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return by_one_call(lambda *each: checkpoint(function, *each, use_reentrant=False), given, grads)
+
+
+def with_a_graph(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.grad(function(*given), given, grads, is_grads_batched=True, create_graph=True)
+
+
+def by_vmap_with_a_graph(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    out = function(*given)
+    return torch.func.vmap(lambda grad: torch.autograd.grad(out, given, grad, create_graph=True))(grads)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("impl", ["reading", "math_ref", "aten_flash"])
+@pytest.mark.parametrize(
+    "differentiate",
+    [by_one_call, by_vmap, by_both, by_one_call_for_a_sum, by_jacobian, by_checkpoint, with_a_graph],
+)
+def test_many_gradients_at_once_are_what_they_are_for_pytorch(impl: str, differentiate: Any) -> None:
+    attnplug.register_impl(ImplSpec(name="reading", kernel=OfNumpy, backend=None))
+    given = [torch.randn(SHAPE).requires_grad_() for _ in range(3)]
+    grads = torch.randn(4, *SHAPE)
+    found = differentiate(lambda *each: attnplug.scaled_dot_product_attention(*each, impl=impl), given, grads)
+    torch.testing.assert_close(found, differentiate(reference, given, grads))
+
+
+def test_many_gradients_through_out_and_lse_at_once_are_those_of_the_formula() -> None:
+    class WithLse(OfNumpy):
+        @staticmethod
+        def backward(params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor) -> Any:
+            query, key, value = OfNumpy.backward(params, grad_out, None, out, lse)
+            weights = torch.exp(params.scale * params.query @ params.key.mT - lse.unsqueeze(-1))
+            weights *= torch.from_numpy(grad_lse.numpy()).unsqueeze(-1) * params.scale
+            return query + weights @ params.key, key + weights.mT @ params.query, value
+
+    capabilities = Capabilities(features={Feature.LSE, Feature.LSE_GRADIENT})
+    attnplug.register_impl(ImplSpec(name="with_lse", kernel=WithLse, backend=None, capabilities=capabilities))
+    given = [torch.randn(SHAPE).requires_grad_() for _ in range(3)]
+    grads = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE[:-1])
+
+    def gradients(impl: str) -> tuple[Tensor, ...]:
+        results = attnplug.scaled_dot_product_attention(*given, return_lse=True, impl=impl)
+        return torch.autograd.grad(results, given, grads, is_grads_batched=True)
+
+    torch.testing.assert_close(gradients("with_lse"), gradients("math_ref"))
+
+
+def test_what_many_gradients_at_once_are_asked_for_in_vain_is_said_as_for_one() -> None:
+    attnplug.register_impl(ImplSpec(name="reading", kernel=OfNumpy, backend=None))
+    query, grads = torch.randn(SHAPE).requires_grad_(), torch.randn(3, *SHAPE)
+    for differentiate in (with_a_graph, by_vmap_with_a_graph):
+        (found,) = differentiate(
+            lambda each: attnplug.scaled_dot_product_attention(*[each] * 3, impl="reading"), [query], grads
+        )
+        with pytest.raises(attnplug.GradientError, match="'reading' has no second derivatives"):
+            found.sum().backward()

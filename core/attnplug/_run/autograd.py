@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from attnplug._call.autocast import any_autocast
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
+from attnplug._run.batched import backward_of_wrapped, is_wrapped
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
@@ -115,9 +116,15 @@ class _Attention(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[1:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
         given = tensors, wanted, grad_out, grad_lse, out, lse, saved
         differentiates = recording and declares(call.entry, Feature.SECOND_DERIVATIVES)
-        grads = backward_in_trace(call, *given) if tracing and not differentiates else call.backward(*given)
-        if recording and not differentiates:
-            grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
+        composite = call.entry.kernel.composite
+        if differentiates:
+            grads = call.backward(*given)
+        elif not tracing and (recording or not composite) and (is_wrapped(grad_out) or is_wrapped(grad_lse)):
+            grads = backward_of_wrapped(call, *given)
+        else:
+            grads = backward_in_trace(call, *given) if tracing else call.backward(*given)
+            if recording:
+                grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
         return (None, *grads, *_ABSENT)[: 1 + count]
 
 

@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
 from attnplug._run.autograd import refusing_lse_gradient
+from attnplug._run.batched import backward_of_wrapped, one_by_one
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
     KernelCall,
     Result,
-    no_second_derivatives,
     run_forward,
     tensors_of,
 )
@@ -32,15 +32,6 @@ from attnplug._types import SDPAParams
 def is_transformed() -> bool:
     """Whether a transform of `torch.func`, or a level of forward-mode derivatives, is around this call."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor has no memory of its own, because a transform has wrapped it.
-
-    `is_transformed` does not see one that has ended, nor `is_grads_batched` of `torch.autograd.grad`.
-    """
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def run_transformed(entry: Entry, params: SDPAParams) -> Result:
@@ -92,8 +83,7 @@ class _Forward(torch.autograd.Function):
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
         wanted = tuple(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
-        given = (*tensors, grad_out, grad_lse, out, lse, *saved)
-        grads = _Backward.apply(call, wanted, *given)
+        grads = backward_of_wrapped(call, tensors, wanted, grad_out, grad_lse, out, lse, saved)
         return (None, *grads, *(None for _ in TENSORS[len(DIFFERENTIABLE) :]))
 
     @staticmethod
@@ -106,48 +96,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, *tensors: Tensor | None) -> Any:
         _refuse_equal_draws(call, info.randomness)
-        return _one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))
-
-
-class _Backward(torch.autograd.Function):
-    """The kernel's backward: one gradient, or None where none is wanted, for each of `DIFFERENTIABLE`."""
-
-    apply: Any  # PyTorch's has no types
-
-    @staticmethod
-    def forward(call: KernelCall, wanted: tuple[bool, ...], *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, (grad_out, grad_lse, out, lse, *saved) = given[: len(TENSORS)], given[len(TENSORS) :]
-        assert out is not None
-        with torch.no_grad():
-            return tuple(call.backward(tensors, wanted, grad_out, grad_lse, out, lse, tuple(saved)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.call = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise GradientError(no_second_derivatives(ctx.call.entry))
-
-    jvp = backward
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, wanted: tuple[bool, ...], *given: Any) -> Any:
-        return _one_by_one(info.batch_size, in_dims[2:], given, lambda each: _Backward.apply(call, wanted, *each))
-
-
-def _one_by_one(size: int, dims: tuple[Any, ...], tensors: tuple[Any, ...], run: Any) -> tuple[Any, Any]:
-    """Run on each element of the dimensions that `vmap` took away; return the results stacked, and where."""
-    elements = (
-        [
-            tensor if dim is None else tensor.select(dim, position).contiguous()
-            for tensor, dim in zip(tensors, dims, strict=True)
-        ]
-        for position in range(size)
-    )
-    results = list(zip(*map(run, elements), strict=True))
-    stacked = tuple(None if column[0] is None else torch.stack(column) for column in results)
-    return stacked, tuple(None if tensor is None else 0 for tensor in stacked)
+        return one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))
 
 
 def _refuse_equal_draws(call: KernelCall, randomness: str) -> None:
