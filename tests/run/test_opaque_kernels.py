@@ -157,6 +157,7 @@ def test_the_operator_passes_opcheck_with_dropout() -> None:
 
 # torch.func -------------------------------------------------------------------------------------------------
 
+Attend = Callable[..., Tensor]
 reference = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -254,6 +255,31 @@ def test_a_transform_that_is_compiled_gives_what_it_gives_uncompiled() -> None:
     torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(query), gradient(query))
 
 
+def test_vmap_compiles_without_a_break() -> None:
+    def mapped(function: Attend) -> Attend:
+        return lambda query, key, value: torch.func.vmap(function, (0, None, 0), 1)(query, key[0], value)
+
+    given = [each.requires_grad_() for each in batches(3)]
+    outs = [torch.compile(mapped(attend), backend="aot_eager", fullgraph=True)(*given), mapped(reference)(*given)]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*[torch.autograd.grad(out.square().sum(), given) for out in outs])
+    query = batches(2, 3)[0]
+    twice = torch.func.vmap(torch.func.vmap(lambda each: attend(each, each, each)))
+    torch.testing.assert_close(torch.compile(twice, backend="aot_eager", fullgraph=True)(query), twice(query))
+
+
+def test_compiled_vmap_draws_anew_for_each_element_or_says_why_not() -> None:
+    def mapped(randomness: str) -> Tensor:
+        drop = torch.func.vmap(lambda each: attend(each, each, each, 0.5), randomness=randomness)
+        return torch.compile(drop, backend="aot_eager", fullgraph=True)(torch.randn(SHAPE).expand(4, *SHAPE))
+
+    out = mapped("different")
+    assert not any(torch.equal(out[0], other) for other in out[1:])
+    for randomness in ("error", "same"):
+        with pytest.raises(RuntimeError, match=r"'saving' with dropout_p > 0 .*randomness='different'"):
+            mapped(randomness)
+
+
 class OfNumpy:
     """Reads the memory of its tensors, as a GPU's kernels do; numpy refuses one whose numbers do not lie there."""
 
@@ -290,8 +316,6 @@ def test_a_minus_that_pytorch_has_put_off_is_in_the_memory_that_a_kernel_reads()
 
 
 # Many gradients at once --------------------------------------------------------------------------------------
-
-Attend = Callable[..., Tensor]
 
 
 def by_one_call(function: Attend, given: list[Tensor], grads: Tensor) -> Any:

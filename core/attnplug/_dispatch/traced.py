@@ -31,7 +31,7 @@ from attnplug._errors import AttnplugError
 from attnplug._registry.registry import BUILTIN
 from attnplug._run.contract import Result, check_outputs, in_kernel
 from attnplug._run.operator import arguments_of, constant_lse, operator_of, refusal, without_gradient
-from attnplug._run.transforms import is_transformed
+from attnplug._run.transforms import is_mapped_alone, is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import decided
@@ -311,15 +311,15 @@ def _choose(
         warn_unfused(decision)
     if decision.kernel.composite:
         setattr(_composite, _attribute(decision.name), decision.kernel)
-    elif is_transformed():
+    elif is_transformed() and not is_mapped_alone():
         return (
             "",
             "",
             "",
             "",
-            f"implementation {decision.name!r} cannot be seen through by torch.func transforms inside torch.compile; "
-            f"leave the transformed function uncompiled, or use an implementation made of PyTorch operators, for "
-            f"example inside sdpa_kernel(SDPBackend.MATH)",
+            f"implementation {decision.name!r} cannot be seen through by transforms of torch.func, other than vmap, "
+            f"inside torch.compile; leave the transformed function uncompiled, or use an implementation made of PyTorch "
+            f"operators, for example inside sdpa_kernel(SDPBackend.MATH)",
         )
     else:
         operator = operator_of(decision.entry)

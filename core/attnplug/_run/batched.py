@@ -1,8 +1,7 @@
-"""An opaque kernel's backward under `vmap`, which gives it many gradients at once, in tensors that have no memory.
+"""Opaque kernels under `vmap`, which gives them many tensors in one that has no memory: a loop.
 
-There are two: that of `torch.func`, which takes rules, and the one before it, behind `is_grads_batched` of
-`torch.autograd.grad` and `vectorize` of `torch.autograd.functional`, which knows PyTorch's operators alone. Under both
-the kernel runs once for each element.
+There are two kinds: that of `torch.func`, which takes rules, and the one before it, behind `is_grads_batched` of
+`torch.autograd.grad` and `vectorize` of `torch.autograd.functional`, which knows PyTorch's operators alone.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from attnplug._errors import GradientError
 from attnplug._run.contract import TENSORS, Given, KernelCall, no_second_derivatives
@@ -42,12 +42,15 @@ def backward_of_wrapped(
     Only gradients can be the older `vmap`'s, which a kernel's forward never runs under.
     """
     grads = grad_out, grad_lse
-    level = max(map(_legacy_level, grads))
+    level = 0 if is_compiling() else max(map(_legacy_level, grads))  # Dynamo, which cannot ask, takes no such tensors
     if not level:
         return [*_Backward.apply(call, wanted, *tensors, *grads, out, lse, *saved)]
     length = max(0 if grad is None else _exposed(grad, level).shape[0] for grad in grads)
     columns = [[None] * length if grad is None else _exposed(grad, level, length).unbind() for grad in grads]
-    found = [backward_of_wrapped(call, tensors, wanted, *pair, out, lse, saved) for pair in zip(*columns, strict=True)]
+    found = [
+        backward_of_wrapped(call, tensors, wanted, one_out, one_lse, out, lse, saved)
+        for one_out, one_lse in zip(*columns, strict=True)
+    ]
     return [
         None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
         for column in zip(*found, strict=True)
@@ -119,3 +122,14 @@ def one_by_one(size: int, dims: tuple[Any, ...], tensors: tuple[Any, ...], run: 
     results = list(zip(*map(run, elements), strict=True))
     stacked = tuple(None if column[0] is None else torch.stack(column) for column in results)
     return stacked, tuple(None if tensor is None else 0 for tensor in stacked)
+
+
+def refuse_equal_draws(call: KernelCall, randomness: str) -> None:
+    """Raise where `vmap` asks for what dropout cannot give."""
+    if call.constant("dropout") == 0 or randomness == "different":
+        return
+    asked = "called random operations" if randomness == "error" else "asked for the same randomness in each element"
+    raise RuntimeError(
+        f"vmap: implementation {call.entry.name!r} with dropout_p > 0 {asked}; it draws anew for each: "
+        f"vmap(..., randomness='different')"
+    )

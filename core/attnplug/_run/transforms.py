@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
 from attnplug._run.autograd import refusing_lse_gradient
-from attnplug._run.batched import backward_of_wrapped, one_by_one
+from attnplug._run.batched import backward_of_wrapped, one_by_one, refuse_equal_draws
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
@@ -32,6 +32,13 @@ from attnplug._types import SDPAParams
 def is_transformed() -> bool:
     """Whether a transform of `torch.func`, or a level of forward-mode derivatives, is around this call."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_mapped_alone() -> bool:
+    """Whether `vmap` is all that is around this call."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {interpreter.key() for interpreter in stack}
+    return forward_ad._current_level < 0 and kinds == {torch._C._functorch.TransformType.Vmap}
 
 
 def run_transformed(entry: Entry, params: SDPAParams) -> Result:
@@ -95,16 +102,5 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, *tensors: Tensor | None) -> Any:
-        _refuse_equal_draws(call, info.randomness)
+        refuse_equal_draws(call, info.randomness)
         return one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))
-
-
-def _refuse_equal_draws(call: KernelCall, randomness: str) -> None:
-    """Raise where `vmap` asks for what dropout cannot give."""
-    if call.constant("dropout") == 0 or randomness == "different":
-        return
-    asked = "called random operations" if randomness == "error" else "asked for the same randomness in each element"
-    raise RuntimeError(
-        f"vmap: implementation {call.entry.name!r} with dropout_p > 0 {asked}; it draws anew for each: "
-        f"vmap(..., randomness='different')"
-    )
