@@ -27,7 +27,8 @@ from attnplug._dispatch.measured import applies, tell_of_problem, tree_of_trace
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
 from attnplug._dispatch.watched import as_constants, show, tell
-from attnplug._errors import AttnplugError
+from attnplug._errors import AttnplugError, PluginWarning
+from attnplug._messages import warn
 from attnplug._registry.registry import BUILTIN
 from attnplug._run.contract import Result, check_outputs, in_kernel
 from attnplug._run.operator import arguments_of, constant_lse, operator_of, refusal, without_gradient
@@ -318,14 +319,18 @@ def _choose(
             "",
             "",
             f"implementation {decision.name!r} cannot be seen through by transforms of torch.func, other than vmap, "
-            f"inside torch.compile; leave the transformed function uncompiled, or use an implementation made of PyTorch "
-            f"operators, for example inside sdpa_kernel(SDPBackend.MATH)",
+            f"inside torch.compile; leave the transformed function uncompiled, or use an implementation made of "
+            f"PyTorch operators, for example inside sdpa_kernel(SDPBackend.MATH)",
         )
     else:
         operator = operator_of(decision.entry)
-        with _disable_current_modes(), FakeTensorMode():
-            # What is exported is found by nobody, and loaded by later versions.
-            saves = "" if is_exporting() else operator.saves(example(_facts(items)))
+        try:
+            with _disable_current_modes(), FakeTensorMode():
+                # What is exported is found by nobody, and loaded by later versions.
+                saves = "" if is_exporting() else operator.saves(example(_facts(items)))
+        except AttnplugError as error:
+            warn(PluginWarning(f"{error}; such calls run uncompiled"))
+            return "", "", "", "", str(error)
         setattr(_operators, _attribute(decision.name), operator.forward)
         return decision.name, OPERATOR, refused, saves, ""
     return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, refused, "", ""
