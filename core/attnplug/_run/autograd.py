@@ -157,6 +157,8 @@ class _Refuse(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise GradientError(ctx.message)
 
+    jvp = backward
+
 
 def _refuse_second_derivatives(entry: Entry, grads: list[Tensor | None], inputs: Any) -> list[Tensor | None]:
     present = [grad for grad in grads if grad is not None]

@@ -25,7 +25,7 @@ from attnplug._run.contract import (
     run_forward,
     tensors_of,
 )
-from attnplug._run.operator import OperatorCall, is_watched, operator_of
+from attnplug._run.operator import OperatorCall, constant_lse, is_watched, operator_of, refusal, without_gradient
 from attnplug._types import SDPAParams
 
 
@@ -48,7 +48,10 @@ def run_transformed(entry: Entry, params: SDPAParams) -> Result:
         GradientError: the kernel has no rule for one of them.
     """
     if entry.kernel.composite:
-        return refusing_lse_gradient(entry, params, *run_forward(entry, params)[:2])
+        out, lse = run_forward(entry, params)[:2]
+        if lse is not None and params.return_lse and _is_functionalized():  # as below
+            return out, without_gradient(constant_lse(), refusal(entry), params, lse)
+        return refusing_lse_gradient(entry, params, out, lse)
     if _is_functionalized():  # by which no autograd.Function can be seen, but an operator is
         return operator_of(entry).run(params)
     kind = OperatorCall if is_watched(_innermost(params.query)) else KernelCall
