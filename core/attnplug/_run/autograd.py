@@ -47,7 +47,9 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
 def refusing_lse_gradient(entry: Entry, params: SDPAParams, out: Tensor, lse: Tensor | None) -> Result:
     """Return `out`, and `lse` such that asking for its gradient raises unless the kernel declares one."""
     if lse is not None and params.return_lse and not declares(entry, Feature.LSE_GRADIENT):
-        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *tensors_of(params)[: len(DIFFERENTIABLE)])
+        lse = _RefuseTangentsToo.apply(
+            no_lse_gradient(entry), 1, lse.detach(), *tensors_of(params)[: len(DIFFERENTIABLE)]
+        )
     return out, lse
 
 
@@ -157,7 +159,11 @@ class _Refuse(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise GradientError(ctx.message)
 
-    jvp = backward
+
+class _RefuseTangentsToo(_Refuse):
+    """The same, which raises in forward mode, too. Dynamo traces none that has a `jvp`."""
+
+    jvp = _Refuse.backward
 
 
 def _refuse_second_derivatives(entry: Entry, grads: list[Tensor | None], inputs: Any) -> list[Tensor | None]:

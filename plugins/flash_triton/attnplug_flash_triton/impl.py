@@ -164,7 +164,7 @@ def prepare_backward(
             return None
         given = dict(zip(names, tensors, strict=True))
         if plan is None:  # those that it was prepared with need not have been aligned
-            plan = _backward_plan(SDPAParams(*tensors[:3], **constants), given, device)
+            plan = _backward_plan(SDPAParams(tensors[0], tensors[1], tensors[2], **constants), given, device)
         return _run(plan, given, device)[:3]
 
     return run
