@@ -327,6 +327,8 @@ def backward_in_trace(call: KernelCall, tensors: Given, *given: Any) -> list[Ten
     The arguments are those of `KernelCall.backward`. A trace cannot look into the kernel.
     """
     id(call.entry)  # of which a trace takes the name for a constant: this makes it guard on the entry itself
+    if given[2] is not None and (refused := call.entry.constant(refusal)):  # or it would be no error of the trace
+        raise GradientError(refused)
     operator = getattr(torch.ops.attnplug, call.entry.constant(_name_of_backward)).default
     fields: dict[str, Any] = dict(zip((*TENSORS, *CONSTANTS), (*tensors, *call.constants), strict=True))
     with torch.no_grad():
