@@ -168,6 +168,18 @@ def test_what_a_kernel_has_no_gradient_for_is_an_error_in_a_compiled_backward_to
         gradient.sum().backward()
 
 
+def test_under_fullgraph_what_a_kernel_has_no_gradient_for_is_said_by_the_error_of_the_trace() -> None:
+    register("opaque", Opaque)
+    given = tensors()
+    out, lse = attend(*given, impl="opaque", return_lse=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="'opaque' gives no gradient through lse"), compiled():
+        (out.sum() + lse.sum()).backward()
+    out = attend(*given, impl="opaque")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="'opaque' has no second derivatives"), compiled():
+        (gradient,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("impl", ["opaque", "torch"])
 def test_gradients_of_a_compiled_backward_are_verified_by_code_that_is_not_compiled(impl: str) -> None:
     register("opaque", Opaque)

@@ -169,6 +169,29 @@ def test_lse_gradients_are_refused_in_graphs_too(impl: str, register: Callable[.
         torch.compile(loss, backend="aot_eager", fullgraph=True)(*given).backward()
 
 
+def test_an_lse_without_a_gradient_under_transforms_is_refused_in_words_or_returned(
+    register: Callable[..., None],
+) -> None:
+    class OfOperators:
+        composite = True
+        forward = staticmethod(forward)
+
+    register("mine", OfOperators, Feature.LSE)
+    query = torch.randn(SHAPE)
+
+    def attend(each: Tensor) -> tuple[Tensor, Tensor]:
+        return attnplug.scaled_dot_product_attention(each, each, each, impl="mine", return_lse=True)
+
+    with pytest.raises(attnplug.GradientError, match="'mine' gives no gradient through lse"):
+        torch.func.jvp(attend, (query,), (query,))
+    for tensor in (query, query.clone().requires_grad_()):
+        torch.testing.assert_close(torch.func.functionalize(attend)(tensor), attend(query))
+    torch.testing.assert_close(
+        torch.func.grad(torch.func.functionalize(lambda each: attend(each)[0].sum()))(query),
+        torch.func.grad(lambda each: attend(each)[0].sum())(query),
+    )
+
+
 def test_an_lse_that_is_kept_keeps_nothing_else_of_the_call(register: Callable[..., None]) -> None:
     class Kept(torch.autograd.Function):
         @staticmethod

@@ -150,6 +150,31 @@ def test_wrong_result_is_an_error_of_compiled_functions_too(register: Any, compo
         compiled(*inputs())
 
 
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda: None, "TypeError: .*"),
+        (tuple, "ValueError: .*"),
+    ],
+)
+def test_a_fake_that_fails_is_named_where_a_graph_needs_it_and_stops_no_call(
+    register: Any, returned: Any, said: str
+) -> None:
+    register("wrong", SimpleNamespace(forward=formula, fake=lambda params: returned()))
+
+    def attend(*tensors: Tensor) -> Any:
+        return attnplug.scaled_dot_product_attention(*tensors, impl="wrong")
+
+    message = f"implementation 'wrong': fake raised {said}"
+    with pytest.warns(attnplug.PluginWarning, match=f"{message}; such calls run uncompiled"):
+        out = torch.compile(attend, backend="eager")(*inputs())
+    torch.testing.assert_close(out, attend(*inputs()))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message), pytest.warns(attnplug.PluginWarning):
+        torch.compile(attend, backend="eager", fullgraph=True)(*inputs())
+
+
 def test_wrong_result_of_the_active_implementation_does_not_fall_back_in_silence(register: Any) -> None:
     register("wrong", lambda params: (formula(params)[0].double(), None))
     attnplug.activate_flash_attention_impl("wrong")

@@ -157,6 +157,7 @@ def test_the_operator_passes_opcheck_with_dropout() -> None:
 
 # torch.func -------------------------------------------------------------------------------------------------
 
+Attend = Callable[..., Tensor]
 reference = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -254,6 +255,31 @@ def test_a_transform_that_is_compiled_gives_what_it_gives_uncompiled() -> None:
     torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(query), gradient(query))
 
 
+def test_vmap_compiles_without_a_break() -> None:
+    def mapped(function: Attend) -> Attend:
+        return lambda query, key, value: torch.func.vmap(function, (0, None, 0), 1)(query, key[0], value)
+
+    given = [each.requires_grad_() for each in batches(3)]
+    outs = [torch.compile(mapped(attend), backend="aot_eager", fullgraph=True)(*given), mapped(reference)(*given)]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*[torch.autograd.grad(out.square().sum(), given) for out in outs])
+    query = batches(2, 3)[0]
+    twice = torch.func.vmap(torch.func.vmap(lambda each: attend(each, each, each)))
+    torch.testing.assert_close(torch.compile(twice, backend="aot_eager", fullgraph=True)(query), twice(query))
+
+
+def test_compiled_vmap_draws_anew_for_each_element_or_says_why_not() -> None:
+    def mapped(randomness: str) -> Tensor:
+        drop = torch.func.vmap(lambda each: attend(each, each, each, 0.5), randomness=randomness)
+        return torch.compile(drop, backend="aot_eager", fullgraph=True)(torch.randn(SHAPE).expand(4, *SHAPE))
+
+    out = mapped("different")
+    assert not any(torch.equal(out[0], other) for other in out[1:])
+    for randomness in ("error", "same"):
+        with pytest.raises(RuntimeError, match=r"'saving' with dropout_p > 0 .*randomness='different'"):
+            mapped(randomness)
+
+
 class OfNumpy:
     """Reads the memory of its tensors, as a GPU's kernels do; numpy refuses one whose numbers do not lie there."""
 
@@ -287,3 +313,89 @@ def test_a_minus_that_pytorch_has_put_off_is_in_the_memory_that_a_kernel_reads()
     for _ in range(2):
         torch.testing.assert_close(gradients("reading"), gradients("aten_math"))
     attnplug.unregister_impl("reading")
+
+
+# Many gradients at once --------------------------------------------------------------------------------------
+
+
+def by_one_call(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.grad(function(*given), given, grads, is_grads_batched=True)
+
+
+def by_vmap(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    out = function(*given)
+    return torch.func.vmap(lambda grad: torch.autograd.grad(out, given, grad))(grads)
+
+
+def by_both(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    out = function(*given)
+    return torch.func.vmap(lambda grads: torch.autograd.grad(out, given, grads, is_grads_batched=True))(
+        grads.unflatten(0, (2, -1))
+    )
+
+
+def by_one_call_for_a_sum(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.grad(function(*given).sum(), given, grads[:, 0, 0, 0, 0], is_grads_batched=True)
+
+
+def by_jacobian(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.functional.jacobian(lambda *each: function(*each)[:, 0], tuple(given), vectorize=True)
+
+
+def by_checkpoint(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return by_one_call(lambda *each: checkpoint(function, *each, use_reentrant=False), given, grads)
+
+
+def with_a_graph(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    return torch.autograd.grad(function(*given), given, grads, is_grads_batched=True, create_graph=True)
+
+
+def by_vmap_with_a_graph(function: Attend, given: list[Tensor], grads: Tensor) -> Any:
+    out = function(*given)
+    return torch.func.vmap(lambda grad: torch.autograd.grad(out, given, grad, create_graph=True))(grads)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("impl", ["reading", "math_ref", "aten_flash"])
+@pytest.mark.parametrize(
+    "differentiate",
+    [by_one_call, by_vmap, by_both, by_one_call_for_a_sum, by_jacobian, by_checkpoint, with_a_graph],
+)
+def test_many_gradients_at_once_are_what_they_are_for_pytorch(impl: str, differentiate: Any) -> None:
+    attnplug.register_impl(ImplSpec(name="reading", kernel=OfNumpy, backend=None))
+    given = [torch.randn(SHAPE).requires_grad_() for _ in range(3)]
+    grads = torch.randn(4, *SHAPE)
+    found = differentiate(lambda *each: attnplug.scaled_dot_product_attention(*each, impl=impl), given, grads)
+    torch.testing.assert_close(found, differentiate(reference, given, grads))
+
+
+def test_many_gradients_through_out_and_lse_at_once_are_those_of_the_formula() -> None:
+    class WithLse(OfNumpy):
+        @staticmethod
+        def backward(params: SDPAParams, grad_out: Tensor, grad_lse: Any, out: Tensor, lse: Tensor) -> Any:
+            query, key, value = OfNumpy.backward(params, grad_out, None, out, lse)
+            weights = torch.exp(params.scale * params.query @ params.key.mT - lse.unsqueeze(-1))
+            weights *= torch.from_numpy(grad_lse.numpy()).unsqueeze(-1) * params.scale
+            return query + weights @ params.key, key + weights.mT @ params.query, value
+
+    capabilities = Capabilities(features={Feature.LSE, Feature.LSE_GRADIENT})
+    attnplug.register_impl(ImplSpec(name="with_lse", kernel=WithLse, backend=None, capabilities=capabilities))
+    given = [torch.randn(SHAPE).requires_grad_() for _ in range(3)]
+    grads = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE[:-1])
+
+    def gradients(impl: str) -> tuple[Tensor, ...]:
+        results = attnplug.scaled_dot_product_attention(*given, return_lse=True, impl=impl)
+        return torch.autograd.grad(results, given, grads, is_grads_batched=True)
+
+    torch.testing.assert_close(gradients("with_lse"), gradients("math_ref"))
+
+
+def test_what_many_gradients_at_once_are_asked_for_in_vain_is_said_as_for_one() -> None:
+    attnplug.register_impl(ImplSpec(name="reading", kernel=OfNumpy, backend=None))
+    query, grads = torch.randn(SHAPE).requires_grad_(), torch.randn(3, *SHAPE)
+    for differentiate in (with_a_graph, by_vmap_with_a_graph):
+        (found,) = differentiate(
+            lambda each: attnplug.scaled_dot_product_attention(*[each] * 3, impl="reading"), [query], grads
+        )
+        with pytest.raises(attnplug.GradientError, match="'reading' has no second derivatives"):
+            found.sum().backward()

@@ -203,6 +203,18 @@ def test_a_gradient_in_the_loss_is_a_reason_and_no_alarm() -> None:
     assert list(watched.skipped) == ["gradients: of a call that was differentiated with create_graph=True before"]
 
 
+@pytest.mark.parametrize("impl", ["torch", "aten_flash", "math_ref"])
+def test_many_gradients_at_once_are_a_reason_and_no_error(impl: str) -> None:
+    given = tensors(requires_grad=True)
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        out = attend(*given, impl=impl)
+    grads = torch.randn(2, *out.shape)
+    found = torch.autograd.grad(out, given, grads, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.autograd.grad(attend(*given), given, grads, is_grads_batched=True))
+    assert (watched.results, watched.gradients) == (1, 0)
+    assert list(watched.skipped) == ["gradients: many at once, as is_grads_batched or torch.func.vmap has them"]
+
+
 def test_a_backward_that_failed_leaves_nothing_to_the_next_one() -> None:
     class FailsOnce(Formula):
         failed = False

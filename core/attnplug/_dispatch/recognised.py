@@ -22,9 +22,10 @@ from attnplug._call.comparing import compared
 from attnplug._call.facts import is_plain
 from attnplug._dispatch.plans import Plan
 from attnplug._dispatch.ranges import is_profiled
+from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import Result
 from attnplug._run.operator import is_watched
-from attnplug._run.transforms import is_transformed, is_wrapped
+from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import thread, when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
 

@@ -26,12 +26,13 @@ from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, pr
 from attnplug._dispatch.measured import applies, tell_of_problem, tree_of_trace
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
-from attnplug._dispatch.watched import as_constants, show, tell
-from attnplug._errors import AttnplugError
+from attnplug._dispatch.watched import as_constants, report
+from attnplug._errors import AttnplugError, PluginWarning
+from attnplug._messages import warn
 from attnplug._registry.registry import BUILTIN
 from attnplug._run.contract import Result, check_outputs, in_kernel
 from attnplug._run.operator import arguments_of, constant_lse, operator_of, refusal, without_gradient
-from attnplug._run.transforms import is_transformed
+from attnplug._run.transforms import is_mapped_alone, is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import decided
@@ -101,11 +102,11 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
         name, kind, refused, saves, call = _chosen(prepared, impl)
         if kind != OPERATOR and getattr(_composite, _attribute(name)).any_form:
             out, lse = _forward(given, name, kind)[:2]
-            show(call, given, out, lse)
+            report(call, given, out, lse)
             return out, lse
         with no_autocast(prepared.query):
             out, lse = _run(prepared, name, kind, refused, saves)
-        show(call, prepared, out, lse)
+        report(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
     return out, lse
@@ -120,7 +121,7 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     name, kind, refused, saves, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
         out, lse = _run(prepared, name, kind, refused, saves)
-    show(call, prepared, out, lse)
+    report(call, prepared, out, lse)
     return out, lse
 
 
@@ -137,7 +138,6 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, str, t
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
-        tell(call)
     return name, kind, refused, saves, call
 
 
@@ -311,21 +311,25 @@ def _choose(
         warn_unfused(decision)
     if decision.kernel.composite:
         setattr(_composite, _attribute(decision.name), decision.kernel)
-    elif is_transformed():
+    elif is_transformed() and not is_mapped_alone():
         return (
             "",
             "",
             "",
             "",
-            f"implementation {decision.name!r} cannot be seen through by torch.func transforms inside torch.compile; "
-            f"leave the transformed function uncompiled, or use an implementation made of PyTorch operators, for "
-            f"example inside sdpa_kernel(SDPBackend.MATH)",
+            f"implementation {decision.name!r} cannot be seen through by transforms of torch.func, other than vmap, "
+            f"inside torch.compile; leave the transformed function uncompiled, or use an implementation made of "
+            f"PyTorch operators, for example inside sdpa_kernel(SDPBackend.MATH)",
         )
     else:
         operator = operator_of(decision.entry)
-        with _disable_current_modes(), FakeTensorMode():
-            # What is exported is found by nobody, and loaded by later versions.
-            saves = "" if is_exporting() else operator.saves(example(_facts(items)))
+        try:
+            with _disable_current_modes(), FakeTensorMode():
+                # What is exported is found by nobody, and loaded by later versions.
+                saves = "" if is_exporting() else operator.saves(example(_facts(items)))
+        except AttnplugError as error:
+            warn(PluginWarning(f"{error}; such calls run uncompiled"))
+            return "", "", "", "", str(error)
         setattr(_operators, _attribute(decision.name), operator.forward)
         return decision.name, OPERATOR, refused, saves, ""
     return decision.name, BUILT_IN if decision.entry.distribution == BUILTIN else COMPOSITE, refused, "", ""

@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from attnplug._call.autocast import any_autocast
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
+from attnplug._run.batched import backward_of_wrapped, is_wrapped
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
@@ -46,7 +47,9 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
 def refusing_lse_gradient(entry: Entry, params: SDPAParams, out: Tensor, lse: Tensor | None) -> Result:
     """Return `out`, and `lse` such that asking for its gradient raises unless the kernel declares one."""
     if lse is not None and params.return_lse and not declares(entry, Feature.LSE_GRADIENT):
-        lse = _Refuse.apply(no_lse_gradient(entry), 1, lse.detach(), *tensors_of(params)[: len(DIFFERENTIABLE)])
+        lse = _RefuseTangentsToo.apply(
+            no_lse_gradient(entry), 1, lse.detach(), *tensors_of(params)[: len(DIFFERENTIABLE)]
+        )
     return out, lse
 
 
@@ -115,9 +118,15 @@ class _Attention(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[1:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
         given = tensors, wanted, grad_out, grad_lse, out, lse, saved
         differentiates = recording and declares(call.entry, Feature.SECOND_DERIVATIVES)
-        grads = backward_in_trace(call, *given) if tracing and not differentiates else call.backward(*given)
-        if recording and not differentiates:
-            grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
+        composite = call.entry.kernel.composite
+        if differentiates:
+            grads = call.backward(*given)
+        elif not tracing and (recording or not composite) and (is_wrapped(grad_out) or is_wrapped(grad_lse)):
+            grads = backward_of_wrapped(call, *given)
+        else:
+            grads = backward_in_trace(call, *given) if tracing else call.backward(*given)
+            if recording:
+                grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
         return (None, *grads, *_ABSENT)[: 1 + count]
 
 
@@ -149,6 +158,12 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise GradientError(ctx.message)
+
+
+class _RefuseTangentsToo(_Refuse):
+    """The same, which raises in forward mode, too. Dynamo traces none that has a `jvp`."""
+
+    jvp = _Refuse.backward
 
 
 def _refuse_second_derivatives(entry: Entry, grads: list[Tensor | None], inputs: Any) -> list[Tensor | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnplug._call.autocast import any_autocast, no_autocast
 from attnplug._errors import GradientError, KernelError
+from attnplug._messages import of_error
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Entry
 from attnplug._selection.state import thread
@@ -117,9 +118,19 @@ class KernelCall:
             return checked_gradients(entry.name, params, returned)
 
     def fake(self, tensors: Given) -> tuple[Any, ...] | None:
-        """Return what the kernel says that its forward returns, as empty tensors; None if it does not say."""
+        """Return what the kernel says that its forward returns, as empty tensors; None if it does not say.
+
+        Raises:
+            KernelError: it failed to.
+        """
         kernel = self.entry.kernel
-        return None if kernel.fake is None else tuple(kernel.fake(self.params(tensors)))
+        if kernel.fake is None:
+            return None
+        try:
+            out, lse, *saved = kernel.fake(self.params(tensors))
+        except Exception as error:
+            raise KernelError(f"implementation {self.entry.name!r}: fake raised {of_error(error)}") from error
+        return out, lse, *saved
 
 
 def run_forward(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:

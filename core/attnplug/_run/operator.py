@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnplug._errors import GradientError
 from attnplug._registry.kernel import OfOneRank
 from attnplug._registry.registry import Entry
+from attnplug._run.batched import one_by_one, refuse_equal_draws
 from attnplug._run.contract import (
     CONSTANTS,
     DIFFERENTIABLE,
@@ -164,6 +165,7 @@ class Operator:
         torch.library.register_autograd(
             f"attnplug::{name}", self._differentiate, setup_context=self._remember, lib=_library()
         )
+        torch.library.register_vmap(f"attnplug::{name}", self._each, lib=_library())
         forward, backward = getattr(torch.ops.attnplug, name), getattr(torch.ops.attnplug, f"{name}_backward")
         self.forward, self.backward = forward.default, backward.default
         count_flops(forward, backward, params_from)
@@ -271,6 +273,19 @@ class Operator:
         given = [next(grads) if want else None for want in wanted]
         return (*given, *(None for _ in ctx.needs_input_grad[len(given) :]))
 
+    def _each(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
+        """Run forward on each element that `vmap` has."""
+        count, last = len(TENSORS), len(_NAMES) - 1
+        before, (draw, *after) = arguments[count:last], arguments[last:]
+        refuse_equal_draws(self._call(arguments)[0], info.randomness)
+
+        def run(tensors: Given) -> tuple[Tensor, ...]:
+            out, lse, saved = self.forward(*tensors, *before, draw and _next_draw(), *after)
+            return out, lse, *saved
+
+        (out, lse, *saved), dims = one_by_one(info.batch_size, in_dims[:count], arguments[:count], run)
+        return (out, lse, saved), (0, 0, list(dims[2:]))
+
     def _random_state(self, call: KernelCall, tensors: tuple[Any, ...]) -> list[Tensor]:
         """Return what backward needs to run forward again: the random state, if forward draws numbers."""
         if self.kernel.fake is not None or self.kernel.backward is None or not call.constant("dropout"):
@@ -312,6 +327,8 @@ def backward_in_trace(call: KernelCall, tensors: Given, *given: Any) -> list[Ten
     The arguments are those of `KernelCall.backward`. A trace cannot look into the kernel.
     """
     id(call.entry)  # of which a trace takes the name for a constant: this makes it guard on the entry itself
+    if given[2] is not None and (refused := call.entry.constant(refusal)):  # or it would be no error of the trace
+        raise GradientError(refused)
     operator = getattr(torch.ops.attnplug, call.entry.constant(_name_of_backward)).default
     fields: dict[str, Any] = dict(zip((*TENSORS, *CONSTANTS), (*tensors, *call.constants), strict=True))
     with torch.no_grad():

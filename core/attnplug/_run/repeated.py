@@ -16,6 +16,7 @@ from torch import Tensor
 from attnplug._call.autocast import any_autocast, no_autocast
 from attnplug._call.comparing import compared
 from attnplug._errors import KernelError
+from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import (
     TENSORS,
     KernelCall,
@@ -27,7 +28,7 @@ from attnplug._run.contract import (
     run_forward,
 )
 from attnplug._run.operator import is_watched
-from attnplug._run.transforms import is_transformed, is_wrapped
+from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import thread
 from attnplug._types import SDPAParams
 

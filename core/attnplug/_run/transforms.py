@@ -16,16 +16,16 @@ from torch.autograd import forward_ad
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
 from attnplug._run.autograd import refusing_lse_gradient
+from attnplug._run.batched import backward_of_wrapped, one_by_one, refuse_equal_draws
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
     KernelCall,
     Result,
-    no_second_derivatives,
     run_forward,
     tensors_of,
 )
-from attnplug._run.operator import OperatorCall, is_watched, operator_of
+from attnplug._run.operator import OperatorCall, constant_lse, is_watched, operator_of, refusal, without_gradient
 from attnplug._types import SDPAParams
 
 
@@ -34,13 +34,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor has no memory of its own, because a transform has wrapped it.
-
-    `is_transformed` does not see one that has ended, nor `is_grads_batched` of `torch.autograd.grad`.
-    """
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+def is_mapped_alone() -> bool:
+    """Whether `vmap` is all that is around this call."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {interpreter.key() for interpreter in stack}
+    return forward_ad._current_level < 0 and kinds == {torch._C._functorch.TransformType.Vmap}
 
 
 def run_transformed(entry: Entry, params: SDPAParams) -> Result:
@@ -50,7 +48,10 @@ def run_transformed(entry: Entry, params: SDPAParams) -> Result:
         GradientError: the kernel has no rule for one of them.
     """
     if entry.kernel.composite:
-        return refusing_lse_gradient(entry, params, *run_forward(entry, params)[:2])
+        out, lse = run_forward(entry, params)[:2]
+        if lse is not None and params.return_lse and _is_functionalized():  # as below
+            return out, without_gradient(constant_lse(), refusal(entry), params, lse)
+        return refusing_lse_gradient(entry, params, out, lse)
     if _is_functionalized():  # by which no autograd.Function can be seen, but an operator is
         return operator_of(entry).run(params)
     kind = OperatorCall if is_watched(_innermost(params.query)) else KernelCall
@@ -92,8 +93,7 @@ class _Forward(torch.autograd.Function):
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
         wanted = tuple(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
-        given = (*tensors, grad_out, grad_lse, out, lse, *saved)
-        grads = _Backward.apply(call, wanted, *given)
+        grads = backward_of_wrapped(call, tensors, wanted, grad_out, grad_lse, out, lse, saved)
         return (None, *grads, *(None for _ in TENSORS[len(DIFFERENTIABLE) :]))
 
     @staticmethod
@@ -105,57 +105,5 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, *tensors: Tensor | None) -> Any:
-        _refuse_equal_draws(call, info.randomness)
-        return _one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))
-
-
-class _Backward(torch.autograd.Function):
-    """The kernel's backward: one gradient, or None where none is wanted, for each of `DIFFERENTIABLE`."""
-
-    apply: Any  # PyTorch's has no types
-
-    @staticmethod
-    def forward(call: KernelCall, wanted: tuple[bool, ...], *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, (grad_out, grad_lse, out, lse, *saved) = given[: len(TENSORS)], given[len(TENSORS) :]
-        assert out is not None
-        with torch.no_grad():
-            return tuple(call.backward(tensors, wanted, grad_out, grad_lse, out, lse, tuple(saved)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.call = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise GradientError(no_second_derivatives(ctx.call.entry))
-
-    jvp = backward
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, wanted: tuple[bool, ...], *given: Any) -> Any:
-        return _one_by_one(info.batch_size, in_dims[2:], given, lambda each: _Backward.apply(call, wanted, *each))
-
-
-def _one_by_one(size: int, dims: tuple[Any, ...], tensors: tuple[Any, ...], run: Any) -> tuple[Any, Any]:
-    """Run on each element of the dimensions that `vmap` took away; return the results stacked, and where."""
-    elements = (
-        [
-            tensor if dim is None else tensor.select(dim, position).contiguous()
-            for tensor, dim in zip(tensors, dims, strict=True)
-        ]
-        for position in range(size)
-    )
-    results = list(zip(*map(run, elements), strict=True))
-    stacked = tuple(None if column[0] is None else torch.stack(column) for column in results)
-    return stacked, tuple(None if tensor is None else 0 for tensor in stacked)
-
-
-def _refuse_equal_draws(call: KernelCall, randomness: str) -> None:
-    """Raise where `vmap` asks for what dropout cannot give."""
-    if call.constant("dropout") == 0 or randomness == "different":
-        return
-    asked = "called random operations" if randomness == "error" else "asked for the same randomness in each element"
-    raise RuntimeError(
-        f"vmap: implementation {call.entry.name!r} with dropout_p > 0 {asked}; it draws anew for each: "
-        f"vmap(..., randomness='different')"
-    )
+        refuse_equal_draws(call, info.randomness)
+        return one_by_one(info.batch_size, in_dims[1:], tensors, lambda each: _Forward.apply(call, *each))

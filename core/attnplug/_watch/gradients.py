@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling
 
+from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import DIFFERENTIABLE, TENSORS
 from attnplug._types import SDPAParams
 
@@ -74,7 +75,7 @@ class Backward:
             self._pass, self._arrived = number, {}
         for name, position in outputs.items():
             if (gradient := gradients[position]) is not None:
-                self._arrived[name] = gradient.detach()
+                self._arrived[name] = gradient if is_wrapped(gradient) else gradient.detach()
 
     def finished(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Have the gradients of the arguments judged."""
@@ -86,6 +87,9 @@ class Backward:
         self._twice = torch.is_grad_enabled()
         if number != torch._C._current_graph_task_id():
             self._skip("gradients: the result was changed in place, or backward runs in several threads at once")
+            return
+        if any(map(is_wrapped, (*arrived.values(), *gradients))):
+            self._skip("gradients: many at once, as is_grads_batched or torch.func.vmap has them")
             return
         for name, tensor, version in self._versions:
             if tensor._version != version:

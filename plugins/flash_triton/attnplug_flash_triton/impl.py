@@ -150,20 +150,22 @@ def backward(
 def prepare_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
 ) -> Callable[..., tuple[Tensor, ...] | None] | None:
-    """Return what runs backward of a call whose tensors are like these; None if they are not aligned."""
-    given, device = _given_to_backward(params, grad_out, out, lse, *statistics), params.query.device
-    if any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
-        return None
-    plan, settings = _backward_plan(params, given, device), _settings_of_backward(params.query.dtype)
-    names = tuple(given)
+    """Return what runs backward of a call whose tensors are like these, where they are aligned."""
+    names, device = tuple(_given_to_backward(params, grad_out, out, lse, *statistics)), params.query.device
+    constants: dict[str, Any] = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
+    settings, plan = _settings_of_backward(params.query.dtype), None
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+        nonlocal plan
         addresses = 0
         for tensor in tensors:
             addresses |= tensor.data_ptr()
         if addresses % ALIGNED or _settings_of_backward(tensors[0].dtype) != settings:
             return None
-        return _run(plan, dict(zip(names, tensors, strict=True)), device)[:3]
+        given = dict(zip(names, tensors, strict=True))
+        if plan is None:  # those that it was prepared with need not have been aligned
+            plan = _backward_plan(SDPAParams(tensors[0], tensors[1], tensors[2], **constants), given, device)
+        return _run(plan, given, device)[:3]
 
     return run
 

@@ -291,9 +291,10 @@ def test_what_is_prepared_for_backward_leaves_tensors_that_start_elsewhere_to_ba
     given = of_backward()
     run = prepared_backward(given)
     assert run(*given) is not None
-    plain = given[number]
+    plain, aligned = given[number], [*given]
     given[number] = torch.empty(plain.numel() + 1, dtype=plain.dtype)[1:].view(plain.shape)
-    assert run(*given) is None and prepared_backward(given) is None
+    later = prepared_backward(given)
+    assert run(*given) is None and later(*given) is None and later(*aligned) is not None
 
 
 def test_what_is_prepared_for_backward_leaves_other_settings_to_backward(gpu: Driver) -> None:
