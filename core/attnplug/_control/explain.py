@@ -149,11 +149,9 @@ def explain(
 
 
 def _is_varlen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether these are the arguments of `varlen_attn`; by position, where the other has `dropout_p` it has `cu_seq_k`."""
-    if "cu_seq_q" in kwargs:
-        return True
-    by_position = args[1] is None or isinstance(args[1], Tensor) if len(args) > 1 else False
-    return by_position or "cu_seq_k" in kwargs
+    """Whether these are the arguments of `varlen_attn`, which has `cu_seq_k` where the other has `dropout_p`."""
+    by_position = len(args) > 1 and (args[1] is None or isinstance(args[1], Tensor))
+    return by_position or "cu_seq_q" in kwargs or "cu_seq_k" in kwargs
 
 
 def _measured(impl: str | None, facts: CallFacts, params: SDPAParams) -> tuple[str | None, str]:
