@@ -232,6 +232,31 @@ def test_forward_mode_and_second_derivatives_are_errors_and_never_zeros() -> Non
         loss(torch.autograd.forward_ad.make_dual(query, query))
 
 
+def test_a_kernel_of_operators_without_forward_mode_derivatives_is_named_with_the_way_out() -> None:
+    """As an opaque kernel is, rather than PyTorch's operator alone."""
+
+    class Fused:
+        composite = True
+
+        @staticmethod
+        def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out, lse = flash(params.query, params.key, params.value, scale=params.scale)
+            return out, lse
+
+    attnplug.register_impl(ImplSpec(name="fused", kernel=Fused, backend=None))
+    query = torch.randn(SHAPE)
+
+    def function(each: Tensor) -> Tensor:
+        out: Tensor = attnplug.scaled_dot_product_attention(each, each, each, impl="fused")
+        return out
+
+    for transform in (torch.func.jvp, lambda function, inputs, _: torch.func.linearize(function, *inputs)):
+        with pytest.raises(attnplug.GradientError, match=r"'fused' has no forward-mode derivatives.*SDPBackend\.MATH"):
+            transform(function, (query,), (query,))
+    attnplug.unregister_impl("fused")
+
+
 @pytest.mark.parametrize("impl", ["math_ref", "aten_math"])
 def test_the_math_family_has_forward_mode_derivatives(impl: str) -> None:
     query, tangent = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)

@@ -63,6 +63,23 @@ def test_explain_speaks_of_variable_length_calls_too() -> None:
     assert any("varlen_attn" in reason for reason in others["aten_math"])
 
 
+@pytest.mark.parametrize("named", [(), ("max_q", "max_k"), ("cu_seq_k", "max_q", "max_k")])
+def test_explain_takes_a_variable_length_call_by_position_too(named: tuple[str, ...]) -> None:
+    tokens, starts = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    call = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": 3, "max_k": 3}
+    args, kwargs = [call[name] for name in call if name not in named], {name: call[name] for name in named}
+    attnplug.varlen_attn(tokens, tokens, tokens, *args, **kwargs)
+    told = attnplug.explain(tokens, tokens, tokens, *args, **kwargs)
+    assert str(told) == str(attnplug.explain(tokens, tokens, tokens, **call))
+
+
+def test_explain_takes_pages_by_position_too() -> None:
+    tokens, pages = torch.randn(5, 2, 8), torch.randn(2, 4, 2, 8)
+    starts, lengths, table = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 2, 5], [3, 4], [[0], [1]]))
+    told = attnplug.explain(tokens, pages, pages, starts, None, 3, 4, seqused_k=lengths, block_table=table)
+    assert told.chosen == "math_ref"
+
+
 def test_can_use_impl_is_truthy_when_it_accepts() -> None:
     assert attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q, None, 0.0, True, False))
     verdict = attnplug.can_use_impl("aten_flash", SDPAParams(Q, Q, Q, None, 0.1, True, False))

@@ -97,7 +97,7 @@ def explain(
 ) -> Explanation:
     """Explain which implementation would run a call, and why each of the others would not.
 
-    Takes the arguments of `scaled_dot_product_attention`, or, if `cu_seq_q` is given by name, those of
+    Takes the arguments of `scaled_dot_product_attention`, or, if the call has `cu_seq_q`, those of
     `varlen_attn`. Nothing runs, but kernels whose `supports` has to be called are imported.
 
     Args:
@@ -121,7 +121,7 @@ def explain(
         >>> attnplug.explain(query, query, query, softcap=30.0, impl="aten_flash").chosen is None
         True
     """
-    signature = _VARLEN if "cu_seq_q" in kwargs else _DENSE
+    signature = _VARLEN if _is_varlen(args, kwargs) else _DENSE
     bound = signature.bind(query, key, value, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
@@ -146,6 +146,12 @@ def explain(
     if choice is not None and choice == found.chosen:  # measured, so nobody faster is missed
         found = replace(found, nearest=None, remedy="")
     return found
+
+
+def _is_varlen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether these are the arguments of `varlen_attn`, which has `cu_seq_k` where the other has `dropout_p`."""
+    by_position = len(args) > 1 and (args[1] is None or isinstance(args[1], Tensor))
+    return by_position or "cu_seq_q" in kwargs or "cu_seq_k" in kwargs
 
 
 def _measured(impl: str | None, facts: CallFacts, params: SDPAParams) -> tuple[str | None, str]:

@@ -200,6 +200,14 @@ def no_second_derivatives(entry: Entry) -> str:
     )
 
 
+def no_forward_derivatives(entry: Entry) -> str:
+    """Return the message of the error for forward-mode derivatives that the implementation does not have."""
+    return (
+        f"implementation {entry.name!r} has no forward-mode derivatives; use one of the MATH family, "
+        f"for example inside sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
 def declares(entry: Entry, feature: Feature) -> bool:
     """Whether the implementation's capabilities name this feature."""
     return feature in entry.spec.capabilities.features

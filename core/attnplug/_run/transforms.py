@@ -7,6 +7,7 @@ what has no rule (forward-mode and second derivatives) raises, rather than givin
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from attnplug._run.contract import (
     TENSORS,
     KernelCall,
     Result,
+    no_forward_derivatives,
     run_forward,
     tensors_of,
 )
@@ -48,7 +50,7 @@ def run_transformed(entry: Entry, params: SDPAParams) -> Result:
         GradientError: the kernel has no rule for one of them.
     """
     if entry.kernel.composite:
-        out, lse = run_forward(entry, params)[:2]
+        out, lse = _run_composite(entry, params)[:2]
         if lse is not None and params.return_lse and _is_functionalized():  # as below
             return out, without_gradient(constant_lse(), refusal(entry), params, lse)
         return refusing_lse_gradient(entry, params, out, lse)
@@ -57,6 +59,16 @@ def run_transformed(entry: Entry, params: SDPAParams) -> Result:
     kind = OperatorCall if is_watched(_innermost(params.query)) else KernelCall
     returned = _Forward.apply(kind.of(entry, params), *tensors_of(params))
     return returned[0], returned[1] if params.return_lse else None
+
+
+def _run_composite(entry: Entry, params: SDPAParams) -> tuple[Any, ...]:
+    """Run a kernel made of PyTorch operators, of which one may have no forward-mode derivatives."""
+    try:
+        return run_forward(entry, params)
+    except NotImplementedError as error:  # PyTorch's, which names the operator, but neither kernel nor way out
+        if re.search("forward[- ](mode )?AD", str(error)) is None:
+            raise
+        raise GradientError(no_forward_derivatives(entry)) from error
 
 
 def _innermost(tensor: Tensor) -> Tensor:
@@ -98,10 +110,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise GradientError(
-            f"implementation {ctx.call.entry.name!r} has no forward-mode derivatives; use one of the MATH family, "
-            f"for example inside sdpa_kernel(SDPBackend.MATH)"
-        )
+        raise GradientError(no_forward_derivatives(ctx.call.entry))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, *tensors: Tensor | None) -> Any:

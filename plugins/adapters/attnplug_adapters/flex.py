@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from attnplug import GradientError, SDPAParams
+from attnplug import AttnplugError, GradientError, SDPAParams
 from attnplug_adapters import convert, flex_kinds, flex_mods
 
 composite = True
@@ -44,6 +44,7 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
 
     Raises:
         GradientError: an argument has a tangent, which a compiled function would drop in silence.
+        AttnplugError: a transform of `torch.func` is around the call, in which PyTorch compiles no kernel.
     """
     if not flex_mods.is_watched() and any(
         map(_has_tangent, (params.query, params.key, params.value, params.attn_mask, params.sinks))
@@ -51,6 +52,11 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         raise GradientError(
             "implementation 'flex' has no forward-mode derivatives; use one of the MATH family, for example inside "
             "sdpa_kernel(SDPBackend.MATH)"
+        )
+    if not flex_mods.is_watched() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise AttnplugError(
+            "implementation 'flex' is compiled, and cannot be seen through by torch.func transforms; use another, for "
+            "example inside sdpa_kernel(SDPBackend.MATH)"
         )
     positions = flex_mods.Positions.of(params)
     query, key, value = flex_mods.dense(params, positions)

@@ -214,6 +214,20 @@ def test_a_tangent_is_an_error_and_never_dropped() -> None:
         attnplug.scaled_dot_product_attention(query, forward_ad.make_dual(query, query), query, impl="flex")
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.functionalize])
+def test_a_transform_in_which_nothing_is_compiled_is_an_error_of_flex_and_not_of_dynamo(transform: Any) -> None:
+    query = torch.randn(2, 2, 24, 16)
+    attend = partial(attnplug.scaled_dot_product_attention, impl="flex")
+    with pytest.raises(attnplug.AttnplugError, match=r"'flex' .*torch\.func.*SDPBackend\.MATH"):
+        transform(attend)(query, query, query)
+
+
+def test_linearize_is_an_error_that_names_flex() -> None:
+    query = torch.randn(1, 2, 24, 16)
+    with pytest.raises(attnplug.GradientError, match="'flex' has no forward-mode derivatives"):
+        torch.func.linearize(partial(attnplug.scaled_dot_product_attention, impl="flex"), query, query, query)
+
+
 def test_a_trace_does_not_ask_whether_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo has no answer to that, so that on a GPU a compiled model would be cut in two, or refused."""
     cuda, copied = ModuleType("torch.cuda"), ModuleType("torch")
