@@ -6,11 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := plugins/math_ref plugins/flash_triton plugins/efficient_cuda plugins/adapters
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Of most that is installed nothing is ever imported; bytecode of the rest is kept, whatever the environment says, as
+# hundreds of processes would compile the same modules again.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint gpu bench docs dist clean
+.PHONY: help demo test test-slow test-all lint gpu bench docs dist clean
 
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -20,13 +23,15 @@ demo: $(VENV)/demo  ## real models: a semantic search once with each implementat
 	$(BIN)/python examples/small_llama.py
 
 # In random order. A run prints its seed, and `--randomly-seed=SEED` repeats it.
-# Bytecode is kept whatever the environment says: hundreds of processes would compile the same modules again.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=2
 test: $(VENV)/dev  ## the tests, but for slow ones and those that need a GPU
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/dev  ## the slow tests: each shipped configuration compiled, kernels emulated, packages installed
 	$(PYTEST) -m slow
+
+test-all: $(VENV)/dev  ## both in one run, which collects them once
+	$(PYTEST)
 
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .
@@ -64,12 +69,14 @@ clean:  ## take the environment away
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and by itself: it is what everything else must agree with.
+# torch comes first: it is what everything else must agree with. With it comes what builds our five packages, which pip
+# would else install for each of them.
 $(VENV)/demo: $(VENV)/bin/python constraints.txt requirements-demo.txt $(PROJECTS)
-	$(INSTALL) torch
-	$(INSTALL) $(EDITABLE) --requirement requirements-demo.txt
+	$(INSTALL) torch 'setuptools>=77'
+	$(INSTALL) --no-build-isolation $(EDITABLE)
+	$(INSTALL) --requirement requirements-demo.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo requirements-dev.txt
-	$(INSTALL) $(EDITABLE) --requirement requirements-dev.txt
+	$(INSTALL) --requirement requirements-dev.txt
 	touch $@

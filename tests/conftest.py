@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 import attnplug
 import forked
-from process_state import differences, forget, snapshot
+from process_state import differences, forget, registered, snapshot
 
 # A run that fails fails again, and how long an example takes is the machine's affair.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,9 +66,9 @@ def _leaves_no_trace() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             attnplug.restore_flash_attention_impl()
-    for record in attnplug.list_impls():
-        if record.distribution == "this program":
-            attnplug.unregister_impl(record.name)
+    for name, distribution in registered().items():
+        if distribution == "this program":
+            attnplug.unregister_impl(name)
     forget()
     changed = differences(before, snapshot())
     if changed:  # a bound module counts until it is collected

@@ -135,7 +135,6 @@ def test_what_a_kernel_looks_at_decides_the_same_eager_and_compiled(what: str, c
         ImplSpec(name="picky", kernel=Picky(declines), backend=None, capabilities=Capabilities(features=features))
     )
     try:
-        torch._dynamo.reset()
 
         def call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             with attnplug.sdpa_kernel(["picky", "aten_math"], set_priority=True):

@@ -109,7 +109,8 @@ PROGRAMS = {"lent_pip": "pip._internal.cli.main", "lent_attnplug": "attnplug.cli
 
 @pytest.mark.slow(first=True)
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_new_package_installs_is_listed_and_passes_the_checks_and_its_own_tests(write, environment, flavour):
+def test_a_new_package_installs_is_listed_and_passes_its_own_tests(write, environment, flavour):
+    """They are the whole conformance kit, on the implementation that the package's entry point announces."""
     if flavour == "triton":
         pytest.importorskip("triton")
     if flavour == "cuda" and not (shutil.which("g++") or shutil.which("clang++")):
@@ -128,12 +129,6 @@ def test_a_new_package_installs_is_listed_and_passes_the_checks_and_its_own_test
     (record,) = (record for record in json.loads(listed.stdout)["implementations"] if record["name"] == name)
     assert (record["distribution"], record["version"]) == (name.replace("_", "-"), "0.1.0")
     assert record["status"] == "available"
-
-    only = "--only", "check_kernel_loads"  # the package's own tests make all of them
-    checked = environment("lent_attnplug", "check", name, *only, "--json", cwd=folder.parent, **interpreted, **cache)
-    (report,) = json.loads(checked.stdout)["reports"]
-    assert [result for result in report["results"] if result["status"] == "failed"] == []
-    assert (checked.returncode, report["passed"]) == (0, True)
 
     tested = environment("lent_pytest", "-q", cwd=folder, **cache)
     assert tested.returncode == 0, tested.stdout

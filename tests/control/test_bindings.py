@@ -135,7 +135,6 @@ def test_compiled_models_follow_a_binding() -> None:
             return params.value + 100, None
 
     attnplug.register_impl(ImplSpec(name="marked", kernel=Marked, backend=None))
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     model = TwoLayers()
     with attnplug.patch_torch():
@@ -179,7 +178,6 @@ def test_a_checkpoint_of_an_unmodified_model_recomputes_alike() -> None:
 
 
 def test_a_compiled_function_in_a_checkpoint_recomputes_under_the_activation_of_its_forward() -> None:
-    torch._dynamo.reset()
     spec = ImplSpec(
         name="square",
         kernel=Kernel(forward=lambda params: ((params.value * 2).square(), None), composite=True),

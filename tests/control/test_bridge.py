@@ -68,7 +68,6 @@ def test_several_patches_are_removed_in_any_order() -> None:
 
 
 def test_models_compiled_before_follow_the_activation_and_the_restore() -> None:
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     model = torch.compile(Model(), backend=counter, fullgraph=True)
     expected = model(Q)
@@ -83,7 +82,6 @@ def test_models_compiled_before_follow_the_activation_and_the_restore() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_transformer_layers_follow_in_spite_of_their_fast_path(compiled: bool) -> None:
-    torch._dynamo.reset()
     layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
     model = torch.compile(layer, backend="eager") if compiled else layer
     inputs = torch.randn(2, 5, 16)

@@ -78,7 +78,6 @@ def test_a_call_of_attnplug_s_own_is_not_narrowed() -> None:
 
 
 def test_pytorch_s_scope_inside_a_compiled_function_counts() -> None:
-    torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -94,7 +93,6 @@ def test_pytorch_s_scope_inside_a_compiled_function_counts() -> None:
     torch.compile(function, backend=keep, fullgraph=True)(Q)
     calls = [str(node.target) for node in graphs[-1].graph.nodes if "scaled_dot_product_attention" in str(node.target)]
     assert ["math" in call for call in calls] == [False, True]
-    torch._dynamo.reset()
 
 
 # --- saved, copied, scripted ---

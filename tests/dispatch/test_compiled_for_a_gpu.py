@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,14 +50,11 @@ CALLS: dict[str, Callable[[], tuple[list[Tensor], dict[str, Any]]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnplug._registry.registry.device_types", lambda: {"cpu", "cuda"})
     monkeypatch.setattr(device._thread, "described", HOPPER)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: CUDNN)
     monkeypatch.setitem(device._cudnn_errs, 0, (False, True, True))
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow

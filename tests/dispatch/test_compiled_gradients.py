@@ -66,7 +66,6 @@ def test_gradients_of_compiled_calls_are_right(impl: str | None, name: str) -> N
     def attend(tensors: dict[str, Tensor]) -> Any:
         return function(**tensors, **constants, impl=impl)
 
-    torch._dynamo.reset()
     returned = torch.compile(attend, backend="aot_eager", fullgraph=True)(tensors)
     out, lse = returned if call.lse else (returned, None)
     gradients = call.backward(inputs, out, lse, leaves)

@@ -6,7 +6,6 @@ import copy
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,9 @@ class Opaque:
 
 
 @pytest.fixture(autouse=True)
-def _opaque() -> Iterator[None]:
-    torch._dynamo.reset()
+def _opaque() -> None:
     capabilities = Capabilities(features={Feature.LSE})
     attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque, backend=None, capabilities=capabilities))
-    yield
-    torch._dynamo.reset()
 
 
 def inputs(device: str, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,6 @@ class Composite:
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
         return params.query * 2, None
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def register(name: str, kernel: Any = Opaque) -> None:

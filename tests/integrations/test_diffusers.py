@@ -247,7 +247,6 @@ def test_checkpointed_blocks_recompute_in_backward_what_ran_in_the_scope_of_forw
 
 
 def test_a_compiled_model_follows_two_scopes_and_compiles_once_for_each() -> None:
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     model, inputs = build(flux)
     compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
@@ -262,7 +261,6 @@ def test_a_compiled_model_follows_two_scopes_and_compiles_once_for_each() -> Non
                 torch.testing.assert_close(compiled(**inputs).sample, expected, rtol=1e-8, atol=1e-11)
     found = [[graph.code.count(name) for name in operators.values()] for graph in counter.graphs]
     assert found == [[CALLS[flux], 0], [0, CALLS[flux]]]
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("scope", [None, "aten_math"])

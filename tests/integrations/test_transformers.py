@@ -265,7 +265,6 @@ def test_a_compiled_model_has_no_graph_break(name: str) -> None:
 
 
 def test_a_compiled_model_follows_two_scopes_and_compiles_once_for_each() -> None:
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     model = build(mistral())
     expected = model(**padded("right")).last_hidden_state.detach()
@@ -283,7 +282,6 @@ def test_a_compiled_model_follows_two_scopes_and_compiles_once_for_each() -> Non
             torch.testing.assert_close(found[seen], expected[seen], rtol=1e-3, atol=1e-4)
     counts = [[graph.code.count(name) for name in operators.values()] for graph in counter.graphs]
     assert counts == [[2, 0], [0, 2]]
-    torch._dynamo.reset()
 
 
 OLD = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 21)
@@ -294,7 +292,6 @@ LOST = pytest.mark.skipif(
 
 @pytest.mark.parametrize("config", [gemma2, pytest.param(gpt_oss, marks=LOST)])
 def test_a_compiled_model_trains_as_with_eager_attention(config: Any) -> None:
-    torch._dynamo.reset()
     if config in NEEDS:
         need(NEEDS[config])
     model = build(config())
@@ -306,7 +303,6 @@ def test_a_compiled_model_trains_as_with_eager_attention(config: Any) -> None:
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same({"output": out.detach(), **gradients}, expected)
-    torch._dynamo.reset()
 
 
 class Outputs(torch.nn.Module):

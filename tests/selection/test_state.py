@@ -144,7 +144,6 @@ def test_a_graph_may_be_differentiated_twice_with_the_same_result(noted: Noted) 
 
 
 def test_a_compiled_backward_is_its_forward_s_after_the_choice_has_changed() -> None:
-    torch._dynamo.reset()
     inputs, model = torch.randn(1, 4, 8), Attention()
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = torch.autograd.grad(model(inputs).sum(), [*model.parameters()])
@@ -153,7 +152,6 @@ def test_a_compiled_backward_is_its_forward_s_after_the_choice_has_changed() -> 
             out = compiled(inputs)
         with attnplug.sdpa_kernel("aten_flash"):
             torch.testing.assert_close(torch.autograd.grad(out.sum(), [*model.parameters()]), expected)
-    torch._dynamo.reset()
 
 
 # --- checkpoints ---
@@ -261,7 +259,6 @@ def test_a_copy_carries_its_binding_and_the_same_weights(bind: Any, clone: Any) 
 
 @pytest.mark.parametrize("order", ["bound, then compiled", "compiled, then bound"])
 def test_a_model_that_is_itself_bound_can_be_compiled(bind: Any, order: str) -> None:
-    torch._dynamo.reset()
     model, hidden = Attention(), torch.randn(1, 4, 8)
     expected = model(hidden)
     with attnplug.patch_torch():
@@ -274,11 +271,9 @@ def test_a_model_that_is_itself_bound_can_be_compiled(bind: Any, order: str) -> 
             bind(model, "aten_math")
         torch.testing.assert_close(compiled(hidden), expected)
         assert ran_in(lambda: attnplug.scaled_dot_product_attention(*[hidden[None]] * 3)) == ["torch"]
-    torch._dynamo.reset()
 
 
 def test_a_compiled_model_sees_what_inside_it_is_bound_and_let_go(bind: Any) -> None:
-    torch._dynamo.reset()
     model, hidden = nn.Sequential(Attention(), nn.Identity()), torch.randn(1, 4, 8)
     with attnplug.patch_torch():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -291,11 +286,9 @@ def test_a_compiled_model_sees_what_inside_it_is_bound_and_let_go(bind: Any) -> 
             handle.remove()
             found.append(ran_in(lambda: compiled(hidden)))
     assert found == [["torch"], ["aten_math"], ["aten_flash"], ["aten_math"], ["torch"]]
-    torch._dynamo.reset()
 
 
 def test_a_compiled_copy_carries_its_binding(bind: Any) -> None:
-    torch._dynamo.reset()
     model, hidden = Attention(), torch.randn(1, 4, 8)
     handle = bind(model, "aten_math")
     other = copy.deepcopy(model)

@@ -165,7 +165,6 @@ def test_a_call_knows_the_bound_module_that_it_is_made_in() -> None:
 def test_compiled_calls_hand_over_their_tensors_where_somebody_wants_them(backend: str, impl: str) -> None:
     attnplug.register_impl(ImplSpec(name="opaque", kernel=Opaque, backend=None))
     counter = CompileCounterWithBackend(backend)
-    torch._dynamo.reset()
     function = torch.compile(lambda query: attend(query, query, query, impl=impl), backend=counter, fullgraph=True)
     query = Q.clone().requires_grad_()
     expected = function(query)
@@ -187,7 +186,6 @@ def test_compiled_calls_hand_over_their_tensors_where_somebody_wants_them(backen
 
 
 def test_a_watcher_of_the_process_is_told_of_calls_that_were_compiled_before_it_came() -> None:
-    torch._dynamo.reset()
     function = torch.compile(lambda query: attend(query, query, query), backend="eager", fullgraph=True)
     function(Q)
     with watching(Sees(), everywhere=True) as sees:

@@ -39,12 +39,17 @@ OTHERS = (
 KEPT = {"listeners"}
 
 
+def registered() -> dict[str, str]:
+    """Return the distribution of each implementation; a record of all would ask whether each can run here."""
+    attnplug.list_flash_attention_impls()  # fills the registry
+    assert process.registry is not None
+    return {entry.spec.name: entry.distribution for entry in process.registry if entry.distribution != "torch"}
+
+
 def snapshot() -> dict[str, Any]:
     """Return the state by name, as values that can be compared. Takes about a millisecond."""
-    listed = attnplug.list_impls()  # fills the registry too
-    implementations = {record.name: record.distribution for record in listed if record.distribution != "torch"}
     state = {
-        "registered implementations": implementations,
+        "registered implementations": registered(),
         "PyTorch's active implementation": torch_attention.current_flash_attention_impl(),
         "F.scaled_dot_product_attention": F.scaled_dot_product_attention,
         "F.multi_head_attention_forward": F.multi_head_attention_forward,

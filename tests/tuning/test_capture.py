@@ -206,7 +206,6 @@ def test_results_and_random_numbers_are_those_without_the_block():
 
 
 def test_compiled_functions_are_seen_and_not_compiled_again():
-    torch._dynamo.reset()
     counted = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(lambda query: F.scaled_dot_product_attention(query, query, query), backend=counted)
     compiled(query)

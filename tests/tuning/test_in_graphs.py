@@ -29,11 +29,6 @@ def keys(length: int) -> torch.Tensor:
     return torch.randn(1, 2, length, 8)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_compiled() -> None:
-    torch._dynamo.reset()
-
-
 def test_a_compiled_decode_loop_is_compiled_again_only_where_the_choice_is_another():
     counter = CompileCounter()
 

@@ -22,7 +22,7 @@ from attnplug_flash_triton.hopper import choose, outputs
 from attnplug_flash_triton.hopper import forward as kernels
 from attnplug_flash_triton.problem import Machine
 from gluon_emulator import launching
-from hopper_gradients import Call, call, orders
+from hopper_gradients import Call, call, order
 
 FEW_PROCESSORS = Machine("sm_90", 3)
 """So that a program has several tiles of queries."""
@@ -53,22 +53,25 @@ CALLS: dict[str, dict[str, Any]] = {
     "negative scale": dict(scale=-0.2),
     "heads last": dict(heads_last=True),
 }
-QUICK = [
+QUICK = {
     *((64, name) for name in CALLS),
     *((128, name) for name in ("full", "window", "variable length")),
     *((256, name) for name in ("full", "lower right", "variable length")),
-]
-ALL = [
-    (size, name, seed)
-    for (i, size), (j, name) in product(enumerate((64, 128, 256)), enumerate(CALLS))
-    for seed in orders(i, j)
-]
+}
+QUICK_JOINED = {
+    *((64, name) for name in CALLS),
+    *((128, name) for name in ("full", "window", "variable length, full")),
+}
 APART = {*((256, name) for name in CALLS), (64, "left side")}
 """Those of which tiles are not joined."""
-QUICK_JOINED = [
-    *((64, name) for name in CALLS if name != "left side"),
-    *((128, name) for name in ("full", "window", "variable length, full")),
-]
+
+
+def cases(quick: set[tuple[int, str]]) -> list[Any]:
+    """Return each call of each size, in one of the orders; those that are not quick are marked."""
+    return [
+        pytest.param(size, name, order(i, j), marks=() if (size, name) in quick else pytest.mark.slow)
+        for (i, size), (j, name) in product(enumerate((64, 128, 256)), enumerate(CALLS))
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -90,26 +93,22 @@ def error(made: Call, seed: int = 0, join: bool = False) -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize(("size", "name"), QUICK)
-def test_out_and_lse_are_those_of_the_formulas(size: int, name: str) -> None:
-    assert error(call(size, **CALLS[name]), seed=1) < LARGEST
+@pytest.mark.parametrize(("size", "name", "seed"), cases(QUICK))
+def test_out_and_lse_are_those_of_the_formulas(size: int, name: str, seed: int) -> None:
+    assert error(call(size, **CALLS[name]), seed) < LARGEST
 
 
-@pytest.mark.parametrize(("size", "name"), QUICK_JOINED)
-def test_joined_tiles_give_the_same(size: int, name: str) -> None:
-    assert error(call(size, **CALLS[name]), seed=1, join=True) < LARGEST
+@pytest.mark.parametrize(
+    ("size", "name", "seed"), [case for case in cases(QUICK_JOINED) if case.values[:2] not in APART]
+)
+def test_joined_tiles_give_the_same(size: int, name: str, seed: int) -> None:
+    assert error(call(size, **CALLS[name]), seed, join=True) < LARGEST
 
 
 @pytest.mark.parametrize("name", ["full", "upper left"])
 def test_joined_tiles_of_two_warpgroups_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert error(call(64, **CALLS[name]), join=True) < LARGEST
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "name", "seed"), [case for case in ALL if case[:2] not in APART])
-def test_joined_tiles_give_the_same_in_every_order(size: int, name: str, seed: int) -> None:
-    assert error(call(size, **CALLS[name]), seed, join=True) < LARGEST
 
 
 @pytest.mark.parametrize(("stages", "joins"), [(1, False), (2, True)])
@@ -155,12 +154,6 @@ def test_narrow_windows_have_narrow_tiles(window: tuple[int, int], is_causal: bo
     params = SDPAParams(query, query, query, scale=0.1, window_size=window, is_causal=is_causal)
     (launch,) = outputs.forward(params, FEW_PROCESSORS).launches
     assert launch.compiled_in["BLOCK_N"] == keys
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "name", "seed"), ALL)
-def test_out_and_lse_are_those_of_the_formulas_in_every_order(size: int, name: str, seed: int) -> None:
-    assert error(call(size, **CALLS[name]), seed) < LARGEST
 
 
 @pytest.mark.parametrize(("size", "size_v"), [(40, 40), (80, 24), (72, 200), (192, 128)])
