@@ -229,6 +229,8 @@ def a_gpu_is_here(monkeypatch: pytest.MonkeyPatch, gpu: Capability, complaint: s
         warnings.warn(f"{complaint} (Triggered internally at somewhere)", stacklevel=1)
         return False
 
+    # To make a fake tensor PyTorch 2.11 first makes a real one, on a GPU that it finds.
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
