@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -20,6 +21,20 @@ def is_exporting() -> bool:
     from torch import compiler
 
     return compiler.is_exporting()
+
+
+@constant_in_traces
+def cudnn_version() -> int | None:
+    """Return the version of the cuDNN that PyTorch runs attention with; None where there is none.
+
+    PyTorch raises where it takes that one to be too old for itself, or too new for a GPU, but only when it is first
+    asked, and its attention does not ask.
+    """
+    from torch.backends import cudnn
+
+    with suppress(RuntimeError):
+        return cudnn.version()
+    return cudnn.version()
 
 
 def holds_in_trace(comparison: bool) -> bool:

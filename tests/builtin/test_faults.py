@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnplug
+import foreign_cudnn
 from attnplug import SDPAParams
 from attnplug._api import dense
 from attnplug._call import device as gpu
@@ -201,6 +202,14 @@ def test_no_gradient_of_a_mask_and_64_keys_more_than_a_multiple_of_128_reaches_c
     query, key, value, given_mask, *rest = given_on_cuda(LOST.but(mask=mask, mask_dims=mask_dims), on_cuda)
     assert_fits((query, key, value, given_mask, *rest))
     assert key.shape[-2] == value.shape[-2] == given_mask.shape[-1] == 200
+
+
+def test_a_cudnn_that_pytorch_complains_of_is_known_by_its_version(
+    on_cuda: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_and_cudnn(monkeypatch, (9, 0), None)
+    foreign_cudnn.install(monkeypatch)
+    assert given_on_cuda(LOST, on_cuda)[1].shape[-2] == 200
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let PyTorch find these GPUs."""
 
     def find(*gpus: tuple[int, int]) -> None:
+        # To make a fake tensor PyTorch 2.11 first makes a real one, on a GPU that it finds.
+        monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

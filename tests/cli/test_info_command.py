@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import attnplug
+import foreign_cudnn
 
 
 def test_the_report_holds_versions_and_every_implementation(cli):
@@ -123,6 +124,13 @@ def test_gpus_that_fail_are_reported_and_the_rest_still_comes(cli, monkeypatch):
     done = cli("info", "--json")
     assert done.status == 0 and done.data["versions"]["torch"] == torch.__version__
     assert done.data["gpus"] == [{"name": "failed: RuntimeError: the driver is too old"}]
+
+
+def test_a_cudnn_that_pytorch_complains_of_takes_no_other_version_out_of_the_report(cli, monkeypatch):
+    foreign_cudnn.install(monkeypatch)
+    versions = cli("info", "--json").data["versions"]
+    assert versions["torch"] == torch.__version__ and versions["cuda runtime"] == torch.version.cuda
+    assert versions["cudnn"] == f"failed: RuntimeError: {foreign_cudnn.COMPLAINT.strip()}"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="writes a shell script")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import forked
 from attnplug.bench import Case
@@ -48,3 +49,15 @@ def test_what_a_program_puts_to_use_is_undone_to_what_the_environment_says(tmp_p
     other = fastest((CASE, "aten_flash")).save(tmp_path / "other.json")
     program = f"import attnplug; attnplug.use_choices({str(other)!r})\n{CALL}\nattnplug.restore_choices()\n{CALL}"
     assert in_environment(tmp_path, program, ATTNPLUG_CHOICES=str(file)).stdout == "aten_flash\naten_math\n"
+
+
+def test_a_cudnn_that_pytorch_complains_of_is_in_the_way_of_no_choice(tmp_path):
+    program = f"""
+import attnplug, foreign_cudnn, pytest
+from attnplug.bench import Case
+from measured import fastest
+foreign_cudnn.install(pytest.MonkeyPatch())
+attnplug.use_choices(fastest(({CASE!r}, "aten_math")))
+{CALL}"""
+    done = in_environment(tmp_path, program, PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.stdout == "aten_math\n", done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attnplug._arguments import shown
-from attnplug._tracing import constant_in_traces
+from attnplug._tracing import constant_in_traces, cudnn_version
 
 Capability = tuple[int, int]
 
@@ -109,7 +109,7 @@ def cudnn_errs(index: int) -> tuple[bool, bool, bool]:
     """
     found = _cudnn_errs.get(index)
     if found is None:
-        capability, cudnn = compute_capability(torch.device("cuda", index)), torch.backends.cudnn.version() or 0
+        capability, cudnn = compute_capability(torch.device("cuda", index)), cudnn_version() or 0
         major = 0 if capability is None else capability[0]
         prefers = major in (9, 10) and cudnn > 91500
         found = _cudnn_errs[index] = major in (10, 11) and cudnn <= 92500, major == 9 and prefers, prefers

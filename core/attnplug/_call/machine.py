@@ -10,6 +10,7 @@ import torch
 
 from attnplug._call.device import architecture_name
 from attnplug._registry.registry import Registry
+from attnplug._tracing import cudnn_version
 
 
 @cache
@@ -37,7 +38,7 @@ def processor() -> str:
 @cache
 def runtime_versions() -> dict[str, str | None]:
     """Return the versions of torch, CUDA or ROCm, cuDNN and Triton; None for what is not here."""
-    cudnn = torch.backends.cudnn.version()
+    cudnn = cudnn_version()
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,

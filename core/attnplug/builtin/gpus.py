@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnplug import SDPAParams, compute_capability
-from attnplug._tracing import constant_in_traces
+from attnplug._tracing import constant_in_traces, cudnn_version
 from attnplug.builtin.rewrites import holds
 
 HALF = (torch.float16, torch.bfloat16)
@@ -23,7 +23,7 @@ def flash_on(device: torch.device) -> tuple[int, int] | None:
 @constant_in_traces
 def cudnn_on(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     """Return the compute capability of a device and the version of cuDNN, 0 where there is none."""
-    return compute_capability(device), torch.backends.cudnn.version() or 0
+    return compute_capability(device), cudnn_version() or 0
 
 
 def lacks_backward(gpu: tuple[int, int], params: SDPAParams) -> bool:

@@ -73,15 +73,21 @@ def _attempt(ask: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
 def _torch() -> dict[str, str | None]:
     import torch
 
-    cudnn = torch.backends.cudnn.version()
     return {
         "torch": torch.__version__,
         "torch commit": torch.version.git_version,
         "torch cpu kernels": torch.backends.cpu.get_cpu_capability(),
         "cuda runtime": torch.version.cuda,
         "rocm runtime": torch.version.hip,
-        "cudnn": None if cudnn is None else str(cudnn),
+        "cudnn": _attempt(_cudnn, lambda said: said.strip()),
     }
+
+
+def _cudnn() -> str | None:
+    import torch
+
+    version = torch.backends.cudnn.version()  # of one that PyTorch was not built for the report holds what it says
+    return None if version is None else str(version)
 
 
 def _nvidia_driver() -> str | None:

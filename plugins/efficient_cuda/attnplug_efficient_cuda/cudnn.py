@@ -200,14 +200,14 @@ def unavailable() -> tuple[str, ...]:
 
 def lacks(device: torch.device, dtype: torch.dtype) -> dict[Feature, str]:
     """Return the features for which the PyTorch or the cuDNN of this machine is too old."""
-    reason = cudnn_packed.lacking(torch.backends.cudnn.version())
+    reason = cudnn_packed.lacking(hardware.cudnn_version())
     return {Feature.VARLEN: reason} if reason else {}
 
 
 def supports(params: SDPAParams) -> list[str]:
     """Return each reason against this call: PyTorch's, cuDNN's, and this GPU's."""
     reasons: list[str] = []
-    version, gpu = torch.backends.cudnn.version(), compute_capability(params.query.device)
+    version, gpu = hardware.cudnn_version(), compute_capability(params.query.device)
     if too_new := hardware.too_new(params.query.device):
         reasons.append(too_new)
     packed = params.is_varlen

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -217,8 +216,8 @@ def _readable(seeds: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     )
 
 
-@cache
 def _no_seeds() -> tuple[Tensor, Tensor]:
+    """Return seeds for a backward without dropout; not kept, because those of a fake call are fake."""
     return (torch.zeros((), dtype=torch.long, device="cpu"),) * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ def too_new(device: Any) -> str:
     if found is None or found <= LAST_KNOWN:
         return ""
     return f"needs compute capability {LAST_KNOWN[0]}.{LAST_KNOWN[1]} or earlier, found {found[0]}.{found[1]}"
+
+
+def cudnn_version() -> int | None:
+    """Return the version of cuDNN; None where there is none.
+
+    PyTorch raises where it takes that one to be too old for itself, or too new for a GPU, but only when it is first
+    asked, and its attention does not ask.
+    """
+    with suppress(RuntimeError):
+        return torch.backends.cudnn.version()
+    return torch.backends.cudnn.version()
 
 
 def cudnn_refuses(params: Any) -> str:

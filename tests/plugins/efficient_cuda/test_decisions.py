@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
+import foreign_cudnn
 from attnplug import SDPAParams
 from cuda_calls import GPUS, LOWER_RIGHT, SPECS, install_cudnn, install_sequences, register_both
 
@@ -228,12 +229,23 @@ def a_gpu_is_here(monkeypatch: pytest.MonkeyPatch, gpu: Capability, complaint: s
         warnings.warn(f"{complaint} (Triggered internally at somewhere)", stacklevel=1)
         return False
 
+    # To make a fake tensor PyTorch 2.11 first makes a real one, on a GPU that it finds.
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
     monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", refuse)
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *fields: fields)
+
+
+def test_a_cudnn_that_pytorch_complains_of_is_held_against_the_call_by_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    foreign_cudnn.install(monkeypatch)
+    assert reasons("cudnn") == ()
+    foreign_cudnn.install(monkeypatch, 80900)
+    assert reasons("cudnn")[0].endswith("found 8.9.0")
 
 
 def test_what_pytorch_refuses_to_give_to_cudnn_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,14 @@ def test_what_is_prepared_meets_the_schemas_of_the_operators_that_say_less(
     assert [grad.shape for grad in grads] == [shape] * 3
 
 
+def test_a_backward_of_fake_tensors_leaves_none_to_later_calls() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        query, grad_out, out = (torch.empty(2, 40, 4, 64, device="cuda").transpose(1, 2) for _ in range(3))
+        params = SDPAParams(query, query, query, scale=0.125)
+        assert efficient.prepare_backward(params, grad_out, out, None) is not None
+    test_what_is_prepared_meets_the_schemas_of_the_operators_that_say_less("efficient_cuda", {}, True)
+
+
 @pytest.mark.parametrize(
     ("where", "is_capturing", "read"),
     [("cpu", False, "cpu"), ("cuda", True, "cuda"), ("cuda", False, "cpu"), ("cpu", True, None)],
