@@ -113,23 +113,6 @@ def test_a_recording_of_a_compiled_call_says_who_was_passed_over() -> None:
     assert "softcap" in " ".join(calls[0].passed_over["torch"])
 
 
-def test_a_call_whose_kernel_raises_is_recorded_once_in_compiled_as_in_eager_code() -> None:
-    class Raising(Composite):
-        def forward(self, params: SDPAParams) -> Any:
-            raise ValueError("no")
-
-    register("raising", Raising)
-
-    def two(query: Tensor) -> Tensor:
-        return attend(attend(query, query, query, impl="aten_math"), query, query, impl="raising")
-
-    for function in (two, torch.compile(two, backend="aot_eager")):
-        for _ in range(2):
-            with attnplug.record() as calls, pytest.raises(ValueError, match="no"):
-                function(Q)
-            assert [call.impl for call in calls] == ["aten_math", "raising"]
-
-
 def test_without_a_recording_a_graph_has_nothing_to_report() -> None:
     counter = CompileCounterWithBackend("eager")
     compiled(lambda query: attend(query, query, query, impl="aten_math"), counter)(Q)

@@ -26,7 +26,7 @@ from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, pr
 from attnplug._dispatch.measured import applies, tell_of_problem, tree_of_trace
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
-from attnplug._dispatch.watched import as_constants, report
+from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError, PluginWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import BUILTIN
@@ -102,11 +102,11 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
         name, kind, refused, saves, call = _chosen(prepared, impl)
         if kind != OPERATOR and getattr(_composite, _attribute(name)).any_form:
             out, lse = _forward(given, name, kind)[:2]
-            report(call, given, out, lse)
+            show(call, given, out, lse)
             return out, lse
         with no_autocast(prepared.query):
             out, lse = _run(prepared, name, kind, refused, saves)
-        report(call, prepared, out, lse)
+        show(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
     return out, lse
@@ -121,7 +121,7 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
     name, kind, refused, saves, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
         out, lse = _run(prepared, name, kind, refused, saves)
-    report(call, prepared, out, lse)
+    show(call, prepared, out, lse)
     return out, lse
 
 
@@ -138,6 +138,7 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, str, t
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
+        tell(call)
     return name, kind, refused, saves, call
 
 

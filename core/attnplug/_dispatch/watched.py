@@ -39,21 +39,20 @@ def _around(watcher: Watcher, call: RecordedCall, run: Run) -> Run:
     return lambda params: watcher.around(call, params, run)
 
 
-def report(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
-    """Put into the graph that is being traced a report of a call, if there is one, with its tensors if one wants them.
-
-    It comes after the kernel, of which a trace may find that it raises: then the eager call is reported.
-    """
-    if not call:
-        return
+def tell(call: tuple[str, ...]) -> None:
+    """Put into the graph that is being traced a report of the call that follows."""
     _define()
     torch.ops.attnplug_watched.told.default(*call)
-    if thread.state.watched == TENSORS:
+
+
+def show(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
+    """Put into the graph that is being traced a report of a call, with its tensors, if a watcher wants them."""
+    if call and thread.state.watched == TENSORS:
         torch.ops.attnplug_watched.seen.default(*call, *arguments_of(params), out, lse)
 
 
 def as_constants(decision: Decision) -> tuple[str, ...]:
-    """Return what `told` takes. Which kernel PyTorch's own function comes to in a graph is not known yet."""
+    """Return what `tell` takes. Which kernel PyTorch's own function comes to in a graph is not known yet."""
     backend = decision.backend
     family = "" if backend is None else backend.name
     return decision.name, family, json.dumps(dict(decision.passed_over)), decision.device

@@ -112,7 +112,7 @@ class Watcher:
     """An observer of attention calls, from `add_watcher` until `remove_watcher`.
 
     In eager code `around` is called instead of the kernel, and may do anything before and after it. A compiled
-    graph can only report: it calls `told` and, where `sees_tensors`, `seen` after the kernel. An exported
+    graph can only report: it calls `told` before the kernel and, where `sees_tensors`, `seen` after it. An exported
     graph reports nothing. Empty inputs, for which no kernel runs, and calls within `unwatched()` are not reported.
     """
 
@@ -140,7 +140,7 @@ class Watcher:
         """Take note that a decision was made; calls like an earlier one need none."""
 
     def told(self, call: RecordedCall) -> None:
-        """Take note of a call that is about to run or, in compiled code, has been started."""
+        """Take note of a call that is about to run."""
 
     def seen(self, call: RecordedCall, params: SDPAParams, result: Result) -> None:
         """Look at a call that has run. In compiled code its tensors are part of no graph of autograd."""
