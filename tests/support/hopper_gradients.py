@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -59,12 +60,14 @@ def call(
     sinks: bool = False,
     used: tuple[int, ...] | None = None,
     lengths: tuple[tuple[int, int], ...] | None = None,
+    behind: tuple[int, int] = (0, 0),
     grad_lse: bool = False,
     heads_last: bool = False,
     apart: float = 0.0,
 ) -> Call:
     """Return a call; `lengths` has the numbers of queries and keys of each sequence of a call of variable length.
 
+    `behind` are those that no sequence has. They are NaN, and what is wanted of them is what no key gives.
     Keys and values that are not used hold NaN. At head size 64 elements of queries are about `apart`, and those of keys
     `-apart`; at others as far apart that logits, whose rounding grows with them, are as far below 0.
     """
@@ -127,7 +130,19 @@ def call(
     given |= {"out": together(outs).float(), "lse": rows(lses).float()}
     if grad_lse:
         given["grad_lse"] = rows(grads_lse).float()
-    return Call(params, given, tuple(together([part[n].grad for part in parts]) for n in range(3)))
+    want = [together([part[n].grad for part in parts]) for n in range(3)]
+    if lengths:
+        given |= {name: _longer(given[name], behind[0]) for name in ("query", "grad_out")}
+        given |= {name: _longer(given[name], behind[1]) for name in ("key", "value")}
+        given |= {"out": _longer(given["out"], behind[0], 0.0), "lse": _longer(given["lse"].T, behind[0], -torch.inf).T}
+        given["lse"] = given["lse"].contiguous()
+        params = replace(params, **{name: given[name].bfloat16() for name in NAMES})
+        want = [_longer(grad, behind[n > 0], 0.0) for n, grad in enumerate(want)]
+    return Call(params, given, tuple(want))
+
+
+def _longer(tensor: Tensor, rows: int, value: float = torch.nan) -> Tensor:
+    return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), value)])
 
 
 def attention(
@@ -169,10 +184,11 @@ def plan_of(made: Call, machine: Machine = HOPPER, deterministic: bool = False) 
 
 
 def error(made: Call, plan: Any, seed: int) -> float:
-    """Return the largest error of the gradients, relative to each one's largest element; inf if one is NaN."""
+    """Return the largest error of the gradients, relative to its largest element; inf if one is NaN, or delta is."""
     got = gluon_emulator.run_plan(plan, made.given, seed, halves=(*NAMES, "grad_out", "out"))
     errors = [
         ((x - want).abs().max() / want.abs().max().clamp(min=1e-3)).item()
         for x, want in zip(got[:3], made.want, strict=True)
     ]
+    errors.append(0.0 if got[3].isfinite().all() else torch.inf)  # delta, which is summed for the gradient of sinks
     return max(error if error == error else torch.inf for error in errors)

@@ -237,13 +237,15 @@ def _tail(
 ) -> Launch:
     rows, heads, size = new[name].shape
     row_step, head_step, _ = new[name].stride
-    programs = max(1, min(2 * machine.processors, cdiv(rows * heads, TAIL)))
+    aligned = 16 // new[name].dtype.itemsize
+    align = aligned if row_step % aligned == head_step % aligned == 0 else 1
+    shares = max(1, min(cdiv(2 * machine.processors, heads), cdiv(rows, TAIL)))
     arguments = (
         *(cumulative, name, of_rows, params.cu_seq_q.shape[0] - 1, rows, heads),
-        *(row_step, head_step, programs),
+        *(head_step // align, row_step // align, shares),
     )
-    compiled_in = dict(OF_ROWS=value, SIZE=size, BLOCK_D=block_of(size), BLOCK=TAIL, num_warps=4, **FUSED)
-    return Launch(clear_kernel, programs, arguments, compiled_in)
+    compiled_in = dict(OF_ROWS=value, ALIGN=align, SIZE=size, BLOCK_D=block_of(size), BLOCK=TAIL, num_warps=4, **FUSED)
+    return Launch(clear_kernel, shares * heads, arguments, compiled_in)
 
 
 def _not_dense(params: SDPAParams) -> tuple[str, ...]:

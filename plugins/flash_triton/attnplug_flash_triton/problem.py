@@ -117,7 +117,7 @@ def splits(processors: int, programs: int, longest_k: int, block_n: int) -> int:
 
     On an H100 that is faster than two, by up to a tenth: parts cost time to add up.
     """
-    return max(1, min(processors // programs, longest_k // block_n, MOST_PARTS))
+    return max(1, min(processors // max(programs, 1), longest_k // block_n, MOST_PARTS))
 
 
 def sections(bytes_of_keys: int, columns_of_keys: int) -> int:

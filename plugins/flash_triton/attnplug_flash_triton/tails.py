@@ -10,23 +10,24 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["sequences", "num_rows", "heads", "row_step", "head_step", "programs"])
+@triton.jit(do_not_specialize=["sequences", "num_rows", "heads", "head_step", "row_step", "shares"])
 def clear_kernel(
-    cumulative, cleared, of_rows, sequences, num_rows, heads, row_step, head_step, programs,
-    OF_ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    cumulative, cleared, of_rows, sequences, num_rows, heads, head_step, row_step, shares,
+    OF_ROWS: tl.constexpr, ALIGN: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write 0 to rows of `cleared`, `(num_rows, heads, SIZE)` by strides, and OF_ROWS to those of `of_rows`.
 
-    They begin at `cumulative[sequences]`. `of_rows` is `(heads, num_rows)`, contiguous, or None.
+    They begin at `cumulative[sequences]`. `of_rows` is `(heads, num_rows)`, contiguous, or None. A program has
+    one of `shares` of one head.
     """
+    head, share = tl.cast(tl.program_id(0) % heads, tl.int64), tl.program_id(0) // heads
+    zeros = tl.zeros([BLOCK, BLOCK_D], tl.float32).to(cleared.dtype.element_ty)
+    d, row_step = tl.arange(0, BLOCK_D)[None, :], row_step * ALIGN  # known to be aligned, for wide steps
+    to = cleared + head * head_step * ALIGN + (tl.arange(0, BLOCK) * row_step)[:, None] + d
     begin = tl.cast(tl.load(cumulative + sequences), tl.int64)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    zeros = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    end = (num_rows - begin) * heads
-    for start in range(tl.cast(tl.program_id(0), tl.int64) * BLOCK, end, programs * BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        row, head, exists = begin + place // heads, place % heads, place < end
-        to = cleared + (row * row_step + head * head_step)[:, None] + d
-        tl.store(to, zeros.to(cleared.dtype.element_ty), mask=exists[:, None] & (d < SIZE))
+    for start in range(begin + share * BLOCK, num_rows, shares * BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        exists = row < num_rows
+        tl.store(to + start * row_step, zeros, mask=exists[:, None] & (d < SIZE))
         if of_rows is not None:
             tl.store(of_rows + head * num_rows + row, tl.full([BLOCK], OF_ROWS, tl.float32), mask=exists)

@@ -45,7 +45,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "softcap, causal": dict(softcap=2.0, is_causal=True),
     "sinks": dict(sinks=True, is_causal=True),
     "used keys": dict(used=(130, 0, 300), is_causal=True, lower_right=True),
-    "variable length": dict(lengths=((1, 5), (200, 64), (0, 10), (64, 200)), is_causal=True),
+    "variable length": dict(lengths=((1, 5), (200, 64), (0, 10), (64, 200)), behind=(70, 5), is_causal=True),
     "negative scale": dict(scale=-0.2),
     "scale 0": dict(scale=0.0),
     "gradient of lse": dict(grad_lse=True),

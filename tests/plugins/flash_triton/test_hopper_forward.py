@@ -47,7 +47,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "sinks": dict(sinks=True, is_causal=True),
     "used keys": dict(used=(130, 0, 300), is_causal=True, lower_right=True),
     "used keys, full": dict(used=(130, 0, 300)),
-    "variable length": dict(lengths=((1, 5), (200, 64), (0, 10), (64, 200)), is_causal=True),
+    "variable length": dict(lengths=((1, 5), (200, 64), (0, 10), (64, 200)), behind=(70, 5), is_causal=True),
     "variable length, full": dict(lengths=((1, 5), (200, 64), (40, 0), (64, 200))),
     "variable length, window and sinks": dict(lengths=((3, 300), (200, 64)), window=(60, 10), sinks=True),
     "negative scale": dict(scale=-0.2),

@@ -60,6 +60,21 @@ def test_packed_sequences_are_right(case: str) -> None:
 
 
 @pytest.mark.usefixtures("memory_is_nan")
+@pytest.mark.parametrize("lengths_k", [(0, 0), (3, 2)])
+def test_no_sequence_may_have_queries(lengths_k: tuple[int, int]) -> None:
+    """As where an expert, or a rank, got no tokens, in memory that has room for some."""
+    bounds_k = torch.tensor([0, lengths_k[0], sum(lengths_k)], dtype=torch.int32)
+    leaves = [random(rows, 2, 16).float().requires_grad_() for rows in (4, 6, 6)]
+    out, lse = attnplug.varlen_attn(
+        *(*leaves, torch.zeros_like(bounds_k), bounds_k, 0, max(lengths_k)),
+        return_lse=True,
+        impl="flash_triton",
+    )
+    assert not out.any() and (lse == -INF).all()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.usefixtures("memory_is_nan")
 @pytest.mark.parametrize("page_size", [1, 5, 16])
 @pytest.mark.parametrize("longest", [4, 20])
 def test_paged_keys_are_right_whatever_memory_outside_holds(page_size: int, longest: int) -> None:
