@@ -26,7 +26,7 @@ from attnplug._call.prepare import empty, is_empty, own_terms, prepare_dense, pr
 from attnplug._dispatch.measured import applies, tell_of_problem, tree_of_trace
 from attnplug._dispatch.recording import unfused_warnings_wanted, warn_unfused
 from attnplug._dispatch.resolver import Answer, Decision, explain_all, resolve
-from attnplug._dispatch.watched import as_constants, report
+from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError, PluginWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import BUILTIN
@@ -102,11 +102,12 @@ def dense(params: SDPAParams, impl: str | None) -> Result:
         name, kind, refused, saves, call = _chosen(prepared, impl)
         if kind != OPERATOR and getattr(_composite, _attribute(name)).any_form:
             out, lse = _forward(given, name, kind)[:2]
-            report(call, given, out, lse)
+            tell(call)
+            show(call, given, out, lse)
             return out, lse
         with no_autocast(prepared.query):
-            out, lse = _run(prepared, name, kind, refused, saves)
-        report(call, prepared, out, lse)
+            out, lse = _run(prepared, name, kind, refused, saves, call)
+        show(call, prepared, out, lse)
     if rows != prepared.query.shape[:-1]:
         out, lse = out.reshape(*rows, out.shape[-1]), lse if lse is None else lse.reshape(rows)
     return out, lse
@@ -120,8 +121,8 @@ def varlen(params: SDPAParams, impl: str | None) -> Result:
         return empty(prepared)
     name, kind, refused, saves, call = _chosen(prepared, impl)
     with no_autocast(prepared.query):
-        out, lse = _run(prepared, name, kind, refused, saves)
-    report(call, prepared, out, lse)
+        out, lse = _run(prepared, name, kind, refused, saves, call)
+    show(call, prepared, out, lse)
     return out, lse
 
 
@@ -190,12 +191,19 @@ def _tree(items: Any, generation: int) -> Any:
     return tree_of_trace(facts)
 
 
-def _run(params: SDPAParams, name: str, kind: str, refused: str, saves: str) -> Result:
+def _run(params: SDPAParams, name: str, kind: str, refused: str, saves: str, call: tuple[str, ...]) -> Result:
+    """Put the kernel into the graph, and a report of it.
+
+    What the graph holds of operators reports itself once a trace knows that it does not raise: the eager call would be
+    reported, too. An opaque kernel raises when the graph runs, and is reported before, as in eager code.
+    """
     if kind == OPERATOR:
+        tell(call)
         out, lse, _ = getattr(_operators, _attribute(name))(*arguments_of(params), saves)
     else:
         returned = _forward(params, name, kind)
         check_outputs(name, params, returned)
+        tell(call)
         out, lse = returned[:2]
     if not params.return_lse:
         return out, None

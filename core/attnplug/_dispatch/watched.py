@@ -39,16 +39,16 @@ def _around(watcher: Watcher, call: RecordedCall, run: Run) -> Run:
     return lambda params: watcher.around(call, params, run)
 
 
-def report(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
-    """Put into the graph that is being traced a report of a call, if there is one, with its tensors if one wants them.
+def tell(call: tuple[str, ...]) -> None:
+    """Put into the graph that is being traced a report of a call, if somebody wants one."""
+    if call:
+        _define()
+        torch.ops.attnplug_watched.told.default(*call)
 
-    It comes after the kernel, of which a trace may find that it raises: then the eager call is reported.
-    """
-    if not call:
-        return
-    _define()
-    torch.ops.attnplug_watched.told.default(*call)
-    if thread.state.watched == TENSORS:
+
+def show(call: tuple[str, ...], params: SDPAParams, out: Any, lse: Any) -> None:
+    """Put into the graph that is being traced a report of a call that has run, with its tensors, if one wants them."""
+    if call and thread.state.watched == TENSORS:
         torch.ops.attnplug_watched.seen.default(*call, *arguments_of(params), out, lse)
 
 
@@ -81,6 +81,7 @@ def _operators() -> Any:
         operator = getattr(torch.ops.attnplug_watched, name).default
         has_side_effect(operator)  # or a graph would drop it, as nothing uses what it returns
         _register_effectful_op(operator, _EffectType.ORDERED)
+    torch.library.register_vmap("attnplug_watched::seen", _each_seen, lib=library)
     return library
 
 
@@ -102,6 +103,17 @@ def _seen(impl: str, family: str, passed_over: str, device: str, *given: Any) ->
     for watcher in thread.state.watchers:
         if watcher.sees_tensors:
             watcher.seen(described, params, (out, lse))
+
+
+def _each_seen(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[None, None]:
+    """Show each element that `vmap` has as a call, which it was for an opaque kernel."""
+    for position in range(info.batch_size):
+        element = (
+            argument.select(dim, position) if isinstance(dim, int) else argument
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        )
+        torch.ops.attnplug_watched.seen.default(*element)
+    return None, None
 
 
 def _call(impl: str, family: str, passed_over: str, device: str) -> RecordedCall:

@@ -112,8 +112,9 @@ class Watcher:
     """An observer of attention calls, from `add_watcher` until `remove_watcher`.
 
     In eager code `around` is called instead of the kernel, and may do anything before and after it. A compiled
-    graph can only report: it calls `told` and, where `sees_tensors`, `seen` after the kernel. An exported
-    graph reports nothing. Empty inputs, for which no kernel runs, and calls within `unwatched()` are not reported.
+    graph can only report: it calls `told`, before an opaque kernel and after another, and, where `sees_tensors`,
+    `seen`. An exported graph reports nothing. Empty inputs, for which no kernel runs, and calls within `unwatched()`
+    are not reported.
     """
 
     stands_around = True
