@@ -183,7 +183,6 @@ class Operator:
         torch.library.register_autograd(
             f"attnplug::{name}", self._differentiate, setup_context=self._remember, lib=_library()
         )
-        torch.library.register_autograd(f"attnplug::{name}_backward", self._refuse_second_derivatives, lib=_library())
         torch.library.register_vmap(f"attnplug::{name}", self._each, lib=_library())
         forward, backward = getattr(torch.ops.attnplug, name), getattr(torch.ops.attnplug, f"{name}_backward")
         self.forward, self.backward = forward.default, backward.default
@@ -293,9 +292,6 @@ class Operator:
         grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, True, *inputs, *ctx.constants))
         given = [next(grads) if want else None for want in wanted]
         return (*given, *(None for _ in ctx.needs_input_grad[len(given) :]))
-
-    def _refuse_second_derivatives(self, ctx: Any, *grads: Any) -> Any:
-        raise GradientError(no_second_derivatives(self._entry))
 
     def _each(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
         """Run forward on each element that `vmap` has."""
