@@ -113,6 +113,23 @@ def test_a_recording_of_a_compiled_call_says_who_was_passed_over() -> None:
     assert "softcap" in " ".join(calls[0].passed_over["torch"])
 
 
+def test_an_opaque_kernel_that_raises_is_recorded_and_before_what_it_calls() -> None:
+    class Nesting(Opaque):
+        def forward(self, params: SDPAParams) -> Any:
+            attend(params.query.detach(), params.key.detach(), params.value.detach(), impl="aten_math")
+            raise ValueError("no")
+
+    register("nesting", Nesting)
+
+    def function(query: Tensor) -> Tensor:
+        return attend(query, query, query, impl="nesting")
+
+    for each in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        with attnplug.record() as calls, pytest.raises(ValueError, match="no"):
+            each(Q)
+        assert [call.impl for call in calls] == ["nesting", "aten_math"]
+
+
 def test_without_a_recording_a_graph_has_nothing_to_report() -> None:
     counter = CompileCounterWithBackend("eager")
     compiled(lambda query: attend(query, query, query, impl="aten_math"), counter)(Q)

@@ -6,6 +6,7 @@ The kernel here saves what its backward needs, draws its own dropout, and says n
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -421,3 +422,86 @@ def test_what_many_gradients_at_once_are_asked_for_in_vain_is_said_as_for_one() 
         )
         with pytest.raises(attnplug.GradientError, match="'reading' has no second derivatives"):
             found.sum().backward()
+
+
+def test_what_differentiates_a_gradient_gets_an_error_and_never_zeros() -> None:
+    attnplug.register_impl(ImplSpec(name="reading", kernel=OfNumpy, backend=None))
+    query, grad = torch.randn(SHAPE).requires_grad_(), torch.randn(SHAPE)
+
+    def function(each: Tensor) -> Tensor:
+        out: Tensor = attnplug.scaled_dot_product_attention(each, each, each, impl="reading")
+        return out
+
+    def by_the_gradient_given() -> Any:
+        return torch.autograd.functional.jvp(function, query.detach(), grad)  # differentiates backward by what it got
+
+    def by_a_tangent() -> Any:
+        out = function(query)
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.grad(out, query, torch.autograd.forward_ad.make_dual(grad, grad))
+
+    def among_others() -> Any:
+        (found,) = torch.autograd.grad(function(query), query, grad, create_graph=True)
+        return torch.autograd.grad(found.sum() + query.sum(), query)
+
+    for mode, differentiate in (
+        (nullcontext, by_the_gradient_given),
+        (nullcontext, by_a_tangent),
+        (nullcontext, among_others),
+        (Seeing, by_a_tangent),
+    ):
+        with mode(), pytest.raises(attnplug.GradientError, match="'reading' has no second derivatives"):
+            differentiate()
+    with pytest.raises(attnplug.GradientError, match="'reading' has no forward-mode derivatives"):
+        torch.func.jvp(torch.func.functionalize(function), (query.detach(),), (grad,))
+
+
+class Seeing(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_lse_without_a_gradient_is_refused_under_vmap_in_compiled_as_in_eager_code() -> None:
+    mapped = torch.func.vmap(
+        lambda each: attnplug.scaled_dot_product_attention(each, each, each, impl="saving", return_lse=True)
+    )
+    given = batches(3)[0].requires_grad_()
+    for function in (mapped, torch.compile(mapped, backend="aot_eager", fullgraph=True)):
+        out, lse = function(given)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.sin().sum(), given, retain_graph=True),
+            torch.autograd.grad(reference(given, given, given).sin().sum(), given),
+        )
+        with pytest.raises(attnplug.GradientError, match="'saving' gives no gradient through lse"):
+            (out.sum() + lse.sum()).backward()
+
+
+def test_vmap_over_no_elements_is_refused_in_words() -> None:
+    attnplug.register_impl(ImplSpec(name="reading", kernel=OfNumpy, backend=None))
+    query = torch.randn(SHAPE).requires_grad_()
+    out = attnplug.scaled_dot_product_attention(query, query, query, impl="reading")
+    nothing = torch.zeros(0, *SHAPE)
+    for run in (
+        lambda: torch.func.vmap(lambda each: attend(each, each, each))(nothing),
+        lambda: torch.func.vmap(lambda grad: torch.autograd.grad(out, query, grad))(nothing),
+    ):
+        with pytest.raises(RuntimeError, match="cannot be run for a dimension of size 0"):
+            run()
+
+
+def test_what_forward_saves_of_some_elements_alone_is_not_lost() -> None:
+    class Moody(Saving):
+        saves: list[bool] = []
+
+        @classmethod
+        def forward(cls, params: SDPAParams) -> tuple[Tensor | None, ...]:
+            out, lse, weights, _ = Saving.forward(params)
+            return out, lse, weights, torch.ones_like(params.query[..., :1]) if cls.saves.pop() else None
+
+    attnplug.register_impl(ImplSpec(name="moody", kernel=Moody, backend=None))
+    for saves in ([True, False], [False, True]):
+        Moody.saves = saves
+        with pytest.raises(TypeError, match="NoneType"):
+            torch.func.vmap(lambda each: attnplug.scaled_dot_product_attention(each, each, each, impl="moody"))(
+                batches(2)[0]
+            )

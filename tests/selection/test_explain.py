@@ -73,6 +73,16 @@ def test_explain_takes_a_variable_length_call_by_position_too(named: tuple[str, 
     assert str(told) == str(attnplug.explain(tokens, tokens, tokens, **call))
 
 
+def test_explain_takes_a_dense_call_by_position_as_the_call_does() -> None:
+    mask = torch.ones(Q.shape[-2], Q.shape[-2], dtype=torch.bool)
+    for args in ((None, torch.tensor(0.0)), (mask, torch.tensor(0.0)), (mask, 0.0, False)):
+        attnplug.scaled_dot_product_attention(Q, Q, Q, *args)
+        assert attnplug.explain(Q, Q, Q, *args).chosen == "torch"
+    for function in (attnplug.scaled_dot_product_attention, attnplug.explain):
+        with pytest.raises(TypeError, match="dropout_p: expected a number, got None"):
+            function(Q, Q, Q, mask, None)
+
+
 def test_explain_takes_pages_by_position_too() -> None:
     tokens, pages = torch.randn(5, 2, 8), torch.randn(2, 4, 2, 8)
     starts, lengths, table = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 2, 5], [3, 4], [[0], [1]]))

@@ -267,3 +267,12 @@ def test_a_kernel_that_is_wrong_for_some_lengths_is_caught_within_the_steps_that
                 x = attend(layer(x), layer(x), x, impl=impl)
             x.sum().backward()
     assert watched.calls <= 4 * promised
+
+
+def test_each_element_of_a_compiled_vmap_is_verified() -> None:
+    impl = register(Formula)
+    mapped = torch.func.vmap(lambda query, key: attend(query, key, key, impl=impl), (1, None))
+    query, key = torch.randn(2, 3, 2, 5, 8).requires_grad_(), torch.randn(2, 2, 5, 8).requires_grad_()
+    with attnplug.verify(1.0, on_mismatch="raise") as watched:
+        torch.compile(mapped, backend="aot_eager", fullgraph=True)(query, key).sin().sum().backward()
+    assert (watched.results, watched.gradients, watched.skipped) == (3, 3, {})

@@ -84,6 +84,7 @@ HEADERS = ("implementation", "family", "", "reasons")
 _EMPTY = ("is not asked: the call is empty, and no kernel runs",)
 _DENSE = inspect.signature(scaled_dot_product_attention)
 _VARLEN = inspect.signature(varlen_attn)
+_VARLEN_ALONE = tuple(name for name in _VARLEN.parameters if name not in _DENSE.parameters)
 
 
 def explain(
@@ -149,9 +150,10 @@ def explain(
 
 
 def _is_varlen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether these are the arguments of `varlen_attn`, which has `cu_seq_k` where the other has `dropout_p`."""
-    by_position = len(args) > 1 and (args[1] is None or isinstance(args[1], Tensor))
-    return by_position or "cu_seq_q" in kwargs or "cu_seq_k" in kwargs
+    """Whether these are the arguments of `varlen_attn`, which has integers, `cu_seq_q`, where the other has a mask."""
+    fourth = args[0] if args else None
+    by_position = isinstance(fourth, Tensor) and not (fourth.is_floating_point() or fourth.dtype is torch.bool)
+    return by_position or any(name in kwargs for name in _VARLEN_ALONE)
 
 
 def _measured(impl: str | None, facts: CallFacts, params: SDPAParams) -> tuple[str | None, str]:

@@ -80,6 +80,7 @@ def _operators() -> Any:
         operator = getattr(torch.ops.attnplug_watched, name).default
         has_side_effect(operator)  # or a graph would drop it, as nothing uses what it returns
         _register_effectful_op(operator, _EffectType.ORDERED)
+    torch.library.register_vmap("attnplug_watched::seen", _each_seen, lib=library)
     return library
 
 
@@ -101,6 +102,17 @@ def _seen(impl: str, family: str, passed_over: str, device: str, *given: Any) ->
     for watcher in thread.state.watchers:
         if watcher.sees_tensors:
             watcher.seen(described, params, (out, lse))
+
+
+def _each_seen(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[None, None]:
+    """Show each element that `vmap` has as a call, which it was for an opaque kernel."""
+    for position in range(info.batch_size):
+        element = (
+            argument.select(dim, position) if isinstance(dim, int) else argument
+            for argument, dim in zip(arguments, in_dims, strict=True)
+        )
+        torch.ops.attnplug_watched.seen.default(*element)
+    return None, None
 
 
 def _call(impl: str, family: str, passed_over: str, device: str) -> RecordedCall:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from attnplug._call.autocast import any_autocast
@@ -109,7 +110,8 @@ class _Attention(torch.autograd.Function):
         one: Recorded = ctx.one
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         recording, tracing = torch.is_grad_enabled(), is_compiling()
-        if not (grad_out is None or grad_lse is not None or recording or tracing or any_autocast()):
+        dual = forward_ad._current_level >= 0  # in which a gradient may have a tangent, which no kernel reads
+        if not (grad_out is None or grad_lse is not None or recording or tracing or dual or any_autocast()):
             found = one.backward(ctx.needs_input_grad[1:], grad_out, *everything)
             if found is not None:
                 return None, *found[: one.count]
@@ -118,15 +120,18 @@ class _Attention(torch.autograd.Function):
         wanted = (*ctx.needs_input_grad[1:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
         given = tensors, wanted, grad_out, grad_lse, out, lse, saved
         differentiates = recording and declares(call.entry, Feature.SECOND_DERIVATIVES)
-        composite = call.entry.kernel.composite
+        opaque = not call.entry.kernel.composite
         if differentiates:
             grads = call.backward(*given)
-        elif not tracing and (recording or not composite) and (is_wrapped(grad_out) or is_wrapped(grad_lse)):
+        elif not tracing and (
+            (opaque and dual) or ((opaque or recording) and (is_wrapped(grad_out) or is_wrapped(grad_lse)))
+        ):
             grads = backward_of_wrapped(call, *given)
         else:
             grads = backward_in_trace(call, *given) if tracing else call.backward(*given)
             if recording:
-                grads = _refuse_second_derivatives(call.entry, grads, tensors[: len(DIFFERENTIABLE)])
+                inputs = *tensors[: len(DIFFERENTIABLE)], grad_out, grad_lse
+                grads = _refuse_second_derivatives(call.entry, grads, inputs)
         return (None, *grads, *_ABSENT)[: 1 + count]
 
 

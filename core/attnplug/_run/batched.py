@@ -15,6 +15,10 @@ from torch.compiler import is_compiling
 from attnplug._errors import GradientError
 from attnplug._run.contract import TENSORS, Given, KernelCall, no_second_derivatives
 
+_NO_ELEMENTS = "vmap: a kernel that is run once for each element cannot be run for a dimension of size 0"
+_LEVELS = 64
+"""How many the older `vmap` has."""
+
 
 def is_wrapped(tensor: Tensor | None) -> bool:
     """Whether a tensor has no memory of its own, because a transform has wrapped it.
@@ -65,6 +69,8 @@ def _legacy_level(tensor: Tensor | None) -> int:
     level = 0
     while tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
         level += 1
+        if level > _LEVELS:  # the one with no elements, which looks as if it were not there
+            raise RuntimeError(_NO_ELEMENTS)
         exposed = _exposed(tensor, level)
         if exposed.shape[0]:
             tensor = exposed
@@ -119,8 +125,11 @@ def one_by_one(size: int, dims: tuple[Any, ...], tensors: tuple[Any, ...], run: 
         ]
         for position in range(size)
     )
+    if not size:  # there is nothing to run, and so nobody who says what comes out; PyTorch's own kernels refuse it, too
+        raise RuntimeError(_NO_ELEMENTS)
     results = list(zip(*map(run, elements), strict=True))
-    stacked = tuple(None if column[0] is None else torch.stack(column) for column in results)
+    # What only some elements have `stack` refuses.
+    stacked = tuple(None if all(item is None for item in column) else torch.stack(column) for column in results)
     return stacked, tuple(None if tensor is None else 0 for tensor in stacked)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnplug._errors import GradientError
@@ -42,6 +43,7 @@ from attnplug._run.contract import (
     Result,
     declares,
     no_lse_gradient,
+    no_second_derivatives,
     tensors_of,
 )
 from attnplug._run.flops import count_flops
@@ -100,7 +102,11 @@ def constant_lse() -> Any:
         refuse(grad, ctx.message)
         return None, [None] * ctx.inputs, None
 
+    def each(info: Any, in_dims: tuple[Any, ...], lse: Tensor, inputs: list[Tensor], message: str) -> Any:
+        return constant_lse()(lse, inputs, message), in_dims[0]
+
     torch.library.register_autograd(f"attnplug::{name}", differentiate, setup_context=remember, lib=library)
+    torch.library.register_vmap(f"attnplug::{name}", each, lib=library)
     return getattr(torch.ops.attnplug, name).default
 
 
@@ -127,8 +133,20 @@ def without_gradient(constant: Any, message: str, params: SDPAParams, lse: Tenso
     if not message or not torch.is_grad_enabled():
         return lse
     given = params.query, params.key, params.value, params.attn_mask, params.sinks
-    inputs = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+    hidden = _hides_gradients()
+    inputs = [tensor for tensor in given if tensor is not None and (hidden or tensor.requires_grad)]
     return constant(lse, inputs, message) if inputs else lse
+
+
+@constant_in_traces
+def _hides_gradients() -> bool:
+    """Whether what is around this call wraps tensors, and does not tell of these that someone else wants gradients.
+
+    Those that differentiate themselves do tell, and take no operator that has a gradient of its own.
+    """
+    kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+    known = torch._C._functorch.TransformType
+    return bool(kinds) and kinds <= {known.Vmap, known.Functionalize} and forward_ad._current_level < 0
 
 
 @cache
@@ -268,6 +286,8 @@ class Operator:
         inputs, (out, lse, *saved) = everything[: ctx.count], everything[ctx.count :]
         if grad_out is None and grad_lse is None:
             return (None,) * len(ctx.needs_input_grad)
+        if forward_ad._current_level >= 0 and (_has_tangent(grad_out) or _has_tangent(grad_lse)):
+            raise GradientError(no_second_derivatives(self._entry))
         wanted = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
         grads = iter(self.backward(grad_out, grad_lse, out, lse, saved, wanted, True, *inputs, *ctx.constants))
         given = [next(grads) if want else None for want in wanted]
@@ -399,6 +419,11 @@ def _generator_state(device: torch.device) -> Tensor:
     if not module.is_available():  # fake tensors of a device that is not there: seed and offset, 8 bytes each
         return torch.empty(16, dtype=torch.uint8, device="cpu")
     return module.get_rng_state(device)
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    """Whether forward-mode derivatives are asked for of a tensor; an operator would lose them."""
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @contextmanager

@@ -51,10 +51,13 @@ def run_transformed(entry: Entry, params: SDPAParams) -> Result:
     """
     if entry.kernel.composite:
         out, lse = _run_composite(entry, params)[:2]
-        if lse is not None and params.return_lse and _is_functionalized():  # as below
+        dual = forward_ad._current_level >= 0
+        if lse is not None and params.return_lse and _is_functionalized() and not dual:  # as below
             return out, without_gradient(constant_lse(), refusal(entry), params, lse)
         return refusing_lse_gradient(entry, params, out, lse)
     if _is_functionalized():  # by which no autograd.Function can be seen, but an operator is
+        if forward_ad._current_level >= 0:  # whose tangents an operator would lose
+            raise GradientError(no_forward_derivatives(entry))
         return operator_of(entry).run(params)
     kind = OperatorCall if is_watched(_innermost(params.query)) else KernelCall
     returned = _Forward.apply(kind.of(entry, params), *tensors_of(params))
