@@ -75,6 +75,24 @@ def test_no_sequence_may_have_queries(lengths_k: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("memory_is_nan")
+def test_most_tokens_may_belong_to_no_sequence() -> None:
+    """As in a buffer for more of them; the keys of each head lie together in memory."""
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    query, key = random(700, 4, 16).float(), random(2, 700, 16, seed=1).float().transpose(0, 1)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, key.detach().clone())]
+    arguments = dict(enable_gqa=True, return_lse=True, impl="flash_triton")
+    out, lse = attnplug.varlen_attn(*leaves, bounds, bounds, 3, 3, **arguments)
+    grads = torch.autograd.grad(out.sum() + lse[:, :5].sum(), leaves)
+    cut = [tensor[:5] for tensor in leaves]
+    own, own_lse = attnplug.varlen_attn(*cut, bounds, bounds, 3, 3, **arguments | {"impl": "math_ref"})
+    own_grads = torch.autograd.grad(own.sum() + own_lse.sum(), cut)
+    for result, expected in zip((out, lse.T, *grads), (own, own_lse.T, *own_grads), strict=True):
+        torch.testing.assert_close(result[:5], expected, atol=1e-5, rtol=1e-4)
+    assert (lse[:, 5:] == -INF).all()
+    assert not any(result[5:].any() for result in (out, *grads))
+
+
+@pytest.mark.usefixtures("memory_is_nan")
 @pytest.mark.parametrize("page_size", [1, 5, 16])
 @pytest.mark.parametrize("longest", [4, 20])
 def test_paged_keys_are_right_whatever_memory_outside_holds(page_size: int, longest: int) -> None:
