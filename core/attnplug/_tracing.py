@@ -25,10 +25,10 @@ def is_exporting() -> bool:
 
 @constant_in_traces
 def cudnn_version() -> int | None:
-    """Return the version of the cuDNN that PyTorch runs attention with; None where there is none.
+    """Return the version of cuDNN that PyTorch uses for attention, or None if it has no cuDNN.
 
-    PyTorch raises where it takes that one to be too old for itself, or too new for a GPU, but only when it is first
-    asked, and its attention does not ask.
+    If PyTorch considers this version too old for itself, or too new for a GPU, it raises the first time it is asked
+    for it. Its attention does not ask.
     """
     from torch.backends import cudnn
 

@@ -128,7 +128,7 @@ class KernelCall:
             return None
         try:
             out, lse, *saved = kernel.fake(self.params(tensors))
-        except Exception as error:
+        except Exception as error:  # an author's code may raise anything; what it raised is the cause
             raise KernelError(f"implementation {self.entry.name!r}: fake raised {of_error(error)}") from error
         return out, lse, *saved
 

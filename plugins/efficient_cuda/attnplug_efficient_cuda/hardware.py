@@ -23,10 +23,10 @@ def too_new(device: Any) -> str:
 
 
 def cudnn_version() -> int | None:
-    """Return the version of cuDNN; None where there is none.
+    """Return the version of cuDNN, or None if PyTorch has no cuDNN.
 
-    PyTorch raises where it takes that one to be too old for itself, or too new for a GPU, but only when it is first
-    asked, and its attention does not ask.
+    If PyTorch considers this version too old for itself, or too new for a GPU, it raises the first time it is asked
+    for it. Its attention does not ask.
     """
     with suppress(RuntimeError):
         return torch.backends.cudnn.version()

@@ -62,7 +62,7 @@ def test_packed_sequences_are_right(case: str) -> None:
 @pytest.mark.usefixtures("memory_is_nan")
 @pytest.mark.parametrize("lengths_k", [(0, 0), (3, 2)])
 def test_no_sequence_may_have_queries(lengths_k: tuple[int, int]) -> None:
-    """As where an expert, or a rank, got no tokens, in memory that has room for some."""
+    """For example, an expert or a rank that got no tokens, with buffers that have room for some."""
     bounds_k = torch.tensor([0, lengths_k[0], sum(lengths_k)], dtype=torch.int32)
     leaves = [random(rows, 2, 16).float().requires_grad_() for rows in (4, 6, 6)]
     out, lse = attnplug.varlen_attn(
@@ -76,7 +76,7 @@ def test_no_sequence_may_have_queries(lengths_k: tuple[int, int]) -> None:
 
 @pytest.mark.usefixtures("memory_is_nan")
 def test_most_tokens_may_belong_to_no_sequence() -> None:
-    """As in a buffer for more of them; the keys of each head lie together in memory."""
+    """For example, in a buffer that has room for many more; the keys of each head are contiguous."""
     bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
     query, key = random(700, 4, 16).float(), random(2, 700, 16, seed=1).float().transpose(0, 1)
     leaves = [tensor.requires_grad_() for tensor in (query, key, key.detach().clone())]
