@@ -178,101 +178,107 @@ def test_maxima_that_grow_much_rescale_what_was_summed() -> None:
 
 
 PLANTED = {
-    "keys are not waited for": ("    mbarrier.wait(k_full.index(at_k), (i // STAGES) & 1)\n", ""),
-    "values are not waited for": ("    mbarrier.wait(v_full.index(at_v), ((i - 1) // STAGES) & 1)\n", ""),
+    "keys are not waited for": ("    mbarrier.wait(k.full.index(at_k), (i // config.STAGES) & 1)\n", ""),
+    "values are not waited for": ("    mbarrier.wait(v.full.index(at_v), ((i - 1) // config.STAGES) & 1)\n", ""),
     "keys are released before they are multiplied": (
-        "    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)\n    mbarrier.wait(v_full",
-        "    s_acc = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)\n"
-        "    mbarrier.arrive(k_empty.index(at_k), count=1)\n    mbarrier.wait(v_full",
+        "    mbarrier.wait(v.full.index(at_v), ((i - 1)",
+        "    mbarrier.arrive(k.empty.index(at_k), count=1)\n    mbarrier.wait(v.full.index(at_v), ((i - 1)",
     ),
     "values are released before they are multiplied": (
-        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n    mbarrier.arrive(v_empty.index(at_v)",
-        "    mbarrier.arrive(v_empty.index(at_v), count=1)\n"
+        "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n    mbarrier.arrive(v.empty.index(at_v)",
+        "    mbarrier.arrive(v.empty.index(at_v), count=1)\n"
         "    o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n"
-        "    mbarrier.arrive(v_empty.index(at_v), pred=False",
+        "    mbarrier.arrive(v.empty.index(at_v), pred=False",
     ),
-    "the last values are not waited for": ("    mbarrier.wait(v_full.index(at), (last // STAGES) & 1)\n", ""),
-    "queries are not waited for": ("    mbarrier.wait(q_full.index(at_q), (turn // Q_STAGES) & 1)\n", ""),
-    "queries are not released": ("    if OWN_OUT:\n        mbarrier.arrive(q_empty.index(at_q), count=1)\n", ""),
+    "the last values are not waited for": ("    mbarrier.wait(v.full.index(at), (last // config.STAGES) & 1)\n", ""),
+    "queries are not waited for": (
+        "    mbarrier.wait(work.q.full.index(at_q), (turn // config.Q_STAGES) & 1)\n",
+        "",
+    ),
+    "queries are not released": (
+        "    if config.OWN_OUT:\n        mbarrier.arrive(work.q.empty.index(at_q), count=1)\n",
+        "",
+    ),
     "keys are free as soon as one warpgroup says so": (
         "(k_empty.index(i), count=CONSUMERS)",
         "(k_empty.index(i), count=1)",
     ),
     "the loading warp does not wait for free buffers": (
-        "    mbarrier.wait(empty.index(at), ((place // STAGES) & 1) ^ 1)\n",
+        "    mbarrier.wait(ring.empty.index(at), ((place // config.STAGES) & 1) ^ 1)\n",
         "",
     ),
     "outputs are not fenced": ("    fence_async_shared()\n", ""),
     "scores are used before the product is over": (
-        "warpgroup_mma_wait(1, deps=(s_acc,))",
-        "warpgroup_mma_wait(2, deps=(s_acc,))",
+        "    s = warpgroup_mma_wait(1, deps=(s_acc,))\n    mbarrier",
+        "    s = warpgroup_mma_wait(2, deps=(s_acc,))\n    mbarrier",
     ),
-    "outputs are overwritten while they are stored": ("    if OWN_OUT:\n        store_wait(0)\n", ""),
+    "outputs are overwritten while they are stored": (
+        "    if config.OWN_OUT:\n        store_wait(0)\n",
+        "    if config.OWN_OUT:\n",
+    ),
     "tiles before a window are not released": (
-        "    _pass_over(rings, done, done + begin - begin_all, STAGES)",
-        "    _pass_over(rings, done, done, STAGES)",
+        "    pass_over(work, done, done + rows.begin - begin_all, config)",
+        "    pass_over(work, done, done, config)",
     ),
     "where the next tile is, is not waited for": (
-        "    mbarrier.wait(next[1].index(slot), (turn // AHEAD) & 1)\n",
+        "    mbarrier.wait(work.queue.full.index(slot), (turn // AHEAD) & 1)\n",
         "",
     ),
     "where a tile is, is overwritten before all have read it": (
-        "    mbarrier.wait(next_empty.index(slot), ((turn // AHEAD) & 1) ^ 1)\n    layout",
-        "    layout",
+        "    mbarrier.wait(queue.empty.index(slot), ((turn // AHEAD) & 1) ^ 1)\n",
+        "",
     ),
     "where a tile is, is released before it is read": (
-        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n"
-        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n",
-        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n"
-        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n",
+        "        tile = handed(turn, work, 4)\n"
+        "        mbarrier.arrive(work.queue.empty.index(turn % AHEAD), count=1)\n    else:\n        tile",
+        "        mbarrier.arrive(work.queue.empty.index(turn % AHEAD), count=1)\n"
+        "        tile = handed(turn, work, 4)\n    else:\n        tile",
     ),
     "where the next tile is, is told with this one's turn": (
-        '_hand_on(numbers[10] + gl.atomic_add(next[3], 1, sem="relaxed"), turn + 1,',
-        '_hand_on(numbers[10] + gl.atomic_add(next[3], 1, sem="relaxed"), turn,',
+        'gl.atomic_add(work.queue.counter, 1, sem="relaxed"), turn + 1,',
+        'gl.atomic_add(work.queue.counter, 1, sem="relaxed"), turn,',
     ),
 }  # fmt: skip
 
 
 PLANTED_IN_JOINED = {
     "the first keys of a tile are not waited for": (
-        "            mbarrier.wait(k_full.index(at_k), (first // STAGES) & 1)\n",
+        "            mbarrier.wait(k.full.index(at_k), (first // config.STAGES) & 1)\n",
         "",
     ),
     "the last values of a tile are not waited for": (
-        "            mbarrier.wait(v_full.index(at_v), (last // STAGES) & 1)\n",
+        "            mbarrier.wait(v.full.index(at_v), (last // config.STAGES) & 1)\n",
         "",
     ),
     "the next queries are not waited for": (
-        "            mbarrier.wait(q_full.index(at_q), (following // Q_STAGES) & 1)\n",
+        "            mbarrier.wait(work.q.full.index(at_q), (following // config.Q_STAGES) & 1)\n",
         "",
     ),
     "queries are not released": (
-        "                mbarrier.arrive(q_empty.index(at_q), count=1)\n",
+        "                mbarrier.arrive(work.q.empty.index(at_q), count=1)\n",
         "                pass\n",
     ),
     "queries are released before the last round": (
-        "            whole_begin, whole_end = _whole(row, begin, end, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)\n",
-        "            whole_begin, whole_end = _whole(row, begin, end, len_k, low, high, BLOCK_N, HAS_LOW, HAS_HIGH)\n"
-        "            mbarrier.arrive(q_empty.index(at_q), count=1)\n",
+        "            whole_begin, whole_end = whole(rows, config)\n",
+        "            whole_begin, whole_end = whole(rows, config)\n"
+        "            mbarrier.arrive(work.q.empty.index(at_q), count=1)\n",
     ),
     "the first keys of a tile are not released": (
-        "                mbarrier.arrive(k_empty.index(at_k), count=1)\n",
+        "                mbarrier.arrive(k.empty.index(at_k), count=1)\n",
         "                pass\n",
     ),
     "the first keys of a tile are released before they are multiplied": (
-        "            o_acc = warpgroup_mma(operand, v_bufs.index(at_v).reshape([BLOCK_N, SIZE]), o, is_async=True)\n"
         "            s = warpgroup_mma_wait(1, deps=(s_acc,))\n"
         "            if is_there:\n"
-        "                mbarrier.arrive(k_empty.index(at_k), count=1)\n",
-        "            o_acc = warpgroup_mma(operand, v_bufs.index(at_v).reshape([BLOCK_N, SIZE]), o, is_async=True)\n"
+        "                mbarrier.arrive(k.empty.index(at_k), count=1)\n",
         "            if is_there:\n"
-        "                mbarrier.arrive(k_empty.index(at_k), count=1)\n"
+        "                mbarrier.arrive(k.empty.index(at_k), count=1)\n"
         "            s = warpgroup_mma_wait(1, deps=(s_acc,))\n",
     ),
     "the last values of a tile are released before they are multiplied": (
         "            o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n"
-        "            mbarrier.arrive(v_empty.index(at_v), count=1)\n",
-        "            mbarrier.arrive(v_empty.index(at_v), count=1)\n"
+        "            mbarrier.arrive(v.empty.index(at_v), count=1)\n",
+        "            mbarrier.arrive(v.empty.index(at_v), count=1)\n"
         "            o, operand = warpgroup_mma_wait(0, deps=(o_acc, operand))\n",
     ),
     "scores are used before the product is over": (
@@ -280,25 +286,23 @@ PLANTED_IN_JOINED = {
         "            s = warpgroup_mma_wait(2, deps=(s_acc,))\n            if is_there:",
     ),
     "keys that only other warpgroups see are not released": (
-        "                _pass_keys(rings, done, done + between, STAGES)\n",
+        "                pass_over_keys(work, done, done + between, config)\n",
         "",
     ),
     "values that only other warpgroups see are not released": (
-        "                _pass_values(rings, done, done + between, STAGES)\n",
+        "                pass_over_values(work, done, done + between, config)\n",
         "",
     ),
     "outputs are overwritten while they are stored": (
-        "            store_wait(0)\n            written = o_bufs",
-        "            written = o_bufs",
+        "            store_wait(0)\n            written = work.o_buffers",
+        "            written = work.o_buffers",
     ),
     "outputs are not fenced": ("    fence_async_shared()\n", ""),
     "where the next tile is, is released before it is read": (
-        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n"
-        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n    else:\n"
-        "        at = gl.program_id(0) + gl.where",
-        "        mbarrier.arrive(next[2].index(turn % AHEAD), count=1)\n"
-        "        tile_row, batch, head, first_q, len_q, first_k, len_k = _handed(turn, next, lengths, numbers, 4)\n"
-        "    else:\n        at = gl.program_id(0) + gl.where",
+        "        tile = handed(turn, work, 4)\n"
+        "        mbarrier.arrive(work.queue.empty.index(turn % AHEAD), count=1)\n    else:\n        at = ",
+        "        mbarrier.arrive(work.queue.empty.index(turn % AHEAD), count=1)\n"
+        "        tile = handed(turn, work, 4)\n    else:\n        at = ",
     ),
 }
 

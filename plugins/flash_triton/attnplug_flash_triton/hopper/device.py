@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
+RAGGED_ROWS = gl.constexpr(2**30)
 WARPGROUP = gl.constexpr(64)
 """Rows of a product that one warpgroup computes: those of a WGMMA instruction. With fewer, mma.sync takes its place."""
 
@@ -267,3 +268,12 @@ def schedule(program, tiles, columns, section, LAST_FIRST: gl.constexpr):
         return tiles - 1 - rest // width, first + rest % width
     else:
         return rest % tiles, first + rest // tiles
+
+
+@gluon.jit
+def coordinates(batch, head, row, first, length, RAGGED: gl.constexpr):
+    """Return the coordinates of a tile; a ragged descriptor ends `length` rows after row `first`."""
+    if RAGGED:
+        return RAGGED_ROWS, first + length, RAGGED_ROWS - length + row, head, 0
+    else:
+        return batch, head, row, 0

@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attnplug_flash_triton.hopper.backward.spans import (
     RUNTIME,
-    coordinates,
     first_query_tile,
     hidden,
     queries_of,
@@ -31,7 +30,16 @@ from attnplug_flash_triton.hopper.backward.spans import (
     shifted_logits,
 )
 from attnplug_flash_triton.hopper.backward.tiles import barriers, key_tile, load_for_keys, row_of_tile, store_gradient
-from attnplug_flash_triton.hopper.device import WARPGROUP, as_operand, exp2, packed, reduce_add, store_wait, unpacked
+from attnplug_flash_triton.hopper.device import (
+    WARPGROUP,
+    as_operand,
+    coordinates,
+    exp2,
+    packed,
+    reduce_add,
+    store_wait,
+    unpacked,
+)
 
 
 @gluon.jit

@@ -15,14 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from attnplug_flash_triton.hopper.backward.spans import (
     RUNTIME,
-    coordinates,
     hidden,
     queries_of,
     sequence,
     shifted_logits,
 )
 from attnplug_flash_triton.hopper.backward.tiles import barriers, key_tile, load_for_keys, row_of_tile, store_gradient
-from attnplug_flash_triton.hopper.device import WARPGROUP, exp2
+from attnplug_flash_triton.hopper.device import WARPGROUP, coordinates, exp2
 
 
 @gluon.jit

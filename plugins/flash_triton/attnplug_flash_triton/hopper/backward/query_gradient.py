@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from attnplug_flash_triton.hopper.backward.spans import (
     RUNTIME,
-    coordinates,
     first_query_tile,
     hidden,
     keys_of,
@@ -23,7 +22,7 @@ from attnplug_flash_triton.hopper.backward.spans import (
     shifted_logits,
 )
 from attnplug_flash_triton.hopper.backward.tiles import barriers, store_gradient
-from attnplug_flash_triton.hopper.device import WARPGROUP, exp2, load_tile, schedule
+from attnplug_flash_triton.hopper.device import WARPGROUP, coordinates, exp2, load_tile, schedule
 
 
 @gluon.jit

@@ -7,7 +7,6 @@ from triton.experimental.gluon import language as gl
 
 from attnplug_flash_triton.hopper.device import exp2
 
-RAGGED_ROWS = gl.constexpr(2**30)
 FAR = gl.constexpr(2**30)
 """A position behind everything that a query can see."""
 
@@ -39,15 +38,6 @@ def sequence(batch, lengths, numbers, LOWER_RIGHT: gl.constexpr):
     len_k = gl.load(used + batch) if used is not None else all_k
     offset = len_k - len_q if LOWER_RIGHT else 0
     return first_q, len_q, first_k, all_k, len_k, offset - left, offset + right
-
-
-@gluon.jit
-def coordinates(batch, head, row, first, length, RAGGED: gl.constexpr):
-    """Return the coordinates of a tile; a ragged descriptor ends `length` rows after row `first`."""
-    if RAGGED:
-        return RAGGED_ROWS, first + length, RAGGED_ROWS - length + row, head, 0
-    else:
-        return batch, head, row, 0
 
 
 @gluon.jit

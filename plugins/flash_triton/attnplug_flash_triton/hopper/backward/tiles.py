@@ -6,8 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from attnplug_flash_triton.hopper.backward.spans import coordinates, first_query_tile, queries_of, sequence
-from attnplug_flash_triton.hopper.device import WARPGROUP, load_tile, schedule, store_tile, store_wait
+from attnplug_flash_triton.hopper.backward.spans import first_query_tile, queries_of, sequence
+from attnplug_flash_triton.hopper.device import WARPGROUP, coordinates, load_tile, schedule, store_tile, store_wait
 
 
 @gluon.jit
