@@ -107,6 +107,27 @@ def prepare(
     return run
 
 
+def prepare_packed(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
+    """Return the same for packed sequences, whose lengths are read on the device alone."""
+    given, device = tensors_of(params), params.query.device
+    if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
+        return None
+    wants_lse, names = params.return_lse, tuple(given)
+    plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
+
+    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        given = dict(zip(names, [tensor for tensor in tensors if tensor is not None], strict=True))
+        addresses = 0
+        for tensor in given.values():
+            addresses |= tensor.data_ptr()
+        if addresses % ALIGNED or _settings(given["query"].dtype) != settings:
+            return None
+        results = _run(plan, given, device)
+        return results[:2] if wants_lse else (results[0], None)
+
+    return run
+
+
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
     """Return a plan that gives what forward returns or, unless `wants_lse`, out alone; the rest is then workspace."""
     kind = (*_kind(params, given, device), wants_lse)
@@ -281,7 +302,7 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
     return given
 
 
-_SELDOM = ("sinks", "alibi_slopes", "seqused_k", "cu_seq_q", "cu_seq_k", "block_table")
+_SELDOM = ("sinks", "alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
