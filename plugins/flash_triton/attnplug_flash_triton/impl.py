@@ -135,7 +135,7 @@ def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.de
         return kept
 
     def make(machine: Machine) -> Plan:
-        plan = family_for(params, machine).forward(params, machine)
+        plan = _of_whole(params, lambda whole: family_for(whole, machine).forward(whole, machine))
         return plan if wants_lse else replace(plan, results=plan.results[:1])
 
     def grown(machine: Machine) -> Plan:
@@ -202,9 +202,25 @@ def _backward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.d
     def make(machine: Machine) -> Plan:
         of_rows = [given.get(name) for name in ("grad_lse", "out", "lse")]
         statistics = [given[name] for name in ("top", "total") if name in given]
-        return family_for(params, machine).backward(params, machine, given["grad_out"], *of_rows, *statistics)
+        grad_out = given["grad_out"]
+        return _of_whole(
+            params, lambda whole: family_for(whole, machine).backward(whole, machine, grad_out, *of_rows, *statistics)
+        )
 
     return _plan(_kind(params, given, device), device, make)
+
+
+def _of_whole(params: SDPAParams, make: Callable[[SDPAParams], Plan]) -> Plan:
+    """Return the plan of a call in which what kernels read number by number lies without gaps, copied if it has some."""
+    loose = {}
+    for name in _SELDOM:
+        tensor = getattr(params, name)
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            loose[name] = tensor.contiguous()
+    if not loose:
+        return make(params)
+    plan = make(replace(params, **loose))
+    return replace(plan, compact=(*plan.compact, *loose))
 
 
 def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
