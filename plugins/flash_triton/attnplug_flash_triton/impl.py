@@ -268,12 +268,15 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
 
 
 def _kind_but_keys(params: SDPAParams, kind: tuple[Hashable, ...], names: Iterable[str]) -> tuple[Hashable, ...]:
-    """Return what `_kind` returned for tensors of these names, but for how many keys there are, and where they lie."""
+    """Return what `_kind` returned for tensors of these names, but for how many keys there are, and where they lie.
+
+    Nor does it hold how many pages a sequence may have.
+    """
     sizes: list[Any] = [params.key.shape, params.value.shape]
     heads = [tuple(size[1:]) if params.is_varlen else (*size[:2], size[3]) for size in sizes]
     forms: list[Any] = [*kind]
     for place, name in enumerate(names):
-        if name in ("key", "value"):
+        if name in ("key", "value", "block_table"):
             forms[place] = forms[place][2:]
     del forms[place + 1]  # max_k
     return (*heads, *forms)

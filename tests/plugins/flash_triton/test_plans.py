@@ -215,6 +215,12 @@ def prepared(params: SDPAParams) -> Any:
     return run
 
 
+def prepared_packed(params: SDPAParams) -> Any:
+    run = impl.prepare_packed(params)
+    assert run is not None
+    return run
+
+
 def test_what_is_prepared_launches_what_forward_launches_with_the_tensors_that_it_is_given(gpu: Driver) -> None:
     first, second = tensors(32, 32), tensors(32, 32)
     run = prepared(SDPAParams(*first, is_causal=True, scale=0.1))
@@ -358,13 +364,13 @@ def decoded(length: int, keys: Any = cut, **options: Any) -> SDPAParams:
     return SDPAParams(query, *keys(length), enable_gqa=True, **{"scale": 0.1, **options})
 
 
-def paged(length: int, **options: Any) -> SDPAParams:
+def paged(length: int, table: Tensor | None = None, **options: Any) -> SDPAParams:
     """Return a call of two sequences of one query each, whose keys are in pages of 16."""
     query, (key, value) = torch.ones(2, HEADS[0], 64, dtype=torch.float16), torch.randn(2, 512, 16, 2, 64).half()
     of_sequences = dict(
         cu_seq_q=torch.arange(3, dtype=torch.int32),
         seqused_k=torch.tensor([length, 1], dtype=torch.int32),
-        block_table=torch.zeros(2, 256, dtype=torch.int32),
+        block_table=torch.zeros(2, 256, dtype=torch.int32) if table is None else table,
     )
     options = dict(max_q=1, max_k=length, causal_variant=CausalVariant.LOWER_RIGHT) | options
     return SDPAParams(query, key, value, enable_gqa=True, scale=0.1, **of_sequences, **options)
@@ -381,7 +387,16 @@ GROWING = {
     ),
     "dropout": lambda length: decoded(length, dropout=0.5),
     "pages": paged,
+    "pages, another at times": lambda length: paged(length, table_for(length)),
+    "pages, a table in columns at times": lambda length: paged(
+        length, table_for(length).mT.contiguous().mT if length % 2 else table_for(length)
+    ),
 }
+
+
+def table_for(length: int) -> Tensor:
+    """Return a table with no more pages than it needs."""
+    return torch.zeros(2, -(-length // 16), dtype=torch.int32)
 
 
 def forward_of(params: SDPAParams) -> list[tuple[Any, ...]]:
@@ -400,7 +415,7 @@ def test_a_decode_loop_launches_at_each_length_what_a_plan_for_that_length_launc
     if family == "hopper":
         monkeypatch.setattr(impl, "family_for", FAMILY_FOR)
     lengths = [1, 2, 7, 8, *range(61, 67), *range(126, 131), 1023, 1024, 1025, 4000, 4001, 4002, 5999, 1025, 7]
-    lengths = lengths[:-4] + lengths[-2:] if call == "pages" else lengths
+    lengths = lengths[:-4] + lengths[-2:] if call.startswith("pages") else lengths
     of_loop = [forward_of(GROWING[call](length)) for length in lengths]
     split = {"combine_kernel" in str(launched) for launched in of_loop}
     assert split == {True, False}  # few keys are no work for two kernels
@@ -437,6 +452,11 @@ def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: p
         impl.forward(decoded(length))
         prepared(decoded(length))(torch.ones(1, 4, 1, 64, dtype=torch.float16), *cut(length))
 
+        impl.forward(paged(length, table_for(length)))
+        params = paged(length, table_for(length))
+        lengths = params.cu_seq_q, None, params.seqused_k, params.block_table
+        prepared_packed(params)(params.query, params.key, params.value, *lengths)
+
     step(4400)
     binding: list[Any] = []
     monkeypatch.setattr(impl.launches.forward_kernel, "run", lambda *given, **options: binding.append(given))
@@ -444,7 +464,7 @@ def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: p
     for length in range(4500, 4550):
         step(length)
     assert not binding
-    assert len(driver.active.launched) == before + 2 * 50 * 2
+    assert len(driver.active.launched) == before + 2 * 2 * 50 * 2
 
 
 def test_after_a_first_call_that_failed_the_next_one_is_what_later_lengths_are_filled_into(
