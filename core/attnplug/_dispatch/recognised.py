@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
@@ -209,7 +208,7 @@ def _broadcasts(shape: torch.Size, batch: int, queries: int, keys: int) -> bool:
 
 
 def packed_tensors(params: SDPAParams) -> tuple[Tensor | None, ...]:
-    """Return the tensors of a call of packed sequences in the order of a `plain`, None for those that it does not have."""
+    """Return the tensors of a call of packed sequences in the order of a `plain`, None for what it does not have."""
     lengths = params.cu_seq_q, params.cu_seq_k, params.seqused_k, params.block_table
     return params.query, params.key, params.value, *lengths
 
@@ -218,7 +217,7 @@ def distinct(
     query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, seqused_k: Any, block_table: Any
 ) -> tuple[Any, ...]:
     """Return the tensors of packed sequences to be compared: those that there are, and starts of both kinds once."""
-    given = query, key, value, cu_seq_q
+    given: tuple[Any, ...] = query, key, value, cu_seq_q
     if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
         given = (*given, cu_seq_k)
     if seqused_k is not None:
@@ -229,7 +228,7 @@ def distinct(
 def recognise_packed(candidates: tuple[Known, ...], given: tuple[Any, ...], max_q: int, max_k: int) -> Plan | None:
     """Return the plan of a call of packed sequences, if one of `candidates` fits its `distinct` tensors.
 
-    Where it was prepared, it is that of a call with the same sizes, whose lengths have been checked but for their values.
+    One that was prepared was so for a call of the same sizes, of whose lengths all was checked but their values.
     """
     query, key, value = given[:3]
     if type(query) not in PLAIN:

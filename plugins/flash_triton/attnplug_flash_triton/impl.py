@@ -211,7 +211,7 @@ def _backward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.d
 
 
 def _of_whole(params: SDPAParams, make: Callable[[SDPAParams], Plan]) -> Plan:
-    """Return the plan of a call in which what kernels read number by number lies without gaps, copied if it has some."""
+    """Return the plan of a call in which what kernels read number by number is copied where it lies apart in memory."""
     loose = {}
     for name in _SELDOM:
         tensor = getattr(params, name)
