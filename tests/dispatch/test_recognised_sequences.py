@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
 from attnplug import ImplSpec, SDPAParams
-from repeated import Change, K, Q, Subclass, V, assert_same, forget, nested, outcome
+from repeated import EVERYTHING, Change, K, Packs, Q, Subclass, V, assert_same, forget, nested, outcome
 
 TOKENS, PAGES = torch.randn(9, 4, 8), torch.randn(6, 2, 4, 8)
 
@@ -32,6 +32,12 @@ def packed(*given: Any, **options: Any) -> Change:
 PACKED: dict[str, Change] = {
     "nothing": packed(),
     "other lengths": packed(TOKENS, TOKENS, TOKENS, row(0, 1, 9), row(0, 1, 9), 8, 8),
+    "a larger longest": packed(TOKENS, TOKENS, TOKENS, STARTS, STARTS, 6, 7),
+    "starts of keys of their own": packed(TOKENS, TOKENS, TOKENS, STARTS, row(0, 3, 9), 5, 6),
+    "starts on another device": packed(TOKENS, TOKENS, TOKENS, STARTS.to("meta")),
+    "starts of numbers apart": packed(TOKENS, TOKENS, TOKENS, STARTS.repeat_interleave(2)[::2]),
+    "a longest that is a bool": packed(TOKENS, TOKENS, TOKENS, STARTS, STARTS, 5, True),
+    "a longest below zero": packed(TOKENS, TOKENS, TOKENS, STARTS, STARTS, 5, -1),
     "fewer tokens": packed(TOKENS[:7], TOKENS[:7], TOKENS[:7], row(0, 4, 7), row(0, 4, 7)),
     "more sequences": packed(TOKENS, TOKENS, TOKENS, row(0, 4, 6, 9), row(0, 4, 6, 9)),
     "no tokens": packed(TOKENS[:0], TOKENS[:0], TOKENS[:0], row(0, 0), row(0, 0)),
@@ -78,15 +84,21 @@ PACKED: dict[str, Change] = {
 }
 
 
+@pytest.fixture(params=["math_ref", "packs"])
+def impl(request: pytest.FixtureRequest) -> Any:
+    attnplug.register_impl(ImplSpec(name="packs", kernel=Packs(), backend=None, capabilities=EVERYTHING))
+    yield request.param
+    attnplug.unregister_impl("packs")
+
+
 @pytest.mark.parametrize("change", PACKED)
-@pytest.mark.parametrize("impl", ["math_ref"])
 def test_packed_sequences_after_others_are_decided_as_they_are_alone(change: str, impl: str) -> None:
     expected = {}
     for name in (change, "nothing"):
         forget()
         expected[name] = outcome(PACKED[name], impl, attnplug.varlen_attn)
     forget()
-    for name in ("nothing", "a window", "a causal mask", "an lse", "used lengths", "pages") * 3:
+    for name in ("nothing", "a window", "a causal mask", "an lse", "used lengths", "pages", "fewer tokens") * 3:
         outcome(PACKED[name], impl, attnplug.varlen_attn)
     for name in (change, "nothing") * 3:
         assert_same(outcome(PACKED[name], impl, attnplug.varlen_attn), expected[name])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import attnplug
-from attnplug import ImplSpec, SDPAParams
+from attnplug import Capabilities, Feature, ImplSpec, SDPAParams
 
 torch.manual_seed(0)
 Q, K, V = torch.randn(3, 2, 4, 6, 8)
@@ -38,6 +38,56 @@ class Opaque:
     @staticmethod
     def backward(params: SDPAParams, grad_out: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         return grad_out, grad_out, grad_out
+
+
+EVERYTHING = Capabilities(
+    devices=frozenset({"cpu", "meta"}),
+    dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
+    features=frozenset(Feature) - {Feature.NESTED},
+)
+Answer = Callable[[SDPAParams], Any]
+
+
+def answer(params: SDPAParams) -> Any:
+    """Return what a call gives, asked of another implementation."""
+    if params.query.is_meta:
+        return torch.empty_like(params.query), params.query.new_empty(params.lse_shape, dtype=params.lse_dtype)
+    given = {
+        name: getattr(params, name) for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+    }
+    options = ("is_causal", "scale", "window_size", "softcap", "sinks", "alibi_slopes", "seqused_k", "block_table")
+    given |= {name: getattr(params, name) for name in options}
+    return attnplug.varlen_attn(**given, impl="math_ref", enable_gqa=True, return_lse=True)
+
+
+class Packs:
+    """Counts how often forward runs, and what it prepared; `answer` is what that returns."""
+
+    def __init__(self, answer: Answer = answer) -> None:
+        self.forwards = self.asked = self.runs = 0
+        self.answer = answer
+
+    def forward(self, params: SDPAParams) -> Any:
+        self.forwards += 1
+        return answer(params)
+
+    def backward(self, params: SDPAParams, grad_out: Tensor, *others: Any) -> Any:
+        with torch.enable_grad():
+            given = [each.detach().requires_grad_() for each in (params.query, params.key, params.value)]
+            fields = vars(params) | dict(zip(("query", "key", "value"), given, strict=True))
+            return torch.autograd.grad(answer(SDPAParams(**fields))[0], given, grad_out)
+
+    def prepare_packed(self, params: SDPAParams) -> Any:
+        self.asked += 1
+        constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
+
+        def run(query: Tensor, key: Tensor, value: Tensor, *lengths: Tensor | None) -> Any:
+            self.runs += 1
+            names = ("cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
+            given = dict(zip(names, lengths, strict=True))
+            return self.answer(SDPAParams(query, key, value, **(constants | given)))
+
+        return run
 
 
 def nested(layout: torch.layout = torch.strided) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from typing import Any, Literal, overload
 
 from torch import Tensor, is_grad_enabled
+from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from attnplug._api.dense import are_numbers, is_symbolic, to_symbols
@@ -14,7 +15,7 @@ from attnplug._call.prepare import prepare_varlen, without_numpy
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import who_decides
-from attnplug._dispatch.recognised import PLAIN, known, recognise_packed
+from attnplug._dispatch.recognised import PLAIN, distinct, known, packed_tensors, recognise_packed
 from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, thread
@@ -162,6 +163,33 @@ def varlen_attn(
     tracing = is_dynamo_compiling()
     if scale is not None and type(scale) is not float:
         scale = without_numpy(scale, tracing)
+    if thread.state.watched and not is_compiling():
+        impl = wished(impl)
+    way, found, prepared = None, None, None
+    if (
+        not tracing
+        and are_numbers(CausalVariant.LOWER_RIGHT, window_size, softcap, sinks, alibi_slopes)
+        and (process.choices is None or impl is not None)
+        and (impl is None or type(impl) is str)
+        and (is_causal is False or is_causal is True)
+        and (enable_gqa is False or enable_gqa is True)
+        and (return_lse is False or return_lse is True)
+        and (scale is None or type(scale) is float)
+        and type(dropout_p) in NUMBERS
+        and type(max_q) is int is type(max_k)
+    ):
+        given = cu_seq_k is None, cu_seq_k is cu_seq_q, seqused_k is None, block_table is None, is_grad_enabled()
+        numbers = is_causal, enable_gqa, return_lse, scale, dropout_p, window_size, softcap
+        way = who_decides(impl), numbers, given
+        candidates = known.get(way)
+        if candidates is not None:
+            tensors = query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table
+            found = recognise_packed(candidates, distinct(*tensors), max_q, max_k)
+            if found is not None and found.plain is not None and not (thread.state.watched or _profiler_enabled()):
+                prepared = found.plain
+                if not query.is_cpu:  # where lengths lie whose values are checked each time
+                    out, lse = prepared(*tensors)
+                    return (out, lse) if return_lse else out
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -183,28 +211,9 @@ def varlen_attn(
         "max_k": max_k,
         "block_table": block_table,
     }
-    if thread.state.watched and not is_compiling():
-        impl = wished(impl)
-    way = None
-    if (
-        not tracing
-        and are_numbers(CausalVariant.LOWER_RIGHT, window_size, softcap, sinks, alibi_slopes)
-        and (process.choices is None or impl is not None)
-        and (impl is None or type(impl) is str)
-        and (is_causal is False or is_causal is True)
-        and (enable_gqa is False or enable_gqa is True)
-        and (return_lse is False or return_lse is True)
-        and (scale is None or type(scale) is float)
-        and type(dropout_p) in NUMBERS
-    ):
-        given = cu_seq_k is None, seqused_k is None, block_table is None, is_grad_enabled()
-        numbers = is_causal, enable_gqa, return_lse, scale, dropout_p, window_size, softcap
-        way = who_decides(impl), numbers, given
-        candidates = known.get(way)
-        found = None if candidates is None else recognise_packed(candidates, query, key, value)
-        if found is not None and check_lengths(params := params_of(fields)) > 0:
-            out, lse = found.run_as_given(params)
-            return (out, lse) if return_lse else out
+    if found is not None and check_lengths(params := params_of(fields)) > 0:
+        out, lse = found.run_as_given(params) if prepared is None else prepared(*packed_tensors(params))
+        return (out, lse) if return_lse else out
     if tracing:
         return traced.or_eagerly(_the_long_way, fields, impl, way)
     return _the_long_way(fields, impl, way)

@@ -78,11 +78,9 @@ def _check_keys(params: SDPAParams, batch: int) -> None:
         check_int32("block_table", params.block_table, (batch, None), device)
     if params.seqused_k is None and not paged:
         return
-    lengths = params.seqused_k
-    if lengths is None and params.cu_seq_k is not None:
-        lengths = params.cu_seq_k.diff()
-    if lengths is None or not can_look(lengths):
+    if not can_look(params.cu_seq_k if params.seqused_k is None else params.seqused_k):
         return
+    lengths = params.cu_seq_k.diff() if params.seqused_k is None else params.seqused_k
     if params.seqused_k is not None:
         check_range("seqused_k", lengths, 0, int(params.max_k or 0))
         if params.cu_seq_k is not None and not paged and bool((lengths > params.cu_seq_k.diff()).any()):

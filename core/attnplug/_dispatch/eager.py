@@ -69,10 +69,10 @@ def varlen(params: SDPAParams, impl: str | None, way: Hashable = None) -> Result
         params = autocasted(params)
     _, plan = _kept(params, impl)
     if plan is not None and check_lengths(params) > 0:
-        if way is not None:
-            remember(way, plan, params)
         if params.scale is None:
             params.__dict__["scale"] = plan.scale
+        if way is not None:
+            remember(way, plan, params)
         return plan.run(params)
     if _is_symbolic(params):
         return traced.varlen(params, impl)

@@ -56,7 +56,8 @@ class Plan:
         grad: whether autograd records the call.
         unfused: whether a MATH implementation runs because others could not.
         simple: whether nothing has to be done around the kernel: no autograd, no check, no warning.
-        plain: the kernel's `plain`, if all is simple, or what it prepared.
+        plain: the kernel's `plain`, if all is simple, or what it prepared, which takes the tensors alone where they
+            are packed sequences; see `_run.repeated`.
         checked: whether there is nothing around the kernel but a check of what it returns.
     """
 
@@ -144,31 +145,40 @@ class Plan:
     def repeated(self, params: SDPAParams) -> Plan:
         """Return the plan for calls that differ from this one in nothing but where their tensors lie in memory.
 
-        The call asks for nothing beyond PyTorch's arguments and an lse.
+        The call asks for nothing beyond PyTorch's arguments and an lse, or is one of packed sequences.
 
         Raises:
             KernelError: the kernel prepared something that cannot be called.
         """
         kernel = self.decision.kernel
-        can_differentiate = not self.grad or kernel.backward is not None
         opaque = not (self.unfused or self.decision.entry.distribution == BUILTIN)
-        fits = self.simple or (opaque and can_differentiate and params.attn_mask is None)
-        if kernel.prepare is None or not fits:
+        if params.is_varlen:
+            prepare, fits = kernel.prepare_packed, opaque and not self.grad
+        else:
+            can_differentiate = not self.grad or kernel.backward is not None
+            prepare, fits = kernel.prepare, self.simple or (opaque and can_differentiate and params.attn_mask is None)
+        if prepare is None or not fits:
             return self
-        run = in_kernel(kernel.prepare, params)
+        run = in_kernel(prepare, params)
         if run is None:
             return self
         if not callable(run):
             name, got = self.decision.name, type(run).__name__
-            raise KernelError(f"implementation {name!r}: prepare must return a function or None, got {got}")
+            role = "prepare_packed" if params.is_varlen else "prepare"
+            raise KernelError(f"implementation {name!r}: {role} must return a function or None, got {got}")
         plan = copy(self)
         plan.plain = _simply_prepared(self, run) if self.simple else _prepared(self, params, run)
         return plan
 
 
-def _prepared(plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Tensor], Any]) -> Callable[..., Result]:
+def _prepared(plan: Plan, params: SDPAParams, run: Callable[..., Any]) -> Callable[..., Result]:
     """Return a `plain` that runs what a kernel prepared for calls that repeat one."""
     repeated = Repeated(KernelCall.of(plan.decision.entry, params), params.query, run)
+
+    def packed(*tensors: Tensor | None) -> Result:
+        if forward_ad._current_level >= 0:
+            return plan.carry_out(repeated.params(*tensors))
+        return repeated.forward(*tensors)[:2]
 
     def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
         if forward_ad._current_level >= 0:
@@ -177,7 +187,7 @@ def _prepared(plan: Plan, params: SDPAParams, run: Callable[[Tensor, Tensor, Ten
             return record_repeated(repeated, query, key, value)
         return repeated.forward(query, key, value)[:2]
 
-    return plain
+    return packed if params.is_varlen else plain
 
 
 def _simply_prepared(plan: Plan, run: Callable[..., Any]) -> Callable[..., Result] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,13 +46,15 @@ class Known:
     """Calls whose plan is known.
 
     Attributes:
-        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary.
+        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary, or,
+            of packed sequences, where nothing was prepared.
         alike: compares all but batch and lengths.
         square: whether there must be as many queries as keys; None where it does not count.
         cast: a type of device, and the dtype that autocast must cast to there; None without autocast.
         plan: how to carry out such a call; None where its sizes decide about it.
         repeated: the same for one that `same` recognises.
-        by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None.
+        by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None. The
+            longest sequences are among the sizes, and are all where `same` recognises the tensors.
         came_again: how many sizes came a second time, up to `SEVERAL`; one less for each that was prepared for in vain.
         unused: the plan that was last prepared at once, until its sizes come again.
     """
@@ -72,8 +75,29 @@ class Known:
         if len(self.by_sizes) >= SIZES:
             self.by_sizes.clear()
         self.by_sizes[sizes] = plan
-        if len(self.by_sizes) > SEVERAL:
-            self.same = None
+
+    def find(self, sizes: Hashable) -> Plan | None:
+        """Return the plan that is kept for these sizes, or prepares for them as they come a second time."""
+        assert self.by_sizes is not None
+        found = self.by_sizes.get(sizes)
+        if found is None:
+            return None
+        if found is not self.plan:
+            if found is self.unused:
+                self.unused = None
+            return found
+        self.came_again = min(self.came_again + 1, SEVERAL)
+        return _Preparing(found, self, sizes)
+
+    def found_first(self, sizes: Hashable) -> Plan:
+        """Return the plan of a call whose sizes come for the first time."""
+        assert self.plan is not None
+        if self.unused is not None:
+            self.came_again, self.unused = self.came_again - 1, None
+        if self.came_again == SEVERAL:
+            return _Preparing(self.plan, self, sizes, at_once=True)
+        self.keep(sizes, self.plan)
+        return self.plan
 
 
 class _Preparing(Plan):
@@ -97,6 +121,8 @@ class _Preparing(Plan):
             self._known.unused = repeated
         if repeated.plain is None or thread.state.watched or is_profiled():
             return plan.run_as_given(params)
+        if params.is_varlen:
+            return repeated.plain(*packed_tensors(params))
         given = params.query, params.key, params.value, mask, params.dropout, params.is_causal
         return repeated.plain(*given, scale, params.enable_gqa)
 
@@ -133,30 +159,22 @@ def recognise(
                 continue
             sizes = None
             if one.by_sizes is not None:
-                found = one.by_sizes.get(sizes := _sizes(given))
+                found = one.find(sizes := _sizes(given))
                 if found is not None:
-                    if found is not one.plan:
-                        if found is one.unused:
-                            one.unused = None
-                        return found
-                    one.came_again = min(one.came_again + 1, SEVERAL)
-                    return _Preparing(found, one, sizes)
-            if one.plan is not None and _agree(query, key, value, mask, one.square):
-                if sizes is None:
+                    return found
+                if len(one.by_sizes) > SEVERAL:
                     one.same = None
-                else:
-                    if one.unused is not None:
-                        one.came_again, one.unused = one.came_again - 1, None
-                    if one.came_again == SEVERAL:
-                        return _Preparing(one.plan, one, sizes, at_once=True)
-                    one.keep(sizes, one.plan)
+            if one.plan is not None and _agree(query, key, value, mask, one.square):
+                if sizes is not None:
+                    return one.found_first(sizes)
+                one.same = None
                 return one.plan
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # or no tensor of four dimensions
         return None
     return None
 
 
-def _sizes(given: tuple[Tensor, ...]) -> Hashable:
+def _sizes(given: tuple[Tensor, ...]) -> tuple[Hashable, ...]:
     """Return all sizes and strides of tensors."""
     return (*[tensor.shape for tensor in given], *[tensor.stride() for tensor in given])
 
@@ -189,20 +207,51 @@ def _broadcasts(shape: torch.Size, batch: int, queries: int, keys: int) -> bool:
     )
 
 
-def recognise_packed(candidates: tuple[Known, ...], query: Tensor, key: Tensor, value: Tensor) -> Plan | None:
-    """Return the plan of a call of packed sequences, if one of `candidates` fits its tensors. About 0.9 us."""
+def packed_tensors(params: SDPAParams) -> tuple[Tensor | None, ...]:
+    """Return the tensors of a call of packed sequences in the order of a `plain`, None for what it does not have."""
+    lengths = params.cu_seq_q, params.cu_seq_k, params.seqused_k, params.block_table
+    return params.query, params.key, params.value, *lengths
+
+
+def distinct(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, seqused_k: Any, block_table: Any
+) -> tuple[Any, ...]:
+    """Return the tensors of packed sequences to be compared: those that there are, and starts of both kinds once."""
+    given: tuple[Any, ...] = query, key, value, cu_seq_q
+    if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
+        given = (*given, cu_seq_k)
+    if seqused_k is not None:
+        given = (*given, seqused_k)
+    return given if block_table is None else (*given, block_table)
+
+
+def recognise_packed(candidates: tuple[Known, ...], given: tuple[Any, ...], max_q: int, max_k: int) -> Plan | None:
+    """Return the plan of a call of packed sequences, if one of `candidates` fits its `distinct` tensors.
+
+    One that was prepared was so for a call of the same sizes, of whose lengths all was checked but their values.
+    """
+    query, key, value = given[:3]
     if type(query) not in PLAIN:
         return None
     try:
-        tokens, keys, values = query.shape[0], key.shape[:-2], value.shape[:-2]
-        if not query.layout is key.layout is value.layout is _strided:
-            return None
-    except (AttributeError, IndexError, RuntimeError, TypeError):  # as in `recognise`
-        return None
-    if tokens > 0 and keys == values and 0 not in keys:
+        for tensor in given:  # as in `recognise`
+            if tensor.layout is not _strided or tensor.is_nested:
+                return None
+        longest: Any = max_q, max_k
         for one in candidates:
-            if one.alike(query, key, value) and (one.cast is None or _is_cast(one.cast)):
-                return one.plan
+            same = one.same is not None and one.same(*given)
+            if not (same or one.alike(*given)) or not (one.cast is None or _is_cast(one.cast)):
+                continue
+            sizes = None
+            if one.by_sizes is not None:
+                found = one.find(sizes := longest if same else (longest, *_sizes(given)))
+                if found is not None:
+                    return found
+            keys = key.shape[:-2]
+            if query.shape[0] > 0 and keys == value.shape[:-2] and 0 not in keys:
+                return one.plan if sizes is None else one.found_first(sizes)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return None
     return None
 
 
@@ -211,11 +260,13 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
 
     `way` is who decides, and how the function was called; `mask` is the user's, of two to four dimensions.
     """
-    query, key, value = params.query, params.key, params.value
+    query, key, value, packed = params.query, params.key, params.value, params.is_varlen
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if packed:
+        tensors = distinct(*packed_tensors(params))
     others, autocasts, all_count = known.get(way, ()), any_autocast(), plan.decision.shape_dependent
     if (
-        (all_count and params.is_varlen)  # whose longest sequences count too
+        (all_count and packed)  # whose longest sequences count too
         or is_transformed()
         or is_watched(query)  # what a kernel prepared is no operator
         or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
@@ -229,18 +280,20 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     like = next((one for one in others if one.by_sizes is not None and one.cast == cast and one.alike(*tensors)), None)
     if like is None and len(others) >= SEVERAL:
         return
-    alike = comparison(tensors, packed=params.is_varlen) if like is None else like.alike
+    alike = comparison(tensors, packed=packed) if like is None else like.alike
     if alike is None:
         return
-    repeated = plan if params.is_varlen or not is_plain(params) else plan.repeated(params)
+    repeated = plan.repeated(params) if packed or is_plain(params) else plan
+    longest = params.max_q, params.max_k
     if like is not None:
-        like.keep(_sizes(tensors), repeated)
+        sizes = _sizes(tensors)
+        like.keep((longest, *sizes) if packed else sizes, repeated)
         return
-    same = None if params.is_varlen else comparison(tensors, exact=True)
-    square = query.shape[2] == key.shape[2] if not params.is_varlen and _has_positions(params) else None
+    same = None if packed and repeated is plan else comparison(tensors, exact=True)
+    square = query.shape[2] == key.shape[2] if not packed and _has_positions(params) else None
     by_sizes: dict[Hashable, Plan] | None = None
     if all_count or repeated is not plan:
-        by_sizes = {_sizes(tensors): repeated}
+        by_sizes = {longest if packed else _sizes(tensors): repeated}
     if len(known) >= WAYS:
         known.clear()
     known[way] = (*others, Known(same, alike, square, cast, None if all_count else plan, repeated, by_sizes))
@@ -270,9 +323,9 @@ def comparison(tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = 
         else:
             rank = tensor.dim()
             size, stride = [None] * rank, [None] * rank
-            if rank >= -heads:
+            if rank >= -heads and not (packed and len(sizes) >= 3):
                 size[heads] = tensor.shape[heads]
-            if len(sizes) < 3:  # of a mask, what is left is compared in Python
+            if len(sizes) < 3:  # of a mask, what is left is compared in Python; of lengths, by who checks them
                 size[-1], stride[-1] = tensor.shape[-1], 1
         sizes.append(size)
         strides.append(stride)

@@ -73,6 +73,11 @@ class Kernel:
             kind, for other shapes and strides when they come a second time, and at once when several did, as in a
             decode loop. It saves looking up a plan, building the `SDPAParams` and checking the output. Calls with a
             mask are prepared for by attnplug's own kernels alone, whose `run` gets it as a fourth argument.
+        prepare_packed: `prepare_packed(params) -> run or None`: the same for a call of packed sequences that autograd
+            does not record, and that has neither sinks nor slopes. Its
+            `run(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table) -> (out, lse)` gets None for those that
+            the call does not have. `max_q` and `max_k` are the same each time; which lengths and pages the tensors
+            hold is not, and must be read from those that `run` is given.
         prepare_backward: `prepare_backward(params, grad_out, out, lse, *saved) -> run or None`: the same for backward
             of what `prepare` gave a function for, where nothing asks for a gradient through lse.
             `run(query, key, value, grad_out, out, lse, *saved) -> (grad_query, grad_key, grad_value)` does what
@@ -101,6 +106,7 @@ class Kernel:
     any_form: bool = False
     plain: Callable[..., Any] | None = None
     prepare: Callable[[SDPAParams], Callable[..., Any] | None] | None = None
+    prepare_packed: Callable[[SDPAParams], Callable[..., Any] | None] | None = None
     prepare_backward: Callable[..., Callable[..., Any] | None] | None = None
     fake: Callable[[SDPAParams], Any] | None = None
     family: Callable[[SDPAParams], Any] | None = None
@@ -167,6 +173,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "notes": ("params",),
     "plain": ("query", "key", "value", "attn_mask", "dropout", "is_causal", "scale", "enable_gqa"),
     "prepare": ("params",),
+    "prepare_packed": ("params",),
     "prepare_backward": ("params", "grad_out", "out", "lse"),
     "fake": ("params",),
     "family": ("params",),

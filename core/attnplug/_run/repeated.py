@@ -43,9 +43,11 @@ Run = Callable[..., Any]
 class Repeated:
     """What a kernel prepared for calls that repeat one.
 
+    Their tensors are query, key and value and, of packed sequences, cu_seq_q, cu_seq_k, seqused_k and block_table.
+
     Attributes:
         call: what they are besides their tensors.
-        count: of these.
+        count: of those that autograd is told of.
     """
 
     def __init__(self, call: KernelCall, query: Tensor, run: Run) -> None:
@@ -55,26 +57,29 @@ class Repeated:
         self._autocasts = no_autocast(query) if any_autocast() else None
         self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
 
-    def params(self, *tensors: Tensor) -> SDPAParams:
-        """Return the description of a call of these query, key and value."""
-        return self.call.params((*tensors, *_NO_OTHERS))
+    def params(self, *tensors: Tensor | None) -> SDPAParams:
+        """Return the description of a call of these tensors."""
+        if len(tensors) == 3:
+            return self.call.params((*tensors, *_NO_OTHERS))
+        query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table = tensors
+        return self.call.params((query, key, value, None, None, None, seqused_k, cu_seq_q, cu_seq_k, block_table))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+    def forward(self, *tensors: Tensor | None) -> tuple[Any, ...]:
         """Return `(out, lse, *saved)`, checked at the first call."""
         outer = thread.in_kernel
         thread.in_kernel = True  # `in_kernel`, without the time of another call
         try:
             if self._autocasts is None:
-                returned: tuple[Any, ...] | None = self._run(query, key, value)
+                returned: tuple[Any, ...] | None = self._run(*tensors)
             else:
                 with self._autocasts:
-                    returned = self._run(query, key, value)
+                    returned = self._run(*tensors)
         finally:
             thread.in_kernel = outer
         if returned is None:
-            return run_forward(self.call.entry, self.params(query, key, value))
+            return run_forward(self.call.entry, self.params(*tensors))
         if not self._is_checked:
-            check_outputs(self.call.entry.name, self.params(query, key, value), returned)
+            check_outputs(self.call.entry.name, self.params(*tensors), returned)
             self._is_checked = True
         return returned
 

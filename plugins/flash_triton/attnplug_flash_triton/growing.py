@@ -1,8 +1,9 @@
 """Forward of few queries over a number of keys that grows, as at each step of decoding.
 
-Of its plan a step changes some integers: how many keys there are, and the strides of a cache that was copied. So there
-is one plan for all lengths that are split among as many programs, and that the same compiled kernel reads; another
-length is filled in. What is launched, and so each bit of the result, is what a plan made for that length launches.
+Of its plan a step changes some integers: how many keys there are, the strides of a cache that was copied, and those of
+a table that got another page. So there is one plan for all lengths that are split among as many programs, and that the
+same compiled kernel reads; another length is filled in. What is launched, and so each bit of the result, is what a plan
+made for that length launches.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ INT32 = 2**31
 """From here on Triton passes an integer in 64 bits, to another kernel."""
 PLACES = [
     forward_kernel.arg_names.index(name)
-    for name in ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "num_k", "section")
+    for name in ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "num_k", "section", "table_batch")
 ]
 """What of the kernel's arguments depends on the keys."""
 
@@ -79,16 +80,17 @@ class Growing:
 
     def _numbers(self, params: SDPAParams) -> tuple[Hashable, tuple[int, ...]] | None:
         """Return which plan a call has, and what is to be filled in; None if it must have one of its own."""
-        key, value, rows = params.key, params.value, self.rows
+        key, value, table, rows = params.key, params.value, params.block_table, self.rows
         keys, values = Form(key.shape, key.stride()), Form(value.shape, value.stride())
         length = int(params.max_k) if self.packed else keys.shape[2]
         if length >= LONGEST or not (is_dense(*keys, rows) and is_dense(*values, rows)):
             return None
         steps = strides_of_keys(keys, values, self.packed, self.paged)
-        if max(steps) >= INT32:
+        of_table, of_page = (0, 1) if table is None else table.stride()
+        if max(*steps, of_table) >= INT32 or of_page != 1:
             return None
         unit = self.unit if self.is_aligned and all(step % self.unit == 0 for step in steps) else 1
         grid = self.grid
         parts = splits(self.processors, self.programs, length, grid.tiles.block_n)
         section = sections(length * self.bytes_of_key, grid.columns) * parts
-        return (parts, unit), (*[step // unit for step in steps], length, section)
+        return (parts, unit), (*[step // unit for step in steps], length, section, of_table)

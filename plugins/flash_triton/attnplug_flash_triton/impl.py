@@ -107,6 +107,27 @@ def prepare(
     return run
 
 
+def prepare_packed(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
+    """Return the same for packed sequences, whose lengths are read on the device alone."""
+    given, device = tensors_of(params), params.query.device
+    if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
+        return None
+    wants_lse, names = params.return_lse, tuple(given)
+    plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
+
+    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        given = dict(zip(names, [tensor for tensor in tensors if tensor is not None], strict=True))
+        addresses = 0
+        for tensor in given.values():
+            addresses |= tensor.data_ptr()
+        if addresses % ALIGNED or _settings(given["query"].dtype) != settings:
+            return None
+        results = _run(plan, given, device)
+        return results[:2] if wants_lse else (results[0], None)
+
+    return run
+
+
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
     """Return a plan that gives what forward returns or, unless `wants_lse`, out alone; the rest is then workspace."""
     kind = (*_kind(params, given, device), wants_lse)
@@ -114,7 +135,7 @@ def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.de
         return kept
 
     def make(machine: Machine) -> Plan:
-        plan = family_for(params, machine).forward(params, machine)
+        plan = _of_whole(params, lambda whole: family_for(whole, machine).forward(whole, machine))
         return plan if wants_lse else replace(plan, results=plan.results[:1])
 
     def grown(machine: Machine) -> Plan:
@@ -181,9 +202,25 @@ def _backward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.d
     def make(machine: Machine) -> Plan:
         of_rows = [given.get(name) for name in ("grad_lse", "out", "lse")]
         statistics = [given[name] for name in ("top", "total") if name in given]
-        return family_for(params, machine).backward(params, machine, given["grad_out"], *of_rows, *statistics)
+        grad_out = given["grad_out"]
+        return _of_whole(
+            params, lambda whole: family_for(whole, machine).backward(whole, machine, grad_out, *of_rows, *statistics)
+        )
 
     return _plan(_kind(params, given, device), device, make)
+
+
+def _of_whole(params: SDPAParams, make: Callable[[SDPAParams], Plan]) -> Plan:
+    """Return the plan of a call in which what kernels read number by number is copied where it lies apart in memory."""
+    loose = {}
+    for name in _SELDOM:
+        tensor = getattr(params, name)
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            loose[name] = tensor.contiguous()
+    if not loose:
+        return make(params)
+    plan = make(replace(params, **loose))
+    return replace(plan, compact=(*plan.compact, *loose))
 
 
 def family_for(params: SDPAParams, machine: Machine) -> ModuleType:
@@ -231,12 +268,15 @@ def _kind(params: SDPAParams, given: dict[str, Tensor], device: torch.device) ->
 
 
 def _kind_but_keys(params: SDPAParams, kind: tuple[Hashable, ...], names: Iterable[str]) -> tuple[Hashable, ...]:
-    """Return what `_kind` returned for tensors of these names, but for how many keys there are, and where they lie."""
+    """Return what `_kind` returned for tensors of these names, but for how many keys there are, and where they lie.
+
+    Nor does it hold how many pages a sequence may have.
+    """
     sizes: list[Any] = [params.key.shape, params.value.shape]
     heads = [tuple(size[1:]) if params.is_varlen else (*size[:2], size[3]) for size in sizes]
     forms: list[Any] = [*kind]
     for place, name in enumerate(names):
-        if name in ("key", "value"):
+        if name in ("key", "value", "block_table"):
             forms[place] = forms[place][2:]
     del forms[place + 1]  # max_k
     return (*heads, *forms)
@@ -281,7 +321,7 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
     return given
 
 
-_SELDOM = ("sinks", "alibi_slopes", "seqused_k", "cu_seq_q", "cu_seq_k", "block_table")
+_SELDOM = ("sinks", "alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,6 +217,16 @@ def prepared(params: SDPAParams) -> Any:
     return run
 
 
+def prepared_packed(params: SDPAParams) -> Any:
+    run = impl.prepare_packed(params)
+    assert run is not None
+    return run
+
+
+def lengths_of(params: SDPAParams) -> tuple[Tensor | None, ...]:
+    return params.cu_seq_q, params.cu_seq_k, params.seqused_k, params.block_table
+
+
 def test_what_is_prepared_launches_what_forward_launches_with_the_tensors_that_it_is_given(gpu: Driver) -> None:
     first, second = tensors(32, 32), tensors(32, 32)
     run = prepared(SDPAParams(*first, is_causal=True, scale=0.1))
@@ -358,13 +370,13 @@ def decoded(length: int, keys: Any = cut, **options: Any) -> SDPAParams:
     return SDPAParams(query, *keys(length), enable_gqa=True, **{"scale": 0.1, **options})
 
 
-def paged(length: int, **options: Any) -> SDPAParams:
+def paged(length: int, table: Tensor | None = None, **options: Any) -> SDPAParams:
     """Return a call of two sequences of one query each, whose keys are in pages of 16."""
     query, (key, value) = torch.ones(2, HEADS[0], 64, dtype=torch.float16), torch.randn(2, 512, 16, 2, 64).half()
     of_sequences = dict(
         cu_seq_q=torch.arange(3, dtype=torch.int32),
         seqused_k=torch.tensor([length, 1], dtype=torch.int32),
-        block_table=torch.zeros(2, 256, dtype=torch.int32),
+        block_table=torch.zeros(2, 256, dtype=torch.int32) if table is None else table,
     )
     options = dict(max_q=1, max_k=length, causal_variant=CausalVariant.LOWER_RIGHT) | options
     return SDPAParams(query, key, value, enable_gqa=True, scale=0.1, **of_sequences, **options)
@@ -381,7 +393,16 @@ GROWING = {
     ),
     "dropout": lambda length: decoded(length, dropout=0.5),
     "pages": paged,
+    "pages, another at times": lambda length: paged(length, table_for(length)),
+    "pages, a table in columns at times": lambda length: paged(
+        length, table_for(length).mT.contiguous().mT if length % 2 else table_for(length)
+    ),
 }
+
+
+def table_for(length: int) -> Tensor:
+    """Return a table with no more pages than it needs."""
+    return torch.zeros(2, -(-length // 16), dtype=torch.int32)
 
 
 def forward_of(params: SDPAParams) -> list[tuple[Any, ...]]:
@@ -400,7 +421,7 @@ def test_a_decode_loop_launches_at_each_length_what_a_plan_for_that_length_launc
     if family == "hopper":
         monkeypatch.setattr(impl, "family_for", FAMILY_FOR)
     lengths = [1, 2, 7, 8, *range(61, 67), *range(126, 131), 1023, 1024, 1025, 4000, 4001, 4002, 5999, 1025, 7]
-    lengths = lengths[:-4] + lengths[-2:] if call == "pages" else lengths
+    lengths = lengths[:-4] + lengths[-2:] if call.startswith("pages") else lengths
     of_loop = [forward_of(GROWING[call](length)) for length in lengths]
     split = {"combine_kernel" in str(launched) for launched in of_loop}
     assert split == {True, False}  # few keys are no work for two kernels
@@ -437,6 +458,10 @@ def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: p
         impl.forward(decoded(length))
         prepared(decoded(length))(torch.ones(1, 4, 1, 64, dtype=torch.float16), *cut(length))
 
+        impl.forward(paged(length, table_for(length)))
+        params = paged(length, table_for(length))
+        prepared_packed(params)(params.query, params.key, params.value, *lengths_of(params))
+
     step(4400)
     binding: list[Any] = []
     monkeypatch.setattr(impl.launches.forward_kernel, "run", lambda *given, **options: binding.append(given))
@@ -444,7 +469,7 @@ def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: p
     for length in range(4500, 4550):
         step(length)
     assert not binding
-    assert len(driver.active.launched) == before + 2 * 50 * 2
+    assert len(driver.active.launched) == before + 2 * 2 * 50 * 2
 
 
 def test_after_a_first_call_that_failed_the_next_one_is_what_later_lengths_are_filled_into(
@@ -513,6 +538,74 @@ def test_what_is_prepared_at_each_length_reads_the_tensors_of_its_call(gpu: Driv
         assert [given[place] for place in range(3)] == [t.data_ptr() for t in (params.query, params.key, params.value)]
         assert length in given
         assert out.data_ptr() in gpu.launched[-1][3:]
+
+
+PACKED: dict[str, Callable[[], SDPAParams]] = {
+    "sequences": lambda: packed(*tensors(32, 32)),
+    "sequences, float32": lambda: packed(*tensors(32, 32, dtype=torch.float32)),
+    "starts of keys of their own": lambda: replace(
+        packed(*tensors(32, 32)), cu_seq_k=torch.tensor([0, 9, 32], dtype=torch.int32), softcap=2.0, is_causal=True
+    ),
+    "used keys": lambda: replace(packed(*tensors(32, 32)), seqused_k=torch.ones(2, dtype=torch.int32)),
+    "few pages": lambda: paged(40, window_size=(7, 0)),
+    "many pages": lambda: paged(4000),
+    "a table in columns": lambda: paged(4000, torch.zeros(256, 2, dtype=torch.int32).mT),
+}
+
+
+@pytest.mark.parametrize("call", PACKED)
+def test_what_is_prepared_for_sequences_launches_what_forward_launches_with_the_tensors_that_it_is_given(
+    call: str, gpu: Driver
+) -> None:
+    first, second = PACKED[call](), PACKED[call]()
+    runs = [prepared_packed(replace(first, return_lse=wanted)) for wanted in (False, True)]
+    expected = impl.forward(second)[:2]
+    launches = [numbered_but_new(gpu, second)]
+    for run, wanted in zip(runs, (False, True), strict=True):
+        for _ in range(2):
+            out, lse = run(second.query, second.key, second.value, *lengths_of(second))
+            assert out.shape == expected[0].shape and out.dtype == expected[0].dtype
+            assert lse.shape == expected[1].shape if wanted else lse is None
+            launches.append(numbered_but_new(gpu, second))
+    assert launches == launches[:1] * 5 and len(launches[0]) in (1, 2)
+
+
+def numbered_but_new(gpu: Driver, params: SDPAParams) -> list[tuple[Any, ...]]:
+    """Return what was launched, and forget it: the call's own tensors by number, and others as such."""
+    own = [each for each in (params.query, params.key, params.value, *lengths_of(params)) if each is not None]
+    places = {tensor.data_ptr(): f"tensor {number}" for number, tensor in enumerate(own)}
+    found = [
+        tuple(places.get(item, "new" if item > 2**32 else item) if isinstance(item, int) else item for item in launch)
+        for launch in gpu.launched
+    ]
+    gpu.launched.clear()
+    return found
+
+
+def test_what_is_prepared_for_sequences_leaves_tensors_that_start_elsewhere_and_other_settings_to_forward() -> None:
+    params = paged(4000)
+    run, given = prepared_packed(params), [params.query, params.key, params.value, *lengths_of(params)]
+    assert run(*given) is not None
+    for place, tensor in enumerate(given):
+        if tensor is not None:
+            shifted = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+            assert run(*given[:place], shifted, *given[place + 1 :]) is None
+    assert impl.prepare_packed(replace(params, block_table=shifted)) is None
+    assert impl.prepare_packed(replace(params, dropout=0.5)) is None
+    before = config.use(config.table_of("sm_90"))
+    config.use(before)
+    assert run(*given) is None
+
+
+def test_what_is_prepared_for_sequences_keeps_no_tensor_alive() -> None:
+    params = paged(4000)
+    given = [params.query, params.key, params.value, *lengths_of(params)]
+    run, kept = prepared_packed(params), [weakref.ref(tensor) for tensor in given if tensor is not None]
+    run(*given)
+    given.clear()
+    del params
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 6
 
 
 def test_an_lse_is_returned_where_it_is_asked_for() -> None:

@@ -89,6 +89,14 @@ class PreparesWithTheFirstTensors(Kernel):
         return lambda query, _, value: self.forward(replace(params, query=query, key=key, value=value))
 
 
+@wrong("check_calls_that_repeat_another")
+class PreparesWithTheFirstLengths(Kernel):
+    """Prepares for packed sequences that repeat others, and takes them to be as long as those."""
+
+    def prepare_packed(self, params: SDPAParams) -> Any:
+        return lambda query, key, value, *lengths: self.forward(replace(params, query=query, key=key, value=value))
+
+
 @wrong("check_softcap")
 class DeclinesSoftcap(Kernel):
     """Declares softcap, and declines every call that asks for it."""

@@ -17,6 +17,7 @@ from attnplug.testing._call import Call, compare, run
 from attnplug.testing._checks import check
 from attnplug.testing._failure import failing, failure
 from attnplug.testing._subject import Subject
+from attnplug.testing.checks.varlen import PAGE_SIZES, packed
 
 REPEATS, ROUNDS = 3, 8
 
@@ -30,7 +31,7 @@ def check_calls_do_not_depend_on_earlier_calls(subject: Subject) -> None:
 
 @check()
 def check_calls_that_repeat_another(subject: Subject) -> None:
-    """Calls that differ in their numbers alone, or in where their tensors start, are right each time."""
+    """Calls that differ in their numbers alone, lengths among them, or in where tensors start, are right each time."""
     kinds: list[dict[str, Any]] = [{}, {"scale": 0.3}]
     if subject.has(Feature.CAUSAL):
         kinds.append({"is_causal": True})
@@ -41,6 +42,16 @@ def check_calls_that_repeat_another(subject: Subject) -> None:
         for gradients in dict.fromkeys(((), subject.gradients)):
             calls = (subject.call(layout=at, seed=seed, gradients=gradients, **kind) for seed, at in enumerate(layouts))
             subject.compare(*calls)
+    if subject.has(Feature.VARLEN):
+        _compare_repeated_sequences(subject)
+
+
+def _compare_repeated_sequences(subject: Subject) -> None:
+    """Compare calls of as many tokens each time, in sequences of other lengths; the longest ones are the same."""
+    lengths = [((5, 40, 17), (9, 70, 33)), ((40, 17, 5), (33, 9, 70)), ((17, 5, 40), (70, 33, 9))]
+    for page_size in (None, *(PAGE_SIZES if subject.has(Feature.PAGED) else ())):
+        kind = {} if page_size is None else {"page_size": page_size}
+        subject.compare(*(packed(subject, *each, seed=seed, **kind) for seed, each in enumerate(lengths * 2)))
 
 
 @check(Feature.DETERMINISTIC)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import attnplug
 from interpreted_calls import INF, LOWER_RIGHT, formula, random
@@ -141,3 +143,41 @@ def test_gradients_beside_pages_are_declined_with_the_reason(of: str) -> None:
         attnplug.varlen_attn(
             *(torch.randn(2, 1, 16), pages, pages, bounds, None, 2, 3), sinks=sinks, impl="flash_triton", **arguments
         )
+
+
+def in_columns(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
+
+
+def every_second(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.parametrize("layout", [every_second, in_columns], ids=lambda layout: layout.__name__)
+def test_lengths_pages_sinks_and_slopes_may_lie_apart_in_memory(layout: Callable[[Tensor], Tensor]) -> None:
+    """Kernels read them number by number, so what they read must be copied first."""
+    query, pages, tokens = random(3, 4, 16).float(), random(9, 4, 4, 16).float(), random(15, 4, 16).float()
+    starts, used = torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.tensor([9, 3, 12], dtype=torch.int32)
+    table = torch.tensor([[3, 1, 4], [0, 5, 2], [8, 6, 7]], dtype=torch.int32)
+    calls: list[tuple[Any, ...]] = [
+        (attnplug.varlen_attn, (query, pages, pages), (starts, None, 1, 12, used, table)),
+        (attnplug.varlen_attn, (tokens[:3], tokens, tokens), (starts, starts * 5, 1, 5, used.clamp(max=5))),
+        (attnplug.scaled_dot_product_attention, (random(3, 4, 5, 16).float(),) * 3, ()),
+    ]
+    for attend, tensors, lengths in calls:
+        named = dict(zip(("cu_seq_q", "cu_seq_k", "max_q", "max_k", "seqused_k", "block_table"), lengths, strict=False))
+        named |= {"sinks": random(4).float(), "alibi_slopes": random(len(used), 4).float()}
+        named.setdefault("seqused_k", used // 3)
+        apart = {
+            name: layout(each) if isinstance(each, Tensor) and (each.dim() > 1 or layout is every_second) else each
+            for name, each in named.items()
+        }
+        found = []
+        for impl, given in (("math_ref", named), ("flash_triton", apart)):
+            wants_grad = named.get("block_table") is None
+            leaves = [tensor.clone().requires_grad_(wants_grad) for tensor in tensors]
+            out = attend(*leaves, **given, impl=impl)
+            grads = torch.autograd.grad(out.square().sum(), leaves) if wants_grad else ()
+            found.append((out.detach(), *grads))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,289 @@
+"""What a kernel prepared for packed sequences runs for those that repeat them in all but numbers, and for no others."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnplug
+from attnplug import CausalVariant, ImplSpec, SDPAParams
+from repeated import EVERYTHING, Answer, Packs, answer
+
+reference = partial(attnplug.varlen_attn, impl="math_ref")
+TOKENS, PAGES = torch.randn(9, 4, 8), torch.randn(6, 2, 4, 8)
+
+
+def row(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+STARTS = row(0, 4, 9)
+
+
+@contextmanager
+def registered(kernel: Packs) -> Iterator[Callable[..., Any]]:
+    attnplug.register_impl(ImplSpec(name="packs", kernel=kernel, backend=None, capabilities=EVERYTHING))
+    try:
+        yield partial(attnplug.varlen_attn, impl="packs")
+    finally:
+        attnplug.unregister_impl("packs")
+
+
+def sequences(tokens: Tensor = TOKENS, starts: Tensor = STARTS, longest: int = 5) -> tuple[Any, ...]:
+    return tokens, tokens, tokens, starts, starts, longest, longest
+
+
+def pages(longest: int = 5, blocks: int = 3, used: Tensor | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call of two sequences of one query each, over pages that lie anywhere."""
+    table = torch.randperm(6)[: 2 * blocks].int().view(2, blocks)
+    used = row(longest, longest // 2) if used is None else used
+    return (torch.randn(2, 4, 8), PAGES, PAGES, row(0, 1, 2), None, 1, longest), dict(seqused_k=used, block_table=table)
+
+
+def assert_right(attend: Any, *given: Any, **options: Any) -> None:
+    torch.testing.assert_close(attend(*given, **options), reference(*given, **options), equal_nan=True)
+
+
+def test_sequences_that_repeat_others_in_all_but_numbers_run_what_the_kernel_prepared() -> None:
+    with registered(kernel := Packs()) as attend:
+        for _ in range(3):
+            for starts in (STARTS, row(0, 5, 9), row(0, 5, 7)):
+                assert_right(attend, *sequences(torch.randn(9, 4, 8), starts))
+                assert_right(attend, *sequences(torch.randn(9, 4, 8), starts), is_causal=True, return_lse=True)
+                assert_right(attend, *sequences()[:3], starts, row(0, 3, 8), 5, 5, window_size=(2, 0), scale=0.3)
+                assert_right(attend, *sequences()[:3], starts, row(0, 3, 8), 5, 5, seqused_k=row(1, 2), softcap=3.0)
+        assert kernel.forwards == 2 * 4 == kernel.asked * 2  # the first is decided, the second is asked about
+        assert kernel.runs == 9 * 4 - kernel.forwards
+
+
+def test_a_decode_loop_over_pages_runs_what_the_kernel_prepared() -> None:
+    """The longest sequence grows by one with each token, and the table now and then."""
+    layers = 4
+    with registered(kernel := Packs()) as attend:
+        for longest in (*range(1, 7), *range(1, 7)):
+            for blocks in (-(-longest // 2), 3):
+                for _ in range(layers):
+                    given, options = pages(longest, blocks)
+                    assert_right(attend, *given, **options, is_causal=True)
+        assert kernel.forwards + kernel.runs == 2 * 12 * layers
+        assert kernel.asked <= 12 and kernel.forwards <= 14
+
+
+def test_a_kernel_prepares_for_no_longest_sequence_that_never_comes_again() -> None:
+    with registered(kernel := Packs()) as attend:
+        for longest in range(5, 60):
+            assert_right(attend, *sequences(longest=longest))
+    assert (kernel.asked, kernel.runs) == (1, 0)
+
+
+MISTAKES: dict[str, tuple[Any, ...]] = {
+    "a sequence beyond the tokens": sequences(starts=row(0, 5, 10)),
+    "a sequence that ends before it starts": sequences(starts=row(0, 5, 4)),
+    "a sequence longer than the longest": sequences(starts=row(0, 3, 9)),
+    "a longest that is smaller": sequences(longest=4),
+    "a longest below zero": sequences(longest=-5),
+    "a bool for the longest": sequences(longest=True),
+    "a number for the longest": sequences(longest=5.0),  # type: ignore[arg-type]
+    "starts of another dtype": sequences(starts=STARTS.long()),
+    "starts of two dimensions": sequences(starts=STARTS[None]),
+    "starts on another device": sequences(starts=STARTS.to("meta")),
+    "no starts": sequences(starts=None),  # type: ignore[arg-type]
+    "values of fewer tokens": (TOKENS, TOKENS, TOKENS[:8], *sequences()[3:]),
+    "a key of another dtype": (TOKENS, TOKENS.double(), TOKENS, *sequences()[3:]),
+    "a key on another device": (TOKENS, TOKENS.to("meta"), TOKENS, *sequences()[3:]),
+    "a sparse key": (TOKENS, TOKENS.to_sparse(), TOKENS, *sequences()[3:]),
+    "sparse starts": sequences(starts=STARTS.to_sparse()),
+    "starts of keys of another length": (*sequences()[:4], row(0, 9), 5, 9),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen_after_calls_that_were_prepared(mistake: str, device: str) -> None:
+    """On a device whose numbers nobody looks at, those that are no matter of numbers."""
+
+    def on(given: tuple[Any, ...]) -> tuple[Any, ...]:
+        moved = {id(each): there(each) for each in given if isinstance(each, Tensor)}  # what is one tensor stays one
+        return tuple(moved.get(id(each), each) for each in given)
+
+    def there(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:  # on the other of the two devices
+            return torch.zeros(tensor.shape, dtype=tensor.dtype) if device == "meta" else tensor
+        return tensor.to(device)
+
+    def raised(attend: Any) -> Any:
+        try:
+            attend(*on(MISTAKES[mistake]))
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+        return None
+
+    with registered(kernel := Packs()) as attend:
+        expected = raised(attend)
+        for _ in range(4):
+            attend(*on(sequences()))
+            assert raised(attend) == expected
+        assert kernel.runs > 0
+    only_in_numbers = mistake.startswith("a sequence") or mistake == "a longest that is smaller"
+    assert (expected is None) is (device == "meta" and only_in_numbers)
+
+
+def test_pages_and_used_lengths_are_looked_at_each_time() -> None:
+    given, options = pages()
+    with registered(kernel := Packs()) as attend:
+        for _ in range(4):
+            assert_right(attend, *given, **options)
+        for wrong, message in (
+            (options | {"seqused_k": row(6, 1)}, "seqused_k: expected values from 0 to 5"),
+            (options | {"seqused_k": row(5, -1)}, "seqused_k: expected values from 0 to 5"),
+            (options | {"block_table": options["block_table"] + 6}, "block_table: expected values from 0 to 5"),
+            (options | {"block_table": options["block_table"][:1]}, "block_table: expected shape"),
+            (options | {"block_table": options["block_table"].long()}, "block_table: expected dtype"),
+            (options | {"seqused_k": row(1, 2, 3)}, "seqused_k: expected shape"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                attend(*given, **wrong)
+        assert kernel.runs > 0
+        assert_right(attend, *given, **options)
+
+
+def test_what_is_around_or_asked_besides_is_no_call_that_was_prepared() -> None:
+    some = torch.ones(2)
+    with registered(kernel := Packs()) as attend:
+        for _ in range(3):
+            assert_right(attend, *sequences())
+        runs = kernel.runs
+        call = lambda: attend(*sequences())  # noqa: E731
+        for around in (FlopCounterMode(display=False), profile(), torch.autograd.forward_ad.dual_level()):
+            with around:
+                torch.testing.assert_close(call(), reference(*sequences()))
+        torch.testing.assert_close(torch.vmap(lambda x: call().sum() + x)(some), reference(*sequences()).sum() + some)
+        torch.func.grad(lambda x: call().sum() + x.sum())(some)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert attend(*map(mode.from_tensor, sequences()[:5]), 5, 5).shape == TOKENS.shape
+        assert_right(attend, *sequences(), sinks=torch.ones(4))
+        assert_right(attend, *sequences(), alibi_slopes=torch.ones(4))
+        given = [TOKENS.clone().requires_grad_() for _ in range(3)]
+        for _ in range(3):
+            both = [f(*given, *sequences()[3:]).square().sum() for f in (attend, reference)]
+            torch.testing.assert_close(*[torch.autograd.grad(loss, given) for loss in both])
+        assert kernel.runs == runs
+        with attnplug.record() as calls:
+            assert_right(attend, *sequences())
+        assert "packs" in [made.impl for made in calls]
+        assert_right(attend, *sequences())
+        assert kernel.runs == runs + 1
+
+
+def test_sequences_under_autocast_run_without_it() -> None:
+    def checked(params: SDPAParams) -> Any:
+        assert not torch.is_autocast_enabled("cpu") and params.query.dtype is torch.bfloat16
+        return answer(params)
+
+    with registered(kernel := Packs(checked)) as attend:
+        for dtype in (torch.bfloat16, torch.bfloat16, torch.float32) * 2:
+            given = sequences(torch.randn(9, 4, 8).to(dtype))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_right(attend, *given)
+                assert torch.is_autocast_enabled("cpu")
+            assert_right(attend, *sequences(given[0].bfloat16()))
+        assert kernel.runs > 4
+        with torch.autocast("cpu", torch.float16):
+            assert reference(*sequences()).dtype is torch.float16
+            kernel.answer = answer
+            assert_right(attend, *sequences(TOKENS.bfloat16()))
+
+
+def test_starts_of_queries_and_keys_may_be_one_tensor_or_two() -> None:
+    with registered(kernel := Packs()) as attend:
+        for _ in range(4):
+            assert_right(attend, *sequences())
+            assert_right(attend, *sequences()[:4], STARTS.clone(), 5, 5)
+            assert_right(attend, TOKENS, TOKENS[:8].clone(), TOKENS[:8].clone(), STARTS, row(0, 4, 8), 5, 5)
+        assert kernel.forwards == 4
+
+
+def test_layouts_of_their_own_are_prepared_for_on_their_own() -> None:
+    strides = []
+
+    def noted(params: SDPAParams) -> Any:
+        strides.append((params.query.stride(), params.cu_seq_q.stride()))
+        return answer(params)
+
+    cases = [
+        (TOKENS, STARTS),
+        (TOKENS.transpose(0, 1).contiguous().transpose(0, 1), STARTS),
+        (torch.randn(9, 4, 16)[..., :8], STARTS),
+        (TOKENS, STARTS.repeat_interleave(2)[::2]),
+    ]
+    with registered(kernel := Packs(noted)) as attend:
+        for _ in range(4):
+            for tokens, starts in cases:
+                before = kernel.runs
+                assert_right(attend, *sequences(tokens, starts))
+                if kernel.runs > before:
+                    assert strides[-1] == (tokens.stride(), starts.stride())
+        assert kernel.asked == len(cases)
+
+
+def test_what_is_prepared_for_sequences_may_have_forward_called_after_all() -> None:
+    with registered(kernel := Packs(lambda params: None)) as attend:
+        for _ in range(4):
+            assert_right(attend, *sequences(torch.randn(9, 4, 8)))
+            given, options = pages()
+            assert_right(attend, *given, **options, return_lse=True)
+    assert (kernel.forwards, kernel.runs) == (8, 4)
+
+
+@pytest.mark.parametrize("wrong", [lambda params: params.query, lambda params: (params.query[:1], None)])
+def test_what_is_prepared_for_sequences_is_checked(wrong: Answer) -> None:
+    with registered(Packs(wrong)) as attend:
+        for _ in range(2):
+            attend(*sequences())
+        with pytest.raises(attnplug.KernelError, match="'packs'"):
+            attend(*sequences())
+
+
+def test_what_is_prepared_for_sequences_must_be_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Packs, "prepare_packed", lambda kernel, params: params.scale)
+    with registered(Packs()) as attend:
+        attend(*sequences())
+        with pytest.raises(attnplug.KernelError, match="'packs': prepare_packed must return a function or None"):
+            attend(*sequences())
+
+
+def test_a_kernel_is_told_of_sequences_aligned_to_the_lower_right_with_a_scale() -> None:
+    told = []
+
+    class Told(Packs):
+        def prepare_packed(self, params: SDPAParams) -> None:
+            told.append((params.causal_variant, params.scale, params.max_q, params.max_k, params.needs_grad))
+
+    with registered(Told()) as attend:
+        for _ in range(3):
+            attend(*sequences())
+    assert told == [(CausalVariant.LOWER_RIGHT, pytest.approx(8**-0.5), 5, 5, False)]
+
+
+def test_what_is_prepared_for_sequences_keeps_no_tensor_alive() -> None:
+    with registered(Packs()) as attend:
+        references = []
+        for _ in range(4):
+            given, options = pages()
+            attend(*given, **options)
+            tensors = [each for each in (given[0], given[3], *options.values()) if isinstance(each, Tensor)]
+            references += [weakref.ref(tensor) for tensor in tensors]
+            del given, options, tensors
+        gc.collect()
+        assert all(reference() is None for reference in references)
