@@ -70,7 +70,9 @@ class WrongOfLong(Zeros):
     def forward(cls, params: SDPAParams) -> tuple[Any, ...]:
         assert params.cu_seq_q is not None
         lengths = params.cu_seq_q.diff().tolist()
-        query, key, value = (each.transpose(0, 1).split(lengths, 1) for each in (params.query, params.key, params.value))
+        query, key, value = (
+            each.transpose(0, 1).split(lengths, 1) for each in (params.query, params.key, params.value)
+        )
         parts = []
         for q, k, v, length in zip(query, key, value, lengths, strict=True):
             part = torch.softmax(params.scale * q @ k.mT, -1) @ v
