@@ -69,6 +69,8 @@ def test_heads_that_do_not_divide_are_an_error_that_says_what_would(world: World
         "ValueError: query, key: 2 ranks cannot share 9 query heads and 3 key/value heads evenly; 3 ranks would do, "
         "or ring_attention, which leaves heads together"
     )
+    text = error_of(world(2), ranks_do.dense, "ulysses", heads=(4, 1))
+    assert text.endswith("evenly; use ring_attention, which leaves heads together")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_tables_of_other_machines_stay_beside_each_other(tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
+        pytest.param("[" * 100_000, "is not JSON", id="too deep"),
         ("[]", "holds no measured choices; `attnplug tune` and"),
         ('{"cases": []}', "holds no measured choices"),
         ('{"format": 2, "tables": []}', "has format 2, and this attnplug reads format 1; measure again into"),
@@ -83,9 +84,13 @@ def test_a_wrong_file_is_an_error_and_is_not_overwritten(tmp_path, content, mess
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("head_size", 0), ("keys", "many"), ("group", True), ("seconds", -1.0), ("seconds", "fast")]
-)
-def test_a_number_that_means_nothing_is_damage(tmp_path, field, value):
+    ("field", "value"),
+    [
+        ("head_size", 0), ("keys", "many"), ("group", True), ("dtype", None), ("gradients", []), ("seconds", -1.0),
+        ("seconds", "fast"), ("seconds", 10**400), ("default_seconds", float("nan")), ("default_seconds", "inf"),
+    ],
+)  # fmt: skip
+def test_a_value_that_means_nothing_is_damage(tmp_path, field, value):
     path = fastest((CASE, "aten_math")).save(tmp_path / "choices.json")
     given = json.loads(path.read_text())
     choice = given["tables"][0]["choices"][0]

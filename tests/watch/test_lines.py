@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 import attnplug
-from attnplug import Mismatch
+from attnplug import Mismatch, SDPAParams
 from attnplug.testing import CheckFailure
-from spoiled_kernels import WrongOut, Zeros, register, tensors
+from spoiled_kernels import Formula, WrongOut, Zeros, register, tensors
 
 
 def test_the_line_of_a_mismatch_repeats_it() -> None:
@@ -49,3 +52,65 @@ def test_the_line_has_all_that_the_call_asks_for() -> None:
     for line in lines:
         with pytest.raises(CheckFailure, match="largest error"):
             exec(line)
+
+
+class WrongOfKeys(Formula):
+    """Wrong only where keys are not contiguous, which one query cannot fail to be."""
+
+    @classmethod
+    def forward(cls, params: SDPAParams) -> tuple[Any, ...]:
+        out, lse = super().forward(params)
+        return out if params.key.is_contiguous() else out * 1.001, lse
+
+
+class WrongOfLong(Zeros):
+    """Each sequence by itself; wrong only of those longer than 16."""
+
+    @classmethod
+    def forward(cls, params: SDPAParams) -> tuple[Any, ...]:
+        assert params.cu_seq_q is not None
+        lengths = params.cu_seq_q.diff().tolist()
+        query, key, value = (
+            each.transpose(0, 1).split(lengths, 1) for each in (params.query, params.key, params.value)
+        )
+        parts = []
+        for q, k, v, length in zip(query, key, value, lengths, strict=True):
+            part = torch.softmax(params.scale * q @ k.mT, -1) @ v
+            parts.append(part * 1.01 if length > 16 else part)
+        return torch.cat(parts, 1).transpose(0, 1), None
+
+
+def test_the_line_repeats_what_depends_on_where_keys_lie() -> None:
+    impl = register(WrongOfKeys)
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 30, 2, 8).transpose(1, 2)
+    _fails_again(lambda: attnplug.scaled_dot_product_attention(query, key, key, impl=impl))
+
+
+@pytest.mark.parametrize("shape", [(9, 13), (1, 1, 9, 13), (1, 1, 1, 13)])
+def test_the_line_repeats_what_depends_on_rows_that_see_no_key(shape: tuple[int, ...]) -> None:
+    impl = register(Formula)  # gives NaN there
+    query, key, value = tensors(9, 13)
+    mask = torch.ones(shape).bool()
+    mask[..., -1, :] = False
+    _fails_again(lambda: attnplug.scaled_dot_product_attention(query, key, value, mask, impl=impl))
+
+
+@pytest.mark.parametrize("position", [0, 50, 99])
+def test_the_line_of_many_sequences_has_the_one_that_is_wrong(position: int) -> None:
+    impl = register(WrongOfLong)
+    lengths = torch.full((100,), 3)
+    lengths[position] = 20
+    starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    query = torch.randn(int(starts[-1]), 2, 8)
+    line = _fails_again(lambda: attnplug.varlen_attn(query, query, query, starts, starts, 20, 20, impl=impl))
+    assert len(line) < 600
+
+
+def _fails_again(call: Callable[[], object]) -> str:
+    """Verify a wrong call, and return the line of its mismatch, which fails when it is pasted."""
+    found: list[Mismatch] = []
+    with attnplug.verify(1.0, on_mismatch=found.append):
+        call()
+    with pytest.raises(CheckFailure, match="out: largest error"):
+        exec(found[0].call, {})
+    return found[0].call

@@ -77,13 +77,14 @@ def test_fallbacks_are_counted_by_reason(metrics: Metrics) -> None:
     assert metrics.points("attnplug.fallbacks")["torch", "math_ref", "does not support softcap"] == 1
 
 
-def test_numbers_in_a_reason_are_not_attributes(metrics: Metrics) -> None:
+def test_sizes_in_a_reason_are_not_attributes_and_names_stay(metrics: Metrics) -> None:
     class Picky:
         composite = True
 
         @staticmethod
         def supports(params: attnplug.SDPAParams) -> str | None:
-            return f"{params.query.shape[-2]} queries are too many" if params.query.shape[-2] > 4 else None
+            length = params.query.shape[-2]
+            return f"{length}x{length} in float32 is too much; install flash-attn-4" if length > 4 else None
 
         forward = staticmethod(lambda params: (params.value, None))
 
@@ -92,7 +93,7 @@ def test_numbers_in_a_reason_are_not_attributes(metrics: Metrics) -> None:
         for length in (5, 6, 7):
             attend(*tensors(length))
     found = metrics.points("attnplug.fallbacks")
-    assert found == {("picky", "math_ref", "N queries are too many"): 3}
+    assert found == {("picky", "math_ref", "NxN in float32 is too much; install flash-attn-4"): 3}
 
 
 def test_decisions_are_counted_and_kept_ones_are_none(metrics: Metrics) -> None:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def read(path: Path) -> tuple[Table, ...]:
         raise ChoicesError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     try:
         given = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChoicesError(f"{path}: is not JSON ({error}), so it holds no measured choices") from error
     return from_plain(given, str(path))
 
@@ -162,7 +163,7 @@ def from_plain(given: Any, where: str) -> tuple[Table, ...]:
         )
     try:
         return tuple(_table(one) for one in given["tables"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ChoicesError(f"{where}: is damaged ({error!r}); remove it and measure again: attnplug tune") from error
 
 
@@ -177,9 +178,12 @@ def _choice(given: dict[str, Any]) -> Choice:
     for name in _INTEGERS:
         if type(kind[name]) is not int or kind[name] < 1:
             raise ValueError(f"kind: {name} is {kind[name]!r}")
+    for name, expected in (("dtype", str), ("gradients", bool)):
+        if type(kind[name]) is not expected:
+            raise ValueError(f"kind: {name} is {kind[name]!r}")
     kind["features"] = tuple(map(str, kind["features"]))
     names = {name: str(given[name]) for name in ("impl", "default", "created")}
     times = {name: float(given[name]) for name in ("seconds", "default_seconds")}
-    if min(times.values()) <= 0:
+    if not all(0 < time < inf for time in times.values()):
         raise ValueError(f"times: {times}")
     return Choice(Kind(**kind), **names, **times)  # type: ignore[arg-type]  # a dictionary has one type for all values

@@ -6,25 +6,30 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from attnplug._accuracy import Mistake
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 LONGEST = 64
-"""How many sequences are written out; a batch of more is cut there."""
+"""How many sequences are written out; of a batch of more, those around the one that is wrong."""
 
 
-def line_of(impl: str, params: SDPAParams, gradients: Sequence[str] = (), grad_lse: bool = False) -> str:
+def line_of(
+    impl: str, params: SDPAParams, mistake: Mistake, gradients: Sequence[str] = (), grad_lse: bool = False
+) -> str:
     """Return the line for a call in the form that kernels know.
 
     Args:
         impl: the implementation to check.
         params: the call.
+        mistake: what is wrong with it.
         gradients: the arguments whose gradients are wanted.
         grad_lse: whether lse is part of the loss.
     """
-    fields = _of_sequences(params) if params.is_varlen else _of_batch(params)
-    query, value = params.query, params.value
+    fields = _of_sequences(params, mistake) if params.is_varlen else _of_batch(params)
+    query, key, value = params.query, params.key, params.value
     fields |= {
         "head_size": query.shape[-1],
         "value_head_size": value.shape[-1] if value.shape[-1] != query.shape[-1] else None,
@@ -36,7 +41,7 @@ def line_of(impl: str, params: SDPAParams, gradients: Sequence[str] = (), grad_l
         "softcap": params.softcap or None,
         "sinks": None if params.sinks is None else True,
         "alibi": None if params.alibi_slopes is None else "bh"[-params.alibi_slopes.dim() :],
-        "layout": None if query.is_contiguous() else "transposed",
+        "layout": _layout(query, key, value),
         "lse": params.return_lse or None,
         "gradients": tuple(gradients) or None,
         "lse_gradient": grad_lse or None,
@@ -56,28 +61,61 @@ def _of_batch(params: SDPAParams) -> dict[str, Any]:
     mask: Tensor | None = params.attn_mask
     if mask is not None:
         is_boolean = not mask.is_floating_point()
-        fields["mask"] = "boolean" if is_boolean else "additive"
+        fields["mask"] = _kind_of(mask)
         fields["mask_dims"] = "".join(
             letter if size > 1 else "1" for letter, size in zip("bhqk", mask.shape, strict=True)
         )
         if not is_boolean and mask.dtype != params.query.dtype:
             fields["mask_dtype"] = str(mask.dtype).removeprefix("torch.")
+        fields["mask_layout"] = _layout(mask)
     return fields
 
 
-def _of_sequences(params: SDPAParams) -> dict[str, Any]:
+def _kind_of(mask: Tensor) -> str:
+    """Return what the mask of a line is: one with rows that see no key if this has some, or is nothing else."""
+    seen = mask if mask.dtype == torch.bool else mask != -torch.inf
+    blind = ~seen.any(-1)
+    kind = "boolean" if mask.dtype == torch.bool else "additive"
+    if blind.any() and (mask.shape[-2] > 1 or blind.all()):  # each third row, of one row that one
+        return f"{kind} blind"
+    return kind if mask.dtype == torch.bool or seen.all() else f"{kind} -inf"
+
+
+def _layout(*tensors: Tensor) -> str | None:
+    """Return how the first that is not contiguous lies in memory."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            if tensor.stride(-1) != 1:
+                return "column-major" if tensor.mT.is_contiguous() else "strided"
+            return "expanded" if tensor.stride(-3) == 0 else "transposed"
+    return None
+
+
+def _of_sequences(params: SDPAParams, mistake: Mistake) -> dict[str, Any]:
     heads, kv_heads = params.query.shape[1], params.key.shape[-2]
     fields: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads if kv_heads != heads else None}
     used = None if params.seqused_k is None else tuple(params.seqused_k.tolist())
-    fields["lengths_q"] = _lengths(params.cu_seq_q)[:LONGEST]
+    lengths = _lengths(params.cu_seq_q)
+    first = max(0, min(_sequence_of(params, mistake) - LONGEST // 2, len(lengths) - LONGEST))
+    shown = slice(first, first + LONGEST)
+    fields["lengths_q"] = lengths[shown]
     if params.block_table is not None:
         fields["page_size"] = params.key.shape[1]
     if params.cu_seq_k is None:
-        fields["lengths_k"] = (used or ())[:LONGEST]
+        fields["lengths_k"] = (used or ())[shown]
     else:
-        fields["lengths_k"] = _lengths(params.cu_seq_k)[:LONGEST]
-        fields["used"] = None if used is None else used[:LONGEST]
+        fields["lengths_k"] = _lengths(params.cu_seq_k)[shown]
+        fields["used"] = None if used is None else used[shown]
     return fields
+
+
+def _sequence_of(params: SDPAParams, mistake: Mistake) -> int:
+    """Return which sequence is wrong; the first where that is not known."""
+    starts = params.cu_seq_k if mistake.name in ("key", "value") else params.cu_seq_q
+    if starts is None or not mistake.place or mistake.name == "sinks":
+        return 0
+    token = mistake.place[-1 if mistake.name == "lse" else 0]
+    return int((starts[1:] <= token).sum())
 
 
 def _lengths(starts: Tensor) -> tuple[int, ...]:

@@ -202,8 +202,11 @@ def _family(backend: SDPBackend | None) -> str:
 
 
 def _without_numbers(reason: str) -> str:
-    """Return a reason as an attribute of a metric: each size in it would otherwise make a series of its own."""
-    return re.sub(r"\d+(\.\d+)?", "N", reason)[:120]
+    """Return a reason as an attribute of a metric: each size in it would otherwise make a series of its own.
+
+    What stands in a name, such as `float16` or `flash-attn-4`, is no size.
+    """
+    return re.sub(r"(?<![^\Wx])(?<![^\W\d]-)(?<!\.)\d+(\.\d+)*", "N", reason)[:120]
 
 
 _made: weakref.WeakSet[Any] = weakref.WeakSet()

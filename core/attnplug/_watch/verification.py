@@ -273,7 +273,7 @@ class _Verifier(Watcher):
             setattr(self._found, kind, getattr(self._found, kind) + 1)
         totals.add("attnplug.verified", call.impl, kind)
         if mistakes:
-            line = line_of(call.impl, plain, gradients, grad_lse)
+            line = line_of(call.impl, plain, mistakes[0], gradients, grad_lse)
             arguments = {item.name: getattr(plain, item.name) for item in fields(plain)}
             self._report([self._mismatch(call, mistake, line, arguments) for mistake in mistakes])
 

@@ -31,7 +31,7 @@ class Heads:
         if heads % self.ranks == 0 and kv_heads % self.ranks == 0:
             return ""
         fitting = [n for n in range(2, math.gcd(heads, kv_heads) + 1) if heads % n == kv_heads % n == 0]
-        ways = f"{' or '.join(map(str, fitting))} ranks would do, or " if fitting else ""
+        ways = f"{' or '.join(map(str, fitting))} ranks would do, or " if fitting else "use "
         return (
             f"{self.ranks} ranks cannot share {heads} query heads and {kv_heads} key/value heads evenly; {ways}"
             f"ring_attention, which leaves heads together"
