@@ -76,11 +76,21 @@ def faults_of_wheel(path: Path) -> Iterator[str]:
     inside = {name.partition("/")[0] for name in names}
     if inside != {module, metadata.partition("/")[0]}:
         yield f"holds {sorted(inside)}, and should hold {module} alone"
+    packaged, written = {name for name in names if name.startswith(f"{module}/")}, files_of(module)
+    yield from (f"has no {name}" for name in sorted(written - packaged))
+    yield from (f"holds {name}, which is not in the repository" for name in sorted(packaged - written))
     if f"{module}/py.typed" not in names:
         yield "has no py.typed"
     if not any(name.endswith(".dist-info/licenses/LICENSE") for name in names):
         yield "has no LICENSE"
     yield from faults_of_metadata(fields)
+
+
+def files_of(module: str) -> set[str]:
+    """Return what the repository has of a package: code, and the data that `package-data` must name."""
+    (folder,) = (found for project in ("core", *PROJECTS) if (found := ROOT / project / module).is_dir())
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(folder.parent).as_posix() for path in files}
 
 
 def faults_of_metadata(fields: email.message.Message) -> Iterator[str]:

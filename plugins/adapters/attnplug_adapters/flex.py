@@ -1,6 +1,6 @@
 """`flex`: PyTorch's `flex_attention`, which compiles a kernel from a function of the logits and one of the mask.
 
-Written for PyTorch 2.11 to 2.14 (`torch/nn/attention/flex_attention.py`). Numbers that differ from call to call
+Written for PyTorch 2.11 to 2.15 (`torch/nn/attention/flex_attention.py`). Numbers that differ from call to call
 (offsets, windows, lengths, slopes, caps) reach these functions as tensors, so that one kernel is compiled for
 each kind of call and not for each call. Inside `torch.compile`, flex is part of the caller's graph.
 
@@ -46,7 +46,8 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         GradientError: an argument has a tangent, which a compiled function would drop in silence.
         AttnplugError: a transform of `torch.func` is around the call, in which PyTorch compiles no kernel.
     """
-    if not flex_mods.is_watched() and any(
+    # A mode, such as that of `torch.func.linearize`, takes tangents as they are; a trace cannot ask for them.
+    if not torch.compiler.is_compiling() and any(
         map(_has_tangent, (params.query, params.key, params.value, params.attn_mask, params.sinks))
     ):
         raise GradientError(

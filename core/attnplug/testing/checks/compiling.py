@@ -121,5 +121,29 @@ def check_operator(subject: Subject) -> None:
         subject.uncovered.append("is traced into, and needs no operator")
         return
     params, _ = prepare_dense(call.params(inputs))
+    operator, arguments = operator_of(entry).forward, arguments_of(params)
     with failing(call, "opcheck: "):
-        torch.library.opcheck(operator_of(entry).forward, arguments_of(params))
+        torch.library.opcheck(operator, arguments)
+    _compare_strides(call, operator, arguments)
+
+
+def _compare_strides(call: Call, operator: Any, arguments: tuple[Any, ...]) -> None:
+    """Compare the strides that a graph relies on with real ones; opcheck of older releases does so on a GPU alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = operator(*arguments)
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(each) if isinstance(each, Tensor) else each for each in arguments))
+    for name, made, wanted in zip(("out", "lse", "saved"), fake, real, strict=True):
+        strides = [_significant_strides(each if name == "saved" else [each]) for each in (made, wanted)]
+        if strides[0] != strides[1]:
+            raise failure(call, f"fake {name}: strides {strides[0]}, real: {strides[1]}")
+
+
+def _significant_strides(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    """Return the strides of each tensor that say where an element is: those of one element along a dimension do not."""
+    return [
+        tuple(stride if size > 1 else 0 for size, stride in zip(each.shape, each.stride(), strict=True))
+        for each in tensors
+        if each.numel()
+    ]
