@@ -41,7 +41,9 @@ def _peak_on_gpu(call: Callable[[], Any], device: torch.device) -> int:
 def _peak_on_cpu(call: Callable[[], Any]) -> int:
     """Add up the allocations and frees that the profiler's trace reports."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write to stderr whenever it starts
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # acc_events: without a schedule it changes nothing, and PyTorch 2.11 warns where it is left out.
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")

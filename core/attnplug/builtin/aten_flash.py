@@ -165,7 +165,7 @@ def _forward_cpu(params: SDPAParams) -> tuple[Tensor, Tensor]:
         mask = mask.view_as(mask)
     query, key, value = _with_dense_rows(params)
     out, lse = _flash_cpu(query, key, value, 0.0, params.is_causal, attn_mask=mask, scale=params.scale)
-    if query.dtype is torch.float64 and params.return_lse:
+    if query.dtype is torch.float64:
         lse = lse.to(query.dtype)  # which it is; a trace of PyTorch 2.11 takes it for float32
     if mask is not None and params.return_lse:
         # The kernel writes 0 for a row that sees no key, where the logarithm of an empty sum is -inf.

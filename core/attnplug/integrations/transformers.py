@@ -189,11 +189,17 @@ class _Name(str):
     def __contains__(self, part: object) -> bool:
         return isinstance(part, str) and part in FAMILY
 
+    def startswith(self, *arguments: Any) -> bool:
+        return str(self).startswith(*arguments)  # Dynamo of PyTorch 2.11 traces no method of `str` on another class
+
     def removeprefix(self, _prefix: str) -> str:
         return self  # `str` would answer with a plain string; transformers takes "paged|" off, which is not there
 
     def __reduce__(self) -> Any:
         return _restored, (str(self),)
+
+
+torch.utils._pytree.register_constant(_Name)  # else Dynamo of PyTorch 2.11 takes it for an object, and not for a string
 
 
 def _restored(name: str) -> _Name:
