@@ -85,6 +85,7 @@ def test_heads_that_do_not_divide_are_an_error_that_says_what_would(world: World
             "group",
             "TypeError: group: expected a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, got str",
         ),
+        ("not a member", "ValueError: group: this rank is not a member of the group; only members call"),
         ("mesh", "TypeError: mesh: expected a DeviceMesh of two dimensions, (ring, heads), got str"),
         ("starts", "ValueError: cu_seq: expected values that start at 0 and never decrease, got [0, 9, 5]"),
         ("impl", "TypeError: impl: expected the name of an implementation or None, got list"),

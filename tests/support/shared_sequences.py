@@ -331,6 +331,9 @@ def mistaken(what: str) -> None:
         parallel.ring_attention(query[:, :, :6], query, query, group=group, is_causal=True)
     elif what == "group":
         parallel.ring_attention(query, query, query, group="all")
+    elif what == "not a member":
+        others = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        parallel.ring_attention(query, query, query, group=others[1 - dist.get_rank()])
     elif what == "mesh":
         parallel.usp_attention(query, query, query, mesh="all")
     elif what == "impl":

@@ -41,7 +41,7 @@ def as_group(group: Any, argument: str = "group") -> dist.ProcessGroup:
     """Return a process group, or that of a device mesh of one dimension.
 
     Raises:
-        TypeError, ValueError: it is neither.
+        TypeError, ValueError: it is neither, or this rank is not in it.
     """
     if isinstance(group, dist.ProcessGroup):
         return group
@@ -51,6 +51,8 @@ def as_group(group: Any, argument: str = "group") -> dist.ProcessGroup:
         if group.ndim != 1:
             raise ValueError(f"{argument}: expected a device mesh of one dimension, got {group}; select one by name")
         return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what `new_group` returns there, a number
+        raise ValueError(f"{argument}: this rank is not a member of the group; only members call")
     raise TypeError(
         f"{argument}: expected a torch.distributed.ProcessGroup or a DeviceMesh of one dimension, "
         f"got {type(group).__name__}"
