@@ -201,12 +201,20 @@ def _family(backend: SDPBackend | None) -> str:
     return "none" if backend is None else backend.name
 
 
-def _without_numbers(reason: str) -> str:
-    """Return a reason as an attribute of a metric: each size in it would otherwise make a series of its own.
+_SIZE = re.compile(
+    r"""
+    (?<![^\Wx])    # not within a word, such as float16, but behind the x of 2x3
+    (?<![^\W\d]-)  # nor behind a word and a hyphen: flash-attn-4
+    (?<!\.)        # nor the end of another number
+    \d+(\.\d+)*
+    """,
+    re.VERBOSE,
+)
 
-    What stands in a name, such as `float16` or `flash-attn-4`, is no size.
-    """
-    return re.sub(r"(?<![^\Wx])(?<![^\W\d]-)(?<!\.)\d+(\.\d+)*", "N", reason)[:120]
+
+def _without_numbers(reason: str) -> str:
+    """Return a reason as an attribute of a metric: each size in it would otherwise make a series of its own."""
+    return _SIZE.sub("N", reason)[:120]
 
 
 _made: weakref.WeakSet[Any] = weakref.WeakSet()
