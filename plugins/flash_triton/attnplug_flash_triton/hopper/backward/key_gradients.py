@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attnplug_flash_triton.hopper.backward.spans import (
     RUNTIME,
+    Call,
     first_query_tile,
     hidden,
     queries_of,
@@ -52,7 +53,7 @@ def _in_order_of_registers(x):
 
 @gluon.jit
 def _multiply(
-    descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale, scale,
+    descs, buffers, ds_bufs, dq_bufs, bars, ds_full, call, taken, logit_scale, inner_scale, scale,
     M: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, FUSED: gl.constexpr, EVEN: gl.constexpr,
     RAGGED_K: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     SOFTCAP: gl.constexpr, MINE: gl.constexpr,
@@ -74,13 +75,13 @@ def _multiply(
     dk = gl.zeros([WARPGROUP, SIZE], gl.float32, d_layout)
     dv = gl.zeros([WARPGROUP, SIZE], gl.float32, d_layout)
 
-    tile, batch, x = key_tile(numbers, taken, HAS_HIGH)
-    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, lengths, numbers, LOWER_RIGHT)
+    tile, batch, x = key_tile(call, taken, HAS_HIGH)
+    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, call, LOWER_RIGHT)
     begin, end = queries_of(tile * 128, len_q, len_k, low, high, 128, M, HAS_LOW, HAS_HIGH)
     first_key = tile * 128 + MINE * WARPGROUP
     total = (end - begin) * taken
     j = begin
-    first_tile = first_query_tile(batch, x * taken, first_q, lengths, numbers, M)
+    first_tile = first_query_tile(batch, x * taken, first_q, call, M)
     keys = k_bufs.index(MINE).reshape([WARPGROUP, SIZE])
     values = v_bufs.index(MINE).reshape([WARPGROUP, SIZE])
     mbarrier.wait(kv_full, 0)
@@ -152,8 +153,8 @@ def _multiply(
         j += 1
         if j == end:
             j = begin
-            first_tile += numbers[7]
-    at = coordinates(batch, x, first_key, first_k, all_k, lengths[1] is not None)
+            first_tile += call.q_tiles
+    at = coordinates(batch, x, first_key, first_k, all_k, call.cu_k is not None)
     result = v_bufs.index(MINE)  # these values were read by this warpgroup alone
     store_gradient(result, dv, dv_desc, at, SIZE)
     store_gradient(result, dk * scale, dk_desc, at, SIZE)
@@ -206,21 +207,22 @@ def key_gradients_kernel(
     descs = (q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, row_desc, dq_desc)
     buffers = (q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs)
     bars = (kv_full, q_full, do_full, empty, empty)
-    lengths = (cu_q, cu_k, used)
-    numbers = (heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section)
+    call = Call(
+        cu_q, cu_k, used, heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section
+    )  # fmt: skip
     RAGGED_K: gl.constexpr = cu_k is not None or used is not None
     gl.warp_specialize(
         [
             (_multiply, (
-                descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale,
+                descs, buffers, ds_bufs, dq_bufs, bars, ds_full, call, taken, logit_scale, inner_scale,
                 scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 0,
             )),
             (_multiply, (
-                descs, buffers, ds_bufs, dq_bufs, bars, ds_full, lengths, numbers, taken, logit_scale, inner_scale,
+                descs, buffers, ds_bufs, dq_bufs, bars, ds_full, call, taken, logit_scale, inner_scale,
                 scale, M, SIZE, STAGES, FUSED, EVEN, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 1,
             )),
             (load_for_keys, (
-                descs, buffers, bars, lengths, numbers, taken, M, 2, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
+                descs, buffers, bars, call, taken, M, 2, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW, HAS_HIGH,
             )),
         ],
         [4, 1],

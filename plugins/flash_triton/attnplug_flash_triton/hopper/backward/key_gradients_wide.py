@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from attnplug_flash_triton.hopper.backward.spans import (
     RUNTIME,
+    Call,
     hidden,
     queries_of,
     sequence,
@@ -39,7 +40,7 @@ def _taken_over(flat, layout: gl.constexpr):
 
 @gluon.jit
 def _multiply_values(
-    descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, logit_scale, inner_scale,
+    descs, buffers, p_bufs, bars, p_full, call, taken, logit_scale, inner_scale,
     SIZE: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr,
     HAS_HIGH: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -55,8 +56,8 @@ def _multiply_values(
     zero = gl.zeros([WARPGROUP, M], gl.float32, s_layout)
     dv = gl.zeros([WARPGROUP, SIZE], gl.float32, d_layout)
 
-    tile, batch, x = key_tile(numbers, taken, HAS_HIGH)
-    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, lengths, numbers, LOWER_RIGHT)
+    tile, batch, x = key_tile(call, taken, HAS_HIGH)
+    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, call, LOWER_RIGHT)
     first_key = tile * WARPGROUP
     begin, end = queries_of(first_key, len_q, len_k, low, high, WARPGROUP, M, HAS_LOW, HAS_HIGH)
     total = (end - begin) * taken
@@ -96,13 +97,13 @@ def _multiply_values(
         j += 1
         if j == end:
             j = begin
-    at = coordinates(batch, x, first_key, first_k, all_k, lengths[1] is not None)
+    at = coordinates(batch, x, first_key, first_k, all_k, call.cu_k is not None)
     store_gradient(k_bufs.index(0), dv, dv_desc, at, SIZE)  # of keys, which the other warpgroup does not read
 
 
 @gluon.jit
 def _multiply_keys(
-    descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, scale,
+    descs, buffers, p_bufs, bars, p_full, call, taken, scale,
     SIZE: gl.constexpr, STAGES: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr,
     HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
@@ -119,8 +120,8 @@ def _multiply_keys(
     p_layout: gl.constexpr = _handed_over(zero).type.layout
     dk = gl.zeros([WARPGROUP, SIZE], gl.float32, d_layout)
 
-    tile, batch, x = key_tile(numbers, taken, HAS_HIGH)
-    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, lengths, numbers, LOWER_RIGHT)
+    tile, batch, x = key_tile(call, taken, HAS_HIGH)
+    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, call, LOWER_RIGHT)
     first_key = tile * WARPGROUP
     begin, end = queries_of(first_key, len_q, len_k, low, high, WARPGROUP, M, HAS_LOW, HAS_HIGH)
     total = (end - begin) * taken
@@ -149,7 +150,7 @@ def _multiply_keys(
         dk, ds = warpgroup_mma_wait(1, deps=(dk_acc, ds))
         mbarrier.arrive(q_empty.index(stage), count=1)
         dp = warpgroup_mma_wait(0, deps=(dp_acc,))
-    at = coordinates(batch, x, first_key, first_k, all_k, lengths[1] is not None)
+    at = coordinates(batch, x, first_key, first_k, all_k, call.cu_k is not None)
     store_gradient(v_bufs.index(0), dk * scale, dk_desc, at, SIZE)  # of values, likewise
 
 
@@ -178,21 +179,22 @@ def key_gradients_wide_kernel(
     p_full = barriers(2, 1)
     descs = (q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, row_desc, row_desc)
     buffers = (q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs)
-    lengths = (cu_q, cu_k, used)
-    numbers = (heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section)
+    call = Call(
+        cu_q, cu_k, used, heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section
+    )  # fmt: skip
     RAGGED_K: gl.constexpr = cu_k is not None or used is not None
     gl.warp_specialize(
         [
             (_multiply_values, (
-                descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, logit_scale, inner_scale, SIZE,
+                descs, buffers, p_bufs, bars, p_full, call, taken, logit_scale, inner_scale, SIZE,
                 STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP,
             )),
             (_multiply_keys, (
-                descs, buffers, p_bufs, bars, p_full, lengths, numbers, taken, scale, SIZE, STAGES, LOWER_RIGHT,
+                descs, buffers, p_bufs, bars, p_full, call, taken, scale, SIZE, STAGES, LOWER_RIGHT,
                 HAS_LOW, HAS_HIGH,
             )),
             (load_for_keys, (
-                descs, buffers, bars, lengths, numbers, taken, 64, 1, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW,
+                descs, buffers, bars, call, taken, 64, 1, STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW,
                 HAS_HIGH,
             )),
         ],

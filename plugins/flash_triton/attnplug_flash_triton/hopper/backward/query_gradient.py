@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from attnplug_flash_triton.hopper.backward.spans import (
     RUNTIME,
+    Call,
     first_query_tile,
     hidden,
     keys_of,
@@ -26,28 +27,27 @@ from attnplug_flash_triton.hopper.device import WARPGROUP, coordinates, exp2, lo
 
 
 @gluon.jit
-def _query_tile(numbers, HAS_HIGH: gl.constexpr):
+def _query_tile(call, HAS_HIGH: gl.constexpr):
     """Return (first query, batch, head) of this program."""
-    heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section = numbers
-    tile, column = schedule(gl.program_id(0), tiles, columns, section, HAS_HIGH)
-    batch = column // heads
-    return tile * 128, batch, column - batch * heads
+    tile, column = schedule(gl.program_id(0), call.tiles, call.columns, call.section, HAS_HIGH)
+    batch = column // call.heads
+    return tile * 128, batch, column - batch * call.heads
 
 
 @gluon.jit
 def _load_for_queries(
-    descs, buffers, bars, lengths, numbers, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    descs, buffers, bars, call, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     RAGGED_K: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
     """Bring the program's 128 queries, then tile after tile of keys and values."""
     q_desc, do_desc, k_desc, v_desc, dq_desc = descs
     q_bufs, do_bufs, k_bufs, v_bufs = buffers
     q_full, k_full, v_full, k_empty, v_empty = bars
-    RAGGED_Q: gl.constexpr = lengths[0] is not None
-    first_query, batch, head = _query_tile(numbers, HAS_HIGH)
-    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, lengths, numbers, LOWER_RIGHT)
+    RAGGED_Q: gl.constexpr = call.cu_q is not None
+    first_query, batch, head = _query_tile(call, HAS_HIGH)
+    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, call, LOWER_RIGHT)
     begin, end = keys_of(first_query, len_k, low, high, 128, N, HAS_LOW, HAS_HIGH)
-    kv_head = head // numbers[1]
+    kv_head = head // call.group
     mbarrier.expect(q_full, 4 * q_desc.block_type.nbytes)
     for w in gl.static_range(2):
         place = coordinates(batch, head, first_query + w * WARPGROUP, first_q, len_q, RAGGED_Q)
@@ -67,7 +67,7 @@ def _load_for_queries(
 
 @gluon.jit
 def _multiply_queries(
-    descs, buffers, bars, rows, row_count, lengths, numbers, logit_scale, inner_scale, scale,
+    descs, buffers, bars, rows, row_count, call, logit_scale, inner_scale, scale,
     SIZE: gl.constexpr, M: gl.constexpr, N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     EVEN: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
     SOFTCAP: gl.constexpr, MINE: gl.constexpr,
@@ -82,13 +82,13 @@ def _multiply_queries(
     a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     zero = gl.zeros([WARPGROUP, N], gl.float32, s_layout)
     dq = gl.zeros([WARPGROUP, SIZE], gl.float32, d_layout)
-    first_of_both, batch, head = _query_tile(numbers, HAS_HIGH)
-    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, lengths, numbers, LOWER_RIGHT)
+    first_of_both, batch, head = _query_tile(call, HAS_HIGH)
+    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, call, LOWER_RIGHT)
     begin, end = keys_of(first_of_both, len_k, low, high, 128, N, HAS_LOW, HAS_HIGH)
     total = end - begin
     first_query = first_of_both + MINE * WARPGROUP
     at_queries = first_query + gl.arange(0, WARPGROUP, layout=gl.SliceLayout(1, s_layout))
-    here = rows + gl.cast(first_query_tile(batch, head, first_q, lengths, numbers, M), gl.int64) * M
+    here = rows + gl.cast(first_query_tile(batch, head, first_q, call, M), gl.int64) * M
     lse = gl.load(here + at_queries, mask=at_queries < len_q, other=float("inf"))
     delta = gl.load(here + row_count + at_queries, mask=at_queries < len_q, other=0.0)
     q = q_bufs.index(MINE).reshape([WARPGROUP, SIZE])
@@ -125,7 +125,7 @@ def _multiply_queries(
         s, dp, dq, ds = warpgroup_mma_wait(0, deps=(s_acc, dp_acc, dq_acc, ds))
         mbarrier.arrive(v_empty.index(next_v), count=1, pred=i + 1 < total)
         mbarrier.arrive(k_empty.index(of_k), count=1)
-    at = coordinates(batch, head, first_query, first_q, len_q, lengths[0] is not None)
+    at = coordinates(batch, head, first_query, first_q, len_q, call.cu_q is not None)
     store_gradient(q_bufs.index(MINE), dq * scale, dq_desc, at, SIZE)
 
 
@@ -155,21 +155,22 @@ def query_gradient_kernel(
     bars = (q_full, barriers(K_STAGES, 1), barriers(V_STAGES, 1), barriers(K_STAGES, 2), barriers(V_STAGES, 2))
     descs = (q_desc, do_desc, k_desc, v_desc, dq_desc)
     buffers = (q_bufs, do_bufs, k_bufs, v_bufs)
-    lengths = (cu_q, cu_k, used)
-    numbers = (heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section)
+    call = Call(
+        cu_q, cu_k, used, heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section
+    )  # fmt: skip
     RAGGED_K: gl.constexpr = cu_k is not None or used is not None
     gl.warp_specialize(
         [
             (_multiply_queries, (
-                descs, buffers, bars, rows, row_count, lengths, numbers, logit_scale, inner_scale, scale, SIZE, M, N,
+                descs, buffers, bars, rows, row_count, call, logit_scale, inner_scale, scale, SIZE, M, N,
                 K_STAGES, V_STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 0,
             )),
             (_multiply_queries, (
-                descs, buffers, bars, rows, row_count, lengths, numbers, logit_scale, inner_scale, scale, SIZE, M, N,
+                descs, buffers, bars, rows, row_count, call, logit_scale, inner_scale, scale, SIZE, M, N,
                 K_STAGES, V_STAGES, EVEN, LOWER_RIGHT, HAS_LOW, HAS_HIGH, SOFTCAP, 1,
             )),
             (_load_for_queries, (
-                descs, buffers, bars, lengths, numbers, N, K_STAGES, V_STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW,
+                descs, buffers, bars, call, N, K_STAGES, V_STAGES, RAGGED_K, LOWER_RIGHT, HAS_LOW,
                 HAS_HIGH,
             )),
         ],

@@ -2,6 +2,8 @@
 
 # mypy: ignore-errors
 # Triton reads these functions itself; Python's types do not describe them.
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -17,37 +19,53 @@ RUNTIME = [
 ]
 
 
+class Call(NamedTuple):
+    """Lengths and sizes of a call, and how its tiles are counted: see `key_gradients_kernel`."""
+
+    cu_q: Any
+    cu_k: Any
+    used: Any
+    heads: Any
+    group: Any
+    num_q: Any
+    num_k: Any
+    k_rows: Any
+    left: Any
+    right: Any
+    q_tiles: Any
+    tiles: Any
+    columns: Any
+    section: Any
+
+
 @gluon.jit
-def sequence(batch, lengths, numbers, LOWER_RIGHT: gl.constexpr):
+def sequence(batch, call, LOWER_RIGHT: gl.constexpr):
     """Return (first query, queries, first key, keys, keys that exist, low, high) of a sequence.
 
     Query i sees keys from i + low to i + high.
     """
-    cu_q, cu_k, used = lengths
-    heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section = numbers
-    if cu_q is not None:
-        first_q = gl.load(cu_q + batch)
-        first_k = gl.load(cu_k + batch)
-        len_q = gl.load(cu_q + batch + 1) - first_q
-        all_k = gl.load(cu_k + batch + 1) - first_k
+    if call.cu_q is not None:
+        first_q = gl.load(call.cu_q + batch)
+        first_k = gl.load(call.cu_k + batch)
+        len_q = gl.load(call.cu_q + batch + 1) - first_q
+        all_k = gl.load(call.cu_k + batch + 1) - first_k
     else:
         first_q = batch * 0
-        first_k = batch * k_rows
-        len_q = num_q
-        all_k = num_k
-    len_k = gl.load(used + batch) if used is not None else all_k
+        first_k = batch * call.k_rows
+        len_q = call.num_q
+        all_k = call.num_k
+    len_k = gl.load(call.used + batch) if call.used is not None else all_k
     offset = len_k - len_q if LOWER_RIGHT else 0
-    return first_q, len_q, first_k, all_k, len_k, offset - left, offset + right
+    return first_q, len_q, first_k, all_k, len_k, offset - call.left, offset + call.right
 
 
 @gluon.jit
-def first_query_tile(batch, head, first_q, lengths, numbers, M: gl.constexpr):
+def first_query_tile(batch, head, first_q, call, M: gl.constexpr):
     """Return the number of a sequence's first tile of M queries, in what has a place for each."""
-    heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section = numbers
-    if lengths[0] is not None:
-        return head * q_tiles + first_q // M + batch  # a sequence may begin and end within a tile
+    if call.cu_q is not None:
+        return head * call.q_tiles + first_q // M + batch  # a sequence may begin and end within a tile
     else:
-        return (batch * heads + head) * q_tiles
+        return (batch * call.heads + head) * call.q_tiles
 
 
 @gluon.jit

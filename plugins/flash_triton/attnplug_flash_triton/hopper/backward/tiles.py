@@ -11,32 +11,31 @@ from attnplug_flash_triton.hopper.device import WARPGROUP, coordinates, load_til
 
 
 @gluon.jit
-def key_tile(numbers, taken, HAS_HIGH: gl.constexpr):
+def key_tile(call, taken, HAS_HIGH: gl.constexpr):
     """Return (tile of keys, batch, number within the batch) of this program, which has `taken` query heads."""
-    heads, group, num_q, num_k, k_rows, left, right, q_tiles, tiles, columns, section = numbers
-    tile, column = schedule(gl.program_id(0), tiles, columns, section, HAS_HIGH)
+    tile, column = schedule(gl.program_id(0), call.tiles, call.columns, call.section, HAS_HIGH)
     if HAS_HIGH:
-        tile = tiles - 1 - tile  # the first keys are seen by the most queries
-    outputs = heads // taken
+        tile = call.tiles - 1 - tile  # the first keys are seen by the most queries
+    outputs = call.heads // taken
     batch = column // outputs
     return tile, batch, column - batch * outputs
 
 
 @gluon.jit
 def load_for_keys(
-    descs, buffers, bars, lengths, numbers, taken, M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    descs, buffers, bars, call, taken, M: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     RAGGED_K: gl.constexpr, LOWER_RIGHT: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
     """Bring the program's keys and values (64 for each of `GROUPS`), then tile after tile of queries."""
     q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, row_desc, dq_desc = descs
     q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs = buffers
     kv_full, q_full, do_full, q_empty, do_empty = bars
-    RAGGED_Q: gl.constexpr = lengths[0] is not None
-    tile, batch, x = key_tile(numbers, taken, HAS_HIGH)
-    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, lengths, numbers, LOWER_RIGHT)
+    RAGGED_Q: gl.constexpr = call.cu_q is not None
+    tile, batch, x = key_tile(call, taken, HAS_HIGH)
+    first_q, len_q, first_k, all_k, len_k, low, high = sequence(batch, call, LOWER_RIGHT)
     first_key = tile * (GROUPS * WARPGROUP)
     begin, end = queries_of(first_key, len_q, len_k, low, high, GROUPS * WARPGROUP, M, HAS_LOW, HAS_HIGH)
-    kv_head = x * taken // numbers[1]
+    kv_head = x * taken // call.group
     mbarrier.expect(kv_full, 2 * GROUPS * k_desc.block_type.nbytes)
     for w in gl.static_range(GROUPS):
         place = coordinates(batch, kv_head, first_key + w * WARPGROUP, first_k, len_k, RAGGED_K)
@@ -45,7 +44,7 @@ def load_for_keys(
     done = 0
     for g in range(taken):
         head = x * taken + g
-        first_tile = first_query_tile(batch, head, first_q, lengths, numbers, M)
+        first_tile = first_query_tile(batch, head, first_q, call, M)
         for j in range(begin, end):
             stage = done % STAGES
             phase = ((done // STAGES) & 1) ^ 1
