@@ -34,6 +34,21 @@ def positive_scale(params: SDPAParams) -> tuple[SDPAParams, int]:
     return replace(params, query=params.query * sign, scale=-params.scale or 1.0), sign
 
 
+def together(tensor: Tensor | None) -> Tensor | None:
+    """Return numbers that lie side by side in memory. `contiguous()` leaves the stride of a single one as it is."""
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def numbers_together(params: SDPAParams) -> SDPAParams:
+    """Return a call whose lengths, pages and slopes lie side by side in memory: libraries refuse others."""
+    names = ("alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
+    given = {name: getattr(params, name) for name in names}
+    copied = {name: whole for name, tensor in given.items() if (whole := together(tensor)) is not tensor}
+    return replace(params, **copied) if copied else params
+
+
 def heads_behind(tensor: Tensor) -> Tensor:
     """Return `(B, H, S, E)` as a view `(B, S, H, E)`, or the other way round."""
     return tensor.transpose(1, 2)
