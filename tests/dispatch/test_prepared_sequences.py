@@ -32,8 +32,8 @@ STARTS = row(0, 4, 9)
 
 
 @contextmanager
-def registered(kernel: Packs) -> Iterator[Callable[..., Any]]:
-    attnplug.register_impl(ImplSpec(name="packs", kernel=kernel, backend=None, capabilities=EVERYTHING))
+def registered(kernel: Packs, backend: Any = None) -> Iterator[Callable[..., Any]]:
+    attnplug.register_impl(ImplSpec(name="packs", kernel=kernel, backend=backend, capabilities=EVERYTHING))
     try:
         yield partial(attnplug.varlen_attn, impl="packs")
     finally:
@@ -218,6 +218,44 @@ def test_what_is_around_or_asked_besides_is_no_call_that_was_prepared() -> None:
         assert "packs" in [made.impl for made in calls]
         assert_right(attend, *sequences())
         assert kernel.runs == runs + 1
+
+
+def test_tensors_that_are_not_what_lies_in_memory_are_resolved_before_a_kernel_reads() -> None:
+    """PyTorch puts off a minus; what was prepared reads memory."""
+    with registered(kernel := Packs()) as attend:
+        for given in (sequences(torch._neg_view(-TOKENS)), sequences(starts=torch._neg_view(-STARTS))):
+            for _ in range(4):
+                assert_right(attend, *given)
+        assert kernel.runs == 0
+
+
+def test_every_call_that_is_watched_is_seen() -> None:
+    with registered(Packs()) as attend, attnplug.record() as calls:
+        for longest in (5, 6, 6, 6, 5):
+            attend(*sequences(longest=longest))
+    assert [made.impl for made in calls].count("packs") == 5
+
+
+def test_repeated_sequences_that_an_unfused_kernel_prepared_for_warn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attnplug, "WARN_FOR_UNFUSED_KERNELS", True)
+    with registered(Packs(), attnplug.SDPBackend.MATH), attnplug.sdpa_kernel(["FA3", "packs"]):
+        for _ in range(4):
+            with pytest.warns(UserWarning, match="FA3: runs on cuda"):
+                attnplug.varlen_attn(*sequences())
+
+
+def test_a_kernel_that_looks_at_lengths_is_asked_about_those_of_every_call() -> None:
+    class Short(Packs):
+        shape_dependent = True
+
+        def supports(self, params: SDPAParams) -> str:
+            return "is for short sequences" if params.max_q > 5 else ""
+
+    with registered(Short()) as attend:
+        for _ in range(4):
+            assert_right(attend, *sequences())
+            with pytest.raises(attnplug.NoImplementationError, match="is for short sequences"):
+                attend(*sequences(longest=6))
 
 
 def test_sequences_under_autocast_run_without_it() -> None:
