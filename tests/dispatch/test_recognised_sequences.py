@@ -122,7 +122,7 @@ def test_packed_sequences_without_queries_or_keys_reach_no_kernel() -> None:
     packed_alone = attnplug.Capabilities(features=(attnplug.Feature.VARLEN,), dense=False)
     attnplug.register_impl(ImplSpec(name="counts", kernel=forward, backend=None, capabilities=packed_alone))
     for queries, keys in ((9, 9), (9, 9), (9, 9), (9, 0), (0, 9)):
-        starts = [STARTS if tokens else row(0, 0, 0) for tokens in (queries, keys)]
+        starts = [row(0, 4, 9) if tokens else row(0, 0, 0) for tokens in (queries, keys)]
         out = attnplug.varlen_attn(TOKENS[:queries], TOKENS[:keys], TOKENS[:keys], *starts, 5, 5, impl="counts")
         assert out.any() or 0 in (queries, keys)
     attnplug.unregister_impl("counts")

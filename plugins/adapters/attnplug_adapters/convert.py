@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +44,11 @@ def together(tensor: Tensor | None) -> Tensor | None:
 
 def numbers_together(params: SDPAParams) -> SDPAParams:
     """Return a call whose lengths, pages and slopes lie side by side in memory: libraries refuse others."""
-    names = ("alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
-    given = {name: getattr(params, name) for name in names}
-    copied = {name: whole for name, tensor in given.items() if (whole := together(tensor)) is not tensor}
+    copied: dict[str, Any] = {}
+    for name in ("alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table"):
+        tensor = getattr(params, name)
+        if (whole := together(tensor)) is not tensor:
+            copied[name] = whole
     return replace(params, **copied) if copied else params
 
 
