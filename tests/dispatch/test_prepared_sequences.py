@@ -32,8 +32,8 @@ STARTS = row(0, 4, 9)
 
 
 @contextmanager
-def registered(kernel: Packs) -> Iterator[Callable[..., Any]]:
-    attnplug.register_impl(ImplSpec(name="packs", kernel=kernel, backend=None, capabilities=EVERYTHING))
+def registered(kernel: Packs, backend: Any = None) -> Iterator[Callable[..., Any]]:
+    attnplug.register_impl(ImplSpec(name="packs", kernel=kernel, backend=backend, capabilities=EVERYTHING))
     try:
         yield partial(attnplug.varlen_attn, impl="packs")
     finally:
@@ -133,7 +133,9 @@ def test_mistakes_are_seen_after_calls_that_were_prepared(mistake: str, device: 
         expected = raised(attend)
         for _ in range(4):
             attend(*on(sequences()))
+            before = kernel.forwards + kernel.runs
             assert raised(attend) == expected
+            assert expected is None or kernel.forwards + kernel.runs == before
         assert kernel.runs > 0
     only_in_numbers = mistake.startswith("a sequence") or mistake == "a longest that is smaller"
     assert (expected is None) is (device == "meta" and only_in_numbers)
@@ -154,8 +156,40 @@ def test_pages_and_used_lengths_are_looked_at_each_time() -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 attend(*given, **wrong)
-        assert kernel.runs > 0
+        assert (kernel.forwards, kernel.runs) == (2, 2)
         assert_right(attend, *given, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_mistakes_in_pages_and_used_lengths_are_seen_after_calls_that_were_prepared(device: str) -> None:
+    """On a device whose numbers nobody looks at, too: all else about them is compared."""
+    (query, *others), named = pages()
+    elsewhere = {"cpu": "meta", "meta": "cpu"}[device]
+
+    def raised(attend: Any, **changed: Any) -> Any:
+        there = [each.to(device) if isinstance(each, Tensor) else each for each in (query, *others)]
+        options = {name: tensor.to(device) for name, tensor in named.items()} | changed
+        try:
+            attend(*there, **options)
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+        return None
+
+    def on(tensor: Tensor, device: str = device) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+
+    with registered(kernel := Packs()) as attend:
+        for name, tensor in named.items():
+            for wrong in (
+                *(on(tensor).long(), on(tensor)[None], on(tensor)[:1], on(tensor)[0], on(torch.cat([tensor, tensor]))),
+                *(on(tensor, elsewhere), None, [1, 2]),
+            ):
+                expected = raised(attend, **{name: wrong})
+                assert expected is not None
+                for _ in range(4):
+                    assert raised(attend) is None
+                    assert raised(attend, **{name: wrong}) == expected
+        assert kernel.runs > 0
 
 
 def test_what_is_around_or_asked_besides_is_no_call_that_was_prepared() -> None:
@@ -186,6 +220,44 @@ def test_what_is_around_or_asked_besides_is_no_call_that_was_prepared() -> None:
         assert kernel.runs == runs + 1
 
 
+def test_tensors_that_are_not_what_lies_in_memory_are_resolved_before_a_kernel_reads() -> None:
+    """PyTorch puts off a minus; what was prepared reads memory."""
+    with registered(kernel := Packs()) as attend:
+        for given in (sequences(torch._neg_view(-TOKENS)), sequences(starts=torch._neg_view(-STARTS))):
+            for _ in range(4):
+                assert_right(attend, *given)
+        assert kernel.runs == 0
+
+
+def test_every_call_that_is_watched_is_seen() -> None:
+    with registered(Packs()) as attend, attnplug.record() as calls:
+        for longest in (5, 5, 6, 6, 6, 5):
+            attend(*sequences(longest=longest))
+    assert [made.impl for made in calls].count("packs") == 6
+
+
+def test_repeated_sequences_that_an_unfused_kernel_prepared_for_warn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attnplug, "WARN_FOR_UNFUSED_KERNELS", True)
+    with registered(Packs(), attnplug.SDPBackend.MATH), attnplug.sdpa_kernel(["FA3", "packs"]):
+        for _ in range(4):
+            with pytest.warns(UserWarning, match="FA3: runs on cuda"):
+                attnplug.varlen_attn(*sequences())
+
+
+def test_a_kernel_that_looks_at_lengths_is_asked_about_those_of_every_call() -> None:
+    class Short(Packs):
+        shape_dependent = True
+
+        def supports(self, params: SDPAParams) -> str:
+            return "is for short sequences" if params.max_q > 5 else ""
+
+    with registered(Short()) as attend:
+        for _ in range(4):
+            assert_right(attend, *sequences())
+            with pytest.raises(attnplug.NoImplementationError, match="is for short sequences"):
+                attend(*sequences(longest=6))
+
+
 def test_sequences_under_autocast_run_without_it() -> None:
     def checked(params: SDPAParams) -> Any:
         assert not torch.is_autocast_enabled("cpu") and params.query.dtype is torch.bfloat16
@@ -214,27 +286,37 @@ def test_starts_of_queries_and_keys_may_be_one_tensor_or_two() -> None:
         assert kernel.forwards == 4
 
 
+def every_second(tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+def heads_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-2, -3).contiguous().transpose(-2, -3)
+
+
+def in_columns(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
+
+
 def test_layouts_of_their_own_are_prepared_for_on_their_own() -> None:
-    strides = []
-
-    def noted(params: SDPAParams) -> Any:
-        strides.append((params.query.stride(), params.cu_seq_q.stride()))
-        return answer(params)
-
-    cases = [
-        (TOKENS, STARTS),
-        (TOKENS.transpose(0, 1).contiguous().transpose(0, 1), STARTS),
-        (torch.randn(9, 4, 16)[..., :8], STARTS),
-        (TOKENS, STARTS.repeat_interleave(2)[::2]),
+    usual, (paged, named) = sequences(), pages()
+    keys, used, table = row(0, 3, 9), named["seqused_k"], named["block_table"]
+    calls = [
+        (usual, {}),
+        (sequences(heads_first(TOKENS)), {}),
+        (sequences(torch.randn(9, 4, 16)[..., :8]), {}),
+        (sequences(starts=every_second(STARTS)), {}),
+        *(((*usual[:4], starts, 5, 6), {}) for starts in (keys, every_second(keys))),
+        *((usual, {"seqused_k": lengths}) for lengths in (row(1, 2), every_second(row(1, 2)))),
+        *((paged, named | {"seqused_k": lengths}) for lengths in (used, every_second(used))),
+        *((paged, named | {"block_table": each}) for each in (in_columns(table), every_second(table))),
+        ((paged[0], *(heads_first(each) for each in paged[1:3]), *paged[3:]), named),
     ]
-    with registered(kernel := Packs(noted)) as attend:
+    with registered(kernel := Packs()) as attend:
         for _ in range(4):
-            for tokens, starts in cases:
-                before = kernel.runs
-                assert_right(attend, *sequences(tokens, starts))
-                if kernel.runs > before:
-                    assert strides[-1] == (tokens.stride(), starts.stride())
-        assert kernel.asked == len(cases)
+            for given, options in calls:
+                assert_right(attend, *given, **options)
+        assert kernel.asked == len(calls) and kernel.runs >= 2 * len(calls)
 
 
 def test_what_is_prepared_for_sequences_may_have_forward_called_after_all() -> None:

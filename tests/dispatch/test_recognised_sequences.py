@@ -81,6 +81,7 @@ PACKED: dict[str, Change] = {
     "slopes": packed(alibi_slopes=torch.ones(4)),
     "sinks": packed(sinks=torch.ones(4)),
     "an lse": packed(return_lse=True),
+    "everything dropped": packed(dropout_p=1.0),
 }
 
 
@@ -111,17 +112,18 @@ def test_packed_sequences_are_cast_to_the_dtype_of_autocast_whatever_was_cast_be
             assert attnplug.varlen_attn(*given, **options, impl="math_ref").dtype is dtype
 
 
-def test_packed_sequences_without_keys_reach_no_kernel() -> None:
+def test_packed_sequences_without_queries_or_keys_reach_no_kernel() -> None:
     lengths = []
 
     def forward(params: SDPAParams) -> tuple[Tensor, None]:
-        lengths.append(params.key.shape[0])
+        lengths.append((params.query.shape[0], params.key.shape[0]))
         return params.query.clone(), None
 
     packed_alone = attnplug.Capabilities(features=(attnplug.Feature.VARLEN,), dense=False)
     attnplug.register_impl(ImplSpec(name="counts", kernel=forward, backend=None, capabilities=packed_alone))
-    for keys, starts in ((9, STARTS), (9, STARTS), (9, STARTS), (0, row(0, 0, 0))):
-        given = TOKENS, TOKENS[:keys], TOKENS[:keys]
-        out = attnplug.varlen_attn(*given, STARTS, starts, 5, 5, impl="counts")
+    for queries, keys in ((9, 9), (9, 9), (9, 9), (9, 0), (0, 9)):
+        starts = [row(0, 4, 9) if tokens else row(0, 0, 0) for tokens in (queries, keys)]
+        out = attnplug.varlen_attn(TOKENS[:queries], TOKENS[:keys], TOKENS[:keys], *starts, 5, 5, impl="counts")
+        assert out.any() or 0 in (queries, keys)
     attnplug.unregister_impl("counts")
-    assert lengths == [9, 9, 9] and not out.any()
+    assert lengths == [(9, 9)] * 3

@@ -239,6 +239,44 @@ def test_a_trace_of_symbolic_sizes_holds_for_others(impl: str | None) -> None:
     torch.testing.assert_close(graph(longer), attend(longer, longer, longer, impl=impl))
 
 
+class Prepares(Opaque):
+    """One that prepares for calls that repeat another."""
+
+    def prepare(self, params: SDPAParams) -> Any:
+        return lambda query, *_: (query * 2, None)
+
+    prepare_packed = prepare
+
+
+@pytest.mark.parametrize("sizes", ["first", "others"])
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_opaque_kernel_is_an_operator_in_a_trace_of_real_tensors_whatever_ran_before(
+    packed: bool, before: int, sizes: str
+) -> None:
+    capabilities = attnplug.Capabilities(features=[attnplug.Feature.VARLEN] if packed else ())
+    attnplug.register_impl(ImplSpec(name="opaque", kernel=Prepares(), backend=None, capabilities=capabilities))
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def call(query: Tensor) -> Tensor:
+        if packed:
+            return attnplug.varlen_attn(query, query, query, starts, starts, 5, 5, impl="opaque")
+        return attend(query, query, query, impl="opaque")
+
+    few, more = (torch.randn(9, 2, 8), torch.randn(11, 2, 8)) if packed else (Q, torch.randn(2, 2, 5, 8))
+    if sizes == "others":
+        for _ in range(3):
+            call(few)
+    for _ in range(before):
+        call(more)
+    graph = make_fx(call)(more)
+    assert sum(str(node.target).startswith("attnplug.opaque") for node in graph.graph.nodes) == 1
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(call(more), torch._subclasses.FakeTensor)
+    assert torch.equal(call(more), more * 2)
+    assert torch.equal(graph(more), more * 2)
+
+
 def test_an_opaque_kernel_is_an_operator_below_transforms_that_something_watches() -> None:
     register("opaque")
 

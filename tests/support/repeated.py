@@ -48,20 +48,34 @@ EVERYTHING = Capabilities(
 Answer = Callable[[SDPAParams], Any]
 
 
+LENGTHS = "cu_seq_q", "cu_seq_k", "seqused_k", "block_table"
+
+
 def answer(params: SDPAParams) -> Any:
-    """Return what a call gives, asked of another implementation."""
+    """Return what a call gives, asked of another implementation; an lse only where it is wanted."""
     if params.query.is_meta:
-        return torch.empty_like(params.query), params.query.new_empty(params.lse_shape, dtype=params.lse_dtype)
-    given = {
-        name: getattr(params, name) for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
-    }
-    options = ("is_causal", "scale", "window_size", "softcap", "sinks", "alibi_slopes", "seqused_k", "block_table")
-    given |= {name: getattr(params, name) for name in options}
-    return attnplug.varlen_attn(**given, impl="math_ref", enable_gqa=True, return_lse=True)
+        lse = params.query.new_empty(params.lse_shape, dtype=params.lse_dtype)
+        return torch.empty_like(params.query), lse if params.return_lse else None
+    names = ("query", "key", "value", *LENGTHS, "max_q", "max_k")
+    options = ("is_causal", "scale", "window_size", "softcap", "sinks", "alibi_slopes", "return_lse")
+    given = {name: getattr(params, name) for name in (*names, *options)}
+    found = attnplug.varlen_attn(**given, dropout_p=params.dropout, impl="math_ref", enable_gqa=True)
+    return found if params.return_lse else (found, None)
+
+
+def layouts(*tensors: Tensor | None) -> list[Any]:
+    """Return all that calls of what was prepared have in common: the tensors' numbers are their own."""
+    return [
+        None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+        for tensor in tensors
+    ]
 
 
 class Packs:
-    """Counts how often forward runs, and what it prepared; `answer` is what that returns."""
+    """Counts how often forward runs, and what it prepared; `answer` is what that returns.
+
+    What it prepared runs for tensors like those that it was prepared for alone.
+    """
 
     def __init__(self, answer: Answer = answer) -> None:
         self.forwards = self.asked = self.runs = 0
@@ -80,11 +94,12 @@ class Packs:
     def prepare_packed(self, params: SDPAParams) -> Any:
         self.asked += 1
         constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
+        expected = layouts(params.query, params.key, params.value, *(getattr(params, name) for name in LENGTHS))
 
         def run(query: Tensor, key: Tensor, value: Tensor, *lengths: Tensor | None) -> Any:
             self.runs += 1
-            names = ("cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
-            given = dict(zip(names, lengths, strict=True))
+            assert layouts(query, key, value, *lengths) == expected
+            given = dict(zip(LENGTHS, lengths, strict=True))
             return self.answer(SDPAParams(query, key, value, **(constants | given)))
 
         return run

@@ -2,7 +2,8 @@
 
 `TensorGuards`, with which Dynamo compares the inputs of a compiled function, compares the type of each tensor, its
 dispatch keys together with those of the thread (so that autocast, transforms, modes and layouts count), dtype, device,
-whether autograd records it, and the sizes and strides that are given.
+whether autograd records it, and the sizes and strides that are given. Of modes it does not see those that PyTorch makes
+fake tensors and graphs with, nor does it see levels of forward-mode derivatives.
 """
 
 from __future__ import annotations

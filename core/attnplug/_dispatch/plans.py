@@ -37,6 +37,7 @@ from attnplug._types import Feature, SDPAParams, SDPBackend
 KEPT = 4096
 plans: dict[Hashable, Any] = {}
 is_deterministic = torch._C._get_deterministic_algorithms
+count_modes = torch._C._len_torch_dispatch_stack
 
 
 def with_four_dimensions(mask: Tensor) -> Tensor:
@@ -83,7 +84,9 @@ class Plan:
     def run_as_given(self, params: SDPAParams) -> Result:
         """Run a call that was recognised, whose record was just built, with the user's mask and scale."""
         self.complete(params)
-        if self.checked and not (thread.state.watched or is_profiled() or is_transformed() or any_autocast()):
+        if self.checked and not (
+            thread.state.watched or is_profiled() or is_transformed() or any_autocast() or is_watched(params.query)
+        ):
             out, lse, *_ = checked_forward(self.decision.entry, params)
             return out, lse
         return self.run(params)
@@ -172,16 +175,20 @@ class Plan:
 
 
 def _prepared(plan: Plan, params: SDPAParams, run: Callable[..., Any]) -> Callable[..., Result]:
-    """Return a `plain` that runs what a kernel prepared for calls that repeat one."""
+    """Return a `plain` that runs what a kernel prepared for calls that repeat one.
+
+    The comparison of their tensors does not see levels of forward-mode derivatives, nor PyTorch's own dispatch modes
+    (fake tensors, and `make_fx`), which must see an operator.
+    """
     repeated = Repeated(KernelCall.of(plan.decision.entry, params), params.query, run)
 
     def packed(*tensors: Tensor | None) -> Result:
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or count_modes() > 0:
             return plan.carry_out(repeated.params(*tensors))
         return repeated.forward(*tensors)[:2]
 
     def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or count_modes() > 0:
             return plan.carry_out(repeated.params(query, key, value))
         if plan.grad:
             return record_repeated(repeated, query, key, value)

@@ -74,7 +74,8 @@ class Kernel:
             decode loop. It saves looking up a plan, building the `SDPAParams` and checking the output. Calls with a
             mask are prepared for by attnplug's own kernels alone, whose `run` gets it as a fourth argument.
         prepare_packed: `prepare_packed(params) -> run or None`: the same for a call of packed sequences that autograd
-            does not record, and that has neither sinks nor slopes. Its
+            does not record, and that has neither sinks nor slopes, of a kernel that is not `shape_dependent`. It is
+            first asked at the second call of its kind. Its
             `run(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table) -> (out, lse)` gets None for those that
             the call does not have. `max_q` and `max_k` are the same each time; which lengths and pages the tensors
             hold is not, and must be read from those that `run` is given.

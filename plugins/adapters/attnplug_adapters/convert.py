@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,23 @@ def positive_scale(params: SDPAParams) -> tuple[SDPAParams, int]:
         return params, 1
     sign = -1 if params.scale < 0 else 0
     return replace(params, query=params.query * sign, scale=-params.scale or 1.0), sign
+
+
+def together(tensor: Tensor | None) -> Tensor | None:
+    """Return numbers that lie side by side in memory. `contiguous()` leaves the stride of a single one as it is."""
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def numbers_together(params: SDPAParams) -> SDPAParams:
+    """Return a call whose lengths, pages and slopes lie side by side in memory: libraries refuse others."""
+    copied: dict[str, Any] = {}
+    for name in ("alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table"):
+        tensor = getattr(params, name)
+        if (whole := together(tensor)) is not tensor:
+            copied[name] = whole
+    return replace(params, **copied) if copied else params
 
 
 def heads_behind(tensor: Tensor) -> Tensor:

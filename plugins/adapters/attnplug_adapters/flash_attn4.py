@@ -137,7 +137,7 @@ class FlashAttn4(Adapter):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return `out` and `lse`."""
-        params, _ = convert.positive_scale(params)
+        params, _ = convert.positive_scale(convert.numbers_together(params))
         params = convert.pages_in_pieces(params, SMALLEST_TILE)
         tensors = (params.query, params.key, convert.existing(params, params.value))
         multiple = 8 if params.block_table is None else 16  # which reading key by key asserts
@@ -147,7 +147,7 @@ class FlashAttn4(Adapter):
             "softmax_scale": params.scale,
             "causal": params.is_causal,
             "window_size": (left, right),
-            "learnable_sink": params.sinks,
+            "learnable_sink": convert.together(params.sinks),
             "softcap": params.softcap,
             "return_lse": True,
         }
@@ -175,7 +175,7 @@ class FlashAttn4(Adapter):
         self, params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value and sinks."""
-        params, sign = convert.positive_scale(params)
+        params, sign = convert.positive_scale(convert.numbers_together(params))
         grad_out, query = convert.of_sequences(params, grad_out), convert.of_sequences(params, params.query)
         existing = (convert.existing(params, each) for each in (params.key, params.value))
         tensors = (query, *existing, out, grad_out)
@@ -206,7 +206,7 @@ class FlashAttn4(Adapter):
             dk=grads[1],
             dv=grads[2],
             dlse=dlse,
-            learnable_sink=params.sinks,
+            learnable_sink=convert.together(params.sinks),
         )
         sizes = (tensor.shape[-1] for tensor in (params.query, params.key, params.value))
         query, key, value = (

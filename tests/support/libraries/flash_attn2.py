@@ -82,6 +82,8 @@ def _flash_attn_varlen_forward(
     _check(q, k, v, softcap, dropout_p)
     for starts in (cu_seqlens_q, cu_seqlens_k):
         assert starts.dtype == torch.int32 and starts.is_contiguous()
+    assert seqused_k is None or seqused_k.is_contiguous()
+    assert block_table is None or block_table.stride(-1) == 1, "block_table must have contiguous last dimension"
     assert block_table is None or k.shape[1] % PAGE == 0, "Paged KV cache block size must be divisible by 256"
     state = torch.randint(2**31, (2,)) if dropout_p > 0 else torch.empty((2,), dtype=torch.int64)
     fill = 0.0 if zero_tensors else NAN
@@ -181,6 +183,7 @@ def _flash_attn_varlen_backward(
 ) -> torch.Tensor:
     _check(q, k, v, softcap, dropout_p)
     check_memory(dout, out, dq, dk, dv)
+    assert cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous()
     for b, (rows, columns) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
         mask = _mask(
             b,

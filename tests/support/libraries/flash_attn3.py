@@ -107,6 +107,7 @@ def _flash_attn_backward(
 
 def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, deterministic, grad_lse=None):
     """Write the gradients of each sequence; a row whose lse is minus infinity has none (`lse == -INF ? 0 : lse`)."""
+    check_lengths(cu_q, cu_k, used)
     for b, each in enumerate(sequences(q, k, v, cu_q, cu_k, used, None)):
         rows, key = each.rows, each.key
         at = (rows, slice(int(cu_k[b]), int(cu_k[b]) + key.shape[0])) if cu_q is not None else (b, b)
@@ -121,6 +122,11 @@ def write_gradients(dout, q, k, v, out, lse, cu_q, cu_k, used, grads, mask, dete
                 grad[place] = part
             else:
                 grad[place][: part.shape[0]] = part
+
+
+def check_lengths(*lengths: torch.Tensor | None) -> None:
+    """What both libraries refuse, but for forward of FlashAttention 3, which copies them."""
+    assert all(each is None or each.stride(-1) == 1 for each in lengths), "must be contiguous in the last dimension"
 
 
 class Sequence(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from libraries.flash_attn3 import sequences, write_gradients
+from libraries.flash_attn3 import check_lengths, sequences, write_gradients
 from libraries.formula import INF, NAN, Mask, check_memory, forward
 
 WIDE = 2**30
@@ -151,6 +151,7 @@ def _mask(scale, causal, window, sinks, softcap) -> Mask:
 
 def _forward(q, k, v, mask, cu_q, cu_k, used, table):
     check_memory(q, k, v)
+    check_lengths(cu_q, cu_k, used, table, mask.sinks)
     out = torch.full((*q.shape[:-1], v.shape[-1]), NAN, dtype=q.dtype)
     varlen = cu_q is not None
     lse = torch.full((q.shape[-2], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1]), NAN)
