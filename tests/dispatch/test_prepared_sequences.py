@@ -198,7 +198,7 @@ def test_what_is_around_or_asked_besides_is_no_call_that_was_prepared() -> None:
         for _ in range(3):
             assert_right(attend, *sequences())
         runs = kernel.runs
-        call = lambda: attend(*sequences())  # noqa: E731
+        call = partial(attend, *sequences())
         for around in (FlopCounterMode(display=False), profile(), torch.autograd.forward_ad.dual_level()):
             with around:
                 torch.testing.assert_close(call(), reference(*sequences()))

@@ -89,7 +89,7 @@ def prepare(
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...] | None] | None:
     """Return what runs a call whose tensors are like these; None if it draws numbers, or they are not aligned."""
     given, device = tensors_of(params), params.query.device
-    if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
+    if params.dropout > 0 or not _are_aligned(given.values()):
         return None
     needs_grad = params.needs_grad
     wants_lse = needs_grad or params.return_lse
@@ -110,22 +110,27 @@ def prepare(
 def prepare_packed(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return the same for packed sequences, whose lengths are read on the device alone."""
     given, device = tensors_of(params), params.query.device
-    if params.dropout > 0 or any(tensor.data_ptr() % ALIGNED for tensor in given.values()):
+    if params.dropout > 0 or not _are_aligned(given.values()):
         return None
     wants_lse, names = params.return_lse, tuple(given)
     plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
 
     def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
         given = dict(zip(names, [tensor for tensor in tensors if tensor is not None], strict=True))
-        addresses = 0
-        for tensor in given.values():
-            addresses |= tensor.data_ptr()
-        if addresses % ALIGNED or _settings(given["query"].dtype) != settings:
+        if not _are_aligned(given.values()) or _settings(given["query"].dtype) != settings:
             return None
         results = _run(plan, given, device)
         return results[:2] if wants_lse else (results[0], None)
 
     return run
+
+
+def _are_aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether the data of each starts at a multiple of `ALIGNED` bytes."""
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses % ALIGNED == 0
 
 
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
@@ -178,10 +183,7 @@ def prepare_backward(
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...] | None:
         nonlocal plan
-        addresses = 0
-        for tensor in tensors:
-            addresses |= tensor.data_ptr()
-        if addresses % ALIGNED or _settings_of_backward(tensors[0].dtype) != settings:
+        if not _are_aligned(tensors) or _settings_of_backward(tensors[0].dtype) != settings:
             return None
         given = dict(zip(names, tensors, strict=True))
         if plan is None:  # those that it was prepared with need not have been aligned

@@ -1,6 +1,7 @@
 """What the parts of the forward kernel hand to each other, by name; Triton takes named tuples apart as it compiles."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton calls `configured` itself, when it compiles.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
