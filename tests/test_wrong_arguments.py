@@ -122,7 +122,7 @@ def test_a_wrong_argument_is_named(call: Callable[..., Any], argument: str, valu
         ("used", ["x", 7, (-1,), (1.5,)]),
         ("lengths_q", [(1, 2), 7, "x"]),
         ("gradients", ["query", ("qurey",), ("sinks",)]),
-        *((name, ["odd", None, []]) for name in ("values", "layout", "mask_layout")),
+        *((name, ["odd", None, []]) for name in ("values", "layout", "mask_layout", "numbers_layout")),
         ("seed", [None, "x", 0.5]),
     ],
 )

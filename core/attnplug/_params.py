@@ -74,7 +74,9 @@ class SDPAParams:
       four dimensions, each 1 or the full size of `(B, Hq, Sq, Sk)`;
     * variable length: `query (Tq, Hq, E)`, `key (Tk, Hkv, E)`, `value (Tk, Hkv, Ev)`, or pages
       `(pages, page_size, Hkv, E)` with `block_table`; `cu_seq_q`, `cu_seq_k` int32 of length B + 1;
-    * `scale` is a number, `alibi_slopes` of `lse_dtype`, and no size among B, Hq, Sq, Sk is zero.
+    * `scale` is a number, `alibi_slopes` of `lse_dtype`, and no size among B, Hq, Sq, Sk is zero;
+    * every tensor lies in memory as the caller has it, lengths, pages, slopes and sinks too: read each by its strides,
+      or make it `contiguous()`.
 
     Attributes:
         query: the queries.

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import attnplug
-from attnplug import Mismatch, SDPAParams
+from attnplug import Feature, Mismatch, SDPAParams
 from attnplug.testing import CheckFailure
 from spoiled_kernels import Formula, WrongOut, Zeros, register, tensors
 
@@ -84,6 +85,45 @@ def test_the_line_repeats_what_depends_on_where_keys_lie() -> None:
     impl = register(WrongOfKeys)
     query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 30, 2, 8).transpose(1, 2)
     _fails_again(lambda: attnplug.scaled_dot_product_attention(query, key, key, impl=impl))
+
+
+class WrongOfSlopes(Formula):
+    """Wrong only where slopes are not contiguous."""
+
+    features = Formula.features | {Feature.ALIBI}
+
+    @staticmethod
+    def probabilities(params: SDPAParams) -> tuple[Tensor, Tensor]:
+        assert params.alibi_slopes is not None
+        i, j = (torch.arange(tensor.shape[2]) for tensor in (params.query, params.key))
+        logits = params.scale * params.query @ params.key.mT
+        logits = logits - params.alibi_slopes[..., None, None] * (i[:, None] - j).abs()
+        return torch.softmax(logits, -1), torch.logsumexp(logits, -1)
+
+    @classmethod
+    def forward(cls, params: SDPAParams) -> tuple[Any, ...]:
+        out, lse = super().forward(params)
+        assert params.alibi_slopes is not None
+        return out if params.alibi_slopes.is_contiguous() else out * 1.001, lse
+
+
+@pytest.mark.parametrize(
+    ("slopes", "layout"),
+    [
+        (torch.rand(2, 3)[:, :2], "framed"),
+        (torch.rand(2, 2).mT, "column-major"),
+        (torch.rand(2, 4)[:, ::2], "strided"),
+        (torch.rand(4)[::2], "strided"),
+        (torch.rand(1).expand(2), "strided"),
+    ],
+)
+def test_the_line_repeats_what_depends_on_where_slopes_lie(slopes: torch.Tensor, layout: str) -> None:
+    impl = register(WrongOfSlopes)
+    query = torch.randn(2, 2, 9, 8)
+    line = _fails_again(
+        lambda: attnplug.scaled_dot_product_attention(query, query, query, alibi_slopes=slopes, impl=impl)
+    )
+    assert f"numbers_layout={layout!r}" in line
 
 
 @pytest.mark.parametrize("shape", [(9, 13), (1, 1, 9, 13), (1, 1, 1, 13)])

@@ -42,6 +42,7 @@ def line_of(
         "sinks": None if params.sinks is None else True,
         "alibi": None if params.alibi_slopes is None else "bh"[-params.alibi_slopes.dim() :],
         "layout": _layout(query, key, value),
+        "numbers_layout": _numbers_layout(params),
         "lse": params.return_lse or None,
         "gradients": tuple(gradients) or None,
         "lse_gradient": grad_lse or None,
@@ -89,6 +90,21 @@ def _layout(*tensors: Tensor) -> str | None:
                 return "column-major" if tensor.mT.is_contiguous() else "strided"
             return "expanded" if tensor.stride(-3) == 0 else "transposed"
     return None
+
+
+def _numbers_layout(params: SDPAParams) -> str | None:
+    """Return how the first of lengths, pages, slopes and sinks that is not contiguous lies in memory.
+
+    A stride of 0 is one of those that a kernel misreads; the line has numbers that differ.
+    """
+    names = ("cu_seq_q", "cu_seq_k", "seqused_k", "block_table", "alibi_slopes", "sinks")
+    given = (tensor for name in names if (tensor := getattr(params, name)) is not None)
+    apart = next((tensor for tensor in given if not tensor.is_contiguous()), None)
+    if apart is None:
+        return None
+    if apart.stride(-1) == 1:
+        return "framed"
+    return "column-major" if apart.dim() == 2 and apart.mT.is_contiguous() else "strided"
 
 
 def _of_sequences(params: SDPAParams, mistake: Mistake) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Call(Fields):
             `selecting` or `identity`.
         layout, mask_layout: how query, key and value, and the mask, lie in memory: `contiguous`, `transposed`,
             `strided`, `column-major`, `expanded`, `offset`, `misaligned`, `guarded` or `framed`.
+        numbers_layout: the same of all other tensors: `cu_seq_q`, `cu_seq_k`, `seqused_k`, `block_table`, `sinks` and
+            `alibi_slopes`. `expanded` gives each sequence or head what the first one has.
         poison: NaN in all memory that the call must not read.
 
     Examples:

@@ -44,6 +44,7 @@ class Fields:
     values: str = "normal"
     layout: str = "contiguous"
     mask_layout: str = "contiguous"
+    numbers_layout: str = "contiguous"
     poison: bool = False
     seed: int = 0
 

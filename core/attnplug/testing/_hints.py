@@ -49,7 +49,7 @@ def _near(actual: Tensor, ref: Tensor, allowed: float | Tensor) -> bool:
 
 
 def _nan(call: Fields) -> str:
-    if call.poison or not {call.layout, call.mask_layout}.isdisjoint(_SURROUNDED):
+    if call.poison or not {call.layout, call.mask_layout, call.numbers_layout}.isdisjoint(_SURROUNDED):
         return "memory outside the tensors, or a key that does not exist, was read; 0 * NaN is NaN"
     return "not a number: a row that sees no key (-inf - -inf), an overflow, or memory that was never written"
 

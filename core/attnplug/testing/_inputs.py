@@ -14,6 +14,8 @@ from attnplug.testing._fields import Fields
 from attnplug.testing._validate import check
 
 NAN = float("nan")
+NUMBERS = frozenset({"cu_seq_q", "cu_seq_k", "seqused_k", "block_table", "sinks", "alibi_slopes"})
+"""The tensors of a call that hold no tokens and no mask."""
 GUARD = 4096
 """Elements of NaN on either side of a guarded tensor; a multiple of any alignment that a kernel may want."""
 
@@ -76,6 +78,8 @@ def _made(call: Fields) -> Inputs:
     if call.alibi:
         shape = (sequences.batch, call.heads) if call.alibi == "bh" else (call.heads,)
         arguments["alibi_slopes"] = (torch.rand(shape, generator=generator).to(numbers) * 0.3).to(call.device)
+    for name in NUMBERS & arguments.keys():
+        arguments[name] = _numbers(name, arguments[name], call.numbers_layout)
     if missing := [name for name in call.gradients if name not in arguments]:
         raise ValueError(f"gradients: the call has no {missing[0]}")
     grad_out, grad_lse = _cast(call, tensors["grad_out"]), tensors["grad_lse"].to(call.device)
@@ -283,10 +287,8 @@ def _framed(tensor: Tensor) -> Tensor:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """Every second element of a longer last dimension."""
-    spread = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.shape[-1])
-    spread[..., ::2] = tensor
-    return spread[..., ::2]
+    """Every second element of a last dimension in which each lies twice: lengths and pages read amiss exist, too."""
+    return tensor.repeat_interleave(2, -1)[..., ::2]
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -296,6 +298,13 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 def _column_major(tensor: Tensor) -> Tensor:
     return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+
+
+def _numbers(name: str, tensor: Tensor, layout: str) -> Tensor:
+    """Lay out lengths, pages, sinks or slopes; with `expanded`, all but sums of lengths, which are not equal."""
+    if layout != "expanded":
+        return LAYOUTS[layout](tensor)
+    return tensor if name in ("cu_seq_q", "cu_seq_k") else tensor[:1].expand(tensor.shape)
 
 
 def _expanded(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def check(call: Fields, values: Sequence[str], layouts: Sequence[str]) -> None:
         size = getattr(call, name)
         if size is not None or name in _SIZES:
             _check_size(name, size, least)
-    words = {**_WORDS, "values": values, "layout": layouts, "mask_layout": layouts}
+    words = {**_WORDS, "values": values, **dict.fromkeys(("layout", "mask_layout", "numbers_layout"), layouts)}
     for name, known in words.items():
         one_of(name, getattr(call, name), known)
     for name in _BOOLS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,20 @@ from attnplug import SDPAParams
 from mutants import wrong
 from mutants.kernel import BLOCK, Kernel
 
+NUMBERS = ("cu_seq_q", "cu_seq_k", "seqused_k", "block_table", "sinks", "alibi_slopes")
+
 
 def as_if_contiguous(tensor: Tensor, offset: int) -> Tensor:
     """Return what a kernel reads that takes a tensor for contiguous; past the end of memory it starts anew."""
     elements = tensor.untyped_storage().nbytes() // tensor.element_size()
     flat = tensor.as_strided((elements,), (1,), 0)
     return flat[(torch.arange(tensor.numel()) + offset) % elements].reshape(tensor.shape)
+
+
+def with_numbers(params: SDPAParams, read: Callable[[Tensor], Tensor]) -> SDPAParams:
+    """Return the call with lengths, pages, sinks and slopes as `read` reads them."""
+    given = {name: tensor for name in NUMBERS if (tensor := getattr(params, name)) is not None}
+    return replace(params, **{name: read(tensor) for name, tensor in given.items()})
 
 
 @wrong("check_transposed_inputs", "check_strided_inputs", "check_expanded_inputs")
@@ -73,6 +82,59 @@ class TakesMasksForContiguous(Kernel):
         if mask is not None:
             params = replace(params, attn_mask=as_if_contiguous(mask, mask.storage_offset()))
         return super().mask_of(params, b, keys)
+
+
+@wrong(
+    "check_strided_varlen_lengths",
+    "check_strided_seqused_k",
+    "check_strided_block_tables",
+    "check_strided_sinks",
+    "check_strided_alibi_slopes",
+)
+class TakesNumbersForContiguous(Kernel):
+    """Ignores the strides of lengths, pages, sinks and slopes."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        return super().forward(with_numbers(params, lambda tensor: as_if_contiguous(tensor, tensor.storage_offset())))
+
+
+@wrong(
+    "check_strided_varlen_lengths",
+    "check_strided_seqused_k",
+    "check_strided_block_tables",
+    "check_strided_sinks",
+    "check_strided_alibi_slopes",
+)
+class AlignsAddressesOfNumbersDown(Kernel):
+    """Loads four lengths, pages, sinks or slopes at a time, from the next lower multiple of sixteen bytes."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        def aligned(tensor: Tensor) -> Tensor:
+            return as_if_contiguous(tensor, tensor.storage_offset() // 4 * 4) if tensor.is_contiguous() else tensor
+
+        return super().forward(with_numbers(params, aligned))
+
+
+@wrong("check_strided_block_tables", "check_strided_alibi_slopes")
+class TakesRowsOfNumbersForDense(Kernel):
+    """Uses the last stride of pages and slopes, and takes their rows to follow each other."""
+
+    def forward(self, params: SDPAParams) -> tuple[Any, ...]:
+        def dense(tensor: Tensor) -> Tensor:
+            step = tensor.stride(-1)
+            strides = (tensor.shape[-1] * step, step)
+            return tensor.as_strided(tensor.shape, strides, tensor.storage_offset()) if tensor.dim() == 2 else tensor
+
+        return super().forward(with_numbers(params, dense))
+
+
+@wrong("check_strided_varlen_lengths")
+class TakesLengthsForContiguousInBackward(Kernel):
+    """Ignores the strides of lengths in backward alone."""
+
+    def backward(self, params: SDPAParams, *given: Any) -> tuple[Any, ...]:
+        misread = with_numbers(params, lambda tensor: as_if_contiguous(tensor, tensor.storage_offset()))
+        return super().backward(misread, *given)
 
 
 @wrong("check_nothing_outside_is_read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,9 @@ from attnplug.testing.checks.varlen import LENGTHS, PAGE_SIZES, packed
 
 ODD: dict[str, Any] = {"queries": 21, "keys": 37}
 BEHIND = 3
+ROW = ("strided", "offset", "misaligned")
+TABLE = ("strided", "column-major", "framed", "misaligned", "expanded")
+"""How lengths and other numbers in one dimension lie, and those in two."""
 
 
 def _laid(subject: Subject, layout: str, **fields: Any) -> None:
@@ -71,6 +75,47 @@ def check_strided_boolean_masks(subject: Subject) -> None:
     """A boolean mask is read by its strides."""
     for layout in ("column-major", "transposed", "strided", "offset"):
         _laid(subject, "contiguous", mask="boolean", mask_layout=layout)
+
+
+def _numbered(subject: Subject, layouts: Sequence[str], *calls: Call) -> None:
+    """Compare each call with lengths, pages, sinks and slopes in each layout."""
+    subject.compare(*(call.but(numbers_layout=layout) for layout in layouts for call in calls))
+
+
+@check(Feature.VARLEN, may_decline=True)
+def check_strided_varlen_lengths(subject: Subject) -> None:
+    """cu_seq_q and cu_seq_k are read by their strides, from wherever they start."""
+    _numbered(subject, ROW, packed(subject, *LENGTHS[0], gradients=subject.gradients))
+
+
+@check(Feature.SEQUSED_K, may_decline=True)
+def check_strided_seqused_k(subject: Subject) -> None:
+    """seqused_k is read by its stride, 0 if all sequences have one length, from wherever it starts."""
+    _numbered(subject, (*ROW, "expanded"), subject.call(used=(7, 33), gradients=subject.gradients, **ODD))
+    if subject.has(Feature.VARLEN):
+        _numbered(subject, (*ROW, "expanded"), packed(subject, *LENGTHS[0], used=(9, 12, 50)))
+
+
+@check(Feature.PAGED, may_decline=True)
+def check_strided_block_tables(subject: Subject) -> None:
+    """A block table is read by its strides: it may be part of a wider one, and all sequences may share one row."""
+    _numbered(subject, TABLE, *(packed(subject, *LENGTHS[0], page_size=size) for size in PAGE_SIZES))
+
+
+@check(Feature.SINKS, may_decline=True)
+def check_strided_sinks(subject: Subject) -> None:
+    """Sinks are read by their stride, 0 if all heads share one, from wherever they start."""
+    extra = ("sinks",) * (bool(subject.gradients) and subject.has(Feature.SINKS_GRADIENT))
+    call = subject.call(sinks=True, heads=8, queries=9, gradients=(*subject.gradients, *extra))
+    _numbered(subject, (*ROW, "expanded"), call)
+
+
+@check(Feature.ALIBI, may_decline=True)
+def check_strided_alibi_slopes(subject: Subject) -> None:
+    """Slopes are read by their strides, 0 if all heads or sequences share them, from wherever they start."""
+    call = subject.call(heads=4, gradients=subject.gradients, **ODD)
+    _numbered(subject, ("strided", "expanded"), call.but(alibi="h"))
+    _numbered(subject, TABLE, call.but(alibi="bh"))
 
 
 @check(may_decline=True)
