@@ -54,6 +54,17 @@ def test_pairs_are_those_of_a_mask_written_out(queries, keys, causal, variant, l
     assert case.pairs == int(seen.expand(queries, keys).sum())
 
 
+def test_what_a_case_costs_is_known_at_once_however_long_it_is():
+    """A length in a file may be anything; who counts its queries one by one never ends."""
+    long, wide = 10**12, 10**9
+    case = Case(batch=long, heads=1, queries=long, head_size=1, window=(wide - 1, 0))
+    assert case.pairs == wide * (wide + 1) // 2 + (long - wide) * wide
+    assert case.forward_flops == case.pairs * long * 6
+    assert case.forward_bytes == 4 * 4 * long**2
+    packed = Case(lengths_q=(long, 3), lengths_k=(2 * long, 5), causal=True)
+    assert packed.pairs == long * (long + 1) // 2 + long**2 + (3 + 4 + 5)
+
+
 def test_sequences_that_differ_in_length_count_each_for_itself():
     case = Case(heads=4, kv_heads=2, head_size=8, lengths_q=(2, 4), lengths_k=(4, 2), causal=True, dtype="float16")
     assert (case.batch, case.queries, case.keys, case.causal_variant) == (2, 4, 4, "LOWER_RIGHT")

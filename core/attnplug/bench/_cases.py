@@ -219,29 +219,27 @@ class Case:
         """
         if self._are_alike:
             return self._pairs(self.queries, self.keys)
-        return sum(map(self._pairs, self.lengths_q or (self.queries,) * self.batch, self._lengths_k))
+        lengths_k = self.used or self.lengths_k or ()
+        return sum(map(self._pairs, self.lengths_q or (self.queries,) * self.batch, lengths_k))
 
     def _pairs(self, queries: int, keys: int) -> int:
-        """Return how many take part where a sequence has so many queries and keys."""
+        """Return how many take part where a sequence has so many queries and keys, without counting them."""
         left, right = self.window
+        right = 0 if self.causal else right
         offset = keys - queries if self.causal_variant == "LOWER_RIGHT" else 0
-        count = 0
-        for position in range(offset, offset + queries):
-            first = max(0, position - left) if left >= 0 else 0
-            last = min(keys - 1, position + right) if right >= 0 else keys - 1
-            last = min(last, position) if self.causal else last
-            count += max(0, last - first + 1)
-        return count
+
+        def up_to(distance: int) -> int:
+            """Return how many pairs have a key that lies at most `distance` behind its query."""
+            start = offset + distance
+            return _sum_to(start + queries, keys) - _sum_to(start, keys)
+
+        seen = up_to(right) if right >= 0 else queries * keys
+        return seen - (up_to(-left - 1) if left >= 0 else 0)
 
     @property
     def _are_alike(self) -> bool:
         """Whether all sequences have the same lengths."""
         return self.lengths_q is None and self.used is None
-
-    @property
-    def _lengths_k(self) -> tuple[int, ...]:
-        """How many keys of each sequence exist."""
-        return self.used or self.lengths_k or (self.keys,) * self.batch
 
     @property
     def forward_flops(self) -> int:
@@ -268,7 +266,8 @@ class Case:
     @property
     def _tensors(self) -> int:
         """Bytes of query, key and value."""
-        keys = self.kv_heads * sum(self._lengths_k) * (self.head_size + self.value_head_size)
+        existing = self.key_rows if self.used is None else sum(self.used)
+        keys = self.kv_heads * existing * (self.head_size + self.value_head_size)
         return (self.heads * self.rows * self.head_size + keys) * self.torch_dtype.itemsize
 
     @property
@@ -318,3 +317,9 @@ def _as_tuple(given: Any) -> Any:
 
 def _sizes_of(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...] | None) -> dict[str, int]:
     return {"batch": len(lengths_q), "queries": max(lengths_q), "keys": max(lengths_k or lengths_q)}
+
+
+def _sum_to(n: int, most: int) -> int:
+    """Return the sum of the numbers from 1 to `n`, of which those above `most` count as that; 0 for `n` below 1."""
+    rising = min(max(n, 0), most)
+    return rising * (rising + 1) // 2 + (max(n, 0) - rising) * most

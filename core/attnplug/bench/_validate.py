@@ -99,8 +99,8 @@ def _check_sequences(case: Any) -> None:
             raise BenchError(
                 f"{name}: expected at least the longest sequence's, {max(lengths)}, got {getattr(case, name)}"
             )
-    most = case.lengths_k or (case.keys,) * case.batch
-    for number, limit in zip(case.used or (), most, strict=False):
+    used = case.used or ()
+    for number, limit in zip(used, case.lengths_k or (case.keys,) * len(used), strict=False):
         if type(number) is not int or not 0 <= number <= limit:
             raise BenchError(f"used: expected numbers from 0 to {limit}, the keys that a sequence has, got {number!r}")
     if case.page_size is not None and (type(case.page_size) is not int or case.page_size < 1):
