@@ -14,6 +14,7 @@ import pytest
 import attnplug
 from attnplug import Choices, ChoicesError
 from attnplug.bench import Case
+from attnplug.cli import main
 from measured import fastest
 
 CASE = Case(heads=2, queries=8, head_size=8)
@@ -26,6 +27,31 @@ def test_saved_choices_are_read_back(tmp_path):
     assert json.loads(path.read_text())["format"] == 1
     assert path.stat().st_mode & 0o444 == 0o444  # for others to read
     assert len(choices) == len(list(choices)) == 2
+
+
+def test_notes_are_read_back_and_are_those_of_what_was_saved_last(tmp_path, capsys):
+    path = tmp_path / "choices.json"
+    first, second = (
+        replace(fastest((CASE.but(queries=queries), "aten_math")), notes=(note,))
+        for queries, note in ((8, "Interrupted: not measured is one."), (64, "WRONG, so not chosen: aten_flash."))
+    )
+    first.save(path)
+    assert str(Choices.load(path)) == str(first) and first.notes[0] in str(first)
+    second.save(path)
+    assert Choices.load(path) == first | second
+    assert Choices.load(path).notes == second.notes
+    main(["list", "--choices", str(path)])
+    assert second.notes[0] in capsys.readouterr().out
+    main(["list", "--choices", str(path), "--json"])
+    assert json.loads(capsys.readouterr().out)["notes"] == list(second.notes)
+
+
+@pytest.mark.parametrize("notes", ["text", [1], {"a": "b"}, None])
+def test_notes_that_are_no_sentences_are_damage(tmp_path, notes):
+    path = fastest((CASE, "aten_math")).save(tmp_path / "choices.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "notes": notes}))
+    with pytest.raises(ChoicesError, match="is damaged"):
+        Choices.load(path)
 
 
 def test_saving_adds_to_what_is_there_and_what_was_measured_last_counts(tmp_path):

@@ -33,8 +33,8 @@ def default_place() -> Path:
     return user_cache_path("attnplug", appauthor=False) / "choices.json"
 
 
-def read(path: Path) -> tuple[Table, ...]:
-    """Return the tables in a file.
+def read(path: Path) -> tuple[tuple[Table, ...], tuple[str, ...]]:
+    """Return the tables in a file, and the notes of the measurement that was saved last.
 
     Raises:
         ChoicesError: there is none, it cannot be read, or it holds no choices in a format that is known.
@@ -54,16 +54,16 @@ def read(path: Path) -> tuple[Table, ...]:
     return from_plain(given, str(path))
 
 
-def add(tables: tuple[Table, ...], path: Path) -> Path:
-    """Add tables to those in a file, which may not be there yet.
+def add(tables: tuple[Table, ...], notes: tuple[str, ...], path: Path) -> Path:
+    """Add tables to those in a file, which may not be there yet. Notes replace others, which would grow untrue.
 
     Raises:
         ChoicesError: it cannot be written, or what is there holds no choices: nothing is overwritten then.
     """
     path = _file(path)
     with _locked(path):
-        together = joined((*read(path), *tables)) if path.exists() else tables
-        _replace(path, json.dumps(as_plain(together), indent=1) + "\n")
+        together = joined((*read(path)[0], *tables)) if path.exists() else tables
+        _replace(path, json.dumps(as_plain(together, notes), indent=1) + "\n")
     return path
 
 
@@ -129,8 +129,8 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def as_plain(tables: tuple[Table, ...]) -> dict[str, Any]:
-    """Return tables as JSON has them."""
+def as_plain(tables: tuple[Table, ...], notes: tuple[str, ...]) -> dict[str, Any]:
+    """Return tables and notes as JSON has them."""
     return {
         "format": FORMAT,
         "tables": [
@@ -145,11 +145,12 @@ def as_plain(tables: tuple[Table, ...]) -> dict[str, Any]:
             }
             for one in tables
         ],
+        "notes": list(notes),
     }
 
 
-def from_plain(given: Any, where: str) -> tuple[Table, ...]:
-    """Return the tables that `as_plain` wrote.
+def from_plain(given: Any, where: str) -> tuple[tuple[Table, ...], tuple[str, ...]]:
+    """Return the tables and notes that `as_plain` wrote.
 
     Raises:
         ChoicesError: it did not write that, or another version did; `where` stands before the message.
@@ -162,7 +163,7 @@ def from_plain(given: Any, where: str) -> tuple[Table, ...]:
             f"another file (attnplug tune -o FILE), or use the version of attnplug that wrote it"
         )
     try:
-        return tuple(_table(one) for one in given["tables"])
+        return tuple(_table(one) for one in given["tables"]), _notes(given.get("notes", []))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ChoicesError(f"{where}: is damaged ({error!r}); remove it and measure again: attnplug tune") from error
 
@@ -171,6 +172,12 @@ def _table(given: dict[str, Any]) -> Table:
     versions = {str(name): None if version is None else str(version) for name, version in given["versions"].items()}
     choices = tuple(_choice(one) for one in given["choices"])
     return Table(str(given["device"]), str(given["capability"]), versions, choices)
+
+
+def _notes(given: Any) -> tuple[str, ...]:
+    if type(given) is not list or not all(type(note) is str for note in given):
+        raise ValueError(f"notes: {given!r}")
+    return tuple(given)
 
 
 def _choice(given: dict[str, Any]) -> Choice:

@@ -19,7 +19,7 @@ class Choices:
 
     Attributes:
         tables: one for each device and set of versions.
-        notes: remarks on the measurement, in sentences; not saved.
+        notes: remarks on the measurement, in sentences; a file has those of the one that was saved last.
         source: the file that they came from, if any.
     """
 
@@ -41,13 +41,13 @@ class Choices:
         from attnplug._selection.choice_files import default_place, read
 
         place = default_place() if path is None else as_path("path", path)
-        return cls(read(place), source=str(place))
+        return cls(*read(place), source=str(place))
 
     def save(self, path: str | Path | None = None) -> Path:
         """Add these choices to a file, and return its path.
 
-        The file keeps what it has, except for kinds of calls that were measured again. Several processes may save
-        to one file at once; a concurrent reader sees a complete file.
+        The file keeps what it has, except for kinds of calls that were measured again, and the notes. Several
+        processes may save to one file at once; a concurrent reader sees a complete file.
 
         Args:
             path: of the file, whose folder is made; by default `choices.json` in this user's cache folder.
@@ -57,7 +57,7 @@ class Choices:
         """
         from attnplug._selection.choice_files import add, default_place
 
-        return add(self.tables, default_place() if path is None else as_path("path", path))
+        return add(self.tables, self.notes, default_place() if path is None else as_path("path", path))
 
     def __or__(self, other: Choices) -> Choices:
         if not isinstance(other, Choices):

@@ -19,7 +19,7 @@ def save(choices: Choices, place: Path) -> None:
     try:
         choices.save(place)
     except ChoicesError:
-        render.print_json(as_plain(choices.tables))
+        render.print_json(as_plain(choices.tables, choices.notes))
         raise
 
 

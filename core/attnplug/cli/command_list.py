@@ -72,18 +72,21 @@ def _list_choices(arguments: argparse.Namespace) -> int:
 
     reasons = [why_not_here(one) for one in listed.tables]
     if arguments.json:
-        tables = as_plain(listed.tables)["tables"]
+        plain = as_plain(listed.tables, listed.notes)
         render.print_json(
             {
                 "source": listed.source,
                 "in_use": used is not None,
-                "tables": [{**one, "reason": reason} for one, reason in zip(tables, reasons, strict=True)],
+                "tables": [{**one, "reason": reason} for one, reason in zip(plain["tables"], reasons, strict=True)],
+                "notes": plain["notes"],
             }
         )
     else:
         for one, reason in zip(listed.tables, reasons, strict=True):
             choices.show(attnplug.Choices((one,)))
             render.put(f"does not hold here: {reason}\n" if reason else "holds here\n")
+        for note in listed.notes:
+            render.put(note)
         state = "in use" if used is not None else "not in use; ATTNPLUG_CHOICES or use_choices puts them to use"
         render.put(f"{listed.source}: {choices.counted(listed)}, {state}")
     return 0 if "" in reasons else 1

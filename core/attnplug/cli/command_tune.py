@@ -82,7 +82,7 @@ def _print(arguments: argparse.Namespace, found: Choices, place: Path) -> None:
 
     if arguments.json:
         saved = str(place) if len(found) else None
-        render.print_json({**as_plain(found.tables), "notes": list(found.notes), "saved": saved})
+        render.print_json({**as_plain(found.tables, found.notes), "saved": saved})
         return
     choices.show(found)
     if len(found):
