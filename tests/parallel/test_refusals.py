@@ -100,6 +100,38 @@ def test_wrong_arguments_are_named(world: Worlds, what: str, text: str) -> None:
         assert str(result).startswith(text.format(rank))
 
 
+UNLIKE = [
+    ("is_causal", True, "is_causal: is {} here and {} on rank {}", ("False", "True")),
+    ("dtype", "float16", "query, key, value: is {} here and {} on rank {}", ("torch.float32", "torch.float16")),
+    ("dtype", "bfloat16", "query, key, value: is {} here and {} on rank {}", ("torch.float32", "torch.bfloat16")),
+    ("batch", 2, "batch of query: is {} here and {} on rank {}", ("1", "2")),
+    ("heads", 12, "heads of query and of key: is {} here and {} on rank {}", ("[6, 6]", "[12, 12]")),
+    ("window_size", (2, 2), "window_size: is {} here and {} on rank {}", ("[-1, -1]", "[2, 2]")),
+]
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+@pytest.mark.parametrize(
+    ("name", "value", "text", "values"),
+    [pytest.param(*each, marks=() if each[0] == "is_causal" else pytest.mark.slow) for each in UNLIKE],
+)
+def test_ranks_that_call_differently_are_told_before_any_message(
+    tmp_path: Path, method: str, name: str, value: Any, text: str, values: tuple[str, str]
+) -> None:
+    """They would read each other's messages amiss: gloo ends a process, and what the other returns is anything."""
+    world = World(3, tmp_path, timeout=timedelta(seconds=10))
+    world.start(ranks_do.unlike, method, name, value)
+    results = [str(result) for result in world.results()]
+    for process in world.processes:
+        process.kill()
+        process.join()
+    told = {f"ValueError: {text.format(*values, 2)}", *(f"ValueError: {text.format(*values[::-1], r)}" for r in (0, 1))}
+    said = [result for result in results if any(result.startswith(each) for each in told)]
+    assert said and len(results) == 3, results
+    for result in results:
+        assert result in said or result.startswith("ParallelError: rank"), results
+
+
 FAILED = "rank 1 of the group failed with OSError: this rank is broken"
 GONE = "rank 1 of the group does not answer"
 

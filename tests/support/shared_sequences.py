@@ -353,6 +353,17 @@ def mistaken(what: str) -> None:
         parallel.context_parallel(torch.nn.Linear(2, 2), group, "rings")
 
 
+def unlike(method: str, name: str, value: Any) -> None:
+    """Let the last rank call with another value of one argument, or with other tensors."""
+    given: dict[str, Any] = {"batch": 1, "heads": 6, "dtype": "float32", "is_causal": False, "window_size": (-1, -1)}
+    if dist.get_rank() == dist.get_world_size() - 1:
+        given[name] = value
+    batch, heads, kind = (given.pop(each) for each in ("batch", "heads", "dtype"))
+    part = torch.randn(batch, heads, 8, 16, dtype=getattr(torch, kind))
+    attend = parallel.ring_attention if method == "ring" else parallel.ulysses_attention
+    attend(part, part, part, group=dist.group.WORLD, **given)
+
+
 def failing(method: str, rank: int, how: str, when: str) -> None:
     """Let one rank raise, be killed, or stop, in the kernel of the second call, forward or backward."""
     dense(method, impl="opaque", is_causal=True, heads=(6, 3))

@@ -187,7 +187,8 @@ def _error(
     )
 
 
-def _store(group: dist.ProcessGroup) -> Any:
+def store_of(group: dist.ProcessGroup) -> Any:
+    """Return where the ranks of a group leave words for each other."""
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
     return PrefixStore(f"attnplug/{group.group_name}", _get_default_store())
@@ -196,7 +197,7 @@ def _store(group: dist.ProcessGroup) -> Any:
 def _say(group: dist.ProcessGroup, text: str) -> None:
     """Tell ranks that ask why this rank does not go on."""
     with suppress(Exception):  # the store goes with the process that holds it; then there is nobody to tell
-        _store(group).set(str(group.rank()), text)
+        store_of(group).set(str(group.rank()), text)
         _said.add(group)
 
 
@@ -205,13 +206,13 @@ def _unsay(group: dist.ProcessGroup) -> None:
     if group in _said:
         _said.discard(group)
         with suppress(Exception):  # as in `_say`
-            _store(group).delete_key(str(group.rank()))
+            store_of(group).delete_key(str(group.rank()))
 
 
 def _heard(group: dist.ProcessGroup, rank: int, deadline: float) -> str:
     """Return what a rank says of itself, or nothing if it says nothing."""
     try:
-        store = _store(group)
+        store = store_of(group)
         while not store.check([str(rank)]):
             if time.monotonic() > deadline:
                 return ""

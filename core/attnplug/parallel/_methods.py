@@ -16,6 +16,7 @@ from attnplug._call.validate import check_mask
 from attnplug._run.contract import Result
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._types import SDPAParams
+from attnplug.parallel._alike import check_alike
 from attnplug.parallel._entries import check_impl, run_ring
 from attnplug.parallel._exchange import reporting
 from attnplug.parallel._heads import Heads
@@ -69,6 +70,7 @@ def _by_heads(params: SDPAParams, heads: Heads, of_queries: list[int], of_keys: 
     if is_compiling():
         return _changed(params, heads, of_queries, of_keys, attend)
     with reporting(heads.group):
+        check_alike(heads.group, "heads", params)
         return _changed(params, heads, of_queries, of_keys, attend)
 
 

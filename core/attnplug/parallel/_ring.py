@@ -25,6 +25,7 @@ from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
 from attnplug._selection.watching import wished
 from attnplug._types import Feature, SDPAParams
+from attnplug.parallel._alike import check_alike
 from attnplug.parallel._exchange import Transfer, connect, exchange, reporting
 from attnplug.parallel._kernels import Source, choose, entry_of, number_of, part_backward, source_of, whole_backward
 from attnplug.parallel._merge import Merged, weights
@@ -83,6 +84,7 @@ class Ring(OfOneRank):
         """Return `out`, `lse` and what backward must know: the kernel, whether it saves tensors, and the seed."""
         grad = any(tensor is not None and tensor.requires_grad for tensor in tensors_of(params)[: len(DIFFERENTIABLE)])
         with reporting(self.group), torch.no_grad():
+            check_alike(self.group, "ring", params)
             call = Share.of(self.group, params)
             impl = wished(self.impl) if thread.state.watched else self.impl
             selection = current_selection(impl)
