@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -326,6 +327,38 @@ class Part(nn.Module):
             return attend(part, part, part, impl=self.impl)
         mask = torch.ones(4, part.shape[2], dtype=torch.bool) if self.impl != "opaque" else None
         return attend(query, part, part, mask, impl=self.impl)
+
+
+class PreparesBoth(Prepares):
+    """One that prepares for their backward, too."""
+
+    def prepare_backward(self, params: SDPAParams, grad_out: Tensor, *_: Any) -> Any:
+        return lambda query, key, value, grad, *_: (grad * 2, torch.zeros_like(key), torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("kernel", [Opaque, PreparesBoth])
+def test_a_backward_is_an_operator_to_a_mode_that_begins_after_forward(kernel: Any) -> None:
+    register("opaque", kernel)
+    leaves = [Q.clone().requires_grad_() for _ in range(3)]
+    for _ in range(4):
+        out = attend(*leaves, impl="opaque")
+        torch.autograd.grad(out, leaves, Q, retain_graph=True)
+
+    def backward(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    for tracing_mode in ("real", "fake", "symbolic"):
+        graph = make_fx(backward, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(Q)
+        names = [str(node.target) for node in graph.graph.nodes]
+        assert any(name.startswith("attnplug.opaque") and "_backward" in name for name in names), graph.code
+        for found, expected in zip(graph(Q + 1), (2 * Q + 2, 0 * Q, 0 * Q), strict=True):
+            assert torch.equal(found, expected)
+    with FlopCounterMode(display=False) as counter:
+        assert torch.equal(backward(Q)[0], 2 * Q)
+    assert counter.get_total_flops() > 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for grad in (mode.from_tensor(Q), torch.ones(Q.shape)):
+            assert all(isinstance(found, FakeTensor) and found.shape == Q.shape for found in backward(grad))
 
 
 @pytest.mark.parametrize("of", ["length", "batch", "keys"])

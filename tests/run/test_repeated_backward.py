@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import attnplug
 from attnplug import Capabilities, Feature, GradientError, ImplSpec, KernelError, SDPAParams
@@ -195,19 +194,18 @@ def test_hooks_of_saved_tensors_may_give_other_tensors_back(unpack: Any) -> None
             )
 
 
-def test_under_autocast_a_mode_or_a_transform_backward_runs_as_ever() -> None:
+def test_under_autocast_or_a_transform_backward_runs_as_ever() -> None:
     with registered(kernel := Trains()) as attend:
         for _ in range(3):
             assert_right(attend, torch.randn(SHAPE))
         runs = kernel.runs
-        for around in (torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False)):
-            for _ in range(2):
-                given, grad_out = leaves(), torch.randn(SHAPE)
-                out = attend(*given)
-                expected = torch.autograd.grad(attention(*given)[0], given, grad_out)
-                with around:
-                    found = torch.autograd.grad(out, given, grad_out)
-                torch.testing.assert_close(found, expected)
+        for _ in range(2):
+            given, grad_out = leaves(), torch.randn(SHAPE)
+            out = attend(*given)
+            expected = torch.autograd.grad(attention(*given)[0], given, grad_out)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = torch.autograd.grad(out, given, grad_out)
+            torch.testing.assert_close(found, expected)
         given, grads = leaves(), torch.randn(3, *SHAPE)
         found = torch.autograd.grad(attend(*given), given, grads, is_grads_batched=True)
         torch.testing.assert_close(

@@ -26,7 +26,7 @@ from attnplug._run.contract import (
     run_forward,
     tensors_of,
 )
-from attnplug._run.operator import backward_in_trace
+from attnplug._run.operator import backward_in_trace, count_modes
 from attnplug._types import Feature, SDPAParams
 
 
@@ -111,7 +111,8 @@ class _Attention(torch.autograd.Function):
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         recording, tracing = torch.is_grad_enabled(), is_compiling()
         dual = forward_ad._current_level >= 0  # in which a gradient may have a tangent, which no kernel reads
-        if not (grad_out is None or grad_lse is not None or recording or tracing or dual or any_autocast()):
+        watched = not tracing and count_modes() > 0  # by what must see an operator, wherever forward ran
+        if not (grad_out is None or grad_lse is not None or recording or tracing or dual or watched or any_autocast()):
             found = one.backward(ctx.needs_input_grad[1:], grad_out, *everything)
             if found is not None:
                 return None, *found[: one.count]
@@ -128,7 +129,8 @@ class _Attention(torch.autograd.Function):
         ):
             grads = backward_of_wrapped(call, *given)
         else:
-            grads = backward_in_trace(call, *given) if tracing else call.backward(*given)
+            as_operator = tracing or (opaque and watched)
+            grads = backward_in_trace(call, *given) if as_operator else call.backward(*given)
             if recording:
                 inputs = *tensors[: len(DIFFERENTIABLE)], grad_out, grad_lse
                 grads = _refuse_second_derivatives(call.entry, grads, inputs)

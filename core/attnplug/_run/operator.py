@@ -69,6 +69,7 @@ SAVES = hashlib.sha256(f"{__version__} {_FORWARD} {_BACKWARD}".encode()).hexdige
 """A digest of what all compiled graphs rely on; what one relies on besides is what forward returns."""
 _NAMES = tuple(part.split()[-1] for part in ARGUMENTS.split(", "))
 
+count_modes = torch._C._len_torch_dispatch_stack
 _defined: set[str] = set()
 _draws = itertools.count(1)
 
@@ -157,9 +158,7 @@ def operator_of(entry: Entry) -> Operator:
 
 def is_watched(query: Tensor) -> bool:
     """Whether something (a trace, fake tensors, a dispatch mode) must see a kernel as an operator."""
-    return (
-        type(query) is not Tensor and type(query) is not torch.nn.Parameter
-    ) or torch._C._len_torch_dispatch_stack() > 0
+    return (type(query) is not Tensor and type(query) is not torch.nn.Parameter) or count_modes() > 0
 
 
 class Operator:
@@ -342,7 +341,7 @@ class OperatorCall(KernelCall):
 
 
 def backward_in_trace(call: KernelCall, tensors: Given, *given: Any) -> list[Tensor | None]:
-    """Run the backward of a call whose forward ran in eager code, where compiled autograd traces backward.
+    """Run the backward of a call whose forward ran in eager code, where compiled autograd or a mode sees backward.
 
     The arguments are those of `KernelCall.backward`. A trace cannot look into the kernel.
     """
