@@ -157,6 +157,8 @@ def test_a_profile_gives_the_share_of_time_of_each_module_and_kind_of_call_forwa
     by_impl = ran.shares(profiled)
     assert by_impl["math_ref"].share == pytest.approx(shares["", "float32 E8 H2 Sq<=512 Sk<=512", "math_ref"].share)
     assert sum(each.share for each in shares.values()) == pytest.approx(sum(each.share for each in by_impl.values()))
+    calls = {each.key for each in profiled.key_averages() if each.key.startswith("attnplug.call::")}
+    assert calls == {f"attnplug.call::{kind}{f' in {module}' * bool(module)}" for module, kind, _ in shares}
     table = ran.table(profiled)
     assert re.search(r"\n      2 +\d+\.\d%  torch +cpu float32 E8 H2 Sq<=8 Sk<=8 grad\n", table)
     assert max(map(len, table.splitlines())) <= 80

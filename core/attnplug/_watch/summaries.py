@@ -242,7 +242,7 @@ class _Tally(Watcher):
         self._count(call, kind, module)
         if not is_profiled():
             return run(params)
-        with labelled(f"{_CALL}{kind}{_IN}{module}"):
+        with labelled(f"{_CALL}{kind}{_IN}{module}" if module else f"{_CALL}{kind}"):
             return run(params)
 
     def told(self, call: RecordedCall) -> None:
