@@ -20,6 +20,14 @@ _LEVELS = 64
 """How many the older `vmap` has."""
 
 
+Transform: Any = torch._C._functorch.TransformType
+
+
+def transforms_around() -> list[Any]:
+    """Return the kinds of the transforms of `torch.func` around this call, the innermost last."""
+    return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+
+
 def is_wrapped(tensor: Tensor | None) -> bool:
     """Whether a tensor has no memory of its own, because a transform has wrapped it.
 

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnplug._errors import GradientError
 from attnplug._registry.kernel import OfOneRank
 from attnplug._registry.registry import Entry
-from attnplug._run.batched import one_by_one, refuse_equal_draws
+from attnplug._run.batched import Transform, one_by_one, refuse_equal_draws, transforms_around
 from attnplug._run.contract import (
     CONSTANTS,
     DIFFERENTIABLE,
@@ -145,9 +145,8 @@ def _hides_gradients() -> bool:
 
     Those that differentiate themselves do tell, and take no operator that has a gradient of its own.
     """
-    kinds = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
-    known = torch._C._functorch.TransformType
-    return bool(kinds) and kinds <= {known.Vmap, known.Functionalize} and forward_ad._current_level < 0
+    kinds = {*transforms_around()}
+    return bool(kinds) and kinds <= {Transform.Vmap, Transform.Functionalize} and forward_ad._current_level < 0
 
 
 @cache

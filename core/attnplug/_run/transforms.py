@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
 from attnplug._run.autograd import refusing_lse_gradient
-from attnplug._run.batched import backward_of_wrapped, one_by_one, refuse_equal_draws
+from attnplug._run.batched import Transform, backward_of_wrapped, one_by_one, refuse_equal_draws, transforms_around
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
@@ -38,9 +38,7 @@ def is_transformed() -> bool:
 
 def is_mapped_alone() -> bool:
     """Whether `vmap` is all that is around this call."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    kinds = {interpreter.key() for interpreter in stack}
-    return forward_ad._current_level < 0 and kinds == {torch._C._functorch.TransformType.Vmap}
+    return forward_ad._current_level < 0 and {*transforms_around()} == {Transform.Vmap}
 
 
 def run_transformed(entry: Entry, params: SDPAParams) -> Result:
@@ -83,8 +81,7 @@ def _innermost(tensor: Tensor) -> Tensor:
 
 def _is_functionalized() -> bool:
     """Whether the innermost transform is `torch.func.functionalize`."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Functionalize
+    return transforms_around()[-1:] == [Transform.Functionalize]
 
 
 class _Forward(torch.autograd.Function):
