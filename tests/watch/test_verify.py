@@ -129,6 +129,18 @@ def test_raise_raises_from_the_call_an_error_that_can_be_pickled() -> None:
     assert str(again) == str(caught.value)
 
 
+def test_a_copy_of_what_goes_on_has_what_was_found_and_does_not_go_on() -> None:
+    query, key, value = tensors()
+    with attnplug.verify(1.0) as watched:
+        attnplug.scaled_dot_product_attention(query, key, value)
+        again = pickle.loads(pickle.dumps(watched))
+        attnplug.scaled_dot_product_attention(query, key, value)
+    assert again.results == 1 and watched.results == 2
+    with again:
+        attnplug.scaled_dot_product_attention(query, key, value)
+    assert again.results == 2
+
+
 def test_a_function_gets_the_tensors_and_the_record_keeps_none() -> None:
     impl = register(WrongOut)
     query, key, value = tensors(9)

@@ -36,6 +36,21 @@ _FAMILIES = {
     for spelling in (member.name, member.name.lower())
 }
 """What is said to those who write a family where a name is asked for."""
+_ELSEWHERE = {
+    other: f"is called {name!r} here"
+    for name, others in {
+        "torch": ("sdpa", "native"),
+        "math_ref": ("eager", "reference"),
+        "flash_attn2": ("flash_attention_2", "FA2", "fa2"),
+        "flash_attn3": ("flash_attention_3",),
+        "flash_attn4": ("flash_attention_4",),
+        "sage_attention": ("sage", "sageattn"),
+        "flex": ("flex_attention",),
+        "efficient_cuda": ("cutlass", "mem_efficient", "memory_efficient"),
+    }.items()
+    for other in others
+} | dict.fromkeys(("flash", "FLASH"), "may be the family SDPBackend.FLASH_ATTENTION, or 'flash_attn2'")
+"""What is said to those who write what an implementation is called in transformers, diffusers or PyTorch."""
 
 
 @dataclass(eq=False)
@@ -245,7 +260,7 @@ class Registry:
         contested = self._contested.get(name)
         if contested is not None:
             raise _duplicate(None, contested)
-        raise UnknownImplementationError(name, (*self.names(), *also), where, _FAMILIES | self.absent())
+        raise UnknownImplementationError(name, (*self.names(), *also), where, _ELSEWHERE | _FAMILIES | self.absent())
 
     def absent(self) -> dict[str, str]:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""

@@ -127,6 +127,10 @@ class verify:
         self.skipped: Counter[str] = Counter()
         self._watcher: _Verifier | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: what was found, but not that it goes on."""
+        return {**self.__dict__, "_watcher": None}
+
     def start(self) -> verify:
         """Verify the calls of every thread, until `stop()`; returns itself."""
         return self._begin(everywhere=True)
