@@ -93,7 +93,9 @@ def test_a_busy_machine_is_refused_unless_forced(captured, idle, tmp_path, capsy
         (["-o", "file"], "file: is not JSON"),
     ],
 )
-def test_a_wrong_use_is_said_before_anything_is_measured(arguments, message, captured, idle, tmp_path, monkeypatch, capsys):
+def test_a_wrong_use_is_said_before_anything_is_measured(
+    arguments, message, captured, idle, tmp_path, monkeypatch, capsys
+):
     idle["share"] = 0.3  # that the machine is busy is no answer to a wrong use
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no JSON")

@@ -317,6 +317,7 @@ def test_threads_that_verify_together_lose_nothing() -> None:
         ({"rate": True}, "rate: expected a number from 0 to 1"),
         ({"rate": float("nan")}, "rate: expected a number from 0 to 1"),
         ({"rate": 0.1, "on_mismatch": "ignore"}, "on_mismatch: expected 'warn', 'raise' or a function"),
+        ({"rate": 0.1, "reference": "flash_triton"}, "reference: 'flash_triton' does not compute in float64 (only bfl"),
         ({"rate": 0.1, "reference": "math_reff"}, "reference: unknown implementation 'math_reff'; did you mean"),
     ],
 )

@@ -141,9 +141,7 @@ def _parsed_in_trace(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
 
 
 @constant_in_traces
-def _parsed_outside(
-    items: tuple[Any, ...], families: tuple[bool, ...], set_priority: bool
-) -> tuple[Scope, bool] | str:
+def _parsed_outside(items: tuple[Any, ...], families: tuple[bool, ...], set_priority: bool) -> tuple[Scope, bool] | str:
     """Check a scope outside the graph, in which families are plain numbers; return what is wrong, if anything is."""
     try:
         given = [SDPBackend(item) if family else item for item, family in zip(items, families, strict=True)]

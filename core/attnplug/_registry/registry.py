@@ -7,6 +7,7 @@ never acts on a registry that has changed since.
 from __future__ import annotations
 
 import itertools
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -51,6 +52,11 @@ _ELSEWHERE = {
     for other in others
 } | dict.fromkeys(("flash", "FLASH"), "may be the family SDPBackend.FLASH_ATTENTION, or 'flash_attn2'")
 """What is said to those who write what an implementation is called in transformers, diffusers or PyTorch."""
+
+_HERE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_KERNELS = os.path.join(_HERE, "builtin", "")
+_OF_A_DATACLASS = "<string>"
+"""The file of the `__init__` that Python generates for a declaration."""
 
 
 @dataclass(eq=False)
@@ -343,12 +349,22 @@ def _unique_name(claimants: list[Entry], entry: Entry) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception in one line, with the innermost place in which it was raised."""
+    """Return an exception in one line, with the innermost place in which it was raised.
+
+    What attnplug raises about a declaration is found where that is made, and not in attnplug.
+    """
     text = of_error(error)
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:
         return text
-    return f"{text} (in {printable(frames[-1].filename)}, line {frames[-1].lineno})"
+    if _is_machinery(frames[-1]):
+        frames = [frame for frame in frames if not (_is_machinery(frame) or frame.filename == _OF_A_DATACLASS)]
+    return f"{text} (in {printable(frames[-1].filename)}, line {frames[-1].lineno})" if frames else text
+
+
+def _is_machinery(frame: traceback.FrameSummary) -> bool:
+    """Whether this is code of attnplug, and none of its kernels."""
+    return frame.filename.startswith(_HERE) and not frame.filename.startswith(_KERNELS)
 
 
 def report_broken(what: str, error: BaseException, reason: str = "") -> None:
