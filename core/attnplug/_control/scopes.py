@@ -110,7 +110,7 @@ def described(block: Block) -> str:
 def _parsed(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
     """Return the scope that the arguments describe and whether `torch` is its first; from memory if it can be."""
     if is_dynamo_compiling():
-        return or_eagerly(_parsed_in_trace, backends, set_priority)  # type: ignore[no-any-return]
+        return or_eagerly(_parsed_in_trace, backends, set_priority)
     generation, kind = (process.registry or start()).generation, type(backends)
     try:
         if kind is list or kind is tuple:

@@ -354,7 +354,7 @@ def describe(error: BaseException) -> str:
     What attnplug raises about a declaration is found where that is made, and not in attnplug.
     """
     text = of_error(error)
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     if isinstance(error, SyntaxError) or not frames:
         return text
     if _is_machinery(frames[-1]):
