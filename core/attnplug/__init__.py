@@ -7,6 +7,7 @@ when it is first used, plugins when the registry is first used, and a kernel whe
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from attnplug._control.registration import list_flash_attention_impls, list_impls, register_impl, unregister_impl
@@ -175,7 +176,8 @@ def __getattr__(name: str) -> Any:
     if name == "parallel":  # torch.distributed is imported where it is needed
         return importlib.import_module("attnplug.parallel")
     if module is None:
-        raise AttributeError(f"module 'attnplug' has no attribute {name!r}")
+        # With these two Python suggests the name that was probably meant.
+        raise AttributeError(f"module 'attnplug' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     importlib.import_module("attnplug._control.torch_registry")
     importlib.import_module("attnplug._watch")
     value = getattr(importlib.import_module(module), name)

@@ -145,8 +145,12 @@ class ChoicesWarning(UserWarning):
 
 def did_you_mean(name: object, known: Iterable[str], remarks: Mapping[str, str] | None = None) -> str:
     """Return `; did you mean 'x'?` for the closest of `known`, or an empty string; `remarks` says more of some."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    in_lower_case: dict[str, str] = {}
+    for each in known:
+        in_lower_case.setdefault(each.lower(), each)
+    close = difflib.get_close_matches(str(name).lower(), in_lower_case, n=1, cutoff=0.6)
     if not close:
         return ""
-    remark = (remarks or {}).get(close[0], "")
-    return f"; did you mean {close[0]!r}{f', which {remark}' if remark else ''}?"
+    meant = in_lower_case[close[0]]
+    remark = (remarks or {}).get(meant, "")
+    return f"; did you mean {meant!r}{f', which {remark}' if remark else ''}?"

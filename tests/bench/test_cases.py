@@ -239,6 +239,23 @@ def test_yaml_and_toml_say_the_same_cases(tmp_path):
     assert from_yaml[0].name == "sweep B1 H4/2 S64 D32 causal float32 fwd+bwd"
 
 
+@pytest.mark.parametrize(
+    ("defaults", "case", "lengths"),
+    [
+        ("length: 64", "queries: 1, keys: 512", (1, 512)),
+        ("length: 64", "queries: 1", (1, 64)),
+        ("length: 64", "keys: 512", (64, 512)),
+        ("queries: 1, keys: 512", "length: 64", (64, 64)),
+        ("keys: 512", "queries: 1", (1, 512)),
+        ("length: 64", "heads: 2", (64, 64)),
+    ],
+)
+def test_what_a_case_says_of_its_lengths_comes_before_what_the_defaults_say(tmp_path, defaults, case, lengths):
+    text = f"defaults: {{{defaults}, device: cpu}}\ncases: [{{{case}}}]"
+    (found,) = bench.read_cases(written(tmp_path, "mine.yaml", text))
+    assert (found.queries, found.keys) == lengths
+
+
 def test_device_and_dtype_from_outside_win(tmp_path):
     cases = bench.read_cases(written(tmp_path, "mine.yaml", YAML), device="cuda", dtype="float16")
     assert {(case.device, case.dtype) for case in cases} == {("cuda", "float16")}
@@ -248,6 +265,8 @@ def test_device_and_dtype_from_outside_win(tmp_path):
     ("name", "text", "message"),
     [
         ("a.yaml", "cases: [{heads: 4, quries: 8}]", "case 1: no field 'quries'; did you mean 'queries'?"),
+        ("a.yaml", "cases: [{heads: 4, lenght: 8}]", "case 1: no field 'lenght'; did you mean 'length'?"),
+        ("a.yaml", "cases: [{length: 8, keys: 16}]", "case 1: length: sets queries and keys at once; leave out keys"),
         ("a.yaml", "cases: [{heads: 4}, {heads: 0}]", "case 2: heads: expected a number from 1 on, got 0"),
         ("a.yaml", "cases: [heads]", "case 1: expected fields such as heads and queries, got 'heads'"),
         ("a.yaml", "cases: [{heads: [2, two]}]", "case 1: heads: expected a number from 1 on, got 'two'"),

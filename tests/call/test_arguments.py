@@ -35,6 +35,8 @@ DENSE = [
     ({"attn_mask": "causal"}, TypeError, r"attn_mask: expected a torch.Tensor or None, got str"),
     ({"attn_mask": torch.ones(5, 7, dtype=INT)}, ValueError, r"attn_mask: dtype torch.int32 .* accepted: torch.bool"),
     ({"attn_mask": torch.ones(5, 6)}, ValueError, r"attn_mask: shape \(5, 6\) does not broadcast to .*\(2, 4, 5, 7\)"),
+    ({"attn_mask": torch.ones(2, 7).bool()}, ValueError, r"\(2, 7\) does not broadcast to .* mask\[:, None, None, :\]"),
+    ({"attn_mask": torch.ones(2, 5, 7)}, ValueError, r"\(2, 5, 7\) does not broadcast to .* mask\[:, None\]"),
     ({"attn_mask": torch.ones(5, 7, device="meta")}, ValueError, r"attn_mask: is on meta, the query on cpu"),
     ({"dropout_p": 1.5}, ValueError, r"dropout_p: expected a probability between 0 and 1, got 1.5"),
     ({"dropout_p": -0.1}, ValueError, r"dropout_p: .* got -0.1"),
@@ -64,6 +66,10 @@ DENSE = [
     ({"impl": 3}, TypeError, r"impl: expected the name of an implementation or None, got 3"),
     ({"impl": ["torch"]}, TypeError, r"impl: expected the name"),
     ({"impl": "MATH"}, attnplug.UnknownImplementationError, r"'MATH' is a family: sdpa_kernel takes SDPBackend.MATH"),
+    ({"impl": "sdpa"}, attnplug.UnknownImplementationError, r"implementation 'sdpa' is called 'torch' here\."),
+    ({"impl": "FA2"}, attnplug.UnknownImplementationError, r"implementation 'FA2' is called 'flash_attn2' here\."),
+    ({"impl": "flash"}, attnplug.UnknownImplementationError, r"may be the family SDPBackend.FLASH_ATTENTION, or 'fl"),
+    ({"impl": "ATEN_MATH"}, attnplug.UnknownImplementationError, r"'ATEN_MATH'; did you mean 'aten_math'\?"),
     ({"impl": "aten_flush"}, attnplug.UnknownImplementationError, r"'aten_flush'; did you mean 'aten_flash'\?"),
 ]
 

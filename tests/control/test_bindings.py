@@ -290,3 +290,27 @@ def test_what_cannot_be_bound_is_refused() -> None:
         attnplug.bind(torch.jit.script(nn.Linear(2, 2)), MATH)
     with pytest.raises(ValueError, match="is not initialized; call it once"):
         attnplug.bind(nn.LazyLinear(2), MATH)
+    for module in (nn.ModuleList([Model()]), nn.ModuleDict({"first": Model()}), nn.Module()):
+        with pytest.raises(TypeError, match=f"{type(module).__name__} has no forward to bind; bind each module"):
+            attnplug.bind(module, MATH)
+
+
+def test_what_is_called_without_a_forward_of_its_class_is_bound() -> None:
+    class Called(nn.Module):
+        def __call__(self) -> Tensor:
+            return attnplug.scaled_dot_product_attention(Q, Q, Q)
+
+    given = nn.Module()
+    given.forward = lambda: attnplug.scaled_dot_product_attention(Q, Q, Q)
+    for module in (Called(), given):
+        with attnplug.bind(module, MATH):
+            assert ran_in(module) == ["aten_math"]
+
+
+def test_a_binding_ends_with_its_block_however_that_is_left() -> None:
+    module = Model()
+    with attnplug.patch_torch():
+        with pytest.raises(KeyError), attnplug.bind(module, "aten_math") as handle:
+            assert ran_in(lambda: module(Q)) == ["aten_math"]
+            raise KeyError
+        assert ran_in(lambda: module(Q)) == ["torch"] and repr(handle) == "<BindingHandle: removed>"

@@ -108,6 +108,12 @@ def test_a_scope_inside_the_function_is_traced(enum: Any) -> None:
     ]
 
 
+def test_a_scope_of_a_set_is_traced() -> None:
+    compiled = Compiled(scoped)
+    compiled(*tensors(), backends={"aten_math", SDPBackend.MATH})
+    assert compiled.operations == ["_scaled_dot_product_attention_math"]
+
+
 def test_a_decorated_function_is_traced() -> None:
     compiled = Compiled(attnplug.sdpa_kernel("aten_math")(call))
     compiled(*tensors())
@@ -274,6 +280,11 @@ def packed(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Any:
     return attnplug.varlen_attn(*rows, starts, starts, 3, 3, **more)
 
 
+def scoped(query: Tensor, key: Tensor, value: Tensor, backends: Any = "aten_math", set_priority: bool = False) -> Any:
+    with attnplug.sdpa_kernel(backends, set_priority):
+        return call(query, key, value)
+
+
 MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "a name that is unknown": (call, {"impl": "aten_meth"}),
     "what an implementation lacks": (call, {"impl": "aten_math", "softcap": 1.0}),
@@ -287,6 +298,10 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "packed, a name that is unknown": (packed, {"impl": "aten_meth"}),
     "packed, what an implementation lacks": (packed, {"impl": "aten_math", "softcap": 1.0}),
     "packed, sinks of another shape": (packed, {"sinks": torch.ones(3)}),
+    "a scope of a name that is unknown": (scoped, {"backends": "aten_meth"}),
+    "a scope of nothing": (scoped, {"backends": []}),
+    "a scope of a number": (scoped, {"backends": [0]}),
+    "a scope of a set whose order would count": (scoped, {"backends": {"torch", "aten_math"}, "set_priority": True}),
 }
 
 
@@ -298,6 +313,8 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         ("packed, sinks of another shape", None),
         ("keys of another head size", True),
         ("packed, what an implementation lacks", True),
+        ("a scope of a name that is unknown", None),
+        ("a scope of a number", None),
     ],
 )
 def test_a_mistake_is_the_eager_error_and_what_is_mended_is_compiled(name: str, dynamic: bool | None) -> None:

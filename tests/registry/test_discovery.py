@@ -104,6 +104,12 @@ def test_broken_plugin_is_listed_with_its_exception_and_hides_nothing(site: Site
     assert name in warning and "fake-broken" in warning and re.search(reason, warning)
 
 
+@pytest.mark.parametrize("name", BAD_SPECS)
+def test_a_wrong_declaration_is_found_in_the_file_of_the_plugin(site: Site, name: str) -> None:
+    site.install("fake-broken", {name: BROKEN[name][0]})
+    assert re.search(rf"\(in [^()]*\b{name}\.py, line \d+\)", site.run(LISTING).records[name]["reason"])
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_strict_raises_what_broke_the_plugin(site: Site, name: str) -> None:
     source, reason = BROKEN[name]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+import attnplug
 from packages import HEAD, HOOK, Site
 
 
@@ -70,3 +73,10 @@ def test_importing_attnplug_registers_nothing_with_torch(site: Site) -> None:
         """
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_python_can_suggest_the_name_that_was_meant() -> None:
+    with pytest.raises(AttributeError, match="module 'attnplug' has no attribute 'sdpa_kernal'") as caught:
+        attnplug.sdpa_kernal  # noqa: B018
+    assert (caught.value.name, caught.value.obj) == ("sdpa_kernal", attnplug)
+    assert "sdpa_kernel" in dir(caught.value.obj)  # from which Python takes its suggestions

@@ -140,3 +140,15 @@ def test_a_kernel_object_is_checked_too() -> None:
     kernel = Kernel(forward=lambda params: (params.value.clone(), None), composite="yes")
     assert "composite is 'yes'; expected True or False" in broken(kernel)
     assert broken(Kernel(forward=lambda params: (params.value.clone(), None))) == ""
+
+
+@pytest.mark.parametrize("source", ["def forward(params, mask): ...", FORWARD + "def supports(): ..."])
+def test_a_wrong_signature_is_found_where_the_function_is(load: Callable[[str], str], source: str) -> None:
+    line = len(source.splitlines())
+    assert load(source).endswith(f"strict_kernel.py, line {line})")
+
+
+def test_no_place_in_attnplug_is_named_for_a_mistake_in_a_kernel(load: Callable[[str], str]) -> None:
+    for source in ("", "forward = 3", FORWARD + "composite = 'yes'", FORWARD + "def support(params): ..."):
+        reason = load(source)
+        assert "SpecError" in reason and ", line " not in reason

@@ -172,3 +172,16 @@ def test_supports_may_look_at_lengths_if_it_says_so() -> None:
             marked.clear()
             attnplug.scaled_dot_product_attention(Q, key, key)
             assert (marked == []) is runs
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"softcp": 1.0}, "explain() got an unexpected keyword argument 'softcp'"),
+        ({"cu_seq_q": torch.zeros(2, dtype=torch.int32)}, "explain() missing a required argument: 'cu_seq_k'"),
+    ],
+)
+def test_an_argument_that_the_call_has_not_is_an_error_of_explain(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        attnplug.explain(Q, Q, Q, **given)
+    assert str(caught.value) == message

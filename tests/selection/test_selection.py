@@ -125,6 +125,15 @@ def test_a_wrong_scope_is_an_error_before_it_is_entered(backends: Any, error: ty
         attnplug.sdpa_kernel(backends)
 
 
+def test_a_set_is_a_scope_unless_its_order_would_count() -> None:
+    with attnplug.sdpa_kernel({"aten_math", "aten_flash"}):
+        assert ran() == "aten_flash"
+    attnplug.sdpa_kernel({"aten_math"}, set_priority=True)
+    for unordered in ({"aten_math", "aten_flash"}, frozenset({"aten_math", SDPBackend.FLASH_ATTENTION})):
+        with pytest.raises(TypeError, match="backends: a set has no order, .*; pass a list"):
+            attnplug.sdpa_kernel(unordered, set_priority=True)
+
+
 def test_what_a_scope_allows_twice_is_asked_once() -> None:
     asked: list[SDPAParams] = []
 

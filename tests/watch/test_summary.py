@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import threading
 from typing import Any
@@ -193,3 +195,16 @@ def test_it_is_started_once_and_stopped_once() -> None:
         ran.stop()
     with ran, pytest.raises(attnplug.ScopeError, match="started already"):
         ran.start()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ran: pickle.loads(pickle.dumps(ran))])
+def test_a_copy_has_what_was_collected_and_collects_no_more(copied: Any) -> None:
+    query, key, value = tensors()
+    with attnplug.summary() as ran:
+        attend(query, key, value)
+        again = copied(ran)
+        attend(query, key, value)
+    assert again.calls == 1 and ran.calls == 2
+    with again:  # and can be started itself
+        attend(query, key, value)
+    assert again.calls == 2 and again.rows == ran.rows

@@ -129,6 +129,18 @@ def test_raise_raises_from_the_call_an_error_that_can_be_pickled() -> None:
     assert str(again) == str(caught.value)
 
 
+def test_a_copy_of_what_goes_on_has_what_was_found_and_does_not_go_on() -> None:
+    query, key, value = tensors()
+    with attnplug.verify(1.0) as watched:
+        attnplug.scaled_dot_product_attention(query, key, value)
+        again = pickle.loads(pickle.dumps(watched))
+        attnplug.scaled_dot_product_attention(query, key, value)
+    assert again.results == 1 and watched.results == 2
+    with again:
+        attnplug.scaled_dot_product_attention(query, key, value)
+    assert again.results == 2
+
+
 def test_a_function_gets_the_tensors_and_the_record_keeps_none() -> None:
     impl = register(WrongOut)
     query, key, value = tensors(9)
@@ -305,6 +317,7 @@ def test_threads_that_verify_together_lose_nothing() -> None:
         ({"rate": True}, "rate: expected a number from 0 to 1"),
         ({"rate": float("nan")}, "rate: expected a number from 0 to 1"),
         ({"rate": 0.1, "on_mismatch": "ignore"}, "on_mismatch: expected 'warn', 'raise' or a function"),
+        ({"rate": 0.1, "reference": "flash_triton"}, "reference: 'flash_triton' does not compute in float64 (only bfl"),
         ({"rate": 0.1, "reference": "math_reff"}, "reference: unknown implementation 'math_reff'; did you mean"),
     ],
 )

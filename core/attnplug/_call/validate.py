@@ -138,8 +138,18 @@ def check_mask(mask: Any, query: Tensor, full: tuple[int, ...]) -> None:
         raise ValueError(f"attn_mask: is on {mask.device}, the query on {query.device}")
     if not broadcasts(mask.shape, full):
         raise ValueError(
-            f"attn_mask: shape {shape(mask)} does not broadcast to (..., heads, query length, key length) = {full}"
+            f"attn_mask: shape {shape(mask)} does not broadcast to (..., heads, query length, key length) = "
+            f"{full}{_unsqueezed(mask, full)}"
         )
+
+
+def _unsqueezed(mask: Tensor, full: tuple[int, ...]) -> str:
+    """Return what makes a mask of the call out of one without heads, or without heads and queries."""
+    if len(full) == 4 and tuple(mask.shape) == (full[0], full[3]):
+        return "; a mask of the keys of each sequence is mask[:, None, None, :]"
+    if len(full) == 4 and tuple(mask.shape) == (full[0], full[2], full[3]):
+        return "; a mask for all heads of each sequence is mask[:, None]"
+    return ""
 
 
 def broadcasts(source: Any, target: tuple[int, ...]) -> bool:

@@ -25,7 +25,7 @@ _counted: dict[int, weakref.finalize[Any, Any]] = {}
 
 
 class BindingHandle:
-    """Undoes one `bind()`."""
+    """Undoes one `bind()`; also a context manager."""
 
     def __init__(self, module: torch.nn.Module, block: Block) -> None:
         self._module: Callable[[], torch.nn.Module | None] = weakref.ref(module)
@@ -45,6 +45,12 @@ class BindingHandle:
                 _forget(id(module))
                 if _Bound in type(module).__bases__:  # else somebody has derived another class from it since
                     module.__class__ = type(module).__bases__[1]
+
+    def __enter__(self) -> BindingHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
 
     def _bound(self) -> torch.nn.Module | None:
         """Return the module, while it is there and bound by this."""
@@ -86,10 +92,11 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
         set_priority: as for `sdpa_kernel`.
 
     Returns:
-        A handle; its `remove()` undoes the binding.
+        A handle; its `remove()` undoes the binding, as does the end of a `with` block.
 
     Raises:
-        TypeError: `module` is not a `torch.nn.Module`, or is one of TorchScript, which calls nothing of Python's.
+        TypeError: `module` is not a `torch.nn.Module`; is one of TorchScript, which calls nothing of Python's; or has
+            no forward, as a `ModuleList` has none.
         ValueError: `module` is lazy and not initialized, so that its class will still change.
         TypeError, ValueError, UnknownImplementationError: as `sdpa_kernel`.
     """
@@ -97,6 +104,8 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(f"module: {type(module).__name__} is TorchScript, which computes attention by itself")
+    if not _is_called(module):
+        raise TypeError(f"module: {type(module).__name__} has no forward to bind; bind each module that it holds")
     if getattr(module, "cls_to_become", None) is not None:
         raise ValueError(f"module: {type(module).__name__} is not initialized; call it once before it is bound")
     block = sdpa_kernel(backends, set_priority).block  # a mistake is an error here, not in the middle of a forward
@@ -106,6 +115,13 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
         module.__dict__[_BLOCKS] = (*module.__dict__.get(_BLOCKS, ()), block)
         _count(module)
     return BindingHandle(module, block)
+
+
+def _is_called(module: torch.nn.Module) -> bool:
+    """Whether calling the module runs anything."""
+    own = torch.nn.Module
+    kind = type(module)
+    return kind.forward is not own.forward or kind.__call__ is not own.__call__ or "forward" in module.__dict__
 
 
 class _Bound:

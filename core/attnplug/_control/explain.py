@@ -123,7 +123,10 @@ def explain(
         True
     """
     signature = _VARLEN if _is_varlen(args, kwargs) else _DENSE
-    bound = signature.bind(query, key, value, *args, **kwargs)
+    try:
+        bound = signature.bind(query, key, value, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain() {error}") from None
     bound.apply_defaults()
     given = bound.arguments
     del given["impl"]

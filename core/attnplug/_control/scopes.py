@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+import torch
 from torch.compiler import is_dynamo_compiling
 
-from attnplug._errors import ScopeError
-from attnplug._selection.selection import describe_scope, parse_scope
+from attnplug._dispatch.traced import or_eagerly
+from attnplug._errors import AttnplugError, ScopeError
+from attnplug._selection.selection import describe_scope, listed, parse_scope
 from attnplug._selection.state import Block, Scope, leave_scope, process, start, thread
 from attnplug._tracing import constant_in_traces
 from attnplug._types import SDPBackend
@@ -31,7 +33,7 @@ class sdpa_kernel:
     Args:
         backends: one or a list of `SDPBackend` (attnplug's or PyTorch's), names of implementations, or
             both mixed. A family stands for all its implementations. `torch`, which belongs to no
-            family, takes part only if it is named.
+            family, takes part only if it is named. A set will do where the order does not count.
         set_priority: whether the order of `backends` is the order of preference; otherwise the
             activation, the environment and the priorities decide among them.
 
@@ -108,8 +110,7 @@ def described(block: Block) -> str:
 def _parsed(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
     """Return the scope that the arguments describe and whether `torch` is its first; from memory if it can be."""
     if is_dynamo_compiling():
-        plain = tuple(item if isinstance(item, str) else int(item) for item in _listed(backends))
-        return _parsed_outside(plain, set_priority)
+        return or_eagerly(_parsed_in_trace, backends, set_priority)
     generation, kind = (process.registry or start()).generation, type(backends)
     try:
         if kind is list or kind is tuple:
@@ -127,14 +128,26 @@ def _kept(generation: int, set_priority: bool, several: bool, *backends: Any) ->
     return scope, is_torch_first(scope)
 
 
-def _listed(backends: Any) -> Any:
-    return backends if isinstance(backends, (list, tuple)) else (backends,)
+def _parsed_in_trace(backends: Any, set_priority: bool) -> tuple[Scope, bool]:
+    if not is_dynamo_compiling():  # the graph broke, because there is a mistake: this raises the error
+        return _parsed(backends, set_priority)
+    items = listed(backends, set_priority)
+    families = tuple(isinstance(item, (SDPBackend, torch.nn.attention.SDPBackend)) for item in items)
+    plain = tuple(int(item) if family else item for item, family in zip(items, families, strict=True))
+    parsed = _parsed_outside(plain, families, set_priority)
+    if isinstance(parsed, str):
+        raise AttnplugError(parsed)
+    return parsed
 
 
 @constant_in_traces
-def _parsed_outside(items: tuple[Any, ...], set_priority: bool) -> tuple[Scope, bool]:
-    """Check a scope outside the graph; in it, families are plain numbers."""
-    scope = parse_scope([item if isinstance(item, str) else SDPBackend(item) for item in items], set_priority, start())
+def _parsed_outside(items: tuple[Any, ...], families: tuple[bool, ...], set_priority: bool) -> tuple[Scope, bool] | str:
+    """Check a scope outside the graph, in which families are plain numbers; return what is wrong, if anything is."""
+    try:
+        given = [SDPBackend(item) if family else item for item, family in zip(items, families, strict=True)]
+        scope = parse_scope(given, set_priority, start())
+    except Exception as error:  # what leaves this function, Dynamo takes for a fault of its own
+        return str(error)
     return scope, is_torch_first(scope)
 
 

@@ -285,4 +285,10 @@ def _check_signature(where: str, role: str, function: Any, arguments: tuple[str,
         (signature.bind_partial if role in ("backward", "prepare_backward") else signature.bind)(*arguments)
     except TypeError as error:
         called = f"{role}({', '.join(arguments)})"
-        raise SpecError(f"{where}: {role}{signature} cannot be called as {called}: {error}") from None
+        raise SpecError(f"{where}: {role}{signature} cannot be called as {called}: {error}{_place(function)}") from None
+
+
+def _place(function: Any) -> str:
+    """Return where a function is defined, if it is one of Python's."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f" (in {code.co_filename}, line {code.co_firstlineno})" if code else ""

@@ -7,6 +7,7 @@ never acts on a registry that has changed since.
 from __future__ import annotations
 
 import itertools
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,26 @@ _FAMILIES = {
     for spelling in (member.name, member.name.lower())
 }
 """What is said to those who write a family where a name is asked for."""
+_ELSEWHERE = {
+    other: f"is called {name!r} here"
+    for name, others in {
+        "torch": ("sdpa", "native"),
+        "math_ref": ("eager", "reference"),
+        "flash_attn2": ("flash_attention_2", "FA2", "fa2"),
+        "flash_attn3": ("flash_attention_3",),
+        "flash_attn4": ("flash_attention_4",),
+        "sage_attention": ("sage", "sageattn"),
+        "flex": ("flex_attention",),
+        "efficient_cuda": ("cutlass", "mem_efficient", "memory_efficient"),
+    }.items()
+    for other in others
+} | dict.fromkeys(("flash", "FLASH"), "may be the family SDPBackend.FLASH_ATTENTION, or 'flash_attn2'")
+"""What is said to those who write what an implementation is called in transformers, diffusers or PyTorch."""
+
+_HERE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_KERNELS = os.path.join(_HERE, "builtin", "")
+_OF_A_DATACLASS = "<string>"
+"""The file of the `__init__` that Python generates for a declaration."""
 
 
 @dataclass(eq=False)
@@ -245,7 +266,7 @@ class Registry:
         contested = self._contested.get(name)
         if contested is not None:
             raise _duplicate(None, contested)
-        raise UnknownImplementationError(name, (*self.names(), *also), where, _FAMILIES | self.absent())
+        raise UnknownImplementationError(name, (*self.names(), *also), where, _ELSEWHERE | _FAMILIES | self.absent())
 
     def absent(self) -> dict[str, str]:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""
@@ -328,12 +349,22 @@ def _unique_name(claimants: list[Entry], entry: Entry) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception in one line, with the innermost place in which it was raised."""
+    """Return an exception in one line, with the innermost place in which it was raised.
+
+    What attnplug raises about a declaration is found where that is made, and not in attnplug.
+    """
     text = of_error(error)
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     if isinstance(error, SyntaxError) or not frames:
         return text
-    return f"{text} (in {printable(frames[-1].filename)}, line {frames[-1].lineno})"
+    if _is_machinery(frames[-1]):
+        frames = [frame for frame in frames if not (_is_machinery(frame) or frame.filename == _OF_A_DATACLASS)]
+    return f"{text} (in {printable(frames[-1].filename)}, line {frames[-1].lineno})" if frames else text
+
+
+def _is_machinery(frame: traceback.FrameSummary) -> bool:
+    """Whether this is code of attnplug, and none of its kernels."""
+    return frame.filename.startswith(_HERE) and not frame.filename.startswith(_KERNELS)
 
 
 def report_broken(what: str, error: BaseException, reason: str = "") -> None:

@@ -80,12 +80,13 @@ def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:
     """Check the arguments of `sdpa_kernel` and return the scope that they describe.
 
     Raises:
-        TypeError, ValueError: `backends` is empty, or holds something that is neither a family nor a name.
+        TypeError, ValueError: `backends` is empty, holds something that is neither a family nor a name, or is a set
+            whose order would count.
         UnknownImplementationError: no implementation has a given name.
     """
     if not isinstance(set_priority, bool):
         raise TypeError(f"set_priority: expected a bool, got {set_priority!r}")
-    items = list(backends) if isinstance(backends, (list, tuple, set, frozenset)) else [backends]
+    items = listed(backends, set_priority)
     if not items:
         raise ValueError("backends: got an empty list; name at least one SDPBackend or implementation")
     entries: list[str] = []
@@ -98,6 +99,15 @@ def parse_scope(backends: Any, set_priority: bool, registry: Registry) -> Scope:
             except SpecError as error:
                 raise TypeError(f"{error}; or the name of an implementation") from None
     return (set_priority, tuple(dict.fromkeys(entries)))
+
+
+def listed(backends: Any, set_priority: bool) -> list[Any]:
+    """Return what `backends` holds, in its order."""
+    if not isinstance(backends, (list, tuple, set, frozenset)):
+        return [backends]
+    if set_priority and isinstance(backends, (set, frozenset)) and len(backends) > 1:
+        raise TypeError("backends: a set has no order, which set_priority=True asks for; pass a list")
+    return list(backends)
 
 
 def describe_scope(scope: Scope) -> str:

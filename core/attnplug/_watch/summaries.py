@@ -93,6 +93,16 @@ class summary:
         self._counts: Counter[tuple[Any, ...]] = Counter()
         self._passed_over: dict[tuple[Any, ...], Mapping[str, tuple[str, ...]]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: what was collected, but not that it goes on."""
+        with self._lock:
+            counts, passed_over = self._counts.copy(), dict(self._passed_over)
+        return {"_counts": counts, "_passed_over": passed_over}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]  # a copy has a lock of its own
+        self.__dict__.update(state)
+
     def start(self) -> summary:
         """Collect the calls of every thread, until `stop()`; returns itself."""
         return self._begin(everywhere=True)

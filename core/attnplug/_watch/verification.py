@@ -94,7 +94,7 @@ class verify:
         skipped: why sampled calls, or their gradients, were not compared, and how many.
 
     Raises:
-        TypeError, ValueError: an argument is wrong.
+        TypeError, ValueError: an argument is wrong, or `reference` does not compute in float64.
         UnknownImplementationError: no implementation is named `reference`.
 
     Examples:
@@ -120,12 +120,21 @@ class verify:
         if not callable(on_mismatch) and not (isinstance(on_mismatch, str) and on_mismatch in ("warn", "raise")):
             raise ValueError(f"on_mismatch: expected 'warn', 'raise' or a function, got {on_mismatch!r}")
         self.seed = as_int("seed", seed, "an integer")
-        start().get(reference, "reference")
+        dtypes = start().get(reference, "reference").spec.capabilities.dtypes
+        if dtypes is not None and "float64" not in dtypes:
+            raise ValueError(
+                f"reference: {reference!r} does not compute in float64 (only {', '.join(sorted(dtypes))}); "
+                f"'math_ref' does"
+            )
         self.rate, self.reference, self.on_mismatch = float(rate), reference, on_mismatch
         self.calls = self.results = self.gradients = self.wrong = 0
         self.mismatches: list[Mismatch] = []
         self.skipped: Counter[str] = Counter()
         self._watcher: _Verifier | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has: what was found, but not that it goes on."""
+        return {**self.__dict__, "_watcher": None}
 
     def start(self) -> verify:
         """Verify the calls of every thread, until `stop()`; returns itself."""

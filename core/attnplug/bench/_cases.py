@@ -7,6 +7,7 @@ half that is not needed. That is what makes TFLOP/s of different kernels compara
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -297,13 +298,7 @@ class Case:
         Raises:
             BenchError: a field that there is not, or a wrong value; `where` stands before the message.
         """
-        known = [field.name for field in fields(cls)]
-        if not isinstance(given, dict):
-            raise BenchError(f"{where}: expected fields such as heads and queries, got {given!r}")
-        for name in given:
-            if name not in known:
-                hint = did_you_mean(name, known)
-                raise BenchError(f"{where}: no field {name!r}{hint or ';'} the fields are {', '.join(known)}")
+        check_fields(given, where)
         try:
             return cls(**given)
         except BenchError as error:
@@ -323,3 +318,18 @@ def _sum_to(n: int, most: int) -> int:
     """Return the sum of the numbers from 1 to `n`, of which those above `most` count as that; 0 for `n` below 1."""
     rising = min(max(n, 0), most)
     return rising * (rising + 1) // 2 + (max(n, 0) - rising) * most
+
+
+def check_fields(given: Any, where: str, also: Sequence[str] = ()) -> None:
+    """Refuse what is no mapping of fields of a case, or of what `also` stands for some of them.
+
+    Raises:
+        BenchError: what it has that there is not; `where` stands before the message.
+    """
+    if not isinstance(given, dict):
+        raise BenchError(f"{where}: expected fields such as heads and queries, got {given!r}")
+    known = [*also, *(field.name for field in fields(Case))]
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise BenchError(f"{where}: no field {name!r}{hint or ';'} the fields are {', '.join(known)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnplug._arguments import as_path
 from attnplug.bench._captured import Cases
-from attnplug.bench._cases import Case
+from attnplug.bench._cases import Case, check_fields
 from attnplug.bench._errors import BenchError, needed
 from attnplug.bench._sets import default_device, default_dtype
 from attnplug.bench._validate import LENGTHS
@@ -47,9 +47,10 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
     for number, given in enumerate(content["cases"], 1):
         where = f"{path}: case {number}"
         for part in (defaults, given):
-            if not isinstance(part, dict):
-                raise BenchError(f"{where}: expected fields such as heads and queries, got {part!r}")
-        for each in _expanded({**defaults, **given, **forced}):
+            check_fields(part, where, also=("length",))
+            if "length" in part and (clash := [name for name in ("queries", "keys") if name in part]):
+                raise BenchError(f"{where}: length: sets queries and keys at once; leave out {' and '.join(clash)}")
+        for each in _expanded({**_merged(defaults, given), **forced}):
             each.setdefault("device", default_device())
             each.setdefault("dtype", default_dtype(str(each["device"])))
             cases.append(Case.from_dict(each, where))
@@ -88,10 +89,20 @@ def _toml() -> Any:
     return needed("tomllib" if sys.version_info >= (3, 11) else "tomli", "reading TOML").loads
 
 
+def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a case, to which its own come before the defaults, and `length` is both that it sets."""
+    if "length" in given:
+        defaults = {name: value for name, value in defaults.items() if name not in ("queries", "keys")}
+    elif "length" in defaults and ("queries" in given or "keys" in given):
+        length = defaults["length"]
+        defaults = {name: value for name, value in defaults.items() if name != "length"}
+        defaults |= {"queries": length, "keys": length}
+    return {**defaults, **given}
+
+
 def _expanded(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a mapping for each combination of the values of fields that are lists."""
-    if "length" in given:
-        given = {("queries" if name == "length" else name): value for name, value in given.items() if name != "keys"}
+    given = {("queries" if name == "length" else name): value for name, value in given.items()}  # and keys follow
     choices = {name: _values(name, value) for name, value in given.items()}
     return [dict(zip(choices, combination, strict=True)) for combination in product(*choices.values())]
 

@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnplug._control.registration import check_name
 from attnplug.cli import cases, choices, render, values
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for name in arguments.impl or ():
+        check_name(name, "--impl")
     for path in arguments.capture:
         if not Path(path).is_file():
             arguments.fail(f"--capture: {path!r} is not a file; attnplug.capture() and save() make one")
@@ -51,21 +54,25 @@ def run(arguments: argparse.Namespace) -> int:
 
     import attnplug
     from attnplug._selection.choice_files import check_writable, default_place
+    from attnplug.bench._clocks import clock_for
     from attnplug.bench._run import SECONDS
     from attnplug.tuning._machine import busy
 
     place = default_place() if arguments.output is None else Path(arguments.output)
     arguments.cases += arguments.capture
     measured = cases.of(arguments)
+    devices = {case.device for case in measured}
+    for device in devices:
+        clock_for(device)  # that it is not there is said before that the machine is busy, which takes time to change
+    check_writable(place)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    if not arguments.force and (reason := busy({case.device for case in measured})):
+    if not arguments.force and (reason := busy(devices)):
         print(
             f"attnplug: {reason}. Wait until it is idle, or measure all the same with --force.",
             file=sys.stderr,
         )
         return 1
-    check_writable(place)  # before anything is measured
     with render.progress_bar() as progress, warnings.catch_warnings():
         if arguments.force:
             warnings.simplefilter("ignore", attnplug.ChoicesWarning)

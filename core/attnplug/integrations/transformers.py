@@ -10,6 +10,10 @@ Masks are those of transformers' `"sdpa"`: boolean, with padding, causality, sli
 sequences in them. A causal mask is left out, in favour of `is_causal`, only where that cannot be misread; see
 `make_mask`. Models that transformers does not run with `"sdpa"` get the masks of its `"eager"`, and their
 configuration then says `"attnplug+eager_masks"`: some rely on a mask that says everything and is added to logits.
+
+The name is kept in the model's configuration: a second model, such as an eager one to compare with, needs a
+`copy.deepcopy` of it, or both have the attention of the second. With gradient checkpointing in a scope, call
+`model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": attnplug.checkpoint_contexts})`.
 """
 
 from __future__ import annotations
