@@ -96,7 +96,7 @@ from torch._dynamo.utils import counters
 
 attnplug.register_impl(attnplug.ImplSpec(name="mine", kernel="kernel", backend=None))
 attend = torch.compile(lambda *tensors: attnplug.scaled_dot_product_attention(*tensors, impl="mine"))
-tensors = [torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3)]  # one alone would have a sum to compile in C++
+tensors = [torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3)]  # one alone has a sum to compile in C++
 attend(*tensors).sum().backward()
 for tensor in tensors:
     torch.testing.assert_close(tensor.grad, torch.ones_like(tensor))
