@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint gpu bench docs dist clean
+.PHONY: help demo test test-slow test-all lint gpu bench docs dist clean
 
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -29,6 +29,9 @@ test: $(VENV)/dev  ## the tests, but for slow ones and those that need a GPU
 
 test-slow: $(VENV)/dev  ## the slow tests: each shipped configuration compiled, kernels emulated, packages installed
 	$(PYTEST) -m slow
+
+test-all: $(VENV)/dev  ## both, in less time than one after the other
+	$(PYTEST)
 
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .

@@ -31,13 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=_begins_first, reverse=True)
+    items.sort(key=_length, reverse=True)
+    # Each of several processes is given a part of the list at first: all begin with what takes long, and none is left
+    # with that alone when the others are done.
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    items[:] = [item for first in range(processes) for item in items[first::processes]]
 
 
-def _begins_first(item: pytest.Item) -> bool:
-    """Whether it takes so long that whatever else is left would end before it."""
+def _length(item: pytest.Item) -> int:
+    """How long it takes, roughly: whatever else is left may end before what takes longest."""
     marker = item.get_closest_marker("slow")
-    return marker is not None and marker.kwargs.get("first", False)
+    return 0 if marker is None else 1 + marker.kwargs.get("first", False)
 
 
 def pytest_collection_finish() -> None:

@@ -95,6 +95,7 @@ def environment(tmp_path_factory):
     Path(packages.strip(), "lent.pth").write_text("\n".join(lines))
     for name, module in PROGRAMS.items():  # not `python -m`, which puts the current folder on the path
         (programs / f"{name}.py").write_text(f"import sys\nfrom {module} import main\nsys.exit(main())\n")
+    (programs / "quick_pytest.py").write_text(QUICK)
 
     def run(program: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
@@ -104,6 +105,21 @@ def environment(tmp_path_factory):
     return run
 
 
+QUICK = f"""
+import sys
+sys.path.append({str(Path(__file__).parents[1] / "support")!r})
+from contextlib import ExitStack
+import pytest
+
+class Quick:
+    def pytest_collection_finish(self):  # by now the tests have told Triton to interpret
+        from interpreter import quickened
+        until_the_end.enter_context(quickened(package))
+
+package = sys.argv.pop()
+with ExitStack() as until_the_end:
+    sys.exit(pytest.main(sys.argv[1:], plugins=[Quick()]))
+"""
 PROGRAMS = {"lent_pip": "pip._internal.cli.main", "lent_attnplug": "attnplug.cli", "lent_pytest": "pytest"}
 
 
@@ -130,7 +146,8 @@ def test_a_new_package_installs_is_listed_and_passes_its_own_tests(write, enviro
     assert (record["distribution"], record["version"]) == (name.replace("_", "-"), "0.1.0")
     assert record["status"] == "available"
 
-    tested = environment("lent_pytest", "-q", cwd=folder, **cache)
+    how = ("quick_pytest", "-q", name) if interpreted else ("lent_pytest", "-q")
+    tested = environment(*how, cwd=folder, **cache)
     assert tested.returncode == 0, tested.stdout
     assert " passed" in tested.stdout
 

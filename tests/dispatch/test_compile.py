@@ -405,7 +405,7 @@ assert out.shape == (1, 4, 3, 8) and sorted(records) == sorted(names) == attnplu
 attnplug.register_impl(attnplug.ImplSpec(name="another", kernel=lambda params: None, backend=None))
 assert "another" in function(torch.randn(1, 4, 3, 8))[1]
 """
-    forked.run(program).check_returncode()
+    forked.run(program, warm="dynamo").check_returncode()
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -463,7 +463,8 @@ def test_dynamic_shapes_are_traced_in_every_scope() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_the_first_call_of_a_process_may_be_where_dynamo_begins_again(dynamic: bool | None) -> None:
-    done = forked.run(f"""
+    done = forked.run(
+        f"""
 import torch, attnplug
 
 @torch.compile(backend="eager", dynamic={dynamic})
@@ -475,5 +476,7 @@ def attend(query):
 query = torch.randn(2, 3, 4, 8)
 expected = 2 * torch.nn.functional.scaled_dot_product_attention(query, query, query)
 torch.testing.assert_close(attend(query), expected)
-""")
+""",
+        warm="dynamo",
+    )
     assert done.returncode == 0, done.stderr

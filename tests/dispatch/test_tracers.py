@@ -387,7 +387,7 @@ def test_an_exported_program_comes_back_in_a_fresh_process(tmp_path: Path, monke
         query = torch.ones(1, 2, 4, 8)
         print(torch.equal(torch.export.load("program.pt2").module()(query), query * 2))
     """
-    done = forked.run(textwrap.dedent(loading), os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path)
+    done = forked.run(textwrap.dedent(loading), os.environ | {"PYTHONPATH": str(tmp_path)}, tmp_path, "dynamo")
     assert done.stdout.split() == ["True"], done.stderr
 
 

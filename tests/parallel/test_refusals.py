@@ -134,31 +134,41 @@ def test_ranks_that_call_differently_are_told_before_any_message(
 
 FAILED = "rank 1 of the group failed with OSError: this rank is broken"
 GONE = "rank 1 of the group does not answer"
+QUICK = [("ring", "raises", "forward"), ("ring", "is killed", "backward")]
+OTHERS = {
+    how: [
+        (method, how, when)
+        for method in ("ring", "ulysses")
+        for when in ("forward", "backward")
+        if (method, how, when) not in QUICK
+    ]
+    for how in ("raises", "is killed", "stops")
+}
 
 
 @pytest.mark.parametrize(
-    ("method", "how", "when", "text"),
+    "cases",
     [
-        ("ring", "raises", "forward", FAILED),
-        ("ring", "is killed", "backward", GONE),
-        *(
-            pytest.param(method, how, when, text, marks=pytest.mark.slow)
-            for method in ("ring", "ulysses")
-            for how, told in (("raises", FAILED), ("is killed", GONE), ("stops", GONE))
-            for when in ("forward", "backward")
-            # what a kernel raises when autograd calls it, between messages of its own, stays on its rank
-            for text in [GONE if (method, when) == ("ulysses", "backward") else told]
-            if (method, how, when) not in {("ring", "raises", "forward"), ("ring", "is killed", "backward")}
-        ),
+        pytest.param(QUICK, id="raises or is killed"),
+        *(pytest.param(cases, id=how, marks=pytest.mark.slow) for how, cases in OTHERS.items()),
     ],
 )
-def test_the_others_name_a_rank_that(tmp_path: Path, method: str, how: str, when: str, text: str) -> None:
-    world = World(3, tmp_path, timeout=timedelta(seconds=10))
-    world.run(ranks_do.register, "opaque")
-    world.start(ranks_do.failing, method, 1, how, when)
-    results = world.results(ranks=3 if how == "raises" else 2)
-    for process in world.processes:
-        process.kill()
-        process.join()
-    for rank in (0, 2):
-        assert str(results[rank]).startswith(f"ParallelError: {text}"), results
+def test_the_others_name_a_rank_that(tmp_path: Path, cases: list[tuple[str, str, str]]) -> None:
+    """In a world for each case, all at once: what takes long is to wait for as long as the group does."""
+    worlds = []
+    for case in cases:
+        (folder := tmp_path / " ".join(case)).mkdir()
+        worlds.append(World(3, folder, timeout=timedelta(seconds=10)))
+    for world in worlds:
+        world.run(ranks_do.register, "opaque")
+    for world, (method, how, when) in zip(worlds, cases, strict=True):
+        world.start(ranks_do.failing, method, 1, how, when)
+    for world, (method, how, when) in zip(worlds, cases, strict=True):
+        results = world.results(ranks=3 if how == "raises" else 2)
+        for process in world.processes:
+            process.kill()
+            process.join()
+        # what a kernel raises when autograd calls it, between messages of its own, stays on its rank
+        text = FAILED if how == "raises" and (method, when) != ("ulysses", "backward") else GONE
+        for rank in (0, 2):
+            assert str(results[rank]).startswith(f"ParallelError: {text}"), (method, how, when, results)

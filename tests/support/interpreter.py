@@ -20,12 +20,13 @@ DTYPES = ["float16", "float32"]
 
 
 @contextmanager
-def quickened() -> Iterator[None]:
-    """Keep Triton's interpreter from what takes most of its time and changes no result.
+def quickened(package: str = PACKAGE) -> Iterator[None]:
+    """Keep Triton's interpreter, for kernels of a package, from what takes most of its time and changes no result.
 
     It patches its language again for each call of a device function: for ours it has done so when the kernel was
     launched, and what it has patched for its own stays so. It computes whether each sum and product of whole numbers
-    overflows, for an assertion that it makes with `debug` alone. And it lists all dtypes whenever it looks for one.
+    overflows, for an assertion that it makes with `debug` alone. It lists all dtypes whenever it looks for one. And of
+    each tensor, and its type, it works out anew what those of the same type and shape have in common.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -34,18 +35,43 @@ def quickened() -> Iterator[None]:
         (interpreter.InterpretedFunction, "__call__", patched := interpreter.InterpretedFunction.__call__),
         (interpreter.interpreter_builder, "options", options := interpreter.interpreter_builder.options),
         (interpreter, "_get_np_dtype", find := interpreter._get_np_dtype),
+        (language.tensor, "__init__", begin_tensor := language.tensor.__init__),
+        (language.block_type, "__init__", begin_type := language.block_type.__init__),
     )
     known, found = cache(find), set()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.fn.__module__
-        if module.startswith(PACKAGE) or module in found:
+        if module.startswith(package) or module in found:
             return self.rewrite()(*args, **kwargs)
         result = patched(self, *args, **kwargs)
         if module.startswith("triton.language."):
             found.add(module)
         return result
 
+    tensors: dict[str, dict[str, Any]] = {}
+    types: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def new_tensor(self: Any, handle: Any, type: Any) -> None:
+        name = str(type)
+        if name in tensors:
+            vars(self).update(tensors[name], handle=handle, type=type)
+            return
+        begin_tensor(self, handle, type)
+        tensors[name] = {name: value for name, value in vars(self).items() if name not in ("handle", "type")}
+
+    def new_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (str(element_ty), *shape)
+        if not all(type(size) is int for size in key[1:]):
+            begin_type(self, element_ty, shape)
+        elif key in types:
+            vars(self).update(types[key])
+        else:
+            begin_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+
+    language.tensor.__init__ = new_tensor
+    language.block_type.__init__ = new_type
     interpreter.InterpretedFunction.__call__ = call
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
     interpreter._get_np_dtype = lambda dtype: (known if type(dtype) is language.dtype else find)(dtype)

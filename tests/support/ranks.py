@@ -19,6 +19,7 @@ _context.set_forkserver_preload(
     [
         "torch.distributed.device_mesh",
         "torch.fx.experimental.symbolic_shapes",  # which autograd imports when a gradient is given
+        "torch._dynamo",  # each rank that compiles would import it
         "attnplug.parallel",
         "attnplug.testing",
     ]

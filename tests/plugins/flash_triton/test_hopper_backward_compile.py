@@ -36,8 +36,18 @@ CALLS: dict[str, dict[str, Any]] = {
     "used keys": dict(used=(130, 300), is_causal=True, lower_right=True),
     "variable length": dict(lengths=((64, 200), (200, 64)), is_causal=True),
 }
-KERNELS = {"64": (64, False), "128": (128, False), "128 deterministic": (128, True), "256": (256, True)}
-SLOW_KERNELS = {"64 deterministic": (64, True), **KERNELS}
+KERNELS = {
+    "64": (64, False),
+    "64 deterministic": (64, True),
+    "128": (128, False),
+    "128 deterministic": (128, True),
+    "256": (256, True),
+}
+CASES = [
+    pytest.param(kernel, name, marks=() if name == "causal" and kernel != "64 deterministic" else pytest.mark.slow)
+    for kernel in KERNELS
+    for name in CALLS
+]
 PRODUCTS = {"key_gradients_kernel": 4, "key_gradients_wide_kernel": 4, "query_gradient_kernel": 3}
 
 
@@ -92,22 +102,12 @@ def check(size: int, deterministic: bool, arguments: dict[str, Any], folder: Pat
         assert not any(re.search(r"\bHMMA", instruction) for instruction in code)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_fit_and_multiply_asynchronously(
-    kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with capsys.disabled():
-        check(*KERNELS[kernel], CALLS["causal"], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("kernel", SLOW_KERNELS)
+@pytest.mark.parametrize(("kernel", "name"), CASES)
 def test_every_configuration_fits_and_multiplies_asynchronously(
     kernel: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with capsys.disabled():
-        check(*SLOW_KERNELS[kernel], CALLS[name], tmp_path)
+        check(*KERNELS[kernel], CALLS[name], tmp_path)
 
 
 @pytest.mark.parametrize("size", [64, 128])

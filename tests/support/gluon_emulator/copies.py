@@ -26,29 +26,37 @@ class Descriptor:
         self.block_type = types.SimpleNamespace(shape=list(block_shape), nbytes=numel * bytes_of_one)
         self.block_shape = list(block_shape)
 
-    def place(self, coordinates: Any) -> tuple[Tensor, Tensor]:
-        """Return (where elements lie, which of them exist)."""
+    def _box(self, coordinates: Any) -> tuple[tuple[slice, ...], Tensor]:
+        """Return (which elements of a tile exist, a view of them)."""
         if len(coordinates) != len(self.block_shape):
             raise Fault(f"{len(coordinates)} coordinates for a descriptor of {len(self.block_shape)} dimensions")
-        offset, exists = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
+        box, sizes, steps, offset = [], [], [], self.start
         for at, size, length, step in zip(coordinates, self.shape, self.block_shape, self.strides, strict=True):
-            index = int(at) + torch.arange(length)
-            offset = offset[..., None] + index * step
-            exists = exists[..., None] & (index >= 0) & (index < size)
-        return offset + self.start, exists
+            begin, end = max(0, -int(at)), min(length, int(size) - int(at))
+            box.append(slice(begin, max(begin, end)))
+            sizes.append(max(0, end - begin))
+            steps.append(int(step) if sizes[-1] > 1 else 0)
+            offset += (int(at) + begin) * int(step)
+        if 0 in sizes:
+            return tuple(box), self.flat[:0].view(sizes)
+        return tuple(box), self.flat.as_strided(sizes, steps, _wrapped(offset))
 
     def read(self, coordinates: Any) -> Tensor:
-        offset, exists = self.place(coordinates)
+        box, there = self._box(coordinates)
         values = torch.zeros(self.block_shape)
-        values[exists] = self.flat[offset[exists]]
+        values[box] = there
         return values
 
     def write(self, coordinates: Any, values: Tensor, add: bool) -> None:
-        offset, exists = self.place(coordinates)
+        box, there = self._box(coordinates)
         if add:
-            self.flat.index_add_(0, offset[exists], values[exists])
+            there.add_(values[box])
         else:
-            self.flat[offset[exists]] = values[exists]
+            there.copy_(values[box])
+
+
+def _wrapped(offset: int) -> int:
+    return (offset + 2**63) % 2**64 - 2**63
 
 
 def load_tile(desc: Descriptor, coordinates: Any, barrier: Barrier, buffer: Buffer, pred: bool = True) -> None:

@@ -22,7 +22,7 @@ class Thread:
         self.clock = Clock({name: 1})
         self.products: list[Product] = []
         self.stores: list[Callable[[], None]] = []
-        self.turn = threading.Semaphore(0)
+        self.turn = _locked()
         self.waits_for: Callable[[], bool] | None = None
         self.ended = False
 
@@ -54,7 +54,7 @@ class Program:
         self.local = threading.local()
         self.local.thread = Thread("program")
         self.favourite = self.random.choice((None, 0, 1, 2, 3))
-        self.over = threading.Semaphore(0)
+        self.over = _locked()
 
     @property
     def thread(self) -> Thread:
@@ -144,6 +144,13 @@ class Program:
                 ready = [self.threads[favourite]]
             self.random.choice(ready).turn.release()
             return
+
+
+def _locked() -> threading.Lock:
+    """Return a lock that one thread waits for, and that another one releases: a semaphore in Python takes longer."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 def current() -> Program:
