@@ -48,7 +48,8 @@ EVERYTHING = Capabilities(
 Answer = Callable[[SDPAParams], Any]
 
 
-LENGTHS = "cu_seq_q", "cu_seq_k", "seqused_k", "block_table"
+BESIDES = "cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table"
+"""What there is besides query, key and value in calls of packed sequences, in order."""
 
 
 def answer(params: SDPAParams) -> Any:
@@ -56,8 +57,8 @@ def answer(params: SDPAParams) -> Any:
     if params.query.is_meta:
         lse = params.query.new_empty(params.lse_shape, dtype=params.lse_dtype)
         return torch.empty_like(params.query), lse if params.return_lse else None
-    names = ("query", "key", "value", *LENGTHS, "max_q", "max_k")
-    options = ("is_causal", "scale", "window_size", "softcap", "sinks", "alibi_slopes", "return_lse")
+    names = ("query", "key", "value", *BESIDES, "max_q", "max_k")
+    options = ("is_causal", "scale", "window_size", "softcap", "return_lse")
     given = {name: getattr(params, name) for name in (*names, *options)}
     found = attnplug.varlen_attn(**given, dropout_p=params.dropout, impl="math_ref", enable_gqa=True)
     return found if params.return_lse else (found, None)
@@ -94,12 +95,12 @@ class Packs:
     def prepare_packed(self, params: SDPAParams) -> Any:
         self.asked += 1
         constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
-        expected = layouts(params.query, params.key, params.value, *(getattr(params, name) for name in LENGTHS))
+        expected = layouts(params.query, params.key, params.value, *(getattr(params, name) for name in BESIDES))
 
-        def run(query: Tensor, key: Tensor, value: Tensor, *lengths: Tensor | None) -> Any:
+        def run(query: Tensor, key: Tensor, value: Tensor, *besides: Tensor | None) -> Any:
             self.runs += 1
-            assert layouts(query, key, value, *lengths) == expected
-            given = dict(zip(LENGTHS, lengths, strict=True))
+            assert layouts(query, key, value, *besides) == expected
+            given = dict(zip(BESIDES, besides, strict=True))
             return self.answer(SDPAParams(query, key, value, **(constants | given)))
 
         return run

@@ -57,8 +57,8 @@ class Plan:
         grad: whether autograd records the call.
         unfused: whether a MATH implementation runs because others could not.
         simple: whether nothing has to be done around the kernel: no autograd, no check, no warning.
-        plain: the kernel's `plain`, if all is simple, or what it prepared, which takes the tensors alone where they
-            are packed sequences; see `_run.repeated`.
+        plain: the kernel's `plain`, if all is simple, or what it prepared, which takes the `distinct` tensors alone
+            where they are packed sequences; see `_run.repeated`.
         checked: whether there is nothing around the kernel but a check of what it returns.
     """
 
@@ -154,12 +154,12 @@ class Plan:
             KernelError: the kernel prepared something that cannot be called.
         """
         kernel = self.decision.kernel
+        prepare = kernel.prepare_packed if params.is_varlen else kernel.prepare
         opaque = not (self.unfused or self.decision.entry.distribution == BUILTIN)
-        if params.is_varlen:
-            prepare, fits = kernel.prepare_packed, opaque and not self.grad
-        else:
-            can_differentiate = not self.grad or kernel.backward is not None
-            prepare, fits = kernel.prepare, self.simple or (opaque and can_differentiate and params.attn_mask is None)
+        differentiable = not self.grad or (
+            kernel.backward is not None and (params.sinks is None or not params.sinks.requires_grad)
+        )
+        fits = self.simple or (opaque and differentiable and params.attn_mask is None)
         if prepare is None or not fits:
             return self
         run = in_kernel(prepare, params)
@@ -180,21 +180,18 @@ def _prepared(plan: Plan, params: SDPAParams, run: Callable[..., Any]) -> Callab
     The comparison of their tensors does not see levels of forward-mode derivatives, nor PyTorch's own dispatch modes
     (fake tensors, and `make_fx`), which must see an operator.
     """
-    repeated = Repeated(KernelCall.of(plan.decision.entry, params), params.query, run)
+    repeated = Repeated(KernelCall.of(plan.decision.entry, params), params, run)
 
-    def packed(*tensors: Tensor | None) -> Result:
+    def plain(*tensors: Tensor) -> Result:
         if forward_ad._current_level >= 0 or count_modes() > 0:
             return plan.carry_out(repeated.params(*tensors))
+        if plan.grad:
+            return record_repeated(repeated, *tensors)
         return repeated.forward(*tensors)[:2]
 
-    def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
-        if forward_ad._current_level >= 0 or count_modes() > 0:
-            return plan.carry_out(repeated.params(query, key, value))
-        if plan.grad:
-            return record_repeated(repeated, query, key, value)
-        return repeated.forward(query, key, value)[:2]
-
-    return packed if params.is_varlen else plain
+    if params.is_varlen:
+        return plain
+    return lambda query, key, value, *others: plain(query, key, value)
 
 
 def _simply_prepared(plan: Plan, run: Callable[..., Any]) -> Callable[..., Result] | None:

@@ -18,6 +18,7 @@ from attnplug._run.batched import backward_of_wrapped, is_wrapped
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
+    Given,
     KernelCall,
     Result,
     declares,
@@ -67,15 +68,17 @@ class Recorded(Protocol):
 
     Attributes:
         call: what it is besides its tensors.
-        count: of these, the first of `TENSORS`.
+        count: how many tensors autograd is told of. Those that may have a gradient are the first of `TENSORS`.
+        whole: returns all, in the order of `TENSORS`, given those.
         forward: returns `(out, lse, *saved)` of them.
-        backward: returns their gradients, or None to leave that to `call`. Given are which are wanted, the gradient of
-            out, and all that was saved. It is called where lse has no gradient, no graph is recorded, and autocast is
-            off.
+        backward: returns the gradients of query, key and value, or None to leave that to `call`. Given are which are
+            wanted, the gradient of out, and all that was saved. It is called where lse has no gradient, no graph is
+            recorded, and autocast is off.
     """
 
     call: KernelCall
     count: int
+    whole: Callable[[Given], Given]
     forward: Callable[..., tuple[Any, ...]]
     backward: Callable[..., Any]
 
@@ -87,6 +90,10 @@ class _Once:
     call: KernelCall
     count: int
     forward: Callable[..., tuple[Any, ...]]
+
+    def whole(self, tensors: Given) -> Given:
+        """Return the tensors with None for the last ones, which are not there."""
+        return (*tensors, *_ABSENT[self.count :])
 
     def backward(self, *given: Any) -> None:
         """Leave it to the call."""
@@ -114,9 +121,9 @@ class _Attention(torch.autograd.Function):
         if not (grad_out is None or grad_lse is not None or recording or tracing or dual or any_autocast()):
             found = one.backward(ctx.needs_input_grad[1:], grad_out, *everything)
             if found is not None:
-                return None, *found[: one.count]
+                return (None, *found, *_ABSENT)[: 1 + one.count]
         call, count = one.call, one.count
-        tensors, (out, lse, *saved) = (*everything[:count], *_ABSENT[count:]), everything[count:]
+        tensors, (out, lse, *saved) = one.whole(everything[:count]), everything[count:]
         wanted = (*ctx.needs_input_grad[1:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
         given = tensors, wanted, grad_out, grad_lse, out, lse, saved
         differentiates = recording and declares(call.entry, Feature.SECOND_DERIVATIVES)

@@ -8,6 +8,7 @@ looks on; and whether the kernel returns what it must.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from attnplug._errors import KernelError
 from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import (
     TENSORS,
+    Given,
     KernelCall,
     check_outputs,
     checked_gradients,
@@ -34,35 +36,85 @@ from attnplug._types import SDPAParams
 
 KINDS = 8
 """For how many kinds of tensors backward is prepared: gradients may come in ever new strides."""
+PACKED = (
+    *("query", "key", "value", "cu_seq_q", "cu_seq_k"),
+    *("sinks", "alibi_slopes", "seqused_k", "block_table"),
+)
+"""The tensors of packed sequences, in the order in which `varlen_attn` takes them."""
 strided = torch.strided
-_NO_OTHERS = (None,) * (len(TENSORS) - 3)
 
 Run = Callable[..., Any]
+
+
+def packed_tensors(params: SDPAParams) -> Given:
+    """Return the tensors of a call of packed sequences, in the order of `PACKED`."""
+    return tuple([getattr(params, name) for name in PACKED])
+
+
+def distinct(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    sinks: Any,
+    alibi_slopes: Any,
+    seqused_k: Any,
+    block_table: Any,
+) -> tuple[Any, ...]:
+    """Return the tensors of packed sequences that there are, in this order, and starts of both kinds once."""
+    given: tuple[Any, ...] = query, key, value, cu_seq_q
+    if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
+        given = (*given, cu_seq_k)
+    if sinks is not None:
+        given = (*given, sinks)
+    if alibi_slopes is not None:
+        given = (*given, alibi_slopes)
+    if seqused_k is not None:
+        given = (*given, seqused_k)
+    return given if block_table is None else (*given, block_table)
 
 
 class Repeated:
     """What a kernel prepared for calls that repeat one.
 
-    Their tensors are query, key and value and, of packed sequences, cu_seq_q, cu_seq_k, seqused_k and block_table.
+    Their tensors are query, key and value or, of packed sequences, those that are `distinct`.
+
+    Args:
+        call: what they are besides their tensors.
+        params: one of them, which is not kept.
+        run: what the kernel prepared.
 
     Attributes:
-        call: what they are besides their tensors.
-        count: of those that autograd is told of.
+        call: as above.
+        count: how many tensors they have.
     """
 
-    def __init__(self, call: KernelCall, query: Tensor, run: Run) -> None:
-        self.call, self.count = call, 3
+    def __init__(self, call: KernelCall, params: SDPAParams, run: Run) -> None:
+        packed = params.is_varlen
+        names = [name for name in PACKED if getattr(params, name) is not None] if packed else [*PACKED[:3]]
+        same_starts = packed and params.cu_seq_k is params.cu_seq_q
+        if same_starts:
+            names.remove("cu_seq_k")
+        places = {name: place for place, name in enumerate(names)}
+        if same_starts:
+            places["cu_seq_k"] = places["cu_seq_q"]
+        self.call, self.count = call, len(names)
+        self._in_order = itemgetter(*[places.get(name, -1) for name in TENSORS])  # the last is None
+        self._as_taken = itemgetter(*[places.get(name, -1) for name in (PACKED if packed else PACKED[:3])])
         self._run, self._prepare = run, call.entry.kernel.prepare_backward
         self._is_checked = False
-        self._autocasts = no_autocast(query) if any_autocast() else None
+        self._autocasts = no_autocast(params.query) if any_autocast() else None
         self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
+
+    def whole(self, tensors: Given) -> Given:
+        """Return the tensors of one of the calls in the order of `TENSORS`."""
+        whole: Given = self._in_order((*tensors, None))
+        return whole
 
     def params(self, *tensors: Tensor | None) -> SDPAParams:
         """Return the description of a call of these tensors."""
-        if len(tensors) == 3:
-            return self.call.params((*tensors, *_NO_OTHERS))
-        query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table = tensors
-        return self.call.params((query, key, value, None, None, None, seqused_k, cu_seq_q, cu_seq_k, block_table))
+        return self.call.params(self.whole(tensors))
 
     def forward(self, *tensors: Tensor | None) -> tuple[Any, ...]:
         """Return `(out, lse, *saved)`, checked at the first call."""
@@ -70,10 +122,10 @@ class Repeated:
         thread.in_kernel = True  # `in_kernel`, without the time of another call
         try:
             if self._autocasts is None:
-                returned: tuple[Any, ...] | None = self._run(*tensors)
+                returned: tuple[Any, ...] | None = self._run(*self._as_taken((*tensors, None)))
             else:
                 with self._autocasts:
-                    returned = self._run(*tensors)
+                    returned = self._run(*self._as_taken((*tensors, None)))
         finally:
             thread.in_kernel = outer
         if returned is None:
@@ -83,19 +135,16 @@ class Repeated:
             self._is_checked = True
         return returned
 
-    def backward(
-        self, wanted: tuple[bool, ...], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
-    ) -> Any:
+    def backward(self, wanted: tuple[bool, ...], grad_out: Tensor, *everything: Any) -> Any:
         """Return the gradients of query, key and value; None where `KernelCall.backward` has to run.
 
-        `saved` is out, lse or None, and what else forward saved. All are looked at, because hooks of saved tensors may
-        have changed them.
+        Given are the tensors of the call, out, lse or None, and what else forward saved. All are looked at, because
+        hooks of saved tensors may have changed them.
         """
         if self._prepare is None:
             return None
-        tensors = (grad_out, query, key, value, *saved)
-        if saved[1] is None:
-            tensors = (*tensors[:5], *tensors[6:])
+        given, saved = everything[: self.count], everything[self.count :]
+        tensors = (grad_out, *everything) if saved[1] is not None else (grad_out, *given, saved[0], *saved[2:])
         for tensor in tensors:
             if tensor is None or tensor.layout is not strided or tensor.is_nested:  # `compared` takes no others
                 return None
@@ -107,7 +156,7 @@ class Repeated:
                 outer = thread.in_kernel
                 thread.in_kernel = True  # as in `forward`
                 try:
-                    grads = run(query, key, value, grad_out, *saved)
+                    grads = run(*self._as_taken((*given, None)), grad_out, *saved)
                 finally:
                     thread.in_kernel = outer
                 # What else is wrong with them autograd says; one that is missing it takes for zeros.
@@ -121,21 +170,22 @@ class Repeated:
         fits_these = None if seen or len(self._backwards) >= KINDS else compared(tensors)
         if fits_these is None:
             return None
-        run, grads = self._prepare_backward(wanted, grad_out, query, key, value, *saved)
+        run, grads = self._prepare_backward(wanted, grad_out, given, saved)
         self._backwards.append((kind, fits_these, run))
         return grads
 
     def _prepare_backward(
-        self, wanted: tuple[bool, ...], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
+        self, wanted: tuple[bool, ...], grad_out: Tensor, given: tuple[Any, ...], saved: tuple[Any, ...]
     ) -> tuple[Run | None, Any]:
         """Return what the kernel prepares for tensors like these, if it does, and what that returns, checked."""
         assert self._prepare is not None
-        params, name = self.call.params((*map(marked, (query, key, value), wanted), *_NO_OTHERS)), self.call.entry.name
+        asked = [*map(marked, given[:3], wanted)]
+        params, name = self.params(*asked, *given[3:]), self.call.entry.name
         run = in_kernel(self._prepare, params, grad_out, *saved)
         if run is None:
             return None, None
         if not callable(run):
             got = type(run).__name__
             raise KernelError(f"implementation {name!r}: prepare_backward must return a function or None, got {got}")
-        grads = in_kernel(run, query, key, value, grad_out, *saved)
+        grads = in_kernel(run, *self._as_taken((*given, None)), grad_out, *saved)
         return run, None if grads is None else checked_gradients(name, params, grads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -14,12 +15,10 @@ from torch import Tensor
 from attnplug import Feature, SDPAParams, compute_capability
 from attnplug_flash_triton import config, launches, toolchain
 from attnplug_flash_triton.growing import Growing, can_grow
-from attnplug_flash_triton.plans import Plan
+from attnplug_flash_triton.plans import ALIGNED, Plan
 from attnplug_flash_triton.problem import Machine, keeps_statistics, machine_of, tf32_allowed
 
 PLANS_KEPT = 1024
-ALIGNED = 16
-"""Bytes. Triton compiles a kernel apart for pointers that are not multiples of it."""
 
 Kept = TypeVar("Kept")
 _plans: dict[Hashable, Plan] = {}
@@ -84,22 +83,20 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     return (*results, given["seed"]) if params.dropout > 0 else results
 
 
-def prepare(
-    params: SDPAParams,
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...] | None] | None:
-    """Return what runs a call whose tensors are like these; None if it draws numbers, or they are not aligned."""
-    given, device = tensors_of(params), params.query.device
-    if params.dropout > 0 or not _are_aligned(given.values()):
+def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
+    """Return what runs a call whose tensors are like these, where they are aligned; None if it draws numbers."""
+    if params.dropout > 0:
         return None
-    needs_grad = params.needs_grad
+    needs_grad, device = params.needs_grad, params.query.device
     wants_lse = needs_grad or params.return_lse
-    plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
+    like = _Like(params, tensors_of(params), _settings, partial(_forward_plan, wants_lse=wants_lse))
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:
-        aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED == 0
-        if not aligned or _settings(query.dtype) != settings:
+    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        given = like.given(tensors)
+        plan = like.plan(given, device)
+        if plan is None:
             return None
-        results = _run(plan, {"query": query, "key": key, "value": value}, device)
+        results = _run(plan, given, device)
         if not wants_lse:
             return results[0], None
         return results if needs_grad else results[:2]
@@ -107,22 +104,46 @@ def prepare(
     return run
 
 
-def prepare_packed(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
-    """Return the same for packed sequences, whose lengths are read on the device alone."""
-    given, device = tensors_of(params), params.query.device
-    if params.dropout > 0 or not _are_aligned(given.values()):
-        return None
-    wants_lse, names = params.return_lse, tuple(given)
-    plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
+prepare_packed = prepare
+"""Lengths and pages are read on the device alone."""
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        given = dict(zip(names, [tensor for tensor in tensors if tensor is not None], strict=True))
-        if not _are_aligned(given.values()) or _settings(given["query"].dtype) != settings:
+
+class _Like:
+    """Calls that differ in nothing but where their tensors lie in memory; see `prepare`.
+
+    Args:
+        params: one of them, which is not kept.
+        given: its tensors.
+        settings: returns what of PyTorch's and of this project's settings the plan depends on.
+        make: returns the plan for them.
+    """
+
+    def __init__(
+        self,
+        params: SDPAParams,
+        given: dict[str, Tensor],
+        settings: Callable[[torch.dtype], Hashable],
+        make: Callable[[SDPAParams, dict[str, Tensor], torch.device], Plan],
+    ) -> None:
+        self._names = tuple(given)
+        self._of_call = {name for name in given if getattr(params, name, None) is not None}
+        self._constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
+        self._settings, self._make = settings, make
+        self._made: tuple[Hashable, Plan] | None = None
+
+    def given(self, tensors: Iterable[Tensor | None]) -> dict[str, Tensor]:
+        """Return the tensors that there are by name."""
+        return dict(zip(self._names, [tensor for tensor in tensors if tensor is not None], strict=True))
+
+    def plan(self, given: dict[str, Tensor], device: torch.device) -> Plan | None:
+        """Return the plan for calls of aligned tensors, as those that it was prepared with need not be; else None."""
+        if not _are_aligned(given.values()):
             return None
-        results = _run(plan, given, device)
-        return results[:2] if wants_lse else (results[0], None)
-
-    return run
+        settings, made = self._settings(given["query"].dtype), self._made
+        if made is None or made[0] != settings:
+            of_call: dict[str, Any] = {name: given[name] for name in self._names if name in self._of_call}
+            made = self._made = settings, self._make(SDPAParams(**of_call, **self._constants), given, device)
+        return made[1]
 
 
 def _are_aligned(tensors: Iterable[Tensor]) -> bool:
@@ -177,18 +198,13 @@ def prepare_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
 ) -> Callable[..., tuple[Tensor, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
-    names, device = tuple(_given_to_backward(params, grad_out, out, lse, *statistics)), params.query.device
-    constants: dict[str, Any] = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
-    settings, plan = _settings_of_backward(params.query.dtype), None
+    given, device = _given_to_backward(params, grad_out, out, lse, *statistics), params.query.device
+    like = _Like(params, given, _settings_of_backward, _backward_plan)
 
-    def run(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-        nonlocal plan
-        if not _are_aligned(tensors) or _settings_of_backward(tensors[0].dtype) != settings:
-            return None
-        given = dict(zip(names, tensors, strict=True))
-        if plan is None:  # those that it was prepared with need not have been aligned
-            plan = _backward_plan(SDPAParams(tensors[0], tensors[1], tensors[2], **constants), given, device)
-        return _run(plan, given, device)[:3]
+    def run(*tensors: Tensor | None) -> tuple[Tensor, ...] | None:
+        given = like.given(tensors)
+        plan = like.plan(given, device)
+        return None if plan is None else _run(plan, given, device)[:3]
 
     return run
 
@@ -323,7 +339,8 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
     return given
 
 
-_SELDOM = ("sinks", "alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
+_SELDOM = ("cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table")
+"""In the order in which `prepare_packed` gets them."""
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
