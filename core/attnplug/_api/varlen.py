@@ -15,9 +15,8 @@ from attnplug._call.prepare import prepare_varlen, without_numpy
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import who_decides
-from attnplug._dispatch.recognised import PLAIN, known, recognise_packed
+from attnplug._dispatch.recognised import PLAIN, distinct, known, recognise_packed
 from attnplug._params import params_of
-from attnplug._run.repeated import distinct
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, thread
 from attnplug._selection.watching import wished
@@ -166,7 +165,7 @@ def varlen_attn(
         scale = without_numpy(scale, tracing)
     if thread.state.watched and not is_compiling():
         impl = wished(impl)
-    way, found, prepared, tensors = None, None, None, ()
+    way, found = None, None
     if (
         not tracing
         and are_numbers(CausalVariant.LOWER_RIGHT, window_size, softcap, None, None)
@@ -185,13 +184,12 @@ def varlen_attn(
         way = who_decides(impl), numbers, given, starts, is_grad_enabled()
         candidates = known.get(way)
         if candidates is not None:
-            tensors = distinct(query, key, value, cu_seq_q, cu_seq_k, sinks, alibi_slopes, seqused_k, block_table)
+            tensors = distinct(query, key, value, sinks, alibi_slopes, seqused_k, cu_seq_q, cu_seq_k, block_table)
             found = recognise_packed(candidates, tensors, max_q, max_k)
-            if found is not None and found.plain is not None and not (thread.state.watched or _profiler_enabled()):
-                prepared = found.plain
-                if not query.is_cpu:  # where lengths lie whose values are checked each time
-                    out, lse = prepared(*tensors)
-                    return (out, lse) if return_lse else out
+            looked_at = query.is_cpu or thread.state.watched or _profiler_enabled()  # lengths on a CPU are, each time
+            if found is not None and found.plain is not None and not looked_at:
+                out, lse = found.plain(*tensors)
+                return (out, lse) if return_lse else out
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -214,7 +212,7 @@ def varlen_attn(
         "block_table": block_table,
     }
     if found is not None and check_lengths(params := params_of(fields)) > 0:
-        out, lse = found.run_as_given(params) if prepared is None else prepared(*tensors)
+        out, lse = found.run_as_given(params)
         return (out, lse) if return_lse else out
     if tracing:
         return traced.or_eagerly(_the_long_way, fields, impl, way)

@@ -24,9 +24,8 @@ from attnplug._call.facts import is_plain
 from attnplug._dispatch.plans import Plan
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._run.batched import is_wrapped
-from attnplug._run.contract import Result
+from attnplug._run.contract import Order, Result, tensors_of
 from attnplug._run.operator import is_watched
-from attnplug._run.repeated import distinct, packed_tensors
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import thread, when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
@@ -122,10 +121,10 @@ class _Preparing(Plan):
         self._known.keep(self._sizes, repeated)
         if self._at_once:
             self._known.unused = repeated
+        if params.is_varlen:
+            return repeated.run_as_given(params)
         if repeated.plain is None or thread.state.watched or is_profiled():
             return plan.run_as_given(params)
-        if params.is_varlen:
-            return repeated.plain(*distinct(*packed_tensors(params)))
         given = params.query, params.key, params.value, mask, params.dropout, params.is_causal
         return repeated.plain(*given, scale, params.enable_gqa)
 
@@ -210,6 +209,31 @@ def _broadcasts(shape: torch.Size, batch: int, queries: int, keys: int) -> bool:
     )
 
 
+def distinct(
+    query: Any,
+    key: Any,
+    value: Any,
+    sinks: Any,
+    alibi_slopes: Any,
+    seqused_k: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    block_table: Any,
+) -> tuple[Any, ...]:
+    """Return the tensors of packed sequences that there are, in their `Order`."""
+    given: tuple[Any, ...] = query, key, value
+    if sinks is not None:
+        given = (*given, sinks)
+    if alibi_slopes is not None:
+        given = (*given, alibi_slopes)
+    if seqused_k is not None:
+        given = (*given, seqused_k)
+    given = (*given, cu_seq_q)
+    if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
+        given = (*given, cu_seq_k)
+    return given if block_table is None else (*given, block_table)
+
+
 def recognise_packed(candidates: tuple[Known, ...], given: tuple[Any, ...], max_q: int, max_k: int) -> Plan | None:
     """Return the plan of a call of packed sequences, if one of `candidates` fits its `distinct` tensors.
 
@@ -248,7 +272,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     query, key, value, packed = params.query, params.key, params.value, params.is_varlen
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     if packed:
-        tensors = distinct(*packed_tensors(params))
+        tensors = Order.of(params).own(tensors_of(params))
     others, autocasts, all_count = known.get(way, ()), any_autocast(), plan.decision.shape_dependent
     if (
         (all_count and packed)  # whose longest sequences count too

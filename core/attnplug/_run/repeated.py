@@ -8,7 +8,6 @@ looks on; and whether the kernel returns what it must.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from attnplug._call.comparing import compared
 from attnplug._errors import KernelError
 from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import (
-    TENSORS,
-    Given,
+    DIFFERENTIABLE,
     KernelCall,
+    Order,
     check_outputs,
     checked_gradients,
     in_kernel,
@@ -40,45 +39,14 @@ PACKED = (
     *("query", "key", "value", "cu_seq_q", "cu_seq_k"),
     *("sinks", "alibi_slopes", "seqused_k", "block_table"),
 )
-"""The tensors of packed sequences, in the order in which `varlen_attn` takes them."""
+"""The tensors of packed sequences, as a kernel gets them: in the order in which `varlen_attn` takes them."""
 strided = torch.strided
 
 Run = Callable[..., Any]
 
 
-def packed_tensors(params: SDPAParams) -> Given:
-    """Return the tensors of a call of packed sequences, in the order of `PACKED`."""
-    return tuple([getattr(params, name) for name in PACKED])
-
-
-def distinct(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seq_q: Any,
-    cu_seq_k: Any,
-    sinks: Any,
-    alibi_slopes: Any,
-    seqused_k: Any,
-    block_table: Any,
-) -> tuple[Any, ...]:
-    """Return the tensors of packed sequences that there are, in this order, and starts of both kinds once."""
-    given: tuple[Any, ...] = query, key, value, cu_seq_q
-    if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
-        given = (*given, cu_seq_k)
-    if sinks is not None:
-        given = (*given, sinks)
-    if alibi_slopes is not None:
-        given = (*given, alibi_slopes)
-    if seqused_k is not None:
-        given = (*given, seqused_k)
-    return given if block_table is None else (*given, block_table)
-
-
 class Repeated:
     """What a kernel prepared for calls that repeat one.
-
-    Their tensors are query, key and value or, of packed sequences, those that are `distinct`.
 
     Args:
         call: what they are besides their tensors.
@@ -87,34 +55,20 @@ class Repeated:
 
     Attributes:
         call: as above.
-        count: how many tensors they have.
+        order: of their tensors, as methods take them.
     """
 
     def __init__(self, call: KernelCall, params: SDPAParams, run: Run) -> None:
-        packed = params.is_varlen
-        names = [name for name in PACKED if getattr(params, name) is not None] if packed else [*PACKED[:3]]
-        same_starts = packed and params.cu_seq_k is params.cu_seq_q
-        if same_starts:
-            names.remove("cu_seq_k")
-        places = {name: place for place, name in enumerate(names)}
-        if same_starts:
-            places["cu_seq_k"] = places["cu_seq_q"]
-        self.call, self.count = call, len(names)
-        self._in_order = itemgetter(*[places.get(name, -1) for name in TENSORS])  # the last is None
-        self._as_taken = itemgetter(*[places.get(name, -1) for name in (PACKED if packed else PACKED[:3])])
+        self.call, self.order = call, Order.of(params)
+        self._as_taken = self.order.getter(PACKED if params.is_varlen else PACKED[:3])
         self._run, self._prepare = run, call.entry.kernel.prepare_backward
         self._is_checked = False
         self._autocasts = no_autocast(params.query) if any_autocast() else None
         self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
 
-    def whole(self, tensors: Given) -> Given:
-        """Return the tensors of one of the calls in the order of `TENSORS`."""
-        whole: Given = self._in_order((*tensors, None))
-        return whole
-
     def params(self, *tensors: Tensor | None) -> SDPAParams:
         """Return the description of a call of these tensors."""
-        return self.call.params(self.whole(tensors))
+        return self.call.params(self.order.whole(tensors))
 
     def forward(self, *tensors: Tensor | None) -> tuple[Any, ...]:
         """Return `(out, lse, *saved)`, checked at the first call."""
@@ -135,20 +89,21 @@ class Repeated:
             self._is_checked = True
         return returned
 
-    def backward(self, wanted: tuple[bool, ...], grad_out: Tensor, *everything: Any) -> Any:
-        """Return the gradients of query, key and value; None where `KernelCall.backward` has to run.
+    def backward(self, needs: tuple[bool, ...], grad_out: Tensor, *everything: Any) -> Any:
+        """Return what the kernel's backward does; None where `KernelCall.backward` has to run.
 
-        Given are the tensors of the call, out, lse or None, and what else forward saved. All are looked at, because
-        hooks of saved tensors may have changed them.
+        Given are which tensors need a gradient, these tensors, out, lse or None, and what else forward saved. All are
+        looked at, because hooks of saved tensors may have changed them.
         """
         if self._prepare is None:
             return None
-        given, saved = everything[: self.count], everything[self.count :]
+        count = self.order.count
+        given, saved = everything[:count], everything[count:]
         tensors = (grad_out, *everything) if saved[1] is not None else (grad_out, *given, saved[0], *saved[2:])
         for tensor in tensors:
             if tensor is None or tensor.layout is not strided or tensor.is_nested:  # `compared` takes no others
                 return None
-        kind = wanted, saved[1] is None, len(saved)
+        kind = needs, saved[1] is None, len(saved)
         for known, fits, run in self._backwards:
             if known == kind and fits(*tensors):
                 if run is None:
@@ -160,27 +115,30 @@ class Repeated:
                 finally:
                     thread.in_kernel = outer
                 # What else is wrong with them autograd says; one that is missing it takes for zeros.
-                if grads is not None and (grads[0] is None or grads[1] is None or grads[2] is None):
-                    for field, want, grad in zip(TENSORS, wanted, grads, strict=False):
-                        if want and grad is None:
-                            raise no_gradient(self.call.entry.name, field)
+                if grads is not None and (count > 3 or grads[0] is None or grads[1] is None or grads[2] is None):
+                    self._check_that_all_are_there(needs, grads)
                 return grads
         unlike = any(tensor.is_neg() or is_wrapped(tensor) for tensor in tensors)  # what lies in memory
         seen = unlike or is_watched(grad_out) or is_transformed()
         fits_these = None if seen or len(self._backwards) >= KINDS else compared(tensors)
         if fits_these is None:
             return None
-        run, grads = self._prepare_backward(wanted, grad_out, given, saved)
+        run, grads = self._prepare_backward(needs, grad_out, given, saved)
         self._backwards.append((kind, fits_these, run))
         return grads
 
+    def _check_that_all_are_there(self, needs: tuple[bool, ...], grads: Any) -> None:
+        wanted = self.order.whole(needs, False)
+        for field, want, grad in zip(DIFFERENTIABLE, wanted, (*grads, None, None), strict=False):
+            if want and grad is None:
+                raise no_gradient(self.call.entry.name, field)
+
     def _prepare_backward(
-        self, wanted: tuple[bool, ...], grad_out: Tensor, given: tuple[Any, ...], saved: tuple[Any, ...]
+        self, needs: tuple[bool, ...], grad_out: Tensor, given: tuple[Any, ...], saved: tuple[Any, ...]
     ) -> tuple[Run | None, Any]:
         """Return what the kernel prepares for tensors like these, if it does, and what that returns, checked."""
         assert self._prepare is not None
-        asked = [*map(marked, given[:3], wanted)]
-        params, name = self.params(*asked, *given[3:]), self.call.entry.name
+        params, name = self.params(*map(marked, given, needs)), self.call.entry.name
         run = in_kernel(self._prepare, params, grad_out, *saved)
         if run is None:
             return None, None

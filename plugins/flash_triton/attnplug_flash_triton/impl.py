@@ -191,20 +191,26 @@ def backward(
         given["seed"] = saved[-1]
     device = params.query.device
     query, key, value, delta, *of_mask = _run(_backward_plan(params, given, device), given, device)
-    return query, key, value, of_mask[0] if of_mask else None, _sinks_gradient(params.sinks, lse, delta)
+    sinks = params.sinks
+    of_sinks = _sinks_gradient(sinks, lse, delta) if sinks is not None and sinks.requires_grad else None
+    return query, key, value, of_mask[0] if of_mask else None, of_sinks
 
 
 def prepare_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
-) -> Callable[..., tuple[Tensor, ...] | None] | None:
+) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
     given, device = _given_to_backward(params, grad_out, out, lse, *statistics), params.query.device
     like = _Like(params, given, _settings_of_backward, _backward_plan)
+    wants_sinks = params.sinks is not None and params.sinks.requires_grad
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor, ...] | None:
+    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
         given = like.given(tensors)
         plan = like.plan(given, device)
-        return None if plan is None else _run(plan, given, device)[:3]
+        if plan is None:
+            return None
+        query, key, value, delta = _run(plan, given, device)
+        return query, key, value, None, _sinks_gradient(given["sinks"], given["lse"], delta) if wants_sinks else None
 
     return run
 
@@ -355,10 +361,8 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
     return tuple(returned)
 
 
-def _sinks_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Return `-sum(p_sink * delta)` over all rows: the sink has a share of the denominator, and no value."""
-    if sinks is None or not sinks.requires_grad:
-        return None
     share = torch.exp(sinks.detach().double()[:, None] - lse)
     share = torch.where(lse == -torch.inf, 0.0, share)
     grad = -(share * delta).sum(-1)
