@@ -209,8 +209,8 @@ def prepare_backward(
         plan = like.plan(given, device)
         if plan is None:
             return None
-        query, key, value, delta = _run(plan, given, device)
-        return query, key, value, None, _sinks_gradient(given["sinks"], given["lse"], delta) if wants_sinks else None
+        *grads, delta = _run(plan, given, device)
+        return (*grads, None, _sinks_gradient(given["sinks"], given["lse"], delta)) if wants_sinks else tuple(grads)
 
     return run
 

@@ -710,6 +710,34 @@ def trained(gpu: Driver, params: SDPAParams) -> list[tuple[Any, ...]]:
     return numbered(gpu.launched)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wants_sinks", [None, False, True])
+def test_what_is_prepared_for_backward_of_sequences_launches_what_backward_launches(
+    dtype: torch.dtype, wants_sinks: bool | None, gpu: Driver
+) -> None:
+    def call() -> SDPAParams:
+        sinks = None if wants_sinks is None else torch.zeros(2, dtype=dtype).requires_grad_(wants_sinks)
+        params = of_sequences(50, 70, sinks=sinks)
+        tensors = {name: getattr(params, name).detach().to(dtype) for name in ("query", "key", "value")}
+        return replace(params, **{name: tensor.requires_grad_() for name, tensor in tensors.items()})
+
+    first, second = call(), call()
+    saved = [impl.forward(params) for params in (first, second)]
+    grads = [torch.randn_like(out) for out, *_ in saved]
+    gpu.launched.clear()
+    expected = impl.backward(second, grads[1], None, *saved[1])
+    launches = [numbered(gpu.launched)]
+    run = impl.prepare_backward(first, grads[0], *saved[0])
+    assert run is not None
+    for _ in range(2):
+        gpu.launched.clear()
+        found = run(second.query, second.key, second.value, *besides_of(second), grads[1], *saved[1])
+        launches.append(numbered(gpu.launched))
+    assert launches[0] == launches[1] == launches[2]
+    shapes = [[grad if grad is None else grad.shape for grad in each] for each in (found, expected[: len(found)])]
+    assert shapes[0] == shapes[1] and len(found) == (5 if wants_sinks else 3)
+
+
 SIZES = [(50, 50), (1, 1), (16, 16), (17, 48), (64, 1), (1, 64), (3, 200), (200, 3), (1000, 1000), (1024, 1008)]
 
 
