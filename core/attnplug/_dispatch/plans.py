@@ -185,16 +185,21 @@ def _prepared(plan: Plan, params: SDPAParams, run: Callable[..., Any]) -> Callab
     """
     repeated = Repeated(KernelCall.of(plan.decision.entry, params), params, run)
 
-    def plain(*tensors: Tensor) -> Result:
+    def packed(*tensors: Tensor) -> Result:
         if forward_ad._current_level >= 0 or count_modes() > 0:
             return plan.carry_out(repeated.params(*tensors))
         if plan.grad:
             return record_repeated(repeated, *tensors)
         return repeated.forward(*tensors)[:2]
 
-    if params.is_varlen:
-        return plain
-    return lambda query, key, value, *others: plain(query, key, value)
+    def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:  # as above, without another call
+        if forward_ad._current_level >= 0 or count_modes() > 0:
+            return plan.carry_out(repeated.params(query, key, value))
+        if plan.grad:
+            return record_repeated(repeated, query, key, value)
+        return repeated.forward(query, key, value)[:2]
+
+    return packed if params.is_varlen else plain
 
 
 def _simply_prepared(plan: Plan, run: Callable[..., Any]) -> Callable[..., Result] | None:

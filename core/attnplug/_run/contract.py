@@ -70,8 +70,8 @@ class Order:
         if same_starts:
             self._places["cu_seq_k"] = self._places["cu_seq_q"]
         self.count = len(names)
-        self.whole_of = self.getter(TENSORS)
-        self.own_of = itemgetter(*map(TENSORS.index, names))
+        self._of_whole = tuple([self._places.get(name, -1) for name in TENSORS])  # what a trace of backward reads
+        self._of_own = tuple([TENSORS.index(name) for name in names])
 
     @classmethod
     def of(cls, params: SDPAParams) -> Order:
@@ -85,13 +85,12 @@ class Order:
 
     def whole(self, own: Sequence[Any], absent: Any = None) -> tuple[Any, ...]:
         """Return one value for each of `TENSORS`, given one for each tensor that there is."""
-        whole: tuple[Any, ...] = self.whole_of((*own, absent))
-        return whole
+        given = (*own, absent)
+        return tuple([given[place] for place in self._of_whole])
 
     def own(self, whole: Sequence[Any]) -> tuple[Any, ...]:
         """Return one value for each tensor that there is, given one for each of `TENSORS`."""
-        own: tuple[Any, ...] = self.own_of(whole)
-        return own
+        return tuple([whole[place] for place in self._of_own])
 
 
 _order = cache(Order)

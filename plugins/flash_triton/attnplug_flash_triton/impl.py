@@ -87,19 +87,15 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
     """Return what runs a call whose tensors are like these, where they are aligned; None if it draws numbers."""
     if params.dropout > 0:
         return None
-    needs_grad, device = params.needs_grad, params.query.device
+    needs_grad = params.needs_grad
     wants_lse = needs_grad or params.return_lse
     like = _Like(params, tensors_of(params), _settings, partial(_forward_plan, wants_lse=wants_lse))
 
     def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        given = like.given(tensors)
-        plan = like.plan(given, device)
-        if plan is None:
-            return None
-        results = _run(plan, given, device)
-        if not wants_lse:
-            return results[0], None
-        return results if needs_grad else results[:2]
+        results = like.run(tensors)
+        if results is None or needs_grad:
+            return results
+        return results[:2] if wants_lse else (results[0], None)
 
     return run
 
@@ -114,7 +110,7 @@ class _Like:
     Args:
         params: one of them, which is not kept.
         given: its tensors.
-        settings: returns what of PyTorch's and of this project's settings the plan depends on.
+        settings: returns what the plan depends on besides them, given a dtype.
         make: returns the plan for them.
     """
 
@@ -125,33 +121,41 @@ class _Like:
         settings: Callable[[torch.dtype], Hashable],
         make: Callable[[SDPAParams, dict[str, Tensor], torch.device], Plan],
     ) -> None:
-        self._names = tuple(given)
-        self._of_call = {name for name in given if getattr(params, name, None) is not None}
+        of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
+        self._names = (*of_call, *[name for name in given if name not in of_call])
+        self._device, self._settings, self._make = params.query.device, settings, make
         self._constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
-        self._settings, self._make = settings, make
         self._made: tuple[Hashable, Plan] | None = None
+        if _are_aligned(given.values()):
+            self._made = settings(params.query.dtype), make(params, given, self._device)
 
-    def given(self, tensors: Iterable[Tensor | None]) -> dict[str, Tensor]:
-        """Return the tensors that there are by name."""
-        return dict(zip(self._names, [tensor for tensor in tensors if tensor is not None], strict=True))
+    def run(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+        """Return what the plan gives, given the tensors of a call, None for those that it does not have.
 
-    def plan(self, given: dict[str, Tensor], device: torch.device) -> Plan | None:
-        """Return the plan for calls of aligned tensors, as those that it was prepared with need not be; else None."""
-        if not _are_aligned(given.values()):
+        None if they are not all aligned, which those that it was prepared with need not be.
+        """
+        given, addresses = {}, 0
+        for name, tensor in zip(self._names, tensors, strict=True):
+            if tensor is not None:
+                given[name] = tensor
+                addresses |= tensor.data_ptr()
+        if addresses % ALIGNED:
             return None
         settings, made = self._settings(given["query"].dtype), self._made
         if made is None or made[0] != settings:
-            of_call: dict[str, Any] = {name: given[name] for name in self._names if name in self._of_call}
-            made = self._made = settings, self._make(SDPAParams(**of_call, **self._constants), given, device)
-        return made[1]
+            of_call: dict[str, Any] = {name: given[name] for name in (*_FIRST, *_SELDOM) if name in given}
+            plan = self._make(SDPAParams(**of_call, **self._constants), given, self._device)
+            made = self._made = settings, plan
+        return _run(made[1], given, self._device)
+
+    def named(self, name: str, tensors: tuple[Any, ...]) -> Any:
+        """Return one of the tensors."""
+        return tensors[self._names.index(name)]
 
 
 def _are_aligned(tensors: Iterable[Tensor]) -> bool:
     """Whether the data of each starts at a multiple of `ALIGNED` bytes."""
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    return addresses % ALIGNED == 0
+    return not any(tensor.data_ptr() % ALIGNED for tensor in tensors)
 
 
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
@@ -200,17 +204,17 @@ def prepare_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
 ) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
-    given, device = _given_to_backward(params, grad_out, out, lse, *statistics), params.query.device
-    like = _Like(params, given, _settings_of_backward, _backward_plan)
+    like = _Like(
+        params, _given_to_backward(params, grad_out, out, lse, *statistics), _settings_of_backward, _backward_plan
+    )
     wants_sinks = params.sinks is not None and params.sinks.requires_grad
 
     def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        given = like.given(tensors)
-        plan = like.plan(given, device)
-        if plan is None:
-            return None
-        *grads, delta = _run(plan, given, device)
-        return (*grads, None, _sinks_gradient(given["sinks"], given["lse"], delta)) if wants_sinks else tuple(grads)
+        results = like.run(tensors)
+        if results is None or not wants_sinks:
+            return results if results is None else results[:3]
+        *grads, delta = results
+        return *grads, None, _sinks_gradient(like.named("sinks", tensors), like.named("lse", tensors), delta)
 
     return run
 
@@ -345,6 +349,7 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
     return given
 
 
+_FIRST = ("query", "key", "value")
 _SELDOM = ("cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table")
 """In the order in which `prepare_packed` gets them."""
 
