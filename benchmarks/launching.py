@@ -11,20 +11,21 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import attnplug
 import harness
-from attnplug import Capabilities, Feature, ImplSpec
+from attnplug import Capabilities, CausalVariant, Feature, ImplSpec, SDPAParams
 from attnplug_flash_triton import impl, launches
 from attnplug_flash_triton.problem import Machine
 from harness import Result, alternate
@@ -69,27 +70,49 @@ def measure(quick: bool) -> Iterator[Result]:
 
 
 def on_gpu(turns: int) -> Iterator[Result]:
-    """Time each implementation against PyTorch's function: a call, one of a decode loop, forward and backward."""
+    """Time each implementation against PyTorch's functions: a call, one of a decode loop, forward and backward.
+
+    The same of packed sequences, and of a training step on a batch whose sizes are new.
+    """
     theirs = "F.scaled_dot_product_attention"
     available = {record.name for record in attnplug.list_impls() if record.status == "available"}
     ours = [name for name in ("flash_triton", "cudnn", "efficient_cuda", "aten_flash") if name in available]
     functions: dict[str, Any] = {theirs: sdpa, "default": attnplug.scaled_dot_product_attention}
     functions |= {name: partial(attnplug.scaled_dot_product_attention, impl=name) for name in ours}
     limit = None if torch.cuda.get_device_name() == NO_GPU else 1.3  # of CUDA's time, too
-    few = -(-turns // 4)  # turns of a decode loop: cuDNN makes a plan for each new length
-    for kind, prepared, calls, times_each in (
-        ("on the host", one_call, 20, turns),
-        ("forward and backward", forward_and_backward, 10, turns),
-        ("a call of a decode loop", decode_loop, 1, few),  # last: after a backward a process that ends may abort
-    ):
+    few = -(-turns // 4)  # turns of many calls: cuDNN makes a plan for each new length
+    yield from against(
+        functions,
+        (
+            ("on the host", one_call, 20, turns, 1, limit),
+            ("forward and backward", forward_and_backward, 10, turns, 1, None),
+            ("a call of a decode loop", decode_loop, 1, few, LAYERS, None),
+        ),
+    )
+    functions = {"torch.nn.attention.varlen": varlen_attn}
+    functions |= {name: partial(attnplug.varlen_attn, impl=name) for name in ours if takes_packed(name)}
+    yield from against(
+        functions,
+        (
+            ("packed", packed_call, 20, turns, 1, None),
+            ("packed, forward and backward", packed_forward_and_backward, 10, turns, 1, None),
+            ("packed, forward and backward of a layer of one step", packed_step, 1, few, LAYERS, None),
+            ("packed, a call of a decode loop", packed_decode_loop, 1, few, LAYERS, None),
+        ),
+    )
+
+
+def against(
+    functions: dict[str, Any], kinds: Iterable[tuple[str, Any, int, int, int, float | None]]
+) -> Iterator[Result]:
+    """Time functions against the first of them, and give the time of one of so many layers."""
+    theirs, *ours = functions
+    for kind, prepared, calls, turns, layers, limit in kinds:
         candidates = {name: prepared(function) for name, function in functions.items()}
-        times = alternate(candidates, times_each, calls, dict.fromkeys(candidates, finished))
-        each = LAYERS if prepared is decode_loop else 1
-        for name in functions:
-            if name != theirs:
-                details = {"us": times.microseconds(name) / each, "of it": times.microseconds(theirs) / each}
-                ratio, most = times.ratio(name, theirs), limit if prepared is one_call else None
-                yield Result(f"{name} / {theirs}, {kind}", ratio, "ratio", limit=most, details=details)
+        times = alternate(candidates, turns, calls, dict.fromkeys(candidates, finished))
+        for name in ours:
+            details = {"us": times.microseconds(name) / layers, "of it": times.microseconds(theirs) / layers}
+            yield Result(f"{name} / {theirs}, {kind}", times.ratio(name, theirs), "ratio", limit=limit, details=details)
 
 
 def one_call(function: Any) -> Any:
@@ -121,6 +144,64 @@ def forward_and_backward(function: Any) -> Any:
             return torch.autograd.grad(function(*tensors, is_causal=True), tensors, grad)
 
     return both
+
+
+def starts(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+def takes_packed(name: str) -> bool:
+    tokens = torch.randn(8, 1, 64, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    of_sequences = dict(cu_seq_q=starts(8), cu_seq_k=starts(8), max_q=8, max_k=8)
+    params = SDPAParams(tokens, tokens, tokens, causal_variant=CausalVariant.LOWER_RIGHT, **of_sequences)
+    return attnplug.can_use_impl(name, params).accepted
+
+
+def packed_call(function: Any) -> Any:
+    tokens = torch.randn(3, 32, 1, 64, dtype=torch.bfloat16, device="cuda").unbind()
+    lengths = starts(16, 16)
+    return lambda: function(*tokens, lengths, lengths, 16, 16)
+
+
+def packed_forward_and_backward(function: Any) -> Any:
+    tokens = [torch.randn(128, 2, 64, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(3)]
+    grad, lengths = torch.randn(128, 2, 64, dtype=torch.bfloat16, device="cuda"), starts(48, 80)
+
+    def both() -> Any:
+        with torch.enable_grad():
+            return torch.autograd.grad(function(*tokens, lengths, lengths, 80, 80), tokens, grad)
+
+    return both
+
+
+def packed_step(function: Any) -> Any:
+    """Return what trains a model of so many layers on one batch, which has other sizes than those before it."""
+    *tokens, grads = torch.randn(4, 4096, 2, 64, dtype=torch.bfloat16, device="cuda").unbind()
+    batches = itertools.cycle([(number, starts(16, number - 16)) for number in range(4096, 512, -3)])
+
+    def step() -> None:
+        number, lengths = next(batches)
+        with torch.enable_grad():
+            for _ in range(LAYERS):
+                leaves = [each[:number].detach().requires_grad_() for each in tokens]
+                out = function(*leaves, lengths, lengths, number - 16, number - 16)
+                torch.autograd.grad(out, leaves, grads[:number])
+
+    return step
+
+
+def packed_decode_loop(function: Any) -> Any:
+    """Return what decodes one token of each of eight sequences, whose keys are packed."""
+    query, keys = (torch.randn(size, 8, 64, dtype=torch.bfloat16, device="cuda") for size in (8, 8 * 2048))
+    each = starts(*[1] * 8)
+    lengths = itertools.cycle([(length, each * length) for length in range(256, 2048)])
+
+    def token() -> None:
+        length, of_keys = next(lengths)
+        for _ in range(LAYERS):
+            function(query, keys[: 8 * length], keys[: 8 * length], each, of_keys, 1, length)
+
+    return token
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,6 +86,122 @@ def test_a_kernel_prepares_for_no_longest_sequence_that_never_comes_again() -> N
         for longest in range(5, 60):
             assert_right(attend, *sequences(longest=longest))
     assert (kernel.asked, kernel.runs) == (1, 0)
+
+
+def leaves(count: int = 3) -> list[Tensor]:
+    return [torch.randn(9, 4, 8).requires_grad_() for _ in range(count)]
+
+
+def assert_trains(
+    attend: Any, given: list[Tensor], *lengths: Any, among: list[Tensor] | None = None, **options: Any
+) -> None:
+    """Assert that gradients of those that need one are right, `among` these and others."""
+    wanted = [tensor for tensor in (given if among is None else among) if tensor.requires_grad]
+    both = [function(*given, *(lengths or sequences()[3:]), **options) for function in (attend, reference)]
+    torch.testing.assert_close(*both)
+    torch.testing.assert_close(*[torch.autograd.grad(out.square().sum(), wanted) for out in both])
+
+
+def test_calls_that_autograd_records_run_what_the_kernel_prepared_for_both_ways() -> None:
+    with registered(kernel := Packs()) as attend:
+        for starts in (STARTS, row(0, 5, 9), row(0, 5, 7), STARTS):
+            assert_trains(attend, leaves(), starts, starts, 5, 5)
+            assert_trains(attend, leaves(), starts, row(0, 3, 8), 5, 5, is_causal=True, seqused_k=row(1, 2))
+    assert (kernel.forwards, kernel.runs, kernel.asked) == (4, 4, 2)
+    assert (kernel.backwards, kernel.runs_of_backward, kernel.asked_for_backward) == (4, 4, 2)
+
+
+def test_each_step_of_a_training_has_sizes_of_its_own_and_layers_that_repeat_them() -> None:
+    steps, layers = 30, 3
+    with registered(kernel := Packs()) as attend:
+        for step in range(steps):
+            tokens = 20 + step * 7 % 30
+            starts = row(0, tokens // 3, tokens)
+            for _ in range(layers):
+                given = [torch.randn(tokens, 4, 8).requires_grad_() for _ in range(3)]
+                assert_trains(attend, given, starts, starts, tokens, tokens)
+    assert kernel.forwards <= 1 + 2 * 8 and kernel.backwards == kernel.forwards
+    assert kernel.forwards + kernel.runs == kernel.backwards + kernel.runs_of_backward == steps * layers
+
+
+def test_sinks_and_slopes_are_given_to_what_was_prepared() -> None:
+    with registered(kernel := Packs()) as attend:
+        for _ in range(5):
+            sinks, slopes = torch.randn(2, 4)
+            assert_right(attend, *sequences(), sinks=sinks)
+            assert_right(attend, *sequences(), alibi_slopes=slopes)
+            assert_right(attend, *sequences(), sinks=sinks, alibi_slopes=slopes, seqused_k=row(1, 2))
+            given, sinks = leaves(), sinks.requires_grad_()
+            assert_trains(attend, given, among=[*given, sinks], sinks=sinks, alibi_slopes=slopes)
+            assert_trains(attend, given, sinks=sinks.detach())
+            assert_trains(attend, [tensor.detach() for tensor in given], among=[sinks], sinks=sinks)
+    kinds = 6
+    assert kernel.runs == 3 * kinds and kernel.asked == kinds
+    assert kernel.runs_of_backward == 3 * 3 and kernel.asked_for_backward == 3
+
+
+def test_sinks_and_slopes_of_other_sizes_are_mistakes_as_ever() -> None:
+    with registered(kernel := Packs()) as attend:
+        for options in ({"sinks": torch.ones(4)}, {"alibi_slopes": torch.ones(4)}):
+            for _ in range(3):
+                assert_right(attend, *sequences(), **options)
+            (name,) = options
+            for wrong in (torch.ones(3), torch.ones(1), torch.ones(1, 1, 4), torch.ones(4, dtype=torch.int32), 1.0):
+                with pytest.raises((TypeError, ValueError), match=name):
+                    attend(*sequences(), **{name: wrong})
+        with pytest.raises(ValueError, match="alibi_slopes"):
+            attend(*sequences(), alibi_slopes=torch.ones(4, requires_grad=True))
+        for slopes in (torch.randn(2, 4), torch.randn(2, 4)):
+            assert_right(attend, *sequences(), alibi_slopes=slopes)
+        with pytest.raises(ValueError, match="alibi_slopes"):
+            attend(*sequences(), alibi_slopes=torch.ones(3, 4))
+        assert kernel.runs == 2
+
+
+def test_what_changes_before_backward_is_an_error_of_prepared_calls_too() -> None:
+    with registered(kernel := Packs()) as attend:
+        for changed in (None, 0, 1, 2):
+            for _ in range(3):
+                query, source, starts = leaves(1)[0], torch.randn(9, 4, 8), STARTS.clone()
+                out = attend(query, source, source.clone(), starts, STARTS, 5, 5)
+            if changed is None:
+                torch.autograd.grad(out.sum(), query)
+                continue
+            (source, starts, out)[changed].zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out.sum(), query)
+        assert kernel.runs > 0
+
+
+def test_a_graph_that_is_retained_runs_what_was_prepared_again() -> None:
+    with registered(kernel := Packs()) as attend:
+        for _ in range(3):
+            given = leaves()
+            loss = attend(*given, *sequences()[3:]).sum()
+            once, again = (torch.autograd.grad(loss, given, retain_graph=True) for _ in range(2))
+            torch.testing.assert_close(once, again)
+    assert kernel.runs_of_backward == 2
+
+
+def test_one_tensor_may_be_all_of_a_recorded_call() -> None:
+    with registered(kernel := Packs()) as attend:
+        for _ in range(4):
+            (tokens,) = leaves(1)
+            assert_trains(attend, [tokens] * 3)
+            assert_trains(attend, [*leaves(1), tokens, tokens])
+            assert_trains(attend, leaves(), STARTS, STARTS.clone(), 5, 5)
+    assert kernel.runs == kernel.runs_of_backward >= 2 * 3
+
+
+def test_tensors_of_which_some_need_no_gradient_get_none() -> None:
+    with registered(kernel := Packs()) as attend:
+        for _ in range(4):
+            for needed in ((0,), (1, 2), (0, 1, 2)):
+                given = leaves()
+                for number in {0, 1, 2}.difference(needed):
+                    given[number].requires_grad_(False)
+                assert_trains(attend, given)
+    assert kernel.asked_for_backward == 3 and kernel.runs_of_backward >= 2 * 3
 
 
 MISTAKES: dict[str, tuple[Any, ...]] = {
@@ -208,16 +325,41 @@ def test_what_is_around_or_asked_besides_is_no_call_that_was_prepared() -> None:
             assert attend(*map(mode.from_tensor, sequences()[:5]), 5, 5).shape == TOKENS.shape
         assert_right(attend, *sequences(), sinks=torch.ones(4))
         assert_right(attend, *sequences(), alibi_slopes=torch.ones(4))
-        given = [TOKENS.clone().requires_grad_() for _ in range(3)]
-        for _ in range(3):
-            both = [f(*given, *sequences()[3:]).square().sum() for f in (attend, reference)]
-            torch.testing.assert_close(*[torch.autograd.grad(loss, given) for loss in both])
         assert kernel.runs == runs
         with attnplug.record() as calls:
             assert_right(attend, *sequences())
         assert "packs" in [made.impl for made in calls]
         assert_right(attend, *sequences())
-        assert kernel.runs == runs + 1
+        assert kernel.runs == runs + 2
+
+
+def test_what_is_around_a_recorded_call_is_no_call_that_was_prepared() -> None:
+    given, lengths = leaves(), sequences()[3:]
+
+    def loss(attend: Any, *tensors: Tensor) -> Tensor:
+        loss: Tensor = attend(*tensors, *lengths).square().sum()
+        return loss
+
+    expected = torch.autograd.grad(loss(reference, *given), given)
+    with registered(kernel := Packs()) as attend:
+        for _ in range(3):
+            assert_trains(attend, leaves())
+        runs = kernel.runs, kernel.runs_of_backward
+        for around in (FlopCounterMode(display=False), torch.autograd.forward_ad.dual_level()):
+            with around:
+                assert_trains(attend, leaves())
+        torch.testing.assert_close(torch.func.grad(partial(loss, attend), (0, 1, 2))(*given), expected)
+        graph = make_fx(lambda *tensors: torch.autograd.grad(loss(attend, *tensors), tensors))(*given)
+        torch.testing.assert_close(graph(*given), expected)
+        assert (kernel.runs, kernel.runs_of_backward) == runs
+        prepared = loss(attend, *given)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(torch.autograd.grad(prepared, given), expected)
+        assert (kernel.runs, kernel.runs_of_backward) == (runs[0] + 1, runs[1])
+        with attnplug.record() as calls, attnplug.verify(1.0, on_mismatch="raise"):
+            assert_trains(attend, leaves())
+        assert [made.impl for made in calls].count("packs") == 1
+        assert (kernel.runs, kernel.runs_of_backward) == (runs[0] + 2, runs[1] + 1)
 
 
 def test_tensors_that_are_not_what_lies_in_memory_are_resolved_before_a_kernel_reads() -> None:

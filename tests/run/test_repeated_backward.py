@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,17 +14,29 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 import attnplug
 from attnplug import Capabilities, Feature, GradientError, ImplSpec, KernelError, SDPAParams
 from repeated import Q
 
-SHAPE = Q.shape
+SHAPE: tuple[int, ...] = Q.shape
+SEQUENCES, LENGTH = 2, 6
+STARTS = torch.tensor([0, 6, 12], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True, params=[SHAPE, (12, 4, 8)], ids=["dense", "packed"])
+def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the calls of a test are of packed sequences."""
+    monkeypatch.setattr(sys.modules[__name__], "SHAPE", request.param)
+    return len(SHAPE) == 3
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if query.dim() == 3:
+        given = [tensor.unflatten(0, (SEQUENCES, LENGTH)).transpose(1, 2) for tensor in (query, key, value)]
+        out, lse = attention(*given)
+        return out.transpose(1, 2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
     logits = query @ key.mT * query.shape[-1] ** -0.5
     return torch.softmax(logits, -1) @ value, torch.logsumexp(logits, -1)
 
@@ -49,7 +62,10 @@ class Trains:
         return *attention(params.query, params.key, params.value), params.query * 2
 
     def prepare(self, params: SDPAParams) -> Any:
-        return lambda *tensors: self.forward(SDPAParams(*tensors))
+        return lambda *tensors: self.forward(SDPAParams(*tensors[:3]))
+
+    def prepare_packed(self, params: SDPAParams) -> Any:
+        return self.prepare(params)
 
     def backward(
         self, params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, twice: Tensor
@@ -59,14 +75,15 @@ class Trains:
 
     def prepare_backward(self, params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, twice: Tensor) -> Any:
         self.asked += 1
-        told = [described(t) for t in (params.query, params.key, params.value, grad_out, out, lse, twice)]
+        besides = (params.cu_seq_q, params.cu_seq_k, *[None] * 4) if params.is_varlen else ()
+        told = [described(t) for t in (params.query, params.key, params.value, *besides, grad_out, out, lse, twice)]
         assert {tensor.layout for tensor in (params.query, params.key, params.value)} == {torch.strided}
         wanted = [tensor.requires_grad for tensor in (params.query, params.key, params.value)]
 
         def run(*tensors: Tensor) -> Any:
             assert [described(tensor) for tensor in tensors] == told
             self.runs += 1
-            answer = self.answer(SDPAParams(*tensors[:3]), tensors[3])
+            answer = self.answer(SDPAParams(*tensors[:3]), tensors[-4])
             if isinstance(answer, tuple) and len(answer) == 3:
                 return tuple(each if want else None for each, want in zip(answer, wanted, strict=True))
             return answer
@@ -74,18 +91,31 @@ class Trains:
         return run
 
 
-def described(tensor: Tensor) -> Any:
+def described(tensor: Tensor | None) -> Any:
+    return tensor is not None and described_as_tensor(tensor)
+
+
+def described_as_tensor(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.layout, type(tensor), tensor.is_neg()
 
 
 @contextmanager
 def registered(kernel: Any) -> Iterator[Callable[..., Any]]:
-    capabilities = Capabilities(features={Feature.LSE, Feature.LSE_GRADIENT})
+    capabilities = Capabilities(features={Feature.LSE, Feature.LSE_GRADIENT, Feature.VARLEN})
     attnplug.register_impl(ImplSpec(name="trains", kernel=kernel, backend=None, capabilities=capabilities))
     try:
-        yield partial(attnplug.scaled_dot_product_attention, impl="trains")
+        if len(SHAPE) == 3:  # of a kind of packed sequences the second call is what the first is else
+            for options in ({}, {"return_lse": True}):
+                attend(*leaves(), **options, impl="trains")
+        yield partial(attend, impl="trains")
     finally:
         attnplug.unregister_impl("trains")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    if query.dim() == 3:
+        return attnplug.varlen_attn(query, key, value, STARTS, STARTS, LENGTH, LENGTH, **options)
+    return attnplug.scaled_dot_product_attention(query, key, value, **options)
 
 
 def leaves(count: int = 3) -> list[Tensor]:
@@ -119,7 +149,7 @@ def test_each_layout_of_a_gradient_has_a_backward_of_its_own() -> None:
         lambda: torch.randn(SHAPE),
         lambda: torch.randn(SHAPE).mT.contiguous().mT,
         lambda: torch.randn(()).expand(SHAPE),
-        lambda: torch.randn(SHAPE).transpose(1, 2).contiguous().transpose(1, 2),
+        lambda: torch.randn(SHAPE).transpose(0, 1).contiguous().transpose(0, 1),
     ]
     with registered(kernel := Trains()) as attend:
         for make in (*made, *reversed(made), *made):
@@ -178,8 +208,8 @@ def test_a_gradient_through_lse_runs_backward() -> None:
     "unpack",
     [
         lambda tensor: tensor.clone(),
-        lambda tensor: tensor.transpose(-1, -2).contiguous().transpose(-1, -2),
-        lambda tensor: tensor.to_sparse() if tensor.dim() == 4 else tensor,
+        lambda tensor: tensor if tensor.dim() == 1 else tensor.mT.contiguous().mT,
+        lambda tensor: tensor.to_sparse() if tensor.shape == SHAPE else tensor,
     ],
     ids=["alike", "laid out otherwise", "sparse"],
 )
@@ -295,23 +325,24 @@ def test_verification_sees_the_gradients_of_a_prepared_backward() -> None:
         return query * 1.5, *others
 
     found: list[Any] = []
-    with registered(Trains(wrong)) as attend, attnplug.verify(1.0, reference="aten_math", on_mismatch=found.append):
+    with registered(Trains(wrong)) as attend, attnplug.verify(1.0, on_mismatch=found.append):
         for _ in range(3):
             attend(*leaves()).square().sum().backward()
     assert len(found) == 2
 
 
-def test_pytorchs_function_is_itself_in_a_prepared_backward() -> None:
+def test_pytorchs_function_is_itself_in_a_prepared_backward(packed: bool) -> None:
     def answer(params: SDPAParams, grad_out: Tensor) -> Any:
         with torch.enable_grad():
-            given = [t.detach().requires_grad_() for t in (params.query, params.key, params.value)]
-            return torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(*given), given, grad_out)
+            tokens = [t.detach().requires_grad_() for t in (params.query, params.key, params.value)]
+            given = [t.unflatten(0, (SEQUENCES, LENGTH)).transpose(1, 2) for t in tokens] if packed else tokens
+            out = torch.nn.functional.scaled_dot_product_attention(*given)
+            return torch.autograd.grad(out.transpose(1, 2).flatten(0, 1) if packed else out, tokens, grad_out)
 
-    with registered(kernel := Trains(answer)), attnplug.patch_torch(), attnplug.sdpa_kernel("trains"):
+    with registered(kernel := Trains(answer)) as attend, attnplug.patch_torch():
         for _ in range(3):
-            given = leaves()
             with attnplug.record() as calls:
-                torch.nn.functional.scaled_dot_product_attention(*given).sum().backward()
+                attend(*leaves()).sum().backward()
             assert [call.impl for call in calls] == ["trains"]
     assert kernel.runs == 2
 
@@ -335,23 +366,24 @@ def test_a_call_whose_lse_nobody_asked_for_may_save_something_else_for_it() -> N
                 return super().prepare(params)
 
             def run(*tensors: Tensor) -> Any:
-                out, lse, _ = self.forward(SDPAParams(*tensors))
+                out, lse, _ = self.forward(SDPAParams(*tensors[:3]))
                 return out, None, lse
 
             return run
 
         def backward(self, params: SDPAParams, grad_out: Any, grad_lse: Any, out: Tensor, lse: Any, *saved: Any) -> Any:
             self.backwards += 1
-            assert (saved[0] if lse is None else lse).shape == out.shape[:-1]
+            assert (saved[0] if lse is None else lse).shape == params.lse_shape
             return gradients(params, grad_out, grad_lse)
 
         def prepare_backward(self, params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Any, *saved: Any) -> Any:
-            assert (lse is None) is (saved[0].shape == out.shape[:-1])
+            assert (lse is None) is (saved[0].shape == params.lse_shape)
             self.asked += 1
 
-            def run(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, out: Tensor, *kept: Any) -> Any:
+            def run(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+                grad_out, _, kept = others[-4:-1]
                 self.runs += 1
-                assert (kept[0] is None) is (lse is None)
+                assert (kept is None) is (lse is None)
                 return gradients(SDPAParams(query, key, value), grad_out)
 
             return run
@@ -377,7 +409,7 @@ def test_a_gradient_goes_through_a_tensor_that_a_transform_left_behind() -> None
     with registered(Trains()) as attend:
         for _ in range(3):
             given = leaves()[:2]
-            losses = [each(left[0], *given).sum() for each in (attend, sdpa)]
+            losses = [out.sum() for out in (attend(left[0], *given), attention(left[0], *given)[0])]
             torch.testing.assert_close(
                 *[torch.autograd.grad(loss, [source, *given], retain_graph=True) for loss in losses]
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ EVERYTHING = Capabilities(
 Answer = Callable[[SDPAParams], Any]
 
 
-LENGTHS = "cu_seq_q", "cu_seq_k", "seqused_k", "block_table"
+BESIDES = "cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table"
+"""What there is besides query, key and value in calls of packed sequences, in order."""
 
 
 def answer(params: SDPAParams) -> Any:
@@ -56,8 +58,8 @@ def answer(params: SDPAParams) -> Any:
     if params.query.is_meta:
         lse = params.query.new_empty(params.lse_shape, dtype=params.lse_dtype)
         return torch.empty_like(params.query), lse if params.return_lse else None
-    names = ("query", "key", "value", *LENGTHS, "max_q", "max_k")
-    options = ("is_causal", "scale", "window_size", "softcap", "sinks", "alibi_slopes", "return_lse")
+    names = ("query", "key", "value", *BESIDES, "max_q", "max_k")
+    options = ("is_causal", "scale", "window_size", "softcap", "return_lse")
     given = {name: getattr(params, name) for name in (*names, *options)}
     found = attnplug.varlen_attn(**given, dropout_p=params.dropout, impl="math_ref", enable_gqa=True)
     return found if params.return_lse else (found, None)
@@ -72,13 +74,14 @@ def layouts(*tensors: Tensor | None) -> list[Any]:
 
 
 class Packs:
-    """Counts how often forward runs, and what it prepared; `answer` is what that returns.
+    """Counts how often forward runs, and what it prepared; `answer` is what that returns. The same of backward.
 
     What it prepared runs for tensors like those that it was prepared for alone.
     """
 
     def __init__(self, answer: Answer = answer) -> None:
         self.forwards = self.asked = self.runs = 0
+        self.backwards = self.asked_for_backward = self.runs_of_backward = 0
         self.answer = answer
 
     def forward(self, params: SDPAParams) -> Any:
@@ -86,23 +89,61 @@ class Packs:
         return answer(params)
 
     def backward(self, params: SDPAParams, grad_out: Tensor, *others: Any) -> Any:
-        with torch.enable_grad():
-            given = [each.detach().requires_grad_() for each in (params.query, params.key, params.value)]
-            fields = vars(params) | dict(zip(("query", "key", "value"), given, strict=True))
-            return torch.autograd.grad(answer(SDPAParams(**fields))[0], given, grad_out)
+        self.backwards += 1
+        return gradients(params, grad_out)
 
     def prepare_packed(self, params: SDPAParams) -> Any:
         self.asked += 1
-        constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
-        expected = layouts(params.query, params.key, params.value, *(getattr(params, name) for name in LENGTHS))
+        with_tensors, expected = repeating(params)
 
-        def run(query: Tensor, key: Tensor, value: Tensor, *lengths: Tensor | None) -> Any:
+        def run(*tensors: Tensor | None) -> Any:
             self.runs += 1
-            assert layouts(query, key, value, *lengths) == expected
-            given = dict(zip(LENGTHS, lengths, strict=True))
-            return self.answer(SDPAParams(query, key, value, **(constants | given)))
+            assert layouts(*tensors) == expected
+            return self.answer(with_tensors(*tensors))
 
         return run
+
+    def prepare_backward(self, params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor | None) -> Any:
+        self.asked_for_backward += 1
+        with_tensors, expected = repeating(params)
+        expected += layouts(grad_out, out, lse)
+        names = [name for name in ("query", "key", "value", "sinks") if getattr(params, name) is not None]
+        wanted = {name: getattr(params, name).requires_grad for name in names}
+
+        def run(*tensors: Tensor | None) -> Any:
+            self.runs_of_backward += 1
+            assert [layout and layout[:-1] for layout in layouts(*tensors)] == [each and each[:-1] for each in expected]
+            again = with_tensors(*tensors[:9])
+            return gradients(
+                replace(again, **{name: marked(getattr(again, name), wanted[name]) for name in names}), tensors[9]
+            )
+
+        return run
+
+
+def repeating(params: SDPAParams) -> tuple[Callable[..., SDPAParams], list[Any]]:
+    """Return what describes a call of other tensors, and what these must be like."""
+    constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
+    names = "query", "key", "value", *BESIDES
+    return (
+        lambda *tensors: SDPAParams(**(constants | dict(zip(names, tensors, strict=True)))),
+        layouts(*(getattr(params, name) for name in names)),
+    )
+
+
+def marked(tensor: Tensor, want: bool) -> Tensor:
+    return tensor.detach().requires_grad_(want)
+
+
+def gradients(params: SDPAParams, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value, no mask, and sinks, where these say that they are wanted."""
+    names = [name for name in ("query", "key", "value", "sinks") if getattr(params, name) is not None]
+    names = [name for name in names if getattr(params, name).requires_grad]
+    with torch.enable_grad():
+        leaves = {name: getattr(params, name).detach().requires_grad_() for name in names}
+        out = answer(replace(params, **leaves))[0]
+        found = dict(zip(names, torch.autograd.grad(out, [*leaves.values()], grad_out), strict=True))
+    return found.get("query"), found.get("key"), found.get("value"), None, found.get("sinks")
 
 
 def nested(layout: torch.layout = torch.strided) -> Tensor:

@@ -15,7 +15,7 @@ from attnplug._call.prepare import prepare_varlen, without_numpy
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import who_decides
-from attnplug._dispatch.recognised import PLAIN, distinct, known, packed_tensors, recognise_packed
+from attnplug._dispatch.recognised import PLAIN, distinct, known, recognise_packed
 from attnplug._params import params_of
 from attnplug._run.sharded import is_sharded, run_sharded
 from attnplug._selection.state import process, thread
@@ -165,10 +165,10 @@ def varlen_attn(
         scale = without_numpy(scale, tracing)
     if thread.state.watched and not is_compiling():
         impl = wished(impl)
-    way, found, prepared = None, None, None
+    way, found = None, None
     if (
         not tracing
-        and are_numbers(CausalVariant.LOWER_RIGHT, window_size, softcap, sinks, alibi_slopes)
+        and are_numbers(CausalVariant.LOWER_RIGHT, window_size, softcap, None, None)
         and (process.choices is None or impl is not None)
         and (impl is None or type(impl) is str)
         and (is_causal is False or is_causal is True)
@@ -178,18 +178,18 @@ def varlen_attn(
         and type(dropout_p) in NUMBERS
         and type(max_q) is int is type(max_k)
     ):
-        given = cu_seq_k is None, cu_seq_k is cu_seq_q, seqused_k is None, block_table is None, is_grad_enabled()
+        given = sinks is None, alibi_slopes is None, seqused_k is None, block_table is None
+        starts = cu_seq_k is None, cu_seq_k is cu_seq_q
         numbers = is_causal, enable_gqa, return_lse, scale, dropout_p, window_size, softcap
-        way = who_decides(impl), numbers, given
+        way = who_decides(impl), numbers, given, starts, is_grad_enabled()
         candidates = known.get(way)
         if candidates is not None:
-            tensors = query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table
-            found = recognise_packed(candidates, distinct(*tensors), max_q, max_k)
-            if found is not None and found.plain is not None and not (thread.state.watched or _profiler_enabled()):
-                prepared = found.plain
-                if not query.is_cpu:  # where lengths lie whose values are checked each time
-                    out, lse = prepared(*tensors)
-                    return (out, lse) if return_lse else out
+            tensors = distinct(query, key, value, sinks, alibi_slopes, seqused_k, cu_seq_q, cu_seq_k, block_table)
+            found = recognise_packed(candidates, tensors, max_q, max_k)
+            looked_at = query.is_cpu or thread.state.watched or _profiler_enabled()  # lengths on a CPU are, each time
+            if found is not None and found.plain is not None and not looked_at:
+                out, lse = found.plain(*tensors)
+                return (out, lse) if return_lse else out
     fields: dict[str, Any] = {
         "query": query,
         "key": key,
@@ -212,7 +212,7 @@ def varlen_attn(
         "block_table": block_table,
     }
     if found is not None and check_lengths(params := params_of(fields)) > 0:
-        out, lse = found.run_as_given(params) if prepared is None else prepared(*packed_tensors(params))
+        out, lse = found.run_as_given(params)
         return (out, lse) if return_lse else out
     if tracing:
         return traced.or_eagerly(_the_long_way, fields, impl, way)

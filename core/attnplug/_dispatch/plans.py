@@ -24,7 +24,7 @@ from attnplug._errors import KernelError
 from attnplug._params import params_of
 from attnplug._registry.registry import BUILTIN, Registry
 from attnplug._run.autograd import record_repeated, run
-from attnplug._run.contract import KernelCall, Result, checked_forward, declares, in_kernel
+from attnplug._run.contract import KernelCall, Order, Result, checked_forward, declares, in_kernel, tensors_of
 from attnplug._run.operator import is_watched, operator_of
 from attnplug._run.repeated import Repeated
 from attnplug._run.transforms import is_transformed, run_transformed
@@ -57,8 +57,8 @@ class Plan:
         grad: whether autograd records the call.
         unfused: whether a MATH implementation runs because others could not.
         simple: whether nothing has to be done around the kernel: no autograd, no check, no warning.
-        plain: the kernel's `plain`, if all is simple, or what it prepared, which takes the tensors alone where they
-            are packed sequences; see `_run.repeated`.
+        plain: the kernel's `plain`, if all is simple, or what it prepared, which takes the tensors that there are,
+            in their `Order`, where they are packed sequences; see `_run.repeated`.
         checked: whether there is nothing around the kernel but a check of what it returns.
     """
 
@@ -84,6 +84,9 @@ class Plan:
     def run_as_given(self, params: SDPAParams) -> Result:
         """Run a call that was recognised, whose record was just built, with the user's mask and scale."""
         self.complete(params)
+        if params.is_varlen and self.plain is not None and not is_profiled():
+            watched, run = thread.state.watched, self._run_plain
+            return among_watchers(self.decision, params, run)(params) if watched else run(params)
         if self.checked and not (
             thread.state.watched or is_profiled() or is_transformed() or any_autocast() or is_watched(params.query)
         ):
@@ -129,6 +132,8 @@ class Plan:
         return run(params)
 
     def _run_plain(self, params: SDPAParams) -> Result:
+        if params.is_varlen:
+            return self.plain(*Order.of(params).own(tensors_of(params)))  # type: ignore[misc]  # as above
         given = params.query, params.key, params.value, params.attn_mask, params.dropout, params.is_causal
         return self.plain(*given, params.scale, params.enable_gqa)  # type: ignore[misc]  # as above
 
@@ -154,12 +159,10 @@ class Plan:
             KernelError: the kernel prepared something that cannot be called.
         """
         kernel = self.decision.kernel
+        prepare = kernel.prepare_packed if params.is_varlen else kernel.prepare
         opaque = not (self.unfused or self.decision.entry.distribution == BUILTIN)
-        if params.is_varlen:
-            prepare, fits = kernel.prepare_packed, opaque and not self.grad
-        else:
-            can_differentiate = not self.grad or kernel.backward is not None
-            prepare, fits = kernel.prepare, self.simple or (opaque and can_differentiate and params.attn_mask is None)
+        can_differentiate = not self.grad or kernel.backward is not None
+        fits = self.simple or (opaque and can_differentiate and params.attn_mask is None)
         if prepare is None or not fits:
             return self
         run = in_kernel(prepare, params)
@@ -180,14 +183,16 @@ def _prepared(plan: Plan, params: SDPAParams, run: Callable[..., Any]) -> Callab
     The comparison of their tensors does not see levels of forward-mode derivatives, nor PyTorch's own dispatch modes
     (fake tensors, and `make_fx`), which must see an operator.
     """
-    repeated = Repeated(KernelCall.of(plan.decision.entry, params), params.query, run)
+    repeated = Repeated(KernelCall.of(plan.decision.entry, params), params, run)
 
-    def packed(*tensors: Tensor | None) -> Result:
+    def packed(*tensors: Tensor) -> Result:
         if forward_ad._current_level >= 0 or count_modes() > 0:
             return plan.carry_out(repeated.params(*tensors))
+        if plan.grad:
+            return record_repeated(repeated, *tensors)
         return repeated.forward(*tensors)[:2]
 
-    def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:
+    def plain(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Result:  # as above, without another call
         if forward_ad._current_level >= 0 or count_modes() > 0:
             return plan.carry_out(repeated.params(query, key, value))
         if plan.grad:

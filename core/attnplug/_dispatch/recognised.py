@@ -24,7 +24,7 @@ from attnplug._call.facts import is_plain
 from attnplug._dispatch.plans import Plan
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._run.batched import is_wrapped
-from attnplug._run.contract import Result
+from attnplug._run.contract import Order, Result, tensors_of
 from attnplug._run.operator import is_watched
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import thread, when_started
@@ -121,10 +121,10 @@ class _Preparing(Plan):
         self._known.keep(self._sizes, repeated)
         if self._at_once:
             self._known.unused = repeated
+        if params.is_varlen:
+            return repeated.run_as_given(params)
         if repeated.plain is None or thread.state.watched or is_profiled():
             return plan.run_as_given(params)
-        if params.is_varlen:
-            return repeated.plain(*packed_tensors(params))
         given = params.query, params.key, params.value, mask, params.dropout, params.is_causal
         return repeated.plain(*given, scale, params.enable_gqa)
 
@@ -209,21 +209,28 @@ def _broadcasts(shape: torch.Size, batch: int, queries: int, keys: int) -> bool:
     )
 
 
-def packed_tensors(params: SDPAParams) -> tuple[Tensor | None, ...]:
-    """Return the tensors of a call of packed sequences in the order of a `plain`, None for what it does not have."""
-    lengths = params.cu_seq_q, params.cu_seq_k, params.seqused_k, params.block_table
-    return params.query, params.key, params.value, *lengths
-
-
 def distinct(
-    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, seqused_k: Any, block_table: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    sinks: Any,
+    alibi_slopes: Any,
+    seqused_k: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    block_table: Any,
 ) -> tuple[Any, ...]:
-    """Return the tensors of packed sequences to be compared: those that there are, and starts of both kinds once."""
-    given: tuple[Any, ...] = query, key, value, cu_seq_q
-    if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
-        given = (*given, cu_seq_k)
+    """Return the tensors of packed sequences that there are, in their `Order`."""
+    given: tuple[Any, ...] = query, key, value
+    if sinks is not None:
+        given = (*given, sinks)
+    if alibi_slopes is not None:
+        given = (*given, alibi_slopes)
     if seqused_k is not None:
         given = (*given, seqused_k)
+    given = (*given, cu_seq_q)
+    if cu_seq_k is not None and cu_seq_k is not cu_seq_q:
+        given = (*given, cu_seq_k)
     return given if block_table is None else (*given, block_table)
 
 
@@ -265,7 +272,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     query, key, value, packed = params.query, params.key, params.value, params.is_varlen
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     if packed:
-        tensors = distinct(*packed_tensors(params))
+        tensors = Order.of(params).own(tensors_of(params))
     others, autocasts, all_count = known.get(way, ()), any_autocast(), plan.decision.shape_dependent
     if (
         (all_count and packed)  # whose longest sequences count too
@@ -275,6 +282,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         or any(map(is_wrapped, tensors))  # which what runs for recognised calls does not look for
         or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
+        or (params.alibi_slopes is not None and params.alibi_slopes.dim() > 1)  # some for each sequence
         or (autocasts and _autocast_dtype(query.device.type) is not query.dtype)
     ):
         return
@@ -282,7 +290,8 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     like = next((one for one in others if one.by_sizes is not None and one.cast == cast and one.alike(*tensors)), None)
     if like is None and len(others) >= SEVERAL:
         return
-    alike = comparison(tensors, packed=packed) if like is None else like.alike
+    of_heads = params.sinks, params.alibi_slopes
+    alike = comparison(tensors, packed=packed, whole=of_heads) if like is None else like.alike
     if alike is None:
         return
     repeated = plan.repeated(params) if packed or is_plain(params) else plan
@@ -306,11 +315,14 @@ def _has_positions(params: SDPAParams) -> bool:
     return params.is_causal or params.window_size != OPEN_WINDOW
 
 
-def comparison(tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = False) -> Callable[..., bool] | None:
+def comparison(
+    tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = False, whole: tuple[Tensor | None, ...] = ()
+) -> Callable[..., bool] | None:
     """Return what compares a call's tensors with these; None for tensors that are not recognised.
 
-    All is compared, unless `exact` but for batch, lengths, and the strides that depend on them. Those of queries, keys
-    and values must be strided, of at least two dimensions, and dense in the last, as these are.
+    All is compared, unless `exact` but for batch, lengths, and the strides that depend on them; of those that are
+    `whole`, all sizes. Those of queries, keys and values must be strided, of at least two dimensions, and dense in the
+    last, as these are.
     """
     dense = all(tensor.stride(-1) == 1 for tensor in tensors[:3])
     if not dense or not {*map(type, tensors)}.issubset(PLAIN):
@@ -319,7 +331,7 @@ def comparison(tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = 
     sizes: list[list[int | None]] = []
     strides: list[list[int | None]] = []
     for tensor in tensors:
-        if exact:
+        if exact or any(tensor is one for one in whole):
             size: list[int | None] = [*tensor.shape]
             stride: list[int | None] = [*tensor.stride()]
         else:

@@ -73,18 +73,17 @@ class Kernel:
             kind, for other shapes and strides when they come a second time, and at once when several did, as in a
             decode loop. It saves looking up a plan, building the `SDPAParams` and checking the output. Calls with a
             mask are prepared for by attnplug's own kernels alone, whose `run` gets it as a fourth argument.
-        prepare_packed: `prepare_packed(params) -> run or None`: the same for a call of packed sequences that autograd
-            does not record, and that has neither sinks nor slopes, of a kernel that is not `shape_dependent`. It is
-            first asked at the second call of its kind. Its
-            `run(query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table) -> (out, lse)` gets None for those that
-            the call does not have. `max_q` and `max_k` are the same each time; which lengths and pages the tensors
+        prepare_packed: `prepare_packed(params) -> run or None`: the same for a call of packed sequences, of a kernel
+            that is not `shape_dependent`. It is first asked at the second call of its kind. Its `run(query, key, value,
+            cu_seq_q, cu_seq_k, sinks, alibi_slopes, seqused_k, block_table) -> (out, lse, *saved)` gets None for those
+            that the call does not have. `max_q` and `max_k` are the same each time; which lengths and pages the tensors
             hold is not, and must be read from those that `run` is given.
         prepare_backward: `prepare_backward(params, grad_out, out, lse, *saved) -> run or None`: the same for backward
-            of what `prepare` gave a function for, where nothing asks for a gradient through lse.
-            `run(query, key, value, grad_out, out, lse, *saved) -> (grad_query, grad_key, grad_value)` does what
-            backward does for tensors that differ from these only in where they lie in memory; as in backward,
-            `requires_grad` says which gradients are wanted. It returns None to have backward called. No tensor must
-            be kept.
+            of what `prepare` or `prepare_packed` gave a function for, where nothing asks for a gradient through lse.
+            `run(query, key, value, grad_out, out, lse, *saved)` returns what backward does for tensors that differ from
+            these only in where they lie in memory; as in backward, `requires_grad` of those in `params` says which
+            gradients are wanted. Of packed sequences (`params.is_varlen`) it is given all that the other `run` is given
+            in place of the first three. It returns None to have backward called. No tensor must be kept.
         fake: `fake(params) -> (out, lse, *saved)`, empty tensors with the shapes, dtypes and strides that
             forward returns. Only `torch.compile` asks, and only for a kernel that is not composite. With it
             `saved` reaches backward through the graph (and must hold no None); without it, a compiled backward

@@ -19,6 +19,7 @@ from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
     KernelCall,
+    Order,
     Result,
     declares,
     no_lse_gradient,
@@ -37,9 +38,9 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
         KernelError: the kernel returned something else than it must.
     """
     if grad and entry.kernel.backward is not None:
-        tensors = _present(params)
-        once = _Once(KernelCall.of(entry, params), len(tensors), lambda *_: run_forward(entry, params))
-        out, lse = _Attention.apply(once, *tensors)
+        order = Order.of(params)
+        once = _Once(KernelCall.of(entry, params), order, lambda *_: run_forward(entry, params))
+        out, lse = _Attention.apply(once, *order.own(tensors_of(params)))
         return out, lse
     out, lse = run_forward(entry, params)[:2]
     return refusing_lse_gradient(entry, params, out, lse) if grad else (out, lse)
@@ -54,28 +55,21 @@ def refusing_lse_gradient(entry: Entry, params: SDPAParams, out: Tensor, lse: Te
     return out, lse
 
 
-def _present(params: SDPAParams) -> list[Tensor | None]:
-    """Return the tensors of a call without the last ones that it does not have, each of which would take 0.5 us."""
-    tensors = [*tensors_of(params)]
-    while tensors[-1] is None:
-        tensors.pop()
-    return tensors
-
-
 class Recorded(Protocol):
     """A call that autograd records.
 
     Attributes:
         call: what it is besides its tensors.
-        count: of these, the first of `TENSORS`.
+        order: of its tensors, which autograd is told of: those that it has. How many are saved, and in which order, is
+            thus the same whether it was prepared or not, as checkpoints want it.
         forward: returns `(out, lse, *saved)` of them.
-        backward: returns their gradients, or None to leave that to `call`. Given are which are wanted, the gradient of
-            out, and all that was saved. It is called where lse has no gradient, no graph is recorded, and autocast is
-            off.
+        backward: returns what the kernel's backward does, or None to leave that to `call`. Given are which gradients
+            are wanted, the gradient of out, and all that was saved. It is called where lse has no gradient, no graph is
+            recorded, and autocast is off.
     """
 
     call: KernelCall
-    count: int
+    order: Order
     forward: Callable[..., tuple[Any, ...]]
     backward: Callable[..., Any]
 
@@ -85,7 +79,7 @@ class _Once:
     """A call for which nothing was prepared."""
 
     call: KernelCall
-    count: int
+    order: Order
     forward: Callable[..., tuple[Any, ...]]
 
     def backward(self, *given: Any) -> None:
@@ -108,6 +102,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         one: Recorded = ctx.one
+        call, order = one.call, one.order
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         recording, tracing = torch.is_grad_enabled(), is_compiling()
         dual = forward_ad._current_level >= 0  # in which a gradient may have a tangent, which no kernel reads
@@ -115,10 +110,9 @@ class _Attention(torch.autograd.Function):
         if not (grad_out is None or grad_lse is not None or recording or tracing or dual or watched or any_autocast()):
             found = one.backward(ctx.needs_input_grad[1:], grad_out, *everything)
             if found is not None:
-                return None, *found[: one.count]
-        call, count = one.call, one.count
-        tensors, (out, lse, *saved) = (*everything[:count], *_ABSENT[count:]), everything[count:]
-        wanted = (*ctx.needs_input_grad[1:], *(False for _ in DIFFERENTIABLE))[: len(DIFFERENTIABLE)]
+                return None, *order.own((*found, *_ABSENT))
+        tensors, (out, lse, *saved) = order.whole(everything[: order.count]), everything[order.count :]
+        wanted = order.whole(ctx.needs_input_grad[1:], False)[: len(DIFFERENTIABLE)]
         given = tensors, wanted, grad_out, grad_lse, out, lse, saved
         differentiates = recording and declares(call.entry, Feature.SECOND_DERIVATIVES)
         opaque = not call.entry.kernel.composite
@@ -134,7 +128,7 @@ class _Attention(torch.autograd.Function):
             if recording:
                 inputs = *tensors[: len(DIFFERENTIABLE)], grad_out, grad_lse
                 grads = _refuse_second_derivatives(call.entry, grads, inputs)
-        return (None, *grads, *_ABSENT)[: 1 + count]
+        return None, *order.own((*grads, *_ABSENT))
 
 
 record_repeated: Callable[..., Result] = super(torch.autograd.Function, _Attention).apply

@@ -6,11 +6,11 @@ Autograd, operators and the transforms of `torch.func` each run kernels in their
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
-from operator import attrgetter
+from functools import cache, partial
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -49,6 +49,51 @@ def tensors_of(params: SDPAParams) -> Given:
 
 
 _constants_of = attrgetter(*CONSTANTS)  # which a trace could not take
+_besides_of = attrgetter(*TENSORS[3:])
+
+
+class Order:
+    """The tensors that a call has, in the order of `TENSORS`, and starts of queries and keys that are one tensor once.
+
+    Args:
+        absent: whether there is none, for each of `TENSORS` from the fourth on.
+        same_starts: whether those of queries and keys are one tensor.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(self, absent: tuple[bool, ...], same_starts: bool) -> None:
+        missing = {name for name, is_absent in zip(TENSORS[3:], absent, strict=True) if is_absent}
+        names = [name for name in TENSORS if name not in missing and not (same_starts and name == "cu_seq_k")]
+        self._places = {name: place for place, name in enumerate(names)}
+        if same_starts:
+            self._places["cu_seq_k"] = self._places["cu_seq_q"]
+        self.count = len(names)
+        self._of_whole = tuple([self._places.get(name, -1) for name in TENSORS])  # what a trace of backward reads
+        self._of_own = tuple([TENSORS.index(name) for name in names])
+
+    @classmethod
+    def of(cls, params: SDPAParams) -> Order:
+        """Return that of one call. 2 us."""
+        absent = tuple([tensor is None for tensor in _besides_of(params)])
+        return _order(absent, params.cu_seq_q is params.cu_seq_k is not None)
+
+    def getter(self, names: tuple[str, ...]) -> itemgetter[Any]:
+        """Return what takes the values of these names out of one for each tensor, and one for those that are absent."""
+        return itemgetter(*[self._places.get(name, -1) for name in names])
+
+    def whole(self, own: Sequence[Any], absent: Any = None) -> tuple[Any, ...]:
+        """Return one value for each of `TENSORS`, given one for each tensor that there is."""
+        given = (*own, absent)
+        return tuple([given[place] for place in self._of_whole])
+
+    def own(self, whole: Sequence[Any]) -> tuple[Any, ...]:
+        """Return one value for each tensor that there is, given one for each of `TENSORS`."""
+        return tuple([whole[place] for place in self._of_own])
+
+
+_order = cache(Order)
 
 
 @dataclass(frozen=True)

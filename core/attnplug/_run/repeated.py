@@ -18,8 +18,9 @@ from attnplug._call.comparing import compared
 from attnplug._errors import KernelError
 from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import (
-    TENSORS,
+    DIFFERENTIABLE,
     KernelCall,
+    Order,
     check_outputs,
     checked_gradients,
     in_kernel,
@@ -34,8 +35,12 @@ from attnplug._types import SDPAParams
 
 KINDS = 8
 """For how many kinds of tensors backward is prepared: gradients may come in ever new strides."""
+PACKED = (
+    *("query", "key", "value", "cu_seq_q", "cu_seq_k"),
+    *("sinks", "alibi_slopes", "seqused_k", "block_table"),
+)
+"""The tensors of packed sequences, as a kernel gets them: in the order in which `varlen_attn` takes them."""
 strided = torch.strided
-_NO_OTHERS = (None,) * (len(TENSORS) - 3)
 
 Run = Callable[..., Any]
 
@@ -43,26 +48,27 @@ Run = Callable[..., Any]
 class Repeated:
     """What a kernel prepared for calls that repeat one.
 
-    Their tensors are query, key and value and, of packed sequences, cu_seq_q, cu_seq_k, seqused_k and block_table.
+    Args:
+        call: what they are besides their tensors.
+        params: one of them, which is not kept.
+        run: what the kernel prepared.
 
     Attributes:
-        call: what they are besides their tensors.
-        count: of those that autograd is told of.
+        call: as above.
+        order: of their tensors, as methods take them.
     """
 
-    def __init__(self, call: KernelCall, query: Tensor, run: Run) -> None:
-        self.call, self.count = call, 3
+    def __init__(self, call: KernelCall, params: SDPAParams, run: Run) -> None:
+        self.call, self.order = call, Order.of(params)
+        self._as_taken = self.order.getter(PACKED if params.is_varlen else PACKED[:3])
         self._run, self._prepare = run, call.entry.kernel.prepare_backward
         self._is_checked = False
-        self._autocasts = no_autocast(query) if any_autocast() else None
+        self._autocasts = no_autocast(params.query) if any_autocast() else None
         self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
 
     def params(self, *tensors: Tensor | None) -> SDPAParams:
         """Return the description of a call of these tensors."""
-        if len(tensors) == 3:
-            return self.call.params((*tensors, *_NO_OTHERS))
-        query, key, value, cu_seq_q, cu_seq_k, seqused_k, block_table = tensors
-        return self.call.params((query, key, value, None, None, None, seqused_k, cu_seq_q, cu_seq_k, block_table))
+        return self.call.params(self.order.whole(tensors))
 
     def forward(self, *tensors: Tensor | None) -> tuple[Any, ...]:
         """Return `(out, lse, *saved)`, checked at the first call."""
@@ -70,10 +76,10 @@ class Repeated:
         thread.in_kernel = True  # `in_kernel`, without the time of another call
         try:
             if self._autocasts is None:
-                returned: tuple[Any, ...] | None = self._run(*tensors)
+                returned: tuple[Any, ...] | None = self._run(*self._as_taken((*tensors, None)))
             else:
                 with self._autocasts:
-                    returned = self._run(*tensors)
+                    returned = self._run(*self._as_taken((*tensors, None)))
         finally:
             thread.in_kernel = outer
         if returned is None:
@@ -83,23 +89,21 @@ class Repeated:
             self._is_checked = True
         return returned
 
-    def backward(
-        self, wanted: tuple[bool, ...], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
-    ) -> Any:
-        """Return the gradients of query, key and value; None where `KernelCall.backward` has to run.
+    def backward(self, needs: tuple[bool, ...], grad_out: Tensor, *everything: Any) -> Any:
+        """Return what the kernel's backward does; None where `KernelCall.backward` has to run.
 
-        `saved` is out, lse or None, and what else forward saved. All are looked at, because hooks of saved tensors may
-        have changed them.
+        Given are which tensors need a gradient, these tensors, out, lse or None, and what else forward saved. All are
+        looked at, because hooks of saved tensors may have changed them.
         """
         if self._prepare is None:
             return None
-        tensors = (grad_out, query, key, value, *saved)
-        if saved[1] is None:
-            tensors = (*tensors[:5], *tensors[6:])
+        count = self.order.count
+        given, saved = everything[:count], everything[count:]
+        tensors = (grad_out, *everything) if saved[1] is not None else (grad_out, *given, saved[0], *saved[2:])
         for tensor in tensors:
             if tensor is None or tensor.layout is not strided or tensor.is_nested:  # `compared` takes no others
                 return None
-        kind = wanted, saved[1] is None, len(saved)
+        kind = needs, saved[1] is None, len(saved)
         for known, fits, run in self._backwards:
             if known == kind and fits(*tensors):
                 if run is None:
@@ -107,35 +111,39 @@ class Repeated:
                 outer = thread.in_kernel
                 thread.in_kernel = True  # as in `forward`
                 try:
-                    grads = run(query, key, value, grad_out, *saved)
+                    grads = run(*self._as_taken((*given, None)), grad_out, *saved)
                 finally:
                     thread.in_kernel = outer
                 # What else is wrong with them autograd says; one that is missing it takes for zeros.
-                if grads is not None and (grads[0] is None or grads[1] is None or grads[2] is None):
-                    for field, want, grad in zip(TENSORS, wanted, grads, strict=False):
-                        if want and grad is None:
-                            raise no_gradient(self.call.entry.name, field)
+                if grads is not None and (count > 3 or grads[0] is None or grads[1] is None or grads[2] is None):
+                    self._check_that_all_are_there(needs, grads)
                 return grads
         unlike = any(tensor.is_neg() or is_wrapped(tensor) for tensor in tensors)  # what lies in memory
         seen = unlike or is_watched(grad_out) or is_transformed()
         fits_these = None if seen or len(self._backwards) >= KINDS else compared(tensors)
         if fits_these is None:
             return None
-        run, grads = self._prepare_backward(wanted, grad_out, query, key, value, *saved)
+        run, grads = self._prepare_backward(needs, grad_out, given, saved)
         self._backwards.append((kind, fits_these, run))
         return grads
 
+    def _check_that_all_are_there(self, needs: tuple[bool, ...], grads: Any) -> None:
+        wanted = self.order.whole(needs, False)
+        for field, want, grad in zip(DIFFERENTIABLE, wanted, (*grads, None, None), strict=False):
+            if want and grad is None:
+                raise no_gradient(self.call.entry.name, field)
+
     def _prepare_backward(
-        self, wanted: tuple[bool, ...], grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any
+        self, needs: tuple[bool, ...], grad_out: Tensor, given: tuple[Any, ...], saved: tuple[Any, ...]
     ) -> tuple[Run | None, Any]:
         """Return what the kernel prepares for tensors like these, if it does, and what that returns, checked."""
         assert self._prepare is not None
-        params, name = self.call.params((*map(marked, (query, key, value), wanted), *_NO_OTHERS)), self.call.entry.name
+        params, name = self.params(*map(marked, given, needs)), self.call.entry.name
         run = in_kernel(self._prepare, params, grad_out, *saved)
         if run is None:
             return None, None
         if not callable(run):
             got = type(run).__name__
             raise KernelError(f"implementation {name!r}: prepare_backward must return a function or None, got {got}")
-        grads = in_kernel(run, query, key, value, grad_out, *saved)
+        grads = in_kernel(run, *self._as_taken((*given, None)), grad_out, *saved)
         return run, None if grads is None else checked_gradients(name, params, grads)

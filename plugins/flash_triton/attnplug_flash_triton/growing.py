@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from attnplug import SDPAParams
 from attnplug_flash_triton import config, launches
 from attnplug_flash_triton.forward import forward_kernel
-from attnplug_flash_triton.plans import Plan
+from attnplug_flash_triton.plans import INT32, Plan
 from attnplug_flash_triton.problem import (
     LONGEST,
     Form,
@@ -26,8 +26,6 @@ from attnplug_flash_triton.problem import (
     strides_of_keys,
 )
 
-INT32 = 2**31
-"""From here on Triton passes an integer in 64 bits, to another kernel."""
 PLACES = [
     forward_kernel.arg_names.index(name)
     for name in ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "num_k", "section", "table_batch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -14,12 +15,10 @@ from torch import Tensor
 from attnplug import Feature, SDPAParams, compute_capability
 from attnplug_flash_triton import config, launches, toolchain
 from attnplug_flash_triton.growing import Growing, can_grow
-from attnplug_flash_triton.plans import Plan
+from attnplug_flash_triton.plans import ALIGNED, Plan
 from attnplug_flash_triton.problem import Machine, keeps_statistics, machine_of, tf32_allowed
 
 PLANS_KEPT = 1024
-ALIGNED = 16
-"""Bytes. Triton compiles a kernel apart for pointers that are not multiples of it."""
 
 Kept = TypeVar("Kept")
 _plans: dict[Hashable, Plan] = {}
@@ -84,53 +83,79 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     return (*results, given["seed"]) if params.dropout > 0 else results
 
 
-def prepare(
-    params: SDPAParams,
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...] | None] | None:
-    """Return what runs a call whose tensors are like these; None if it draws numbers, or they are not aligned."""
-    given, device = tensors_of(params), params.query.device
-    if params.dropout > 0 or not _are_aligned(given.values()):
+def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
+    """Return what runs a call whose tensors are like these, where they are aligned; None if it draws numbers."""
+    if params.dropout > 0:
         return None
     needs_grad = params.needs_grad
     wants_lse = needs_grad or params.return_lse
-    plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:
-        aligned = (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED == 0
-        if not aligned or _settings(query.dtype) != settings:
-            return None
-        results = _run(plan, {"query": query, "key": key, "value": value}, device)
-        if not wants_lse:
-            return results[0], None
-        return results if needs_grad else results[:2]
-
-    return run
-
-
-def prepare_packed(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
-    """Return the same for packed sequences, whose lengths are read on the device alone."""
-    given, device = tensors_of(params), params.query.device
-    if params.dropout > 0 or not _are_aligned(given.values()):
-        return None
-    wants_lse, names = params.return_lse, tuple(given)
-    plan, settings = _forward_plan(params, given, device, wants_lse), _settings(params.query.dtype)
+    like = _Like(params, tensors_of(params), _settings, partial(_forward_plan, wants_lse=wants_lse))
 
     def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        given = dict(zip(names, [tensor for tensor in tensors if tensor is not None], strict=True))
-        if not _are_aligned(given.values()) or _settings(given["query"].dtype) != settings:
-            return None
-        results = _run(plan, given, device)
+        results = like.run(tensors)
+        if results is None or needs_grad:
+            return results
         return results[:2] if wants_lse else (results[0], None)
 
     return run
 
 
+prepare_packed = prepare
+"""Lengths and pages are read on the device alone."""
+
+
+class _Like:
+    """Calls that differ in nothing but where their tensors lie in memory; see `prepare`.
+
+    Args:
+        params: one of them, which is not kept.
+        given: its tensors.
+        settings: returns what the plan depends on besides them, given a dtype.
+        make: returns the plan for them.
+    """
+
+    def __init__(
+        self,
+        params: SDPAParams,
+        given: dict[str, Tensor],
+        settings: Callable[[torch.dtype], Hashable],
+        make: Callable[[SDPAParams, dict[str, Tensor], torch.device], Plan],
+    ) -> None:
+        of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
+        self._names = (*of_call, *[name for name in given if name not in of_call])
+        self._device, self._settings, self._make = params.query.device, settings, make
+        self._constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
+        self._made: tuple[Hashable, Plan] | None = None
+        if _are_aligned(given.values()):
+            self._made = settings(params.query.dtype), make(params, given, self._device)
+
+    def run(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+        """Return what the plan gives, given the tensors of a call, None for those that it does not have.
+
+        None if they are not all aligned, which those that it was prepared with need not be.
+        """
+        given, addresses = {}, 0
+        for name, tensor in zip(self._names, tensors, strict=True):
+            if tensor is not None:
+                given[name] = tensor
+                addresses |= tensor.data_ptr()
+        if addresses % ALIGNED:
+            return None
+        settings, made = self._settings(given["query"].dtype), self._made
+        if made is None or made[0] != settings:
+            of_call: dict[str, Any] = {name: given[name] for name in (*_FIRST, *_SELDOM) if name in given}
+            plan = self._make(SDPAParams(**of_call, **self._constants), given, self._device)
+            made = self._made = settings, plan
+        return _run(made[1], given, self._device)
+
+    def named(self, name: str, tensors: tuple[Any, ...]) -> Any:
+        """Return one of the tensors."""
+        return tensors[self._names.index(name)]
+
+
 def _are_aligned(tensors: Iterable[Tensor]) -> bool:
     """Whether the data of each starts at a multiple of `ALIGNED` bytes."""
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    return addresses % ALIGNED == 0
+    return not any(tensor.data_ptr() % ALIGNED for tensor in tensors)
 
 
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
@@ -170,25 +195,26 @@ def backward(
         given["seed"] = saved[-1]
     device = params.query.device
     query, key, value, delta, *of_mask = _run(_backward_plan(params, given, device), given, device)
-    return query, key, value, of_mask[0] if of_mask else None, _sinks_gradient(params.sinks, lse, delta)
+    sinks = params.sinks
+    of_sinks = _sinks_gradient(sinks, lse, delta) if sinks is not None and sinks.requires_grad else None
+    return query, key, value, of_mask[0] if of_mask else None, of_sinks
 
 
 def prepare_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
-) -> Callable[..., tuple[Tensor, ...] | None] | None:
+) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
-    names, device = tuple(_given_to_backward(params, grad_out, out, lse, *statistics)), params.query.device
-    constants: dict[str, Any] = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
-    settings, plan = _settings_of_backward(params.query.dtype), None
+    like = _Like(
+        params, _given_to_backward(params, grad_out, out, lse, *statistics), _settings_of_backward, _backward_plan
+    )
+    wants_sinks = params.sinks is not None and params.sinks.requires_grad
 
-    def run(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-        nonlocal plan
-        if not _are_aligned(tensors) or _settings_of_backward(tensors[0].dtype) != settings:
-            return None
-        given = dict(zip(names, tensors, strict=True))
-        if plan is None:  # those that it was prepared with need not have been aligned
-            plan = _backward_plan(SDPAParams(tensors[0], tensors[1], tensors[2], **constants), given, device)
-        return _run(plan, given, device)[:3]
+    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        results = like.run(tensors)
+        if results is None or not wants_sinks:
+            return results if results is None else results[:3]
+        *grads, delta = results
+        return *grads, None, _sinks_gradient(like.named("sinks", tensors), like.named("lse", tensors), delta)
 
     return run
 
@@ -323,7 +349,9 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
     return given
 
 
-_SELDOM = ("sinks", "alibi_slopes", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
+_FIRST = ("query", "key", "value")
+_SELDOM = ("cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table")
+"""In the order in which `prepare_packed` gets them."""
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
@@ -338,10 +366,8 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
     return tuple(returned)
 
 
-def _sinks_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Return `-sum(p_sink * delta)` over all rows: the sink has a share of the denominator, and no value."""
-    if sinks is None or not sinks.requires_grad:
-        return None
     share = torch.exp(sinks.detach().double()[:, None] - lse)
     share = torch.where(lse == -torch.inf, 0.0, share)
     grad = -(share * delta).sum(-1)

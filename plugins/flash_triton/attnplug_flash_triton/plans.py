@@ -5,7 +5,8 @@ like one before it finds its plan kept, and only fills in pointers. A family of 
 module with two functions that make plans, `forward` and `backward`, as in `launches.py`.
 
 Triton's own way from arguments to a launch specialises each of them at every call, which takes longer than all else.
-A kernel goes that way once for each plan; from then on its launcher is called as Triton itself would call it.
+A kernel goes that way once for all that is compiled apart; from then on its launcher is called as Triton itself would
+call it, for other sizes, too.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,11 @@ from triton.runtime import driver
 from attnplug import bind_cuda_context
 
 DESCRIPTORS_KEPT = 64
+COMPILED_KEPT = 1024
+ALIGNED = 16
+"""Bytes. Triton compiles a kernel apart for pointers that are not multiples of it."""
+INT32 = 2**31
+"""From here on Triton passes an integer in 64 bits, to another kernel."""
 APART = 256
 """Bytes: what parts of a workspace start at multiples of, as tensors of their own do at least."""
 
@@ -90,6 +97,29 @@ class Launch(NamedTuple):
         """Run it as Triton does; return the compiled kernel, None from the interpreter."""
         return self.kernel[(self.programs,)](*self.bound(tensors), **self.compiled_in)
 
+    def compiled_apart(self, forms: Mapping[str, Hashable], device: torch.device) -> Hashable:
+        """Return all that Triton compiles the kernel apart for, given what it looks at of tensors. About 5 us.
+
+        Of a number that it is told not to specialise it looks at the type alone.
+        """
+        seen: list[Any] = [device, self.kernel, *self.compiled_in.items()]
+        for argument, any_number in zip(self.arguments, _of_any_number(self.kernel), strict=False):
+            if isinstance(argument, str):
+                seen.append(forms[argument])
+            elif isinstance(argument, Descriptor):
+                seen.append((forms[argument.name], argument.block_shape, argument.layout))
+            elif any_number and type(argument) is int:
+                seen.append(-INT32 <= argument < INT32)
+            else:
+                seen.append(float if type(argument) is float else argument)
+        return tuple(seen)
+
+
+@cache
+def _of_any_number(kernel: Any) -> list[bool]:
+    """Return for each argument of a kernel whether Triton is told not to specialise it."""
+    return [name in kernel.do_not_specialize for name in kernel.arg_names]
+
 
 def _bound(argument: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(argument, str):
@@ -137,16 +167,42 @@ class Plan:
     def run(self, given: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...]:
         """Run the plan with the tensors of one call, on the device that is current, and return its results.
 
-        The kept form is made by the first call that ends, and holds for later ones: what the compiler has looked at,
-        whether pointers are multiples of 16 and types, is part of what plans are kept under.
+        The kept form is made by the first call, or where a kernel is not compiled yet, by the first that ends, and
+        holds for later ones: what the compiler has looked at, whether pointers are multiples of 16 and types, is part
+        of what plans are kept under.
         """
+        if self._kept is None and _compiled:
+            self._kept = self._found(given, device)
         if self._kept is not None and not _is_watched():
             return self._kept.run(given, device)
         tensors = self.tensors(given, device)
         compiled = [launch.run(tensors) for launch in self.launches]
         if None not in compiled:  # the interpreter compiles nothing
-            self._kept = _Kept(self, tuple(given), compiled)
+            forms = self._forms(given)
+            kernels = [
+                _keep(launch.compiled_apart(forms, device), _Compiled(launch, kernel, tensors))
+                for launch, kernel in zip(self.launches, compiled, strict=True)
+            ]
+            self._kept = _Kept(self, tuple(given), kernels)
         return tuple(tensors[name] for name in self.results)
+
+    def _found(self, given: Mapping[str, Tensor], device: torch.device) -> _Kept | None:
+        """Return the kept form, if all kernels are compiled."""
+        forms, kernels = self._forms(given), []
+        for launch in self.launches:
+            kernel = _compiled.get(launch.compiled_apart(forms, device))
+            if kernel is None:
+                return None
+            kernels.append(kernel)
+        return _Kept(self, tuple(given), kernels)
+
+    def _forms(self, given: Mapping[str, Tensor]) -> dict[str, Hashable]:
+        """Return what the compiler looks at of each tensor that the launches name."""
+        forms: dict[str, Hashable] = {name: (new.dtype, 0) for name, new in self.new.items()}
+        for name, tensor in given.items():
+            copied = name in self.compact and not tensor.is_contiguous()
+            forms[name] = tensor.dtype, 0 if copied else tensor.data_ptr() % ALIGNED
+        return forms
 
 
 def _is_watched() -> bool:
@@ -161,17 +217,17 @@ class _Kept:
     The last are parts of one workspace, because to allocate costs about as much as to launch.
     """
 
-    def __init__(self, plan: Plan, given: tuple[str, ...], compiled: list[Any]) -> None:
+    def __init__(self, plan: Plan, given: tuple[str, ...], kernels: list[_Compiled]) -> None:
         hidden = _hidden(plan)
         made = {name: new for name, new in plan.new.items() if name not in hidden}
-        names = (*given, *made, *hidden)
-        self.compact = [names.index(name) for name in plan.compact]
+        numbers = {name: number for number, name in enumerate((*given, *made, *hidden))}
+        self.compact = [numbers[name] for name in plan.compact]
         self.new = [(new.shape, new.stride, new.dtype, new.fill) for new in made.values()]
-        self.results = [names.index(name) for name in plan.results]
+        self.results = [numbers[name] for name in plan.results]
         sizes = [-(-new.bytes // APART) * APART for new in hidden.values()]
         self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
         self.workspace = sum(sizes)
-        self.launches = [_KeptLaunch(*pair, names) for pair in zip(plan.launches, compiled, strict=True)]
+        self.launches = [_KeptLaunch(*pair, numbers) for pair in zip(plan.launches, kernels, strict=True)]
 
     def with_arguments(self, places: Sequence[int], numbers: Sequence[int]) -> _Kept:
         """See `Plan.with_arguments`."""
@@ -210,28 +266,59 @@ def _hidden(plan: Plan) -> dict[str, New]:
     return {name: new for name, new in plan.new.items() if name not in seen and new.fill is None}
 
 
+class _Compiled:
+    """A compiled kernel: what all launches of it have in common.
+
+    Its descriptors were looked at by Triton once. Those of other launches differ from them in numbers that plans have
+    looked at, and to look again at each takes longer than to make a tensor map.
+    """
+
+    def __init__(self, launch: Launch, compiled: Any, tensors: Mapping[str, Tensor]) -> None:
+        self.launcher, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+        self.compiled_in = [launch.compiled_in[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
+        descriptors = [argument for argument in launch.arguments if isinstance(argument, Descriptor)]
+        if descriptors:
+            self.descriptors = [_with(one.of(tensors[one.name]), base=None) for one in descriptors]
+            self.described = compiled.metadata.tensordesc_meta
+            self.encode = _encoder(compiled.run)
+            self.launcher = _taking_maps(compiled.run)
+
+    def maps(self, number: int, descriptor: Descriptor) -> _Maps:
+        """Return what makes tensor maps for one of the descriptors."""
+        like = _with(self.descriptors[number], shape=list(descriptor.shape), strides=list(descriptor.strides))
+        return _Maps(like, self.described[number], self.encode)
+
+
+_compiled: dict[Hashable, _Compiled] = {}
+
+
+def _keep(apart: Hashable, kernel: _Compiled) -> _Compiled:
+    if len(_compiled) >= COMPILED_KEPT:
+        _compiled.clear()
+    _compiled[apart] = kernel
+    return kernel
+
+
 class _KeptLaunch:
     """A compiled kernel with its arguments as its launcher takes them, but for pointers and descriptors."""
 
-    def __init__(self, launch: Launch, compiled: Any, names: tuple[str, ...]) -> None:
+    def __init__(self, launch: Launch, kernel: _Compiled, numbers: Mapping[str, int]) -> None:
         self.programs = launch.programs
-        self.launcher, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+        self.launcher, self.function, self.metadata = kernel.launcher, kernel.function, kernel.metadata
         self.arguments: list[Any] = []
         self.pointers: list[tuple[int, int]] = []
         self.descriptors: list[tuple[int, int, _Maps]] = []
-        maps = iter(_maps_of(launch, compiled))
         for argument in launch.arguments:
             place = len(self.arguments)
             if isinstance(argument, Descriptor):
-                self.descriptors.append((place, names.index(argument.name), next(maps)))
+                maps = kernel.maps(len(self.descriptors), argument)
+                self.descriptors.append((place, numbers[argument.name], maps))
                 self.arguments += (None, *argument.shape, *argument.strides)
                 continue
             if isinstance(argument, str):
-                self.pointers.append((place, names.index(argument)))
+                self.pointers.append((place, numbers[argument]))
             self.arguments.append(argument)
-        self.arguments += (launch.compiled_in[name] for name in launch.kernel.arg_names[len(launch.arguments) :])
-        if self.descriptors:
-            self.launcher = _taking_maps(compiled.run)
+        self.arguments += kernel.compiled_in
 
     def with_arguments(self, places: Sequence[int], numbers: Sequence[int]) -> _KeptLaunch:
         """See `Plan.with_arguments`: before a descriptor each argument is in its own place."""
@@ -257,34 +344,39 @@ def _clone(one: Any) -> Any:
     return other
 
 
-class _Maps:
-    """The tensor maps of one descriptor, by pointer; an allocator gives the same few out again and again."""
+def _with(one: Any, **fields: Any) -> Any:
+    """Return a shallow copy of an object with other fields."""
+    other = _clone(one)
+    other.__dict__.update(fields)
+    return other
 
-    def __init__(self, descriptor: Descriptor, metadata: Any, encode: Any) -> None:
-        self.descriptor, self.metadata, self.encode = descriptor, metadata, encode
+
+class _Maps:
+    """The tensor maps of one descriptor, by pointer; an allocator gives the same few out again and again.
+
+    `like` is the descriptor as Gluon has it, of no tensor.
+    """
+
+    def __init__(self, like: Any, metadata: Any, encode: Any) -> None:
+        self.like, self.metadata, self.encode = like, metadata, encode
         self.kept: dict[int, Any] = {}
 
     def of(self, pointer: int, tensor: Tensor) -> Any:
         found = self.kept.get(pointer)
         if found is None:
-            found = self.encode(self.descriptor.of(tensor), self.metadata)[0]
+            bind_cuda_context()
+            found = self.encode(_with(self.like, base=tensor), self.metadata)[0]
             if len(self.kept) >= DESCRIPTORS_KEPT:
                 self.kept.clear()
             self.kept[pointer] = found
         return found
 
 
-def _maps_of(launch: Launch, compiled: Any) -> list[_Maps]:
-    descriptors = [argument for argument in launch.arguments if isinstance(argument, Descriptor)]
-    if not descriptors:
-        return []
-    make = importlib.import_module(type(compiled.run).__module__).make_tensordesc_arg
+def _encoder(launcher: Any) -> Any:
+    """Return what makes a tensor map of a descriptor, given what was compiled with it."""
+    make = importlib.import_module(type(launcher).__module__).make_tensordesc_arg
     extra = (None,) * (len(inspect.signature(make).parameters) - 2)  # of Triton 3.9
-    described = compiled.metadata.tensordesc_meta
-    return [
-        _Maps(descriptor, metadata, lambda given, metadata: make(given, metadata, *extra))
-        for descriptor, metadata in zip(descriptors, described, strict=True)
-    ]
+    return lambda descriptor, metadata: make(descriptor, metadata, *extra)
 
 
 def _taking_maps(launcher: Any) -> Any:

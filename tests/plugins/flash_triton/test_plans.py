@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +95,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(impl, "family_for", lambda params, machine: impl.launches)  # what every GPU has
     monkeypatch.setattr(impl, "_plans", {})
     monkeypatch.setattr(impl, "_growing", {})
+    monkeypatch.setattr(plans, "_compiled", {})
     return stub
 
 
@@ -223,8 +226,9 @@ def prepared_packed(params: SDPAParams) -> Any:
     return run
 
 
-def lengths_of(params: SDPAParams) -> tuple[Tensor | None, ...]:
-    return params.cu_seq_q, params.cu_seq_k, params.seqused_k, params.block_table
+def besides_of(params: SDPAParams) -> tuple[Tensor | None, ...]:
+    besides = params.sinks, params.alibi_slopes, params.seqused_k, params.block_table
+    return params.cu_seq_q, params.cu_seq_k, *besides
 
 
 def test_what_is_prepared_launches_what_forward_launches_with_the_tensors_that_it_is_given(gpu: Driver) -> None:
@@ -239,23 +243,51 @@ def test_what_is_prepared_launches_what_forward_launches_with_the_tensors_that_i
     assert all([item for item in launch[3:] if item in pointers] == pointers for launch in gpu.launched)
 
 
-def test_what_is_prepared_leaves_tensors_that_start_elsewhere_and_other_settings_to_forward(gpu: Driver) -> None:
-    query, key, value = tensors(32, 32)
-    shifted = torch.empty(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape)
-    run = prepared(SDPAParams(query, key, value, scale=0.1))
-    assert run(shifted, key, value) is run(query, shifted, value) is run(query, key, shifted) is None
-    wide = prepared(SDPAParams(query.float(), key.float(), value.float(), scale=0.1))
+def shifted_like(tensor: Tensor) -> Tensor:
+    """Return a tensor that starts at an odd address."""
+    return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert wide(query.float(), key.float(), value.float()) is None
-        assert run(query, key, value) is not None
+        yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
-    before = config.use(config.table_of("sm_90"))
-    config.use(before)
-    assert run(query, key, value) is None
-    assert impl.prepare(SDPAParams(shifted, key, value, scale=0.1)) is None
+
+
+def test_what_is_prepared_leaves_tensors_that_start_elsewhere_to_forward(gpu: Driver) -> None:
+    query, key, value = tensors(32, 32)
+    shifted = shifted_like(query)
+    for first in (query, shifted):
+        run = prepared(SDPAParams(first, key, value, scale=0.1))
+        assert run(shifted, key, value) is run(query, shifted, value) is run(query, key, shifted) is None
+        assert run(query, key, value) is not None
     assert impl.prepare(SDPAParams(query, key, value, dropout=0.5, scale=0.1)) is None
+
+
+def test_what_is_prepared_follows_settings_as_forward_does(gpu: Driver) -> None:
+    given = tensors(32, 32, dtype=torch.float32)
+    run, launched = prepared(SDPAParams(*given, scale=0.1)), []
+    for around in (nullcontext, tf32, nullcontext, tf32, tiles_of_16, nullcontext):
+        with around():
+            for each in (lambda: run(*given), lambda: impl.forward(SDPAParams(*given, scale=0.1))):
+                gpu.launched.clear()
+                each()
+                launched.append([(launch[0], launch[1]) for launch in gpu.launched])
+    assert launched[::2] == launched[1::2]
+    assert launched[0] == launched[4] == launched[10] != launched[2] == launched[6] != launched[8] != launched[0]
+
+
+@contextmanager
+def tiles_of_16() -> Iterator[None]:
+    cell = config.Cell(config.FORWARD, config.SINGLE, 64, config.PLAIN)
+    before = config.use(config.table_of("sm_90").but(cell, config.Tiles(16, 16, 1, 1)))
+    try:
+        yield
+    finally:
+        config.use(before)
 
 
 def test_what_is_prepared_keeps_no_tensor_alive() -> None:
@@ -303,31 +335,41 @@ def test_what_is_prepared_for_backward_leaves_tensors_that_start_elsewhere_to_ba
     given = of_backward()
     run = prepared_backward(given)
     assert run(*given) is not None
-    plain, aligned = given[number], [*given]
-    given[number] = torch.empty(plain.numel() + 1, dtype=plain.dtype)[1:].view(plain.shape)
+    aligned = [*given]
+    given[number] = shifted_like(given[number])
     later = prepared_backward(given)
     assert run(*given) is None and later(*given) is None and later(*aligned) is not None
 
 
-def test_what_is_prepared_for_backward_leaves_other_settings_to_backward(gpu: Driver) -> None:
+def test_what_is_prepared_for_backward_follows_settings_as_backward_does(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(impl, "family_for", recording(asked := []))
     half, single = of_backward(), of_backward(torch.float32)
     run, wide = prepared_backward(half), prepared_backward(single)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        assert wide(*single) is None and run(*half) is not None
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
+    for around, count in ((nullcontext, 2), (tf32, 3), (deterministic, 5), (nullcontext, 5), (deterministic, 5)):
+        with around():
+            assert run(*half) is not None is not wide(*single)
+        assert len(asked) == count  # for a plan that there was not yet
+    config.use(config.use(config.table_of("sm_90")))
+    assert run(*half) is not None and len(asked) == 6
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     try:
-        assert run(*half) is None
-        strict = prepared_backward(half)
-        assert strict(*half) is not None
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
-    assert strict(*half) is None is not run(*half)
-    before = config.use(config.table_of("sm_90"))
-    config.use(before)
-    assert run(*half) is None
+
+
+def recording(asked: list[Any]) -> Any:
+    def family_for(params: SDPAParams, machine: Any) -> Any:
+        asked.append(params.query.dtype)
+        return impl.launches
+
+    return family_for
 
 
 def test_what_is_prepared_for_backward_keeps_no_tensor_alive(gpu: Driver) -> None:
@@ -460,7 +502,7 @@ def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: p
 
         impl.forward(paged(length, table_for(length)))
         params = paged(length, table_for(length))
-        prepared_packed(params)(params.query, params.key, params.value, *lengths_of(params))
+        prepared_packed(params)(params.query, params.key, params.value, *besides_of(params))
 
     step(4400)
     binding: list[Any] = []
@@ -563,7 +605,7 @@ def test_what_is_prepared_for_sequences_launches_what_forward_launches_with_the_
     launches = [numbered_but_new(gpu, second)]
     for run, wanted in zip(runs, (False, True), strict=True):
         for _ in range(2):
-            out, lse = run(second.query, second.key, second.value, *lengths_of(second))
+            out, lse = run(second.query, second.key, second.value, *besides_of(second))
             assert out.shape == expected[0].shape and out.dtype == expected[0].dtype
             assert lse.shape == expected[1].shape if wanted else lse is None
             launches.append(numbered_but_new(gpu, second))
@@ -572,7 +614,7 @@ def test_what_is_prepared_for_sequences_launches_what_forward_launches_with_the_
 
 def numbered_but_new(gpu: Driver, params: SDPAParams) -> list[tuple[Any, ...]]:
     """Return what was launched, and forget it: the call's own tensors by number, and others as such."""
-    own = [each for each in (params.query, params.key, params.value, *lengths_of(params)) if each is not None]
+    own = [each for each in (params.query, params.key, params.value, *besides_of(params)) if each is not None]
     places = {tensor.data_ptr(): f"tensor {number}" for number, tensor in enumerate(own)}
     found = [
         tuple(places.get(item, "new" if item > 2**32 else item) if isinstance(item, int) else item for item in launch)
@@ -582,24 +624,26 @@ def numbered_but_new(gpu: Driver, params: SDPAParams) -> list[tuple[Any, ...]]:
     return found
 
 
-def test_what_is_prepared_for_sequences_leaves_tensors_that_start_elsewhere_and_other_settings_to_forward() -> None:
-    params = paged(4000)
-    run, given = prepared_packed(params), [params.query, params.key, params.value, *lengths_of(params)]
-    assert run(*given) is not None
+@pytest.mark.parametrize("number", [None, *range(9)])
+def test_what_is_prepared_for_sequences_leaves_tensors_that_start_elsewhere_to_forward(number: int | None) -> None:
+    """Also if it was prepared with such tensors."""
+    params = replace(paged(4000), sinks=torch.zeros(4, dtype=torch.float16))
+    names = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table")
+    given = [params.query, params.key, params.value, *besides_of(params)]
+    first = params
+    if number is not None and given[number] is not None:
+        first = replace(params, **{names[number]: shifted_like(given[number])})
+    run = prepared_packed(first)
     for place, tensor in enumerate(given):
         if tensor is not None:
-            shifted = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
-            assert run(*given[:place], shifted, *given[place + 1 :]) is None
-    assert impl.prepare_packed(replace(params, block_table=shifted)) is None
+            assert run(*given[:place], shifted_like(tensor), *given[place + 1 :]) is None
+    assert run(*given) is not None
     assert impl.prepare_packed(replace(params, dropout=0.5)) is None
-    before = config.use(config.table_of("sm_90"))
-    config.use(before)
-    assert run(*given) is None
 
 
 def test_what_is_prepared_for_sequences_keeps_no_tensor_alive() -> None:
     params = paged(4000)
-    given = [params.query, params.key, params.value, *lengths_of(params)]
+    given = [params.query, params.key, params.value, *besides_of(params)]
     run, kept = prepared_packed(params), [weakref.ref(tensor) for tensor in given if tensor is not None]
     run(*given)
     given.clear()
@@ -643,6 +687,94 @@ def test_threads_that_decode_at_once_launch_each_their_own_length(gpu: Driver) -
     lengths = [length for launch in gpu.launched for length in range(2000, 2200) if length in launch[3:]]
     assert sorted({*lengths}) == [*range(2000, 2200)]
     assert len(gpu.launched) == 400
+
+
+def of_sequences(queries: int, keys: int, shift: bool = False, **options: Any) -> SDPAParams:
+    """Return a call of two sequences in which what is part of a larger tensor lies as in a model's own."""
+    query = torch.randn(queries, 3 * 2, 64).half().requires_grad_()[:, :2]
+    pair = torch.randn(keys, 2, 64).half()
+    key, value = (shifted_like(pair) if shift else pair).requires_grad_(), pair.clone().requires_grad_()
+    starts = [torch.tensor([0, length // 3, length], dtype=torch.int32) for length in (queries, keys)]
+    lengths = dict(zip(("cu_seq_q", "cu_seq_k"), starts, strict=True))
+    longest = dict(max_q=queries - queries // 3, max_k=keys - keys // 3)
+    return SDPAParams(
+        query, key, value, scale=0.1, causal_variant=CausalVariant.LOWER_RIGHT, **{**lengths, **longest, **options}
+    )
+
+
+def trained(gpu: Driver, params: SDPAParams) -> list[tuple[Any, ...]]:
+    """Return what forward and backward launch, each numbered apart: what forward lets go backward may get."""
+    gpu.launched.clear()
+    out, lse, *saved = impl.forward(params)
+    forward = numbered(gpu.launched)
+    gpu.launched.clear()
+    impl.backward(params, torch.ones_like(out), None, out, lse, *saved)
+    return forward + numbered(gpu.launched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wants_sinks", [None, False, True])
+def test_what_is_prepared_for_backward_of_sequences_launches_what_backward_launches(
+    dtype: torch.dtype, wants_sinks: bool | None, gpu: Driver
+) -> None:
+    def call() -> SDPAParams:
+        sinks = None if wants_sinks is None else torch.zeros(2, dtype=dtype).requires_grad_(wants_sinks)
+        params = of_sequences(50, 70, sinks=sinks)
+        tensors = {name: getattr(params, name).detach().to(dtype) for name in ("query", "key", "value")}
+        return replace(params, **{name: tensor.requires_grad_() for name, tensor in tensors.items()})
+
+    first, second = call(), call()
+    saved = [impl.forward(params) for params in (first, second)]
+    grads = [torch.randn_like(out) for out, *_ in saved]
+    gpu.launched.clear()
+    expected = impl.backward(second, grads[1], None, *saved[1])
+    launches = [numbered(gpu.launched)]
+    run = impl.prepare_backward(first, grads[0], *saved[0])
+    assert run is not None
+    for _ in range(2):
+        gpu.launched.clear()
+        found = run(second.query, second.key, second.value, *besides_of(second), grads[1], *saved[1])
+        launches.append(numbered(gpu.launched))
+    assert launches[0] == launches[1] == launches[2]
+    shapes = [[grad if grad is None else grad.shape for grad in each] for each in (found, expected[: len(found)])]
+    assert shapes[0] == shapes[1] and len(found) == (5 if wants_sinks else 3)
+
+
+SIZES = [(50, 50), (1, 1), (16, 16), (17, 48), (64, 1), (1, 64), (3, 200), (200, 3), (1000, 1000), (1024, 1008)]
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "window_size": (16, -1), "softcap": 1.0}], ids=str)
+def test_sequences_of_new_sizes_launch_what_triton_would_and_are_no_work_for_it(
+    options: dict[str, Any], gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths of 1, and multiples of 16, Triton looks at unless it is told not to."""
+    calls = [partial(of_sequences, *sizes, shift, **options) for shift in (False, True) for sizes in SIZES]
+    calls += [partial(call, seqused_k=torch.ones(2, dtype=torch.int32)) for call in calls]
+    launched = [launch for call in calls for launch in trained(gpu, call())]
+    impl._plans.clear()
+    kernels, worked = [*{launch[0][0]: None for launch in launched}], []
+    with monkeypatch.context() as patch:
+        for name in kernels:
+            kernel = getattr(impl.launches, name)
+            patch.setattr(kernel, "run", partial(watched, kernel.run, worked))
+        known = [trained(gpu, call()) for call in calls]
+    assert not worked
+    for call, launched in zip(calls, known, strict=True):
+        impl._plans.clear()
+        plans._compiled.clear()
+        assert trained(gpu, call()) == launched
+
+
+def watched(run: Any, worked: list[Any], *given: Any, **options: Any) -> Any:
+    worked.append(given)
+    return run(*given, **options)
+
+
+def test_what_is_kept_of_compiled_kernels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "COMPILED_KEPT", 2)
+    for size in (16, 24, 32, 40, 48):
+        impl.forward(SDPAParams(*(tensor[..., :size] for tensor in tensors(32, 32)), scale=0.1))
+        assert len(plans._compiled) <= 2
 
 
 def test_float32_products_follow_pytorchs_setting() -> None:

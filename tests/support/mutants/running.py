@@ -97,6 +97,26 @@ class PreparesWithTheFirstLengths(Kernel):
         return lambda query, key, value, *lengths: self.forward(replace(params, query=query, key=key, value=value))
 
 
+@wrong("check_calls_that_repeat_another")
+class PreparesBackwardWithTheFirstLengths(Kernel):
+    """Prepares for backward of packed sequences that repeat others, and takes them to be as long as those."""
+
+    def prepare_packed(self, params: SDPAParams) -> Any:
+        names = "query", "key", "value", "cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table"
+        return lambda *tensors: self.forward(replace(params, **dict(zip(names, tensors, strict=True))))
+
+    def prepare_backward(self, params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *saved: Any) -> Any:
+        if not params.is_varlen:
+            return None
+
+        def run(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+            again = replace(params, query=query, key=key, value=value)
+            grad_out, out, lse, *saved = others[6:]
+            return self.backward(again, grad_out, None, out, lse, *saved)
+
+        return run
+
+
 @wrong("check_softcap")
 class DeclinesSoftcap(Kernel):
     """Declares softcap, and declines every call that asks for it."""

@@ -49,8 +49,12 @@ def check_calls_that_repeat_another(subject: Subject) -> None:
 def _compare_repeated_sequences(subject: Subject) -> None:
     """Compare calls of as many tokens each time, in sequences of other lengths; the longest ones are the same."""
     lengths = [((5, 40, 17), (9, 70, 33)), ((40, 17, 5), (33, 9, 70)), ((17, 5, 40), (70, 33, 9))]
-    for page_size in (None, *(PAGE_SIZES if subject.has(Feature.PAGED) else ())):
-        kind = {} if page_size is None else {"page_size": page_size}
+    kinds: list[dict[str, Any]] = [{"gradients": gradients} for gradients in dict.fromkeys(((), subject.gradients))]
+    if subject.has(Feature.SINKS):
+        kinds.append({"sinks": True})
+    if subject.has(Feature.PAGED):
+        kinds += ({"page_size": size} for size in PAGE_SIZES)
+    for kind in kinds:
         subject.compare(*(packed(subject, *each, seed=seed, **kind) for seed, each in enumerate(lengths * 2)))
 
 

@@ -24,6 +24,26 @@ VARLEN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.usefixtures("memory_is_nan")
+def test_training_steps_of_other_sizes_and_lengths_have_right_gradients() -> None:
+    """Each batch has sizes of its own, and layers that repeat them with other numbers."""
+    for step, lengths in enumerate(((5, 18), (20, 3), (1, 16), (5, 18), (16, 32))):
+        starts, tokens = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32), sum(lengths)
+        for layer in range(3):
+            leaves = [random(tokens, 2, 16, seed=10 * step + layer), random(tokens, 1, 16), random(tokens, 1, 12)]
+            leaves = [*(tensor.float().requires_grad_() for tensor in leaves), torch.randn(2).requires_grad_()]
+            found = [
+                attnplug.varlen_attn(
+                    *leaves[:3], starts, starts, max(lengths), max(lengths), enable_gqa=True, is_causal=True,
+                    sinks=leaves[3], impl=impl,
+                )
+                for impl in ("flash_triton", "math_ref")
+            ]  # fmt: skip
+            torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+            grads = [torch.autograd.grad(out.square().sum(), leaves) for out in found]
+            torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("memory_is_nan")
 @pytest.mark.parametrize("case", VARLEN)
 def test_packed_sequences_are_right(case: str) -> None:
     """Lengths of zero among them, and tokens that belong to no sequence at the end."""
