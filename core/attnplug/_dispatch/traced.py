@@ -30,8 +30,9 @@ from attnplug._dispatch.watched import as_constants, show, tell
 from attnplug._errors import AttnplugError, PluginWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import BUILTIN
+from attnplug._run.constant_lse import constant_lse, refusal, without_gradient
 from attnplug._run.contract import Result, check_outputs, in_kernel
-from attnplug._run.operator import arguments_of, constant_lse, operator_of, refusal, without_gradient
+from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_mapped_alone, is_transformed
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, start_outside, thread

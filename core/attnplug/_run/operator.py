@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import keyword
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +31,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnplug._errors import GradientError
 from attnplug._registry.kernel import OfOneRank
 from attnplug._registry.registry import Entry
-from attnplug._run.batched import Transform, one_by_one, refuse_equal_draws, transforms_around
+from attnplug._run.batched import one_by_one, refuse_equal_draws
+from attnplug._run.constant_lse import constant_lse, refusal, without_gradient
 from attnplug._run.contract import (
     CONSTANTS,
     DIFFERENTIABLE,
@@ -42,11 +41,11 @@ from attnplug._run.contract import (
     KernelCall,
     Result,
     declares,
-    no_lse_gradient,
     no_second_derivatives,
     tensors_of,
 )
 from attnplug._run.flops import count_flops
+from attnplug._run.library import free_name, library, operator_name
 from attnplug._selection.state import start, thread
 from attnplug._selection.watching import TENSORS as WATCHED_TENSORS
 from attnplug._selection.watching import Gradients, RecordedCall, differentiated
@@ -70,83 +69,7 @@ SAVES = hashlib.sha256(f"{__version__} {_FORWARD} {_BACKWARD}".encode()).hexdige
 _NAMES = tuple(part.split()[-1] for part in ARGUMENTS.split(", "))
 
 count_modes = torch._C._len_torch_dispatch_stack
-_defined: set[str] = set()
 _draws = itertools.count(1)
-
-
-@cache
-def _library() -> torch.library.Library:
-    """Return the namespace of the operators, made when the first one is."""
-    return torch.library.Library("attnplug", "FRAGMENT")
-
-
-@cache
-def constant_lse() -> Any:
-    """Return the operator `(lse, inputs, message) -> lse` whose result has no gradient, and asking for one raises.
-
-    What it is sent is looked at when it runs: a graph sends zeros through all that it returns and nobody uses.
-    """
-    name, library = "_constant_lse", _library()
-    library.define(f"{name}(Tensor lse, Tensor[] inputs, str message) -> Tensor")
-    library.impl(name, lambda lse, inputs, message: lse.clone(), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnplug::{name}", lambda lse, inputs, message: torch.empty_like(lse), lib=library)
-    library.define(f"{name}_backward(Tensor grad, str message) -> ()")
-    library.impl(f"{name}_backward", _refuse, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attnplug::{name}_backward", lambda grad, message: None, lib=library)
-    refuse = getattr(torch.ops.attnplug, f"{name}_backward").default
-    torch.fx.node.has_side_effect(refuse)  # or a graph would drop it, as it returns nothing
-
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.inputs, ctx.message = len(inputs[1]), inputs[2]
-
-    def differentiate(ctx: Any, grad: Tensor) -> Any:
-        refuse(grad, ctx.message)
-        return None, [None] * ctx.inputs, None
-
-    def each(info: Any, in_dims: tuple[Any, ...], lse: Tensor, inputs: list[Tensor], message: str) -> Any:
-        return constant_lse()(lse, inputs, message), in_dims[0]
-
-    torch.library.register_autograd(f"attnplug::{name}", differentiate, setup_context=remember, lib=library)
-    torch.library.register_vmap(f"attnplug::{name}", each, lib=library)
-    return getattr(torch.ops.attnplug, name).default
-
-
-def _refuse(grad: Tensor, message: str) -> None:
-    """Raise unless `grad` is zero.
-
-    The host waits for that. Where it may not, because CUDA captures a graph, the device looks, and a failure there ends
-    the process's CUDA context.
-    """
-    is_zero = (grad == 0).all()
-    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
-        torch._assert_async(is_zero, message)
-    elif not is_zero:
-        raise GradientError(message)
-
-
-def refusal(entry: Entry) -> str:
-    """Return the message for whoever asks for a gradient through lse; nothing where the kernel gives one."""
-    return "" if declares(entry, Feature.LSE_GRADIENT) else no_lse_gradient(entry)
-
-
-def without_gradient(constant: Any, message: str, params: SDPAParams, lse: Tensor) -> Tensor:
-    """Return an lse that nobody can ask for a gradient unnoticed, if there is a `message` for them."""
-    if not message or not torch.is_grad_enabled():
-        return lse
-    given = params.query, params.key, params.value, params.attn_mask, params.sinks
-    hidden = _hides_gradients()
-    inputs = [tensor for tensor in given if tensor is not None and (hidden or tensor.requires_grad)]
-    return constant(lse, inputs, message) if inputs else lse
-
-
-@constant_in_traces
-def _hides_gradients() -> bool:
-    """Whether what is around this call wraps tensors, and does not tell of these that someone else wants gradients.
-
-    Those that differentiate themselves do tell, and take no operator that has a gradient of its own.
-    """
-    kinds = {*transforms_around()}
-    return bool(kinds) and kinds <= {Transform.Vmap, Transform.Functionalize} and forward_ad._current_level < 0
 
 
 @cache
@@ -169,19 +92,19 @@ class Operator:
         self._gives_lse = declares(entry, Feature.LSE)
         self._saves = False
         """Whether forward has ever saved something that it has no `fake` to describe."""
-        name = _free_name(entry.name)
+        name = free_name(entry.name)
         tags = (torch.Tag.nondeterministic_seeded,) if declares(entry, Feature.DROPOUT) else ()
         for suffix, schema, real, fake in (
             ("", _FORWARD, self._forward, self._fake_forward),
             ("_backward", _BACKWARD, self._backward, self._fake_backward),
         ):
-            _library().define(f"{name}{suffix}{schema}", tags=() if suffix else tags)
-            _library().impl(f"{name}{suffix}", real, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"attnplug::{name}{suffix}", fake, lib=_library())
+            library().define(f"{name}{suffix}{schema}", tags=() if suffix else tags)
+            library().impl(f"{name}{suffix}", real, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"attnplug::{name}{suffix}", fake, lib=library())
         torch.library.register_autograd(
-            f"attnplug::{name}", self._differentiate, setup_context=self._remember, lib=_library()
+            f"attnplug::{name}", self._differentiate, setup_context=self._remember, lib=library()
         )
-        torch.library.register_vmap(f"attnplug::{name}", self._each, lib=_library())
+        torch.library.register_vmap(f"attnplug::{name}", self._each, lib=library())
         forward, backward = getattr(torch.ops.attnplug, name), getattr(torch.ops.attnplug, f"{name}_backward")
         self.forward, self.backward = forward.default, backward.default
         count_flops(forward, backward, params_from)
@@ -439,27 +362,6 @@ def _random_state(states: list[Tensor], device: torch.device) -> Iterator[None]:
         yield
 
 
-def _free_name(name: str) -> str:
-    """Return an operator name that was never used: an operator, once defined, stays."""
-    base = free = _operator_name(name)
-    while not {free, f"{free}_backward"}.isdisjoint(_defined):
-        free = f"{base}_{len(_defined)}"
-    _defined.update((free, f"{free}_backward"))
-    return free
-
-
-def _operator_name(name: str) -> str:
-    """Return the name of an implementation's operator, which PyTorch's schemas can hold."""
-    base = re.sub(r"\W", "_", name)
-    if base == "name" or keyword.iskeyword(base) or hasattr(torch._ops._OpNamespace, base):  # no name of an operator
-        return f"{base}_"
-    try:
-        torch._C.parse_schema(f"attnplug::{base}() -> ()")
-    except RuntimeError:  # a word of the language of schemas, such as `class`
-        return f"{base}_"
-    return base
-
-
 class _Namespace(torch._ops._OpNamespace):
     """`torch.ops.attnplug`, which defines the operator of an implementation when it is looked up.
 
@@ -473,7 +375,7 @@ class _Namespace(torch._ops._OpNamespace):
             return super().__getattr__(name)
         except AttributeError:
             for entry in start() if not name.startswith("_") else ():
-                if name.removesuffix("_backward") == _operator_name(entry.name) and entry.load() is not None:
+                if name.removesuffix("_backward") == operator_name(entry.name) and entry.load() is not None:
                     operator_of(entry)
                     return super().__getattr__(name)
             raise

@@ -18,6 +18,7 @@ from attnplug._errors import GradientError
 from attnplug._registry.registry import Entry
 from attnplug._run.autograd import refusing_lse_gradient
 from attnplug._run.batched import Transform, backward_of_wrapped, one_by_one, refuse_equal_draws, transforms_around
+from attnplug._run.constant_lse import constant_lse, refusal, without_gradient
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
@@ -27,7 +28,7 @@ from attnplug._run.contract import (
     run_forward,
     tensors_of,
 )
-from attnplug._run.operator import OperatorCall, constant_lse, is_watched, operator_of, refusal, without_gradient
+from attnplug._run.operator import OperatorCall, is_watched, operator_of
 from attnplug._types import SDPAParams
 
 
