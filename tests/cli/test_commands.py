@@ -206,6 +206,14 @@ def test_a_plugin_warning_is_one_line_on_stderr_and_data_stay_clean(shell):
     assert done.err == "attnplug: warning: ATTNPLUG_DISABLE: no installed plugin is named 'nosuch'\n"
 
 
+def test_what_is_built_in_is_no_plugin(shell):
+    said = "no installed plugin is named 'torch'; that implementation is built in, and always there."
+    done = shell("list", ATTNPLUG_DISABLE="torch")
+    assert (done.status, done.err) == (0, f"attnplug: warning: ATTNPLUG_DISABLE: {said}\n")
+    done = shell("list", ATTNPLUG_LOAD="torch")
+    assert done.status == 2 and done.err.startswith(f"attnplug: error: ATTNPLUG_LOAD: {said} installed: ")
+
+
 def test_main_leaves_the_handling_of_warnings_as_it_was(cli):
     before = warnings.showwarning
     cli("list")

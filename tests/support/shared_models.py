@@ -109,15 +109,14 @@ def bound(method: str, mesh: tuple[int, int] | None = None) -> None:
     module, alone = Block(), Block()
     folded = method != "ulysses"
     states = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1))
-    handle = parallel.context_parallel(module, group, method, impl="math_ref")
-    out = module(cut(states, group, folded, dim=1))
+    with parallel.context_parallel(module, group, method, impl="math_ref"):
+        out = module(cut(states, group, folded, dim=1))
+        out.square().sum().backward()
     expected = alone(states)
-    out.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(joined(out.detach(), group, folded, 32, dim=1), expected.detach())
     dist.all_reduce(grad := module.project.weight.grad)
     torch.testing.assert_close(grad, alone.project.weight.grad, rtol=1e-4, atol=1e-5)
-    handle.remove()
     torch.testing.assert_close(module(states), expected)
     assert not [name for name in attnplug.list_flash_attention_impls() if "context_parallel" in name]
 
@@ -173,6 +172,8 @@ def handed_back() -> list[str]:
     before = model.config._attn_implementation
     handle = parallel.context_parallel(model, dist.group.WORLD)
     said = [_refused(model, {}), _refused(Block(), {"impl": "mathref"}), _refused(Block(), {"method": None})]
+    said.append(_refused(torch.nn.ModuleList([Block()]), {}))
+    assert not [name for name in attnplug.list_flash_attention_impls() if "context_parallel" in name]
     handle.remove()
     handle.remove()
     assert model.config._attn_implementation == before
@@ -186,7 +187,7 @@ def handed_back() -> list[str]:
 def _refused(module: Any, options: dict[str, Any]) -> str:
     try:
         parallel.context_parallel(module, dist.group.WORLD, **options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     raise AssertionError(options)
 

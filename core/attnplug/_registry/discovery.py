@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,17 +209,17 @@ def _fields(distribution: Any) -> tuple[dict[str, str], list[tuple[str, str]]]:
 
 def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
     """Return the plugins that the environment lets load; the others are listed with the variable that forbids it."""
-    config = get_config()
+    config, built_in = get_config(), registry.names()
     names, known = sorted({plugin.name for plugin in plugins}), {name for plugin in plugins for name in plugin.names}
     for name in sorted((config.load or frozenset()) - known):
-        close = _meant(name, known)
+        close = _meant(name, known, built_in)
         install = f"; to install it: {KNOWN[name].install}" if name in KNOWN and not close else ""
         raise ConfigError(
             f"ATTNPLUG_LOAD: no installed plugin is named {name!r}{close or ';'} "
             f"installed: {', '.join(names) or 'none'}{install}"
         )
     for name in sorted(config.disable - known):
-        warn(PluginWarning(f"ATTNPLUG_DISABLE: no installed plugin is named {name!r}{_meant(name, known)}"))
+        warn(PluginWarning(f"ATTNPLUG_DISABLE: no installed plugin is named {name!r}{_meant(name, known, built_in)}"))
     allowed = []
     for plugin in plugins:
         reason = ""
@@ -234,8 +234,10 @@ def _allowed(registry: Registry, plugins: list[Plugin]) -> list[Plugin]:
     return allowed
 
 
-def _meant(name: str, plugins: set[str]) -> str:
+def _meant(name: str, plugins: set[str], built_in: Collection[str]) -> str:
     """Return which plugin was probably meant, by a name that none has, among others that of an implementation."""
+    if name in built_in:
+        return "; that implementation is built in, and always there."
     own = KNOWN.get(name)
     if own is not None and own.entry_point in plugins:
         return f"; did you mean {own.entry_point!r}, which has this implementation?"

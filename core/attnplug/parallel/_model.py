@@ -35,7 +35,7 @@ _numbers = itertools.count()
 
 
 class ContextParallelHandle:
-    """Undoes one `context_parallel()`."""
+    """Undoes one `context_parallel()`; also a context manager."""
 
     def __init__(self, undo: list[Any]) -> None:
         self._undo = undo
@@ -47,6 +47,12 @@ class ContextParallelHandle:
         """Run the module's attention on one rank again; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
+
+    def __enter__(self) -> ContextParallelHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
 
 
 def context_parallel(
@@ -72,7 +78,7 @@ def context_parallel(
         impl: the implementation that must compute on each rank; None leaves the choice to attnplug.
 
     Returns:
-        A handle; its `remove()` undoes it.
+        A handle; its `remove()` undoes it, as does the end of a `with` block.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the model's attention takes no name, or runs over several ranks
@@ -111,7 +117,11 @@ def _bound(module: torch.nn.Module, ranks: Any, method: str, impl: str | None) -
         named_only=True,
     )
     register_impl(spec)
-    binding: BindingHandle = bind(module, spec.name)
+    try:
+        binding: BindingHandle = bind(module, spec.name)
+    except BaseException:
+        unregister_impl(spec.name)
+        raise
     return ContextParallelHandle([lambda: unregister_impl(spec.name), binding.remove])
 
 
