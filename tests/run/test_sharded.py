@@ -178,6 +178,17 @@ def test_a_dtensor_is_not_taken_for_the_plain_tensor_of_a_call_before_it(one_ran
             assert type(out) is type(query)
 
 
+def test_a_dtensor_beside_a_plain_query_is_an_error(one_rank: None) -> None:
+    mesh, plain = init_device_mesh("cpu", (1,)), torch.randn(2, 4, 8, 8)
+    shared, mask = distribute_tensor(plain, mesh, [Shard(1)]), distribute_tensor(torch.zeros(8, 8), mesh, [Replicate()])
+    attnplug.scaled_dot_product_attention(plain, plain, plain)  # which is recognised from then on
+    for ask in (attnplug.scaled_dot_product_attention, attnplug.explain):
+        with pytest.raises(ValueError, match="key: is a DTensor, and the query is not; distribute both, or neither"):
+            ask(plain, shared, shared)
+        with pytest.raises(ValueError, match="attn_mask: is a DTensor"):
+            ask(plain, plain, plain, mask)
+
+
 def on_two_ranks() -> None:
     register()
     for case in CASES:

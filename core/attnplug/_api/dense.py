@@ -16,13 +16,14 @@ from torch.overrides import handle_torch_function
 from attnplug._call.device import cudnn_errs
 from attnplug._call.facts import NUMBERS, UPPER_LEFT, dense_sizes, fit_alike, is_open
 from attnplug._call.prepare import prepare_dense, without_numpy
+from attnplug._call.validate import is_sharded
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import Plan, is_deterministic
 from attnplug._dispatch.quick import ASK, PASS, PASS_IF_ALIGNED, answer
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import PLAIN, known, recognise
 from attnplug._params import params_of
-from attnplug._run.sharded import is_sharded, run_sharded
+from attnplug._run.sharded import run_sharded
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import wished
 from attnplug._tracing import holds_in_trace
@@ -220,7 +221,7 @@ def scaled_dot_product_attention(
                     return _torch_sdpa(query, key, value, attn_mask)
                 return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal)
             return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        except (RuntimeError, TypeError, ValueError):
+        except (AssertionError, RuntimeError, TypeError, ValueError):
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise

@@ -12,12 +12,13 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from attnplug._api.dense import are_numbers, is_symbolic, to_symbols
 from attnplug._call.facts import NUMBERS
 from attnplug._call.prepare import prepare_varlen, without_numpy
+from attnplug._call.validate import is_sharded
 from attnplug._call.validate_varlen import check_lengths
 from attnplug._dispatch import eager, traced
 from attnplug._dispatch.plans import who_decides
 from attnplug._dispatch.recognised import PLAIN, distinct, known, recognise_packed
 from attnplug._params import params_of
-from attnplug._run.sharded import is_sharded, run_sharded
+from attnplug._run.sharded import run_sharded
 from attnplug._selection.state import process, thread
 from attnplug._selection.watching import wished
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams

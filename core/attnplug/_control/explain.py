@@ -15,11 +15,12 @@ from attnplug._api.varlen import varlen_attn
 from attnplug._call.device import described
 from attnplug._call.facts import CallFacts, nested_facts
 from attnplug._call.prepare import is_empty, prepare_dense, prepare_varlen
+from attnplug._call.validate import is_sharded
 from attnplug._dispatch import traced
 from attnplug._dispatch.measured import applies, because, choice_of
 from attnplug._dispatch.resolver import Answer, explain_all, verdict_of
 from attnplug._run.contract import DIFFERENTIABLE
-from attnplug._run.sharded import described_share, is_sharded, share_of
+from attnplug._run.sharded import described_share, share_of
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import start, start_outside
 from attnplug._tables import WIDTH, html_table, table, wrap

@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from attnplug._call.validate import is_sharded
 from attnplug._run.contract import TENSORS, Result
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._types import SDPAParams
 
 _DENSE, _PACKED = ("batch", "heads", "sequence", "head size"), ("pages", "tokens", "heads", "head size")
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor; to import its module here would cost every program."""
-    return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed.tensor")
 
 
 def run_sharded(params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:

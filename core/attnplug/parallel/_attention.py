@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from attnplug._call.prepare import prepare_dense
-from attnplug._call.validate import check_int32
+from attnplug._call.validate import check_int32, is_sharded
 from attnplug._run.contract import Result
-from attnplug._run.sharded import is_sharded, run_sharded
+from attnplug._run.sharded import run_sharded
 from attnplug._types import OPEN_WINDOW, SDPAParams
 from attnplug.parallel._entries import run_ring
 from attnplug.parallel._exchange import as_group, as_mesh

@@ -17,9 +17,10 @@ from attnplug._call.validate import (
     check_int32,
     check_scalars,
     check_tensors,
+    is_sharded,
 )
 from attnplug._run.contract import Result
-from attnplug._run.sharded import is_sharded, run_sharded
+from attnplug._run.sharded import run_sharded
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 from attnplug.parallel._entries import run_ring
 from attnplug.parallel._exchange import as_group
