@@ -178,15 +178,19 @@ def test_a_dtensor_is_not_taken_for_the_plain_tensor_of_a_call_before_it(one_ran
             assert type(out) is type(query)
 
 
-def test_a_dtensor_beside_a_plain_query_is_an_error(one_rank: None) -> None:
+@pytest.mark.parametrize("impl", [None, "aten_math", "opaque"])
+def test_a_dtensor_beside_a_plain_query_is_an_error(one_rank: None, impl: str | None) -> None:
     mesh, plain = init_device_mesh("cpu", (1,)), torch.randn(2, 4, 8, 8)
-    shared, mask = distribute_tensor(plain, mesh, [Shard(1)]), distribute_tensor(torch.zeros(8, 8), mesh, [Replicate()])
-    attnplug.scaled_dot_product_attention(plain, plain, plain)  # which is recognised from then on
+    shared = distribute_tensor(plain, mesh, [Shard(1)])
+    mask, sinks = (distribute_tensor(torch.zeros(shape), mesh, [Replicate()]) for shape in ((1, 1, 8, 8), (4,)))
+    attnplug.scaled_dot_product_attention(plain, plain, plain, impl=impl)  # which is recognised from then on
     for ask in (attnplug.scaled_dot_product_attention, attnplug.explain):
         with pytest.raises(ValueError, match="key: is a DTensor, and the query is not; distribute both, or neither"):
-            ask(plain, shared, shared)
+            ask(plain, shared, shared, impl=impl)
         with pytest.raises(ValueError, match="attn_mask: is a DTensor"):
-            ask(plain, plain, plain, mask)
+            ask(plain, plain, plain, mask, impl=impl)
+        with pytest.raises(ValueError, match="sinks: is a DTensor"):
+            ask(plain, plain, plain, sinks=sinks, impl=impl)
 
 
 def on_two_ranks() -> None:

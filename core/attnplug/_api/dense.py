@@ -221,7 +221,7 @@ def scaled_dot_product_attention(
                     return _torch_sdpa(query, key, value, attn_mask)
                 return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal)
             return _torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        except (AssertionError, RuntimeError, TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             # Almost surely a mistake in the arguments: say which, or let the error be raised again.
             prepare_dense(SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, scale=scale))
             raise

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnplug._call.validate import FLOATING, check_extras
+from attnplug._call.validate import FLOATING, check_extras, is_sharded_beside
 from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
 UPPER_LEFT = CausalVariant.UPPER_LEFT
@@ -100,6 +100,8 @@ class CallFacts(NamedTuple):
         if (
             key.dtype is not dtype
             or value.dtype is not dtype
+            or is_sharded_beside(query, key)
+            or is_sharded_beside(query, value)
             or key.device != device
             or value.device != device
             or not (is_causal is False or is_causal is True)
@@ -231,6 +233,8 @@ def _is_regular_mask(mask: Tensor, query: Tensor, key: Tensor) -> bool:
     """Whether each of the four dimensions of a mask is 1 or what it is in `(B, Hq, Sq, Sk)`."""
     if not isinstance(mask, Tensor) or mask.device != query.device or mask.dim() != 4:
         return False
+    if is_sharded_beside(query, mask):
+        return False
     batch, heads, queries, keys = mask.shape
     full = query.shape
     return keys in (1, key.shape[2]) and queries in (1, full[2]) and heads in (1, full[1]) and batch in (1, full[0])
@@ -246,6 +250,7 @@ def _are_regular_extensions(params: SDPAParams) -> bool:
         and len(window) == 2
         and (type(window[0]) is int is type(window[1]) and -1 <= window[0] <= WIDEST and -1 <= window[1] <= WIDEST)
         and (slopes is None or (isinstance(slopes, Tensor) and slopes.dtype is params.lse_dtype))
+        and not any(is_sharded_beside(params.query, tensor) for tensor in (params.sinks, slopes, params.seqused_k))
     )
 
 

@@ -17,10 +17,6 @@ from torch.compiler import is_compiling
 from attnplug._types import CausalVariant, SDPAParams
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-OTHER_TENSORS = (
-    *("key", "value", "attn_mask", "sinks", "alibi_slopes"),
-    *("seqused_k", "cu_seq_q", "cu_seq_k", "block_table"),
-)
 _INTEGERS = (Integral, torch.SymInt)
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)  # of numpy too
 _BOOLS = (bool, torch.SymBool)
@@ -64,16 +60,19 @@ def check_tensors(params: SDPAParams) -> None:
             raise ValueError(f"{name}: dtype {tensor.dtype} differs from the query's, {query.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: is on {tensor.device}, the query on {query.device}")
-
-    if not is_sharded(query):
-        for name in OTHER_TENSORS:
-            if is_sharded(getattr(params, name)):
-                raise ValueError(f"{name}: is a DTensor, and the query is not; distribute both, or neither")
+    for name, tensor in vars(params).items():
+        if is_sharded_beside(query, tensor):
+            raise ValueError(f"{name}: is a DTensor, and the query is not; distribute both, or neither")
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor; to import its module here would cost every program."""
     return type(tensor).__name__ == "DTensor" and type(tensor).__module__.startswith("torch.distributed.tensor")
+
+
+def is_sharded_beside(query: Tensor, tensor: Any) -> bool:
+    """Whether this is a DTensor beside a query that is none."""
+    return type(tensor) is not type(query) and is_sharded(tensor) and not is_sharded(query)
 
 
 def check_scalars(params: SDPAParams) -> None:
