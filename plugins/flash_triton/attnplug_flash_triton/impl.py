@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -89,15 +90,31 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
         return None
     needs_grad = params.needs_grad
     wants_lse = needs_grad or params.return_lse
-    like = _Like(params, tensors_of(params), _settings, partial(_forward_plan, wants_lse=wants_lse))
+    given = tensors_of(params)
+    carry_out = _Like(params, given, _settings, partial(_forward_plan, wants_lse=wants_lse)).carry_out
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        results = like.run(tensors)
-        if results is None or needs_grad:
+    def dense(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:  # without a loop
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED:
+            return None
+        results = carry_out({"query": query, "key": key, "value": value})
+        if needs_grad:
             return results
         return results[:2] if wants_lse else (results[0], None)
 
-    return run
+    if not params.is_varlen:
+        return dense
+    named = _naming(params, given)
+
+    def packed(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        present = named(tensors)
+        if not _are_aligned(present.values()):
+            return None
+        results = carry_out(present)
+        if needs_grad:
+            return results
+        return results[:2] if wants_lse else (results[0], None)
+
+    return packed
 
 
 prepare_packed = prepare
@@ -121,41 +138,39 @@ class _Like:
         settings: Callable[[torch.dtype], Hashable],
         make: Callable[[SDPAParams, dict[str, Tensor], torch.device], Plan],
     ) -> None:
-        of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
-        self._names = (*of_call, *[name for name in given if name not in of_call])
-        self._device, self._settings, self._make = params.query.device, settings, make
-        self._constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
-        self._made: tuple[Hashable, Plan] | None = None
+        self._device, self._dtype = params.query.device, params.query.dtype
+        self._settings, self._make = settings, make
+        self._constants = {**vars(params), **_NO_TENSORS}
+        self._made: tuple[Hashable, Plan | None] = None, None
         if _are_aligned(given.values()):
-            self._made = settings(params.query.dtype), make(params, given, self._device)
+            self._made = settings(self._dtype), make(params, given, self._device)
 
-    def run(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-        """Return what the plan gives, given the tensors of a call, None for those that it does not have.
+    def carry_out(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return what the plan gives for tensors that are aligned, in the order of those that it was prepared with."""
+        settings = self._settings(self._dtype)
+        made, plan = self._made
+        if plan is None or made != settings:
+            own: dict[str, Any] = {name: tensor for name, tensor in given.items() if name in _NO_TENSORS}
+            plan = self._make(SDPAParams(**{**self._constants, **own}), given, self._device)
+            self._made = settings, plan
+        return _run(plan, given, self._device)
 
-        None if they are not all aligned, which those that it was prepared with need not be.
-        """
-        given, addresses = {}, 0
-        for name, tensor in zip(self._names, tensors, strict=True):
-            if tensor is not None:
-                given[name] = tensor
-                addresses |= tensor.data_ptr()
-        if addresses % ALIGNED:
-            return None
-        settings, made = self._settings(given["query"].dtype), self._made
-        if made is None or made[0] != settings:
-            of_call: dict[str, Any] = {name: given[name] for name in (*_FIRST, *_SELDOM) if name in given}
-            plan = self._make(SDPAParams(**of_call, **self._constants), given, self._device)
-            made = self._made = settings, plan
-        return _run(made[1], given, self._device)
 
-    def named(self, name: str, tensors: tuple[Any, ...]) -> Any:
-        """Return one of the tensors."""
-        return tensors[self._names.index(name)]
+def _naming(params: SDPAParams, given: dict[str, Tensor]) -> Callable[[tuple[Any, ...]], dict[str, Tensor]]:
+    """Return what names the tensors of a call like this one, of which those that it does not have are None."""
+    of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
+    taken = (*of_call, *[name for name in given if name not in of_call])
+    names = [name for name in taken if name in given]
+    present = itemgetter(*[place for place, name in enumerate(taken) if name in given])
+    return lambda tensors: dict(zip(names, present(tensors), strict=True))
 
 
 def _are_aligned(tensors: Iterable[Tensor]) -> bool:
     """Whether the data of each starts at a multiple of `ALIGNED` bytes."""
-    return not any(tensor.data_ptr() % ALIGNED for tensor in tensors)
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses % ALIGNED == 0
 
 
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
@@ -204,17 +219,19 @@ def prepare_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
 ) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
-    like = _Like(
-        params, _given_to_backward(params, grad_out, out, lse, *statistics), _settings_of_backward, _backward_plan
-    )
+    given = _given_to_backward(params, grad_out, out, lse, *statistics)
+    named, like = _naming(params, given), _Like(params, given, _settings_of_backward, _backward_plan)
     wants_sinks = params.sinks is not None and params.sinks.requires_grad
 
     def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        results = like.run(tensors)
-        if results is None or not wants_sinks:
-            return results if results is None else results[:3]
+        present = named(tensors)
+        if not _are_aligned(present.values()):
+            return None
+        results = like.carry_out(present)
+        if not wants_sinks:
+            return results[:3]
         *grads, delta = results
-        return *grads, None, _sinks_gradient(like.named("sinks", tensors), like.named("lse", tensors), delta)
+        return *grads, None, _sinks_gradient(present["sinks"], present["lse"], delta)
 
     return run
 
@@ -352,6 +369,7 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
 _FIRST = ("query", "key", "value")
 _SELDOM = ("cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table")
 """In the order in which `prepare_packed` gets them."""
+_NO_TENSORS = dict.fromkeys((*_FIRST, "attn_mask", *_SELDOM))
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:
