@@ -90,8 +90,9 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
         return None
     needs_grad = params.needs_grad
     wants_lse = needs_grad or params.return_lse
-    given = tensors_of(params)
-    carry_out = _Like(params, given, _settings, partial(_forward_plan, wants_lse=wants_lse)).carry_out
+    given, dtype = tensors_of(params), params.query.dtype
+    settings = partial(_settings, dtype) if dtype is torch.float32 else config.version  # of others the rest is the same
+    carry_out = _Like(params, given, settings, partial(_forward_plan, wants_lse=wants_lse)).carry_out
 
     def dense(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:  # without a loop
         if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED:
@@ -103,13 +104,15 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
 
     if not params.is_varlen:
         return dense
-    named = _naming(params, given)
+    names, present = _naming(params, given)
 
     def packed(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        present = named(tensors)
-        if not _are_aligned(present.values()):
+        addresses = 0
+        for tensor in (own := present(tensors)):
+            addresses |= tensor.data_ptr()
+        if addresses % ALIGNED:
             return None
-        results = carry_out(present)
+        results = carry_out(dict(zip(names, own, strict=True)))
         if needs_grad:
             return results
         return results[:2] if wants_lse else (results[0], None)
@@ -127,7 +130,7 @@ class _Like:
     Args:
         params: one of them, which is not kept.
         given: its tensors.
-        settings: returns what the plan depends on besides them, given a dtype.
+        settings: returns what the plan depends on besides them.
         make: returns the plan for them.
     """
 
@@ -135,19 +138,18 @@ class _Like:
         self,
         params: SDPAParams,
         given: dict[str, Tensor],
-        settings: Callable[[torch.dtype], Hashable],
+        settings: Callable[[], Hashable],
         make: Callable[[SDPAParams, dict[str, Tensor], torch.device], Plan],
     ) -> None:
-        self._device, self._dtype = params.query.device, params.query.dtype
-        self._settings, self._make = settings, make
+        self._device, self._settings, self._make = params.query.device, settings, make
         self._constants = {**vars(params), **_NO_TENSORS}
         self._made: tuple[Hashable, Plan | None] = None, None
         if _are_aligned(given.values()):
-            self._made = settings(self._dtype), make(params, given, self._device)
+            self._made = settings(), make(params, given, self._device)
 
     def carry_out(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return what the plan gives for tensors that are aligned, in the order of those that it was prepared with."""
-        settings = self._settings(self._dtype)
+        settings = self._settings()
         made, plan = self._made
         if plan is None or made != settings:
             own: dict[str, Any] = {name: tensor for name, tensor in given.items() if name in _NO_TENSORS}
@@ -156,13 +158,12 @@ class _Like:
         return _run(plan, given, self._device)
 
 
-def _naming(params: SDPAParams, given: dict[str, Tensor]) -> Callable[[tuple[Any, ...]], dict[str, Tensor]]:
-    """Return what names the tensors of a call like this one, of which those that it does not have are None."""
+def _naming(params: SDPAParams, given: dict[str, Tensor]) -> tuple[list[str], itemgetter[tuple[Tensor, ...]]]:
+    """Return the names of the tensors that a call like this one has, and what takes them from among all and None."""
     of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
     taken = (*of_call, *[name for name in given if name not in of_call])
-    names = [name for name in taken if name in given]
-    present = itemgetter(*[place for place, name in enumerate(taken) if name in given])
-    return lambda tensors: dict(zip(names, present(tensors), strict=True))
+    places = [place for place, name in enumerate(taken) if name in given]
+    return [taken[place] for place in places], itemgetter(*places)
 
 
 def _are_aligned(tensors: Iterable[Tensor]) -> bool:
@@ -220,18 +221,19 @@ def prepare_backward(
 ) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
     given = _given_to_backward(params, grad_out, out, lse, *statistics)
-    named, like = _naming(params, given), _Like(params, given, _settings_of_backward, _backward_plan)
+    names, present = _naming(params, given)
+    like = _Like(params, given, partial(_settings_of_backward, params.query.dtype), _backward_plan)
     wants_sinks = params.sinks is not None and params.sinks.requires_grad
 
     def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        present = named(tensors)
-        if not _are_aligned(present.values()):
+        if not _are_aligned(own := present(tensors)):
             return None
-        results = like.carry_out(present)
+        named = dict(zip(names, own, strict=True))
+        results = like.carry_out(named)
         if not wants_sinks:
             return results[:3]
         *grads, delta = results
-        return *grads, None, _sinks_gradient(present["sinks"], present["lse"], delta)
+        return *grads, None, _sinks_gradient(named["sinks"], named["lse"], delta)
 
     return run
 

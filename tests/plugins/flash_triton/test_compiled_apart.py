@@ -16,7 +16,6 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
