@@ -66,7 +66,7 @@ class Repeated:
         self.call, self.order = call, Order.of(params) if packed else _DENSE
         self._as_taken = self.order.getter(PACKED) if packed else None
         as_taken = self._as_taken
-        self._run = run if as_taken is None else lambda *own: run(*as_taken((*own, None)))
+        self._run: Run = run if as_taken is None else lambda *own: run(*as_taken((*own, None)))
         self._prepare = call.entry.kernel.prepare_backward
         self._is_checked = False
         self._autocasts = no_autocast(params.query) if any_autocast() else None

@@ -158,7 +158,7 @@ class _Like:
         return _run(plan, given, self._device)
 
 
-def _naming(params: SDPAParams, given: dict[str, Tensor]) -> tuple[list[str], itemgetter[tuple[Tensor, ...]]]:
+def _naming(params: SDPAParams, given: dict[str, Tensor]) -> tuple[list[str], itemgetter[Any]]:
     """Return the names of the tensors that a call like this one has, and what takes them from among all and None."""
     of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
     taken = (*of_call, *[name for name in given if name not in of_call])
