@@ -163,7 +163,7 @@ def test_a_gradient_of_sinks_that_is_missing_later_is_no_zero(monkeypatch: pytes
             assert_trains(attend, given, among=[*given, sinks], sinks=sinks)
         monkeypatch.setattr(repeated, "gradients", lambda params, grad_out: gradients(params, grad_out)[:3])
         with pytest.raises(KernelError, match="'packs': backward returned no gradient of sinks"):
-            attend(*given, *sequences()[3:], sinks=sinks).sum().backward()
+            attend(*given, *sequences()[3:], sinks=sinks).square().sum().backward()
 
 
 def test_sinks_and_slopes_of_other_sizes_are_mistakes_as_ever() -> None:
@@ -404,6 +404,18 @@ def test_every_call_that_is_watched_is_seen() -> None:
         for longest in (5, 5, 6, 6, 6, 5):
             attend(*sequences(longest=longest))
     assert [made.impl for made in calls].count("packs") == 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_profiler_sees_the_range_of_calls_that_were_prepared(device: str) -> None:
+    """On a device whose numbers nobody looks at, too."""
+    tokens, starts = TOKENS.to(device), STARTS.to(device)
+    with registered(kernel := Packs()) as attend:
+        for _ in range(3):
+            attend(*sequences(tokens, starts))
+        with profile() as profiled:
+            attend(*sequences(tokens, starts))
+    assert kernel.runs > 0 and sum("packs" in event.name for event in profiled.events()) == 1
 
 
 def test_repeated_sequences_that_an_unfused_kernel_prepared_for_warn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
