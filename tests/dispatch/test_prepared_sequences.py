@@ -15,11 +15,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnplug
-from attnplug import CausalVariant, ImplSpec, SDPAParams
-from repeated import EVERYTHING, Answer, Packs, answer
+import repeated
+from attnplug import CausalVariant, ImplSpec, KernelError, SDPAParams
+from repeated import EVERYTHING, Answer, Packs, answer, gradients
 
 reference = partial(attnplug.varlen_attn, impl="math_ref")
 TOKENS, PAGES = torch.randn(9, 4, 8), torch.randn(6, 2, 4, 8)
@@ -140,6 +142,30 @@ def test_sinks_and_slopes_are_given_to_what_was_prepared() -> None:
     assert kernel.runs_of_backward == 3 * 3 and kernel.asked_for_backward == 3
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_of_sinks_and_slopes_may_begin_before_what_it_repeats_was_prepared(reentrant: bool) -> None:
+    with registered(kernel := Packs()) as attend:
+        for _ in range(3):
+            given, sinks = leaves(), torch.randn(4).requires_grad_()
+            call = partial(attend, alibi_slopes=torch.ones(4), sinks=sinks)
+            out = checkpoint(call, *given, *sequences()[3:], use_reentrant=reentrant)
+            expected = reference(*given, *sequences()[3:], alibi_slopes=torch.ones(4), sinks=sinks)
+            wanted = [*given, sinks]
+            out.sum().backward()
+            torch.testing.assert_close([each.grad for each in wanted], [*torch.autograd.grad(expected.sum(), wanted)])
+    assert kernel.runs > 0 < kernel.runs_of_backward
+
+
+def test_a_gradient_of_sinks_that_is_missing_later_is_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered(Packs()) as attend:
+        for _ in range(3):
+            given, sinks = leaves(), torch.randn(4).requires_grad_()
+            assert_trains(attend, given, among=[*given, sinks], sinks=sinks)
+        monkeypatch.setattr(repeated, "gradients", lambda params, grad_out: gradients(params, grad_out)[:3])
+        with pytest.raises(KernelError, match="'packs': backward returned no gradient of sinks"):
+            attend(*given, *sequences()[3:], sinks=sinks).square().sum().backward()
+
+
 def test_sinks_and_slopes_of_other_sizes_are_mistakes_as_ever() -> None:
     with registered(kernel := Packs()) as attend:
         for options in ({"sinks": torch.ones(4)}, {"alibi_slopes": torch.ones(4)}):
@@ -155,6 +181,8 @@ def test_sinks_and_slopes_of_other_sizes_are_mistakes_as_ever() -> None:
             assert_right(attend, *sequences(), alibi_slopes=slopes)
         with pytest.raises(ValueError, match="alibi_slopes"):
             attend(*sequences(), alibi_slopes=torch.ones(3, 4))
+        with pytest.raises(ValueError, match="alibi_slopes"):
+            attend(*sequences(starts=row(0, 3, 5, 9)), alibi_slopes=torch.ones(2, 4))
         assert kernel.runs == 2
 
 
@@ -376,6 +404,18 @@ def test_every_call_that_is_watched_is_seen() -> None:
         for longest in (5, 5, 6, 6, 6, 5):
             attend(*sequences(longest=longest))
     assert [made.impl for made in calls].count("packs") == 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_profiler_sees_the_range_of_calls_that_were_prepared(device: str) -> None:
+    """On a device whose numbers nobody looks at, too."""
+    tokens, starts = TOKENS.to(device), STARTS.to(device)
+    with registered(kernel := Packs()) as attend:
+        for _ in range(3):
+            attend(*sequences(tokens, starts))
+        with profile() as profiled:
+            attend(*sequences(tokens, starts))
+    assert kernel.runs > 0 and sum("packs" in event.name for event in profiled.events()) == 1
 
 
 def test_repeated_sequences_that_an_unfused_kernel_prepared_for_warn_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

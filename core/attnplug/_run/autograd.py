@@ -63,9 +63,9 @@ class Recorded(Protocol):
         order: of its tensors, which autograd is told of: those that it has. How many are saved, and in which order, is
             thus the same whether it was prepared or not, as checkpoints want it.
         forward: returns `(out, lse, *saved)` of them.
-        backward: returns what the kernel's backward does, or None to leave that to `call`. Given are which gradients
-            are wanted, the gradient of out, and all that was saved. It is called where lse has no gradient, no graph is
-            recorded, and autocast is off.
+        backward: returns their gradients, or None to leave that to `call`. Given are which are wanted, the gradient of
+            out, and all that was saved. It is called where lse has no gradient, no graph is recorded, and autocast is
+            off.
     """
 
     call: KernelCall
@@ -110,7 +110,7 @@ class _Attention(torch.autograd.Function):
         if not (grad_out is None or grad_lse is not None or recording or tracing or dual or watched or any_autocast()):
             found = one.backward(ctx.needs_input_grad[1:], grad_out, *everything)
             if found is not None:
-                return None, *order.own((*found, *_ABSENT))
+                return None, *found
         tensors, (out, lse, *saved) = order.whole(everything[: order.count]), everything[order.count :]
         wanted = order.whole(ctx.needs_input_grad[1:], False)[: len(DIFFERENTIABLE)]
         given = tensors, wanted, grad_out, grad_lse, out, lse, saved

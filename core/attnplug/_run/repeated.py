@@ -19,6 +19,7 @@ from attnplug._errors import KernelError
 from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import (
     DIFFERENTIABLE,
+    TENSORS,
     KernelCall,
     Order,
     check_outputs,
@@ -41,6 +42,8 @@ PACKED = (
 )
 """The tensors of packed sequences, as a kernel gets them: in the order in which `varlen_attn` takes them."""
 strided = torch.strided
+_ABSENT = (None,) * len(TENSORS)
+_DENSE = Order(absent=(True,) * len(TENSORS[3:]), same_starts=False)
 
 Run = Callable[..., Any]
 
@@ -59,9 +62,12 @@ class Repeated:
     """
 
     def __init__(self, call: KernelCall, params: SDPAParams, run: Run) -> None:
-        self.call, self.order = call, Order.of(params)
-        self._as_taken = self.order.getter(PACKED if params.is_varlen else PACKED[:3])
-        self._run, self._prepare = run, call.entry.kernel.prepare_backward
+        packed = params.is_varlen
+        self.call, self.order = call, Order.of(params) if packed else _DENSE
+        self._as_taken = self.order.getter(PACKED) if packed else None
+        as_taken = self._as_taken
+        self._run: Run = run if as_taken is None else lambda *own: run(*as_taken((*own, None)))
+        self._prepare = call.entry.kernel.prepare_backward
         self._is_checked = False
         self._autocasts = no_autocast(params.query) if any_autocast() else None
         self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
@@ -76,10 +82,10 @@ class Repeated:
         thread.in_kernel = True  # `in_kernel`, without the time of another call
         try:
             if self._autocasts is None:
-                returned: tuple[Any, ...] | None = self._run(*self._as_taken((*tensors, None)))
+                returned: tuple[Any, ...] | None = self._run(*tensors)
             else:
                 with self._autocasts:
-                    returned = self._run(*self._as_taken((*tensors, None)))
+                    returned = self._run(*tensors)
         finally:
             thread.in_kernel = outer
         if returned is None:
@@ -90,7 +96,7 @@ class Repeated:
         return returned
 
     def backward(self, needs: tuple[bool, ...], grad_out: Tensor, *everything: Any) -> Any:
-        """Return what the kernel's backward does; None where `KernelCall.backward` has to run.
+        """Return the gradients of the tensors; None where `KernelCall.backward` has to run.
 
         Given are which tensors need a gradient, these tensors, out, lse or None, and what else forward saved. All are
         looked at, because hooks of saved tensors may have changed them.
@@ -111,13 +117,13 @@ class Repeated:
                 outer = thread.in_kernel
                 thread.in_kernel = True  # as in `forward`
                 try:
-                    grads = run(*self._as_taken((*given, None)), grad_out, *saved)
+                    grads = run(*given, grad_out, *saved)
                 finally:
                     thread.in_kernel = outer
                 # What else is wrong with them autograd says; one that is missing it takes for zeros.
                 if grads is not None and (count > 3 or grads[0] is None or grads[1] is None or grads[2] is None):
                     self._check_that_all_are_there(needs, grads)
-                return grads
+                return self._own(grads)
         unlike = any(tensor.is_neg() or is_wrapped(tensor) for tensor in tensors)  # what lies in memory
         seen = unlike or is_watched(grad_out) or is_transformed()
         fits_these = None if seen or len(self._backwards) >= KINDS else compared(tensors)
@@ -125,7 +131,20 @@ class Repeated:
             return None
         run, grads = self._prepare_backward(needs, grad_out, given, saved)
         self._backwards.append((kind, fits_these, run))
-        return grads
+        return self._own(grads)
+
+    def _own(self, grads: Any) -> Any:
+        """Return gradients as autograd takes them, given what a kernel returned."""
+        if grads is None or self._as_taken is None:
+            return grads if grads is None else grads[:3]
+        return self.order.own((*grads, *_ABSENT))
+
+    def _taking_own(self, run: Run) -> Run:
+        """Return what takes a call's own tensors, and then what `run` does: those of packed sequences go by places."""
+        as_taken, count = self._as_taken, self.order.count
+        if as_taken is None:
+            return run
+        return lambda *given: run(*as_taken((*given[:count], None)), *given[count:])
 
     def _check_that_all_are_there(self, needs: tuple[bool, ...], grads: Any) -> None:
         wanted = self.order.whole(needs, False)
@@ -145,5 +164,6 @@ class Repeated:
         if not callable(run):
             got = type(run).__name__
             raise KernelError(f"implementation {name!r}: prepare_backward must return a function or None, got {got}")
-        grads = in_kernel(run, *self._as_taken((*given, None)), grad_out, *saved)
+        run = self._taking_own(run)
+        grads = in_kernel(run, *given, grad_out, *saved)
         return run, None if grads is None else checked_gradients(name, params, grads)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -89,15 +90,34 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
         return None
     needs_grad = params.needs_grad
     wants_lse = needs_grad or params.return_lse
-    like = _Like(params, tensors_of(params), _settings, partial(_forward_plan, wants_lse=wants_lse))
+    given, dtype = tensors_of(params), params.query.dtype
+    settings = partial(_settings, dtype) if dtype is torch.float32 else config.version  # of others the rest is the same
+    carry_out = _Like(params, given, settings, partial(_forward_plan, wants_lse=wants_lse)).carry_out
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        results = like.run(tensors)
-        if results is None or needs_grad:
+    def dense(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:  # without a loop
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED:
+            return None
+        results = carry_out({"query": query, "key": key, "value": value})
+        if needs_grad:
             return results
         return results[:2] if wants_lse else (results[0], None)
 
-    return run
+    if not params.is_varlen:
+        return dense
+    names, present = _naming(params, given)
+
+    def packed(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+        addresses = 0
+        for tensor in (own := present(tensors)):
+            addresses |= tensor.data_ptr()
+        if addresses % ALIGNED:
+            return None
+        results = carry_out(dict(zip(names, own, strict=True)))
+        if needs_grad:
+            return results
+        return results[:2] if wants_lse else (results[0], None)
+
+    return packed
 
 
 prepare_packed = prepare
@@ -110,7 +130,7 @@ class _Like:
     Args:
         params: one of them, which is not kept.
         given: its tensors.
-        settings: returns what the plan depends on besides them, given a dtype.
+        settings: returns what the plan depends on besides them.
         make: returns the plan for them.
     """
 
@@ -118,44 +138,40 @@ class _Like:
         self,
         params: SDPAParams,
         given: dict[str, Tensor],
-        settings: Callable[[torch.dtype], Hashable],
+        settings: Callable[[], Hashable],
         make: Callable[[SDPAParams, dict[str, Tensor], torch.device], Plan],
     ) -> None:
-        of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
-        self._names = (*of_call, *[name for name in given if name not in of_call])
         self._device, self._settings, self._make = params.query.device, settings, make
-        self._constants = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
-        self._made: tuple[Hashable, Plan] | None = None
+        self._constants = {**vars(params), **_NO_TENSORS}
+        self._made: tuple[Hashable, Plan | None] = None, None
         if _are_aligned(given.values()):
-            self._made = settings(params.query.dtype), make(params, given, self._device)
+            self._made = settings(), make(params, given, self._device)
 
-    def run(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-        """Return what the plan gives, given the tensors of a call, None for those that it does not have.
+    def carry_out(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return what the plan gives for tensors that are aligned, in the order of those that it was prepared with."""
+        settings = self._settings()
+        made, plan = self._made
+        if plan is None or made != settings:
+            own: dict[str, Any] = {name: tensor for name, tensor in given.items() if name in _NO_TENSORS}
+            plan = self._make(SDPAParams(**{**self._constants, **own}), given, self._device)
+            self._made = settings, plan
+        return _run(plan, given, self._device)
 
-        None if they are not all aligned, which those that it was prepared with need not be.
-        """
-        given, addresses = {}, 0
-        for name, tensor in zip(self._names, tensors, strict=True):
-            if tensor is not None:
-                given[name] = tensor
-                addresses |= tensor.data_ptr()
-        if addresses % ALIGNED:
-            return None
-        settings, made = self._settings(given["query"].dtype), self._made
-        if made is None or made[0] != settings:
-            of_call: dict[str, Any] = {name: given[name] for name in (*_FIRST, *_SELDOM) if name in given}
-            plan = self._make(SDPAParams(**of_call, **self._constants), given, self._device)
-            made = self._made = settings, plan
-        return _run(made[1], given, self._device)
 
-    def named(self, name: str, tensors: tuple[Any, ...]) -> Any:
-        """Return one of the tensors."""
-        return tensors[self._names.index(name)]
+def _naming(params: SDPAParams, given: dict[str, Tensor]) -> tuple[list[str], itemgetter[Any]]:
+    """Return the names of the tensors that a call like this one has, and what takes them from among all and None."""
+    of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
+    taken = (*of_call, *[name for name in given if name not in of_call])
+    places = [place for place, name in enumerate(taken) if name in given]
+    return [taken[place] for place in places], itemgetter(*places)
 
 
 def _are_aligned(tensors: Iterable[Tensor]) -> bool:
     """Whether the data of each starts at a multiple of `ALIGNED` bytes."""
-    return not any(tensor.data_ptr() % ALIGNED for tensor in tensors)
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses % ALIGNED == 0
 
 
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
@@ -204,17 +220,20 @@ def prepare_backward(
     params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *statistics: Tensor
 ) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
-    like = _Like(
-        params, _given_to_backward(params, grad_out, out, lse, *statistics), _settings_of_backward, _backward_plan
-    )
+    given = _given_to_backward(params, grad_out, out, lse, *statistics)
+    names, present = _naming(params, given)
+    like = _Like(params, given, partial(_settings_of_backward, params.query.dtype), _backward_plan)
     wants_sinks = params.sinks is not None and params.sinks.requires_grad
 
     def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        results = like.run(tensors)
-        if results is None or not wants_sinks:
-            return results if results is None else results[:3]
+        if not _are_aligned(own := present(tensors)):
+            return None
+        named = dict(zip(names, own, strict=True))
+        results = like.carry_out(named)
+        if not wants_sinks:
+            return results[:3]
         *grads, delta = results
-        return *grads, None, _sinks_gradient(like.named("sinks", tensors), like.named("lse", tensors), delta)
+        return *grads, None, _sinks_gradient(named["sinks"], named["lse"], delta)
 
     return run
 
@@ -352,6 +371,7 @@ def tensors_of(params: SDPAParams) -> dict[str, Tensor]:
 _FIRST = ("query", "key", "value")
 _SELDOM = ("cu_seq_q", "cu_seq_k", "sinks", "alibi_slopes", "seqused_k", "block_table")
 """In the order in which `prepare_packed` gets them."""
+_NO_TENSORS = dict.fromkeys((*_FIRST, "attn_mask", *_SELDOM))
 
 
 def fake(params: SDPAParams) -> tuple[Tensor, ...]:

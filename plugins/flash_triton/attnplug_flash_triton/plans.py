@@ -109,9 +109,11 @@ class Launch(NamedTuple):
             elif isinstance(argument, Descriptor):
                 seen.append((forms[argument.name], argument.block_shape, argument.layout))
             elif any_number and type(argument) is int:
-                seen.append(-INT32 <= argument < INT32)
+                seen.append("i32" if -INT32 <= argument < INT32 else "i64")
+            elif type(argument) is float:
+                seen.append(float)
             else:
-                seen.append(float if type(argument) is float else argument)
+                seen.append((type(argument), argument))  # True is equal to 1
         return tuple(seen)
 
 
@@ -169,15 +171,18 @@ class Plan:
 
         The kept form is made by the first call, or where a kernel is not compiled yet, by the first that ends, and
         holds for later ones: what the compiler has looked at, whether pointers are multiples of 16 and types, is part
-        of what plans are kept under.
+        of what plans are kept under. While a profiler listens nothing is kept: it may have had Triton compile kernels
+        that write into its memory.
         """
-        if self._kept is None and _compiled:
-            self._kept = self._found(given, device)
-        if self._kept is not None and not _is_watched():
-            return self._kept.run(given, device)
+        watched = _is_watched()
+        if not watched:
+            if self._kept is None and _compiled:
+                self._kept = self._found(given, device)
+            if self._kept is not None:
+                return self._kept.run(given, device)
         tensors = self.tensors(given, device)
         compiled = [launch.run(tensors) for launch in self.launches]
-        if None not in compiled:  # the interpreter compiles nothing
+        if not watched and None not in compiled:  # the interpreter compiles nothing
             forms = self._forms(given)
             kernels = [
                 _keep(launch.compiled_apart(forms, device), _Compiled(launch, kernel, tensors))

@@ -845,6 +845,28 @@ def test_profilers_that_listen_to_triton_hear_of_repeated_launches() -> None:
     assert not plans._is_watched()
 
 
+def test_what_a_profiler_had_compiled_runs_for_it_alone(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, instrumented = SDPAParams(*tensors(32, 32), scale=0.1), []
+
+    def compiled(run: Any, *given: Any, **options: Any) -> Any:
+        kernel = run(*given, **options)
+        fields = {name: getattr(kernel, name) for name in ("function", "packed_metadata", "metadata")}
+        return SimpleNamespace(run=lambda *launched: instrumented.append(launched), **fields)
+
+    kernel, listen = impl.launches.forward_kernel, list.copy
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "run", partial(compiled, kernel.run))
+        knobs.runtime.launch_enter_hook.add(listen)
+        try:
+            for _ in range(2):
+                impl.forward(params)
+        finally:
+            knobs.runtime.launch_enter_hook.remove(listen)
+    for length in (32, 48):
+        impl.forward(SDPAParams(*tensors(length, 32), scale=0.1))
+    assert not instrumented and len(gpu.launched) == 4
+
+
 BLOCK = (16, 64)
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 
