@@ -360,8 +360,26 @@ def unlike(method: str, name: str, value: Any) -> None:
         given[name] = value
     batch, heads, kind = (given.pop(each) for each in ("batch", "heads", "dtype"))
     part = torch.randn(batch, heads, 8, 16, dtype=getattr(torch, kind))
+    if given.pop("packed", False):
+        rows = part[0].transpose(0, 1)
+        parallel.ring_varlen_attn(rows, rows, rows, torch.tensor([0, 24], dtype=torch.int32), group=dist.group.WORLD)
+        return
     attend = parallel.ring_attention if method == "ring" else parallel.ulysses_attention
     attend(part, part, part, group=dist.group.WORLD, **given)
+
+
+def in_groups_of_one_name() -> list[str]:
+    """Make a group, call in it and destroy it, three times, each time with other tensors."""
+    names = []
+    for heads in (2, 4, 8):
+        group = dist.new_group([*range(dist.get_world_size())], use_local_synchronization=True)
+        names.append(group.group_name)
+        part = torch.randn(1, heads, 8, 16)
+        for attend in (parallel.ring_attention, parallel.ulysses_attention):
+            attend(part, part, part, group=group)
+        dist.barrier()
+        dist.destroy_process_group(group)
+    return names
 
 
 def failing(method: str, rank: int, how: str, when: str) -> None:
