@@ -272,7 +272,11 @@ def test_device_and_dtype_from_outside_win(tmp_path):
         ("a.yaml", "cases: [{heads: 4, quries: 8}]", "case 1: no field 'quries'; did you mean 'queries'?"),
         ("a.yaml", "cases: [{heads: 4, lenght: 8}]", "case 1: no field 'lenght'; did you mean 'length'?"),
         ("a.yaml", "cases: [{length: 8, keys: 16}]", "case 1: length: sets queries and keys at once; leave out keys"),
-        ("a.yaml", "cases: [{length: 8, lengths_q: [5, 8]}]", "case 1: length: packed sequences have those of lengths_q"),
+        (
+            "a.yaml",
+            "cases: [{length: 8, lengths_q: [5, 8]}]",
+            "case 1: length: packed sequences have those of lengths_q",
+        ),
         (
             "a.yaml",
             "{defaults: {lengths_q: [5, 8]}, cases: [{length: 8}]}",

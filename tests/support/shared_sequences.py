@@ -368,18 +368,19 @@ def unlike(method: str, name: str, value: Any) -> None:
     attend(part, part, part, group=dist.group.WORLD, **given)
 
 
-def in_groups_of_one_name() -> list[str]:
-    """Make a group, call in it and destroy it, three times, each time with other tensors."""
-    names = []
-    for heads in (2, 4, 8):
-        group = dist.new_group([*range(dist.get_world_size())], use_local_synchronization=True)
-        names.append(group.group_name)
-        part = torch.randn(1, heads, 8, 16)
-        for attend in (parallel.ring_attention, parallel.ulysses_attention):
-            attend(part, part, part, group=group)
-        dist.barrier()
-        dist.destroy_process_group(group)
-    return names
+def first_calls_in_a_group() -> tuple[int, int]:
+    """Make a group, call in it, and return how many keys the store has before and after."""
+    group = dist.new_group([*range(dist.get_world_size())])
+    part = torch.randn(1, 4, 8, 16)
+    dist.all_reduce(torch.zeros(1), group=group)  # which connects
+    dist.barrier()
+    store = dist.distributed_c10d._get_default_store()
+    before = store.num_keys()
+    dist.barrier()
+    for attend in (parallel.ring_attention, parallel.ulysses_attention):
+        attend(part, part, part, group=group)
+    dist.barrier()
+    return before, store.num_keys()
 
 
 def failing(method: str, rank: int, how: str, when: str) -> None:

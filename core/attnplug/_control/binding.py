@@ -106,7 +106,8 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
         raise TypeError(f"module: {type(module).__name__} is TorchScript, which computes attention by itself")
     if not _is_called(module):
         raise TypeError(
-            f"module: {type(module).__name__} has no forward to bind; bind each module that it holds, or one that calls them"
+            f"module: {type(module).__name__} has no forward to bind; "
+            "bind each module that it holds, or one that calls them"
         )
     if getattr(module, "cls_to_become", None) is not None:
         raise ValueError(f"module: {type(module).__name__} is not initialized; call it once before it is bound")

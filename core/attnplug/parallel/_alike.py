@@ -1,8 +1,8 @@
 """Ranks that call differently read each other's messages amiss; the first call of a group says so, for no message.
 
-Two neighbours of the ring have a place in the store of the group. Who comes first leaves there what it asks for and goes
-on; the other takes it away, compares, and raises before it sends anything. Nobody waits, but those that wait for one
-that has raised, and they say why it does not answer.
+Two neighbours of the ring have a place in the store of the group. Who comes first leaves there what it asks for and
+goes on; the other takes it away, compares, and raises before it sends anything. Nobody waits, but those that wait for
+one that has raised, and they say why it does not answer.
 """
 
 from __future__ import annotations
