@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lint gpu bench docs dist clean
+.PHONY: help demo test lint gpu bench docs dist clean
 
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -22,16 +22,11 @@ demo: $(VENV)/demo  ## real models: a semantic search once with each implementat
 	$(BIN)/python examples/semantic_search.py
 	$(BIN)/python examples/small_llama.py
 
-# In random order. A run prints its seed, and `--randomly-seed=SEED` repeats it.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=2
-test: $(VENV)/dev  ## the tests, but for slow ones and those that need a GPU
-	$(PYTEST) -m "not slow"
-
-test-slow: $(VENV)/dev  ## the slow tests: each shipped configuration compiled, kernels emulated, packages installed
-	$(PYTEST) -m slow
-
-test-all: $(VENV)/dev  ## both, in less time than one after the other
-	$(PYTEST)
+# In random order. A run prints its seed, and `--randomly-seed=SEED` repeats it. SLOW=yes adds what takes long: each shipped
+# configuration compiled, kernels emulated, packages installed.
+test: $(VENV)/dev  ## the tests, but for those that need a GPU or take long; SLOW=yes for those that take long, too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=2 \
+		$(if $(SLOW),,-m "not slow")
 
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .

@@ -30,7 +30,8 @@ class UnknownImplementationError(AttnplugError, ValueError):
         self, name: str, available: Iterable[str], where: str = "", absent: Mapping[str, str] | None = None
     ) -> None:
         self.name, self.where = name, where
-        self.available, self.absent = tuple(sorted(available)), dict(absent or {})
+        self.available = tuple(sorted(available))
+        self.absent = {known: why for known, why in (absent or {}).items() if known not in self.available}
         prefix = f"{where}: " if where else ""
         if name in self.absent:
             text = f"implementation {name!r} {self.absent[name]}."

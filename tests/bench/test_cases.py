@@ -248,6 +248,11 @@ def test_yaml_and_toml_say_the_same_cases(tmp_path):
         ("queries: 1, keys: 512", "length: 64", (64, 64)),
         ("keys: 512", "queries: 1", (1, 512)),
         ("length: 64", "heads: 2", (64, 64)),
+        ("length: 64", "lengths_q: [100, 200]", (200, 200)),
+        ("queries: 1024, keys: 64", "lengths_q: [100, 200]", (200, 200)),
+        ("queries: 1024", "lengths_q: [100, 200], queries: 512", (512, 200)),
+        ("lengths_q: [100, 200]", "keys: 512", (200, 512)),
+        ("lengths_q: [100, 200]", "lengths_q: null, length: 64", (64, 64)),
     ],
 )
 def test_what_a_case_says_of_its_lengths_comes_before_what_the_defaults_say(tmp_path, defaults, case, lengths):
@@ -267,6 +272,16 @@ def test_device_and_dtype_from_outside_win(tmp_path):
         ("a.yaml", "cases: [{heads: 4, quries: 8}]", "case 1: no field 'quries'; did you mean 'queries'?"),
         ("a.yaml", "cases: [{heads: 4, lenght: 8}]", "case 1: no field 'lenght'; did you mean 'length'?"),
         ("a.yaml", "cases: [{length: 8, keys: 16}]", "case 1: length: sets queries and keys at once; leave out keys"),
+        (
+            "a.yaml",
+            "cases: [{length: 8, lengths_q: [5, 8]}]",
+            "case 1: length: packed sequences have those of lengths_q",
+        ),
+        (
+            "a.yaml",
+            "{defaults: {lengths_q: [5, 8]}, cases: [{length: 8}]}",
+            "case 1: length: packed sequences have those of lengths_q; leave out one of the two",
+        ),
         ("a.yaml", "cases: [{heads: 4}, {heads: 0}]", "case 2: heads: expected a number from 1 on, got 0"),
         ("a.yaml", "cases: [heads]", "case 1: expected fields such as heads and queries, got 'heads'"),
         ("a.yaml", "cases: [{heads: [2, two]}]", "case 1: heads: expected a number from 1 on, got 'two'"),

@@ -202,3 +202,11 @@ def test_a_wrong_field_of_a_spec_is_named(fields: dict[str, Any], message: str) 
 def test_a_wrong_capability_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(attnplug.SpecError, match=message):
         attnplug.Capabilities(**fields)
+
+
+def test_a_name_that_is_another_s_elsewhere_may_be_one_s_own() -> None:
+    attnplug.register_impl(attnplug.ImplSpec(name="eager", kernel=lambda params: (params.query, None), backend=None))
+    query = torch.ones(1, 1, 2, 4)
+    assert attnplug.scaled_dot_product_attention(query, query, query, impl="eager") is not None
+    with pytest.raises(attnplug.UnknownImplementationError, match=r"did you mean 'eager'\?"):
+        attnplug.scaled_dot_product_attention(query, query, query, impl="eagre")

@@ -290,7 +290,8 @@ def test_what_cannot_be_bound_is_refused() -> None:
         attnplug.bind(torch.jit.script(nn.Linear(2, 2)), MATH)
     with pytest.raises(ValueError, match="is not initialized; call it once"):
         attnplug.bind(nn.LazyLinear(2), MATH)
-    for module in (nn.ModuleList([Model()]), nn.ModuleDict({"first": Model()}), nn.Module()):
+    lists = nn.ModuleList([Model()]), nn.ModuleDict({"first": Model()}), nn.ParameterList(), nn.ParameterDict()
+    for module in (*lists, nn.Module()):
         with pytest.raises(TypeError, match=f"{type(module).__name__} has no forward to bind; bind each module"):
             attnplug.bind(module, MATH)
 
@@ -300,9 +301,13 @@ def test_what_is_called_without_a_forward_of_its_class_is_bound() -> None:
         def __call__(self) -> Tensor:
             return attnplug.scaled_dot_product_attention(Q, Q, Q)
 
+    class Layers(nn.ModuleList):
+        def forward(self) -> Tensor:
+            return sum(layer() for layer in self)
+
     given = nn.Module()
     given.forward = lambda: attnplug.scaled_dot_product_attention(Q, Q, Q)
-    for module in (Called(), given):
+    for module in (Called(), given, Layers([Called()])):
         with attnplug.bind(module, MATH):
             assert ran_in(module) == ["aten_math"]
 

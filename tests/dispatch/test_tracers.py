@@ -361,6 +361,41 @@ def test_a_backward_is_an_operator_to_a_mode_that_begins_after_forward(kernel: A
             assert all(isinstance(found, FakeTensor) and found.shape == Q.shape for found in backward(grad))
 
 
+class Differentiates(Opaque):
+    """One whose backward leaves the formula to autograd."""
+
+    def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
+        return self.formula(params.query, params.key, params.value), None
+
+    def backward(self, params: SDPAParams, grad_out: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (params.query, params.key, params.value)]
+            return torch.autograd.grad(self.formula(*leaves), leaves, grad_out)
+
+    def formula(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return query * key.sum() + value.mean()
+
+
+def test_a_backward_that_uses_autograd_may_be_an_operator() -> None:
+    register("opaque", Differentiates)
+    leaves = [torch.randn(Q.shape, requires_grad=True) for _ in range(3)]
+    expected = torch.autograd.grad(Differentiates().formula(*leaves).square().sum(), leaves)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return attend(*tensors, impl="opaque").square().sum()
+
+    def check(found: tuple[Tensor, ...]) -> None:
+        for actual, ref in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, ref)
+            assert not actual.requires_grad
+
+    before = loss(*leaves)
+    with FlopCounterMode(display=False):
+        check(torch.autograd.grad(before, leaves))
+        check(torch.autograd.grad(loss(*leaves), leaves))
+    check(torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves), leaves))
+
+
 @pytest.mark.parametrize("of", ["length", "batch", "keys"])
 @pytest.mark.parametrize("impl", [None, "aten_math", "aten_flash", "math_ref", "opaque"])
 def test_a_size_that_depends_on_data_can_be_exported(impl: str | None, of: str) -> None:

@@ -108,12 +108,16 @@ UNLIKE = [
     ("heads", 12, "heads of query and of key: is {} here and {} on rank {}", ("[6, 6]", "[12, 12]")),
     ("window_size", (2, 2), "window_size: is {} here and {} on rank {}", ("[-1, -1]", "[2, 2]")),
 ]
+PACKED = [("packed", True, "packed sequences: is {} here and {} on rank {}", ("False", "True"))]
 
 
-@pytest.mark.parametrize("method", ["ring", "ulysses"])
 @pytest.mark.parametrize(
-    ("name", "value", "text", "values"),
-    [pytest.param(*each, marks=() if each[0] == "is_causal" else pytest.mark.slow) for each in UNLIKE],
+    ("method", "name", "value", "text", "values"),
+    [
+        pytest.param(method, *each, marks=() if each[0] == "is_causal" else pytest.mark.slow)
+        for method in ("ring", "ulysses")
+        for each in UNLIKE + PACKED * (method == "ring")
+    ],
 )
 def test_ranks_that_call_differently_are_told_before_any_message(
     tmp_path: Path, method: str, name: str, value: Any, text: str, values: tuple[str, str]
@@ -130,6 +134,12 @@ def test_ranks_that_call_differently_are_told_before_any_message(
     assert said and len(results) == 3, results
     for result in results:
         assert result in said or result.startswith("ParallelError: rank"), results
+
+
+def test_ranks_that_called_alike_leave_nothing_in_the_store(world: Worlds) -> None:
+    """Or the next group of that name would be compared with this one; and a store would grow with each group."""
+    for before, after in world(2).run(ranks_do.first_calls_in_a_group):
+        assert before == after
 
 
 FAILED = "rank 1 of the group failed with OSError: this rank is broken"

@@ -360,8 +360,27 @@ def unlike(method: str, name: str, value: Any) -> None:
         given[name] = value
     batch, heads, kind = (given.pop(each) for each in ("batch", "heads", "dtype"))
     part = torch.randn(batch, heads, 8, 16, dtype=getattr(torch, kind))
+    if given.pop("packed", False):
+        rows = part[0].transpose(0, 1)
+        parallel.ring_varlen_attn(rows, rows, rows, torch.tensor([0, 24], dtype=torch.int32), group=dist.group.WORLD)
+        return
     attend = parallel.ring_attention if method == "ring" else parallel.ulysses_attention
     attend(part, part, part, group=dist.group.WORLD, **given)
+
+
+def first_calls_in_a_group() -> tuple[int, int]:
+    """Make a group, call in it, and return how many keys the store has before and after."""
+    group = dist.new_group([*range(dist.get_world_size())])
+    part = torch.randn(1, 4, 8, 16)
+    dist.all_reduce(torch.zeros(1), group=group)  # which connects
+    dist.barrier()
+    store = dist.distributed_c10d._get_default_store()
+    before = store.num_keys()
+    dist.barrier()
+    for attend in (parallel.ring_attention, parallel.ulysses_attention):
+        attend(part, part, part, group=group)
+    dist.barrier()
+    return before, store.num_keys()
 
 
 def failing(method: str, rank: int, how: str, when: str) -> None:

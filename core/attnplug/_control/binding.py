@@ -105,7 +105,10 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(f"module: {type(module).__name__} is TorchScript, which computes attention by itself")
     if not _is_called(module):
-        raise TypeError(f"module: {type(module).__name__} has no forward to bind; bind each module that it holds")
+        raise TypeError(
+            f"module: {type(module).__name__} has no forward to bind; "
+            "bind each module that it holds, or one that calls them"
+        )
     if getattr(module, "cls_to_become", None) is not None:
         raise ValueError(f"module: {type(module).__name__} is not initialized; call it once before it is bound")
     block = sdpa_kernel(backends, set_priority).block  # a mistake is an error here, not in the middle of a forward
@@ -119,9 +122,10 @@ def bind(module: torch.nn.Module, backends: Any, set_priority: bool = False) -> 
 
 def _is_called(module: torch.nn.Module) -> bool:
     """Whether calling the module runs anything."""
-    own = torch.nn.Module
-    kind = type(module)
-    return kind.forward is not own.forward or kind.__call__ is not own.__call__ or "forward" in module.__dict__
+    own, kind = torch.nn.Module, type(module)
+    if kind.__call__ is not own.__call__:
+        return kind.__call__ not in (torch.nn.ParameterList.__call__, torch.nn.ParameterDict.__call__)  # which raise
+    return kind.forward is not own.forward or "forward" in module.__dict__
 
 
 class _Bound:

@@ -168,7 +168,8 @@ class Operator:
                     _, _, *saved = call.forward(tensors)
             elif whole and self.kernel.fake is None:
                 saved = []
-            grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
+            with _autograd_works():
+                grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
         # What a rank has of a call is nothing that a watcher could compare, and its implementation is in no registry.
         if whole and thread.state.watched == WATCHED_TENSORS and not isinstance(self._entry.spec.kernel, OfOneRank):
             self._tell(params_from(arguments), dict(zip(DIFFERENTIABLE, grads, strict=True)), grad_out, grad_lse)
@@ -260,6 +261,14 @@ class OperatorCall(KernelCall):
     ) -> list[Tensor | None]:
         operator = operator_of(self.entry).backward
         return _backward(operator, self.params(tensors), True, wanted, grad_out, grad_lse, out, lse, saved)
+
+
+def _autograd_works() -> Any:
+    """Let a kernel that runs in an operator, where PyTorch records nothing, use autograd as it may in eager code."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def backward_in_trace(call: KernelCall, tensors: Given, *given: Any) -> list[Tensor | None]:

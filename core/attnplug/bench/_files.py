@@ -50,7 +50,10 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
             check_fields(part, where, also=("length",))
             if "length" in part and (clash := [name for name in ("queries", "keys") if name in part]):
                 raise BenchError(f"{where}: length: sets queries and keys at once; leave out {' and '.join(clash)}")
-        for each in _expanded({**_merged(defaults, given), **forced}):
+        merged = _merged(defaults, given)
+        if "length" in merged and merged.get("lengths_q") is not None:
+            raise BenchError(f"{where}: length: packed sequences have those of lengths_q; leave out one of the two")
+        for each in _expanded({**merged, **forced}):
             each.setdefault("device", default_device())
             each.setdefault("dtype", default_dtype(str(each["device"])))
             cases.append(Case.from_dict(each, where))
@@ -90,8 +93,13 @@ def _toml() -> Any:
 
 
 def _merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a case, to which its own come before the defaults, and `length` is both that it sets."""
-    if "length" in given:
+    """Return the fields of a case, to which its own come before the defaults, and `length` is both that it sets.
+
+    Packed sequences of its own say how many queries and keys there are, whatever the defaults do.
+    """
+    if given.get("lengths_q") is not None:
+        defaults = {name: value for name, value in defaults.items() if name not in ("length", "queries", "keys")}
+    elif "length" in given:
         defaults = {name: value for name, value in defaults.items() if name not in ("queries", "keys")}
     elif "length" in defaults and ("queries" in given or "keys" in given):
         length = defaults["length"]
