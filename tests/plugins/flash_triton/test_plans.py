@@ -328,6 +328,27 @@ def test_what_is_prepared_for_backward_launches_what_backward_launches(gpu: Driv
     assert all(len(pointers - given) == len(statistics) // 2 for given in launched)  # with statistics no lse is read
 
 
+LAYOUTS = {
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "heads within tokens": lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
+    "batches within heads": lambda tensor: tensor.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+    "part of longer rows": lambda tensor: torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]],
+    "part of more tokens": lambda tensor: torch.cat([tensor, tensor], 2)[:, :, : tensor.shape[2]],
+    "expanded heads": lambda tensor: tensor[:, :1].expand_as(tensor),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 64), (1, 3, 32, 64), (2, 1, 1, 64)], ids=str)
+@pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS)
+def test_gradients_are_laid_out_as_pytorch_lays_out_what_is_like_their_tensors(
+    gpu: Driver, lay_out: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    query, key, value = (lay_out(torch.zeros(shape, dtype=torch.float16)) for _ in range(3))
+    grad_out, out, lse = torch.zeros_like(query), torch.zeros_like(query), torch.zeros(shape[:-1])
+    grads = impl.backward(SDPAParams(query, key, value, scale=0.1), grad_out, None, out, lse)
+    assert [grad.stride() for grad in grads[:3]] == [torch.empty_like(each).stride() for each in (query, key, value)]
+
+
 @pytest.mark.parametrize("number", range(6))
 def test_what_is_prepared_for_backward_leaves_tensors_that_start_elsewhere_to_backward(
     gpu: Driver, number: int
