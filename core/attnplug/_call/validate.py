@@ -71,7 +71,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def is_sharded_beside(query: Tensor, tensor: Any) -> bool:
-    """Whether this is a DTensor beside a query that is none."""
+    """Whether `tensor` is a DTensor and `query` is not."""
     return type(tensor) is not type(query) and is_sharded(tensor) and not is_sharded(query)
 
 

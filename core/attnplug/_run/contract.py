@@ -56,7 +56,7 @@ class Order:
     """The tensors that a call has, in the order of `TENSORS`, and starts of queries and keys that are one tensor once.
 
     Args:
-        absent: whether there is none, for each of `TENSORS` from the fourth on.
+        absent: for each of `TENSORS` after query, key and value, whether the call has none.
         same_starts: whether those of queries and keys are one tensor.
 
     Attributes:

@@ -64,8 +64,7 @@ class Repeated:
     def __init__(self, call: KernelCall, params: SDPAParams, run: Run) -> None:
         packed = params.is_varlen
         self.call, self.order = call, Order.of(params) if packed else _DENSE
-        self._as_taken = self.order.getter(PACKED) if packed else None
-        as_taken = self._as_taken
+        self._as_taken = as_taken = self.order.getter(PACKED) if packed else None
         self._run: Run = run if as_taken is None else lambda *own: run(*as_taken((*own, None)))
         self._prepare = call.entry.kernel.prepare_backward
         self._is_checked = False

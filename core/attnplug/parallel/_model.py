@@ -119,7 +119,7 @@ def _bound(module: torch.nn.Module, ranks: Any, method: str, impl: str | None) -
     register_impl(spec)
     try:
         binding: BindingHandle = bind(module, spec.name)
-    except BaseException:
+    except BaseException:  # after an interrupt, too, nothing stays registered
         unregister_impl(spec.name)
         raise
     return ContextParallelHandle([lambda: unregister_impl(spec.name), binding.remove])

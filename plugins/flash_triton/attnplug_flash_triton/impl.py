@@ -107,10 +107,7 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
     names, present = _naming(params, given)
 
     def packed(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        addresses = 0
-        for tensor in (own := present(tensors)):
-            addresses |= tensor.data_ptr()
-        if addresses % ALIGNED:
+        if not _are_aligned(own := present(tensors)):
             return None
         results = carry_out(dict(zip(names, own, strict=True)))
         if needs_grad:

@@ -84,13 +84,16 @@ class TakesMasksForContiguous(Kernel):
         return super().mask_of(params, b, keys)
 
 
-@wrong(
+STRIDED_NUMBERS = (
     "check_strided_varlen_lengths",
     "check_strided_seqused_k",
     "check_strided_block_tables",
     "check_strided_sinks",
     "check_strided_alibi_slopes",
 )
+
+
+@wrong(*STRIDED_NUMBERS)
 class TakesNumbersForContiguous(Kernel):
     """Ignores the strides of lengths, pages, sinks and slopes."""
 
@@ -98,13 +101,7 @@ class TakesNumbersForContiguous(Kernel):
         return super().forward(with_numbers(params, lambda tensor: as_if_contiguous(tensor, tensor.storage_offset())))
 
 
-@wrong(
-    "check_strided_varlen_lengths",
-    "check_strided_seqused_k",
-    "check_strided_block_tables",
-    "check_strided_sinks",
-    "check_strided_alibi_slopes",
-)
+@wrong(*STRIDED_NUMBERS)
 class AlignsAddressesOfNumbersDown(Kernel):
     """Loads four lengths, pages, sinks or slopes at a time, from the next lower multiple of sixteen bytes."""
 
