@@ -7,6 +7,7 @@ shape; whatever that comparison does not recognise comes here.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.compiler import is_compiling
 from attnplug._types import CausalVariant, SDPAParams
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FIELDS = tuple(field.name for field in fields(SDPAParams))
 _INTEGERS = (Integral, torch.SymInt)
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)  # of numpy too
 _BOOLS = (bool, torch.SymBool)
@@ -60,8 +62,8 @@ def check_tensors(params: SDPAParams) -> None:
             raise ValueError(f"{name}: dtype {tensor.dtype} differs from the query's, {query.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: is on {tensor.device}, the query on {query.device}")
-    for name, tensor in vars(params).items():
-        if is_sharded_beside(query, tensor):
+    for name in _FIELDS:  # not vars(params), which PyTorch 2.11 cannot trace
+        if is_sharded_beside(query, getattr(params, name)):
             raise ValueError(f"{name}: is a DTensor, and the query is not; distribute both, or neither")
 
 
