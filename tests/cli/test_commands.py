@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import attnplug
+import attnplug.bench
 
 KERNELS = ("torch_sdpa", "aten_flash", "aten_math")
 COMMANDS = {
@@ -156,6 +157,14 @@ def test_a_full_or_closed_stdout_is_one_line_and_status_2(arguments):
         "attnplug: error: stdout cannot be written: No space left on device",
     )
     assert piped(*arguments, into=">&-") == (2, "attnplug: error: stdout is closed")
+
+
+def test_a_stdout_that_lacks_signs_of_a_report_gets_plain_ones(shell, tmp_path):
+    choices = attnplug.tune(attnplug.bench.Case(heads=1, queries=4, head_size=8), ["torch"], seconds=0.001)
+    file = choices.save(tmp_path / "möglich.json")
+    done = shell("list", "--choices", str(file), options=(), PYTHONIOENCODING="ascii")
+    assert done.status == 0 and not done.err, done.err
+    assert "B*H <=1, S <=4" in done.out and "m?glich.json" in done.out
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell with pipes")

@@ -6,6 +6,7 @@ reaches stdout: a plugin that prints when it is imported prints to stderr, and `
 
 from __future__ import annotations
 
+import codecs
 import errno
 import importlib.util
 import io
@@ -39,6 +40,9 @@ _STYLES = {
 _ROW = re.compile(r"\S.*(?:\n .*)*")
 """A row of a table that is laid out: its first line, and those below that are indented."""
 
+_PLAIN = {"·": "*", "≤": "<=", "µ": "u"}
+"""What stands for signs of reports where stdout has another encoding than UTF-8."""
+
 _out: TextIO | None = None
 
 
@@ -56,7 +60,8 @@ def checked_stdout() -> Iterator[None]:
         raise Unwritable("stdout is closed")
     try:
         try:
-            yield
+            with _in_any_encoding(sys.stdout):
+                yield
         finally:
             sys.stdout.flush()
     except OSError as error:
@@ -66,6 +71,25 @@ def checked_stdout() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             return
         raise Unwritable(f"stdout cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _in_any_encoding(stream: TextIO) -> Iterator[None]:
+    """Write what the encoding of `stream` lacks in plain letters: a report is not lost for a sign in it."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+        yield
+        return
+    codecs.register_error("attnplug", _plainly)
+    stream.reconfigure(errors="attnplug")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors="strict")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
 
 
 def _is_of_stdout(error: OSError) -> bool:
