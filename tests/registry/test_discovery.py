@@ -326,6 +326,28 @@ def test_missing_requirement_makes_an_implementation_unavailable_not_broken(site
     assert report.works == [True, True] and not report.imported and of_plugins(report.warnings) == []
 
 
+def test_plugin_installed_while_the_process_runs_needs_a_restart_which_the_error_says(site: Site) -> None:
+    """As in a notebook, where the line that installs it comes after the call that missed it."""
+    site.install("fake-late", {"late": plugin(spec("late")), "late_kernel": KERNEL})
+    metadata = site.folder / "fake_late-1.0.dist-info"
+    metadata.rename(site.folder / "not_yet")
+    report = site.run(
+        f"""
+        import os
+
+        report["before"] = failure(sdpa, impl="late")
+        os.rename({str(site.folder / "not_yet")!r}, {str(metadata)!r})
+        report["after"] = [failure(sdpa, impl="late"), failure(attnplug.sdpa_kernel, "late")]
+        report["other"] = failure(sdpa, impl="lite")
+        """
+    )
+    assert report.before["message"].startswith("impl: unknown implementation 'late'")
+    for failure, where in zip(report.after, ("impl", "backends"), strict=True):
+        installed = "implementation 'late' was installed after this process had looked for plugins; restart it."
+        assert failure["message"].startswith(f"{where}: {installed}")
+    assert "did you mean 'late', which was installed after" in report.other["message"]
+
+
 def test_discovery_works_among_a_thousand_distributions(site: Site) -> None:
     for number in range(1000):
         broken = number % 100 == 0

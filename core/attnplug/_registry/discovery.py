@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -116,7 +117,9 @@ def discover(registry: Registry) -> None:
         PluginError: a plugin is broken, and `ATTNPLUG_STRICT` is set.
     """
     entries: list[Entry] = []
-    for plugin in _allowed(registry, installed_plugins()):
+    installed = installed_plugins()
+    registry.installed_since = partial(_installed_since, frozenset(plugin.names for plugin in installed))
+    for plugin in _allowed(registry, installed):
         try:
             specs = ask(plugin.name, plugin.entry_point.load(), plugin.entry_point.value)
         except BaseException as error:  # whatever a plugin raises must not end the host
@@ -144,6 +147,10 @@ def installed_plugins() -> list[Plugin]:
         found = _entry_points_one_by_one()
     plugins = [_plugin(entry_point) for entry_point in found]
     return sorted(plugins, key=lambda plugin: (plugin.distribution, plugin.version, plugin.name))
+
+
+def _installed_since(before: frozenset[frozenset[str]]) -> set[str]:
+    return {plugin.name for plugin in installed_plugins() if plugin.names not in before}
 
 
 @dataclass(frozen=True)

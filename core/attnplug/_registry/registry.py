@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -179,6 +179,8 @@ class Registry:
         self._plugins_out: list[ImplRecord] = []
         self.listeners: list[Callable[[Registry], None]] = []
         """Called after each change; callers keep something in step with this registry."""
+        self.installed_since: Callable[[], Collection[str]] = tuple
+        """Returns the names of the entry points that were not there when plugins were looked for."""
 
     def add(self, spec: ImplSpec, distribution: str, version: str = "", *, replace: bool = False) -> None:
         """Add an implementation, in the place of one of the same name and distribution if `replace` is set.
@@ -266,7 +268,8 @@ class Registry:
         contested = self._contested.get(name)
         if contested is not None:
             raise _duplicate(None, contested)
-        raise UnknownImplementationError(name, (*self.names(), *also), where, _ELSEWHERE | _FAMILIES | self.absent())
+        absent = _ELSEWHERE | _FAMILIES | self.absent() | self._installed_since()
+        raise UnknownImplementationError(name, (*self.names(), *also), where, absent)
 
     def absent(self) -> dict[str, str]:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""
@@ -285,6 +288,12 @@ class Registry:
                 absent.setdefault(name, f"is not installed: {known.install}")
         absent |= {name: f"is claimed by {_joined(claimants)}" for name, claimants in contested.items()}
         return {name: reason for name, reason in absent.items() if name not in entries}
+
+    def _installed_since(self) -> dict[str, str]:
+        """Return the names of `absent()` whose plugin has been installed since, as in a notebook, with what helps."""
+        later = self.installed_since()
+        names = {*later, *(name for name, known in KNOWN.items() if known.entry_point in later)}
+        return dict.fromkeys(names, "was installed after this process had looked for plugins; restart it")
 
     def remedy(self, name: str) -> str:
         """Return the command that brings an implementation of the catalogue that is among `absent()`."""
