@@ -125,7 +125,10 @@ class MismatchError(AttnplugError, RuntimeError):
 
 
 class ScopeError(AttnplugError, RuntimeError):
-    """A scope or a recording was left that was not entered, or a scope was left that several other threads are in."""
+    """A scope or a recording was left that was not entered, or a scope was left that several other threads are in.
+
+    Or a recording is entered twice, or where it cannot be.
+    """
 
 
 class PluginWarning(UserWarning):

@@ -310,3 +310,17 @@ def test_captures_are_added_up():
     other.left_out["with seqused_k"] += 2
     one.update(other)
     assert sorted(one.values()) == [1, 2] and one.left_out == {"with seqused_k": 2}
+
+
+def test_a_capture_inside_compiled_code_is_refused_and_leaves_nothing():
+    def captured(query):
+        with attnplug.capture():
+            return F.scaled_dot_product_attention(query, query, query)
+
+    before, query = F.scaled_dot_product_attention, torch.randn(1, 2, 16, 8)
+    with pytest.raises(attnplug.ScopeError, match="entered in compiled code; enter it around the call") as refused:
+        torch.compile(captured, backend="eager")(query)
+    assert F.scaled_dot_product_attention is before, refused  # which keeps alive what was being entered
+    with attnplug.capture() as cases:
+        F.scaled_dot_product_attention(query, query, query)
+    assert cases.total() == 1

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from attnplug._call.prepare import prepare_dense
 from attnplug._control.patch import patch_torch
@@ -16,6 +17,10 @@ from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, rem
 from attnplug._types import DTYPES, CausalVariant, SDPAParams
 from attnplug.bench._captured import Cases
 from attnplug.bench._cases import Case
+
+_IN_COMPILED_CODE = (
+    "capture() is entered in compiled code; enter it around the call of that, which runs uncompiled then"
+)
 
 
 class capture:
@@ -29,7 +34,7 @@ class capture:
     What no case describes is counted in `left_out` of the result, with the reason.
 
     Raises:
-        ScopeError: the block is entered twice.
+        ScopeError: the block is entered twice, or in compiled code.
 
     Examples:
         >>> import torch, attnplug
@@ -47,12 +52,19 @@ class capture:
     def __enter__(self) -> Cases:
         if self._watcher is not None:
             raise ScopeError("this capture() is entered already; make another one")
+        if is_dynamo_compiling():
+            raise ScopeError(_IN_COMPILED_CODE)  # which ends the trace: the code then runs, and is told below
         self._stack = ExitStack()
-        self._stack.enter_context(patch_torch())
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        self._watcher = _Watcher()
-        add_watcher(self._watcher)
+        with ExitStack() as entered:
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
+                try:
+                    entered.enter_context(torch.compiler.set_stance("force_eager"))
+                except RuntimeError as error:  # PyTorch refuses it below compiled code
+                    raise ScopeError(_IN_COMPILED_CODE) from error
+            entered.enter_context(patch_torch())
+            self._watcher = _Watcher()
+            add_watcher(self._watcher)
+            self._stack = entered.pop_all()
         return self._watcher.cases
 
     def __exit__(self, *exception: object) -> None:
