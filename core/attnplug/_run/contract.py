@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,6 +96,28 @@ class Order:
 _order = cache(Order)
 
 
+class BackwardInputs(NamedTuple):
+    """What the backward of a call is given.
+
+    Attributes:
+        tensors: those of the call, in the order of `TENSORS`.
+        wanted: for each of `DIFFERENTIABLE`, whether its gradient is.
+        grad_out: the gradient of out; None for 0.
+        grad_lse: likewise.
+        out: what forward returned.
+        lse: likewise.
+        saved: what else it returned.
+    """
+
+    tensors: Given
+    wanted: tuple[bool, ...]
+    grad_out: Tensor | None
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor | None
+    saved: Sequence[Tensor | None]
+
+
 @dataclass(frozen=True)
 class KernelCall:
     """A chosen kernel, and what a call is besides its tensors. Its methods take those, in the order of `TENSORS`."""
@@ -124,16 +146,7 @@ class KernelCall:
         """
         return run_forward(self.entry, self.params(tensors))
 
-    def backward(
-        self,
-        tensors: Given,
-        wanted: tuple[bool, ...],
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        out: Tensor,
-        lse: Tensor | None,
-        saved: Given,
-    ) -> list[Tensor | None]:
+    def backward(self, given: BackwardInputs) -> list[Tensor | None]:
         """Run the kernel's backward, without autocast; return a gradient for each of `DIFFERENTIABLE` that is wanted.
 
         The kernel sees by `requires_grad` which are. It records no graph, unless someone wants to differentiate
@@ -144,6 +157,7 @@ class KernelCall:
             KernelError: it returned something else than it must.
         """
         entry = self.entry
+        tensors, wanted, grad_out, grad_lse, out, lse, saved = given
         if grad_lse is not None and not declares(entry, Feature.LSE_GRADIENT):
             raise GradientError(no_lse_gradient(entry))
         backward = entry.kernel.backward
