@@ -94,6 +94,7 @@ class Order:
 
 
 _order = cache(Order)
+_NOTHING = nullcontext()
 
 
 class BackwardInputs(NamedTuple):
@@ -168,11 +169,12 @@ class KernelCall:
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         tensors, grad_out, grad_lse = _as_in_memory(tensors), *_as_in_memory((grad_out, grad_lse))
-        once = not (torch.is_grad_enabled() and declares(entry, Feature.SECOND_DERIVATIVES))
+        recording = torch.is_grad_enabled()
+        once = not (recording and declares(entry, Feature.SECOND_DERIVATIVES))
         if once:  # second derivatives go through the tensors themselves
             tensors = (*map(marked, tensors, wanted), *tensors[len(wanted) :])
         params = self.params(tensors)
-        with no_autocast(params.query), torch.no_grad() if once and torch.is_grad_enabled() else nullcontext():
+        with no_autocast(params.query), torch.no_grad() if once and recording else _NOTHING:
             returned = in_kernel(backward, params, grad_out, grad_lse, out, lse, *saved)
             return checked_gradients(entry.name, params, returned)
 
