@@ -283,7 +283,7 @@ class Verdict:
 
     Attributes:
         name: of the implementation.
-        backend: its family; None for `torch`.
+        backend: its family; None for `torch`, and for any other that belongs to none.
         accepted: whether it takes the call.
         reasons: each reason why it would not run.
         notes: what the implementation says of how it would run the call, such as which of its kernels does.
@@ -308,8 +308,8 @@ class ImplRecord:
 
     Attributes:
         name: of the implementation.
-        backend: its family; None for `torch`, and where nothing is known.
-        priority: higher is preferred, behind `torch`.
+        backend: its family; None for `torch`, for any other that belongs to none, and where nothing is known.
+        priority: higher is preferred among those of one rank; see `ImplSpec`.
         distribution: the installed package that it comes from, or `this program`.
         version: of the distribution.
         capabilities: what it supports; no device and no dtype where the plugin was not, or could not be, loaded.
@@ -359,6 +359,11 @@ def as_backend(value: Any, argument: str) -> SDPBackend:
         if backend is not SDPBackend.ERROR:
             return backend
     raise SpecError(f"{argument}: expected one of {accepted}; got {value!r}")
+
+
+def family(backend: SDPBackend | None) -> str:
+    """Return the name of a family as tables show it: a dash for none. (MATH is 0, hence false.)"""
+    return "-" if backend is None else backend.name
 
 
 def is_dotted_path(path: str) -> bool:
