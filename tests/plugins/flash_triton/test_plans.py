@@ -917,6 +917,8 @@ def copy_kernel(source, target, factor):
 @pytest.fixture
 def tritons_launcher(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have Triton's own launcher make tensor maps, by the driver that writes them down."""
+    caches = type(copy_kernel.device_caches)(copy_kernel.create_binder)  # another test's kernel launches by its driver
+    monkeypatch.setattr(copy_kernel, "device_caches", caches)
     monkeypatch.setattr(gpu, "launcher_cls", nvidia.CudaLauncher)
     # What the driver has from libraries: those of Triton 3.7 and later, and the one that 3.6 builds for each kernel.
     monkeypatch.setattr(nvidia, "PyKernelArg", lambda **given: given, raising=False)
