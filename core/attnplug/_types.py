@@ -38,6 +38,10 @@ class SDPBackend(IntEnum):
     OVERRIDEABLE = 4
 
 
+FAMILIES = {member.name: member for member in SDPBackend if member is not SDPBackend.ERROR}
+"""By name."""
+
+
 class _Features(EnumMeta):
     if not TYPE_CHECKING:  # with it, a type checker would let every name pass
 
@@ -200,7 +204,7 @@ class ImplSpec:
     """One implementation, as its author declares it.
 
     Args:
-        name: what users write in `impl=`, scopes and `ATTNPLUG_IMPL`.
+        name: what users write in `impl=`, scopes and `ATTNPLUG_IMPL`; not that of a family, such as `math`.
         kernel: where the kernel is: `"package.module"` or `"package.module:attribute"`, imported when it is
             first chosen, or asked whether it takes a call; or, from a program, the object itself. It is a function
             (the forward), or a module or object with a `forward` and whatever else `Kernel` lists; an attribute that
@@ -244,11 +248,7 @@ class ImplSpec:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
-            raise SpecError(
-                f"ImplSpec.name: {self.name!r} is not a name; "
-                f"start with a letter and use letters, digits, '_', '-', '.'"
-            )
+        check_own_name(self.name, "ImplSpec.name")
         where = f"ImplSpec {self.name!r}"
         if self.kernel is None or (isinstance(self.kernel, str) and not is_dotted_path(self.kernel)):
             raise SpecError(
@@ -283,7 +283,7 @@ class Verdict:
 
     Attributes:
         name: of the implementation.
-        backend: its family; None for `torch`.
+        backend: its family; None for `torch`, and for any other that belongs to none.
         accepted: whether it takes the call.
         reasons: each reason why it would not run.
         notes: what the implementation says of how it would run the call, such as which of its kernels does.
@@ -308,8 +308,8 @@ class ImplRecord:
 
     Attributes:
         name: of the implementation.
-        backend: its family; None for `torch`, and where nothing is known.
-        priority: higher is preferred, behind `torch`.
+        backend: its family; None for `torch`, for any other that belongs to none, and where nothing is known.
+        priority: higher is preferred among those of one rank; see `ImplSpec`.
         distribution: the installed package that it comes from, or `this program`.
         version: of the distribution.
         capabilities: what it supports; no device and no dtype where the plugin was not, or could not be, loaded.
@@ -337,18 +337,33 @@ class ImplRecord:
     kernel: str = ""
 
 
+def check_own_name(name: Any, argument: str) -> None:
+    """Raise SpecError unless an implementation may be called so."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise SpecError(
+            f"{argument}: {name!r} is not a name; start with a letter and use letters, digits, '_', '-', '.'"
+        )
+    if name.upper() in FAMILIES:
+        raise SpecError(f"{argument}: {name!r} is the name of a family of implementations; choose another")
+
+
 def as_backend(value: Any, argument: str) -> SDPBackend:
     """Return `value`, attnplug's or PyTorch's enum member, as an `SDPBackend` that names a family.
 
     Raises:
         SpecError: it is neither, or it is `ERROR`, which names no family.
     """
-    accepted = ", ".join(f"SDPBackend.{member.name}" for member in SDPBackend if member is not SDPBackend.ERROR)
+    accepted = ", ".join(f"SDPBackend.{name}" for name in FAMILIES)
     if isinstance(value, SDPBackend) or type(value).__name__ in ("SDPBackend", "_SDPBackend"):
         backend = SDPBackend(int(value))
         if backend is not SDPBackend.ERROR:
             return backend
     raise SpecError(f"{argument}: expected one of {accepted}; got {value!r}")
+
+
+def family(backend: SDPBackend | None) -> str:
+    """Return the name of a family as tables show it: a dash for none. (MATH is 0, hence false.)"""
+    return "-" if backend is None else backend.name
 
 
 def is_dotted_path(path: str) -> bool:

@@ -172,6 +172,8 @@ def test_params_check_nothing_when_built_and_everything_when_used() -> None:
     ("fields", "message"),
     [
         ({"name": "two words"}, r"ImplSpec.name: 'two words' is not a name"),
+        ({"name": "MATH"}, r"ImplSpec.name: 'MATH' is the name of a family of implementations; choose another"),
+        ({"name": "Flash_Attention"}, r"ImplSpec.name: 'Flash_Attention' is the name of a family"),
         ({"kernel": "not a path"}, r"ImplSpec 'x'.kernel: 'not a path' is not a dotted path; write 'package.module'"),
         ({"backend": "FLASH"}, r"ImplSpec 'x'.backend: expected one of SDPBackend.MATH"),
         ({"backend": attnplug.SDPBackend.ERROR}, r"ImplSpec 'x'.backend: expected one of"),

@@ -256,6 +256,11 @@ def test_the_name_of_an_implementation_is_refused(cli, tmp_path, register, name,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["math", "cudnn_attention"])  # the first is a module's, too
+def test_the_name_of_a_family_is_refused(cli, tmp_path, name):
+    assert f"{name!r} is the name of a family" in refused(cli, tmp_path, name, "--directory", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["json", "sys", "pluggy", "attnplug"])
 def test_the_name_of_a_module_is_refused(cli, tmp_path, name):
     assert f"{name!r} is taken" in refused(cli, tmp_path, name, "--directory", str(tmp_path))

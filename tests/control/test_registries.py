@@ -260,6 +260,39 @@ def test_several_providers_registered_with_pytorch_before_the_first_use_appear_a
     assert printed == "True True"
 
 
+def test_a_provider_whose_name_cannot_be_had_here_is_left_out_and_breaks_nothing() -> None:
+    printed = in_a_new_process("""
+        import warnings
+        import torch
+        from torch.nn import attention
+        for name in ("two words", "Math"):
+            attention.register_flash_attention_impl(name, register_fn=lambda: None)
+        import attnplug
+        query = torch.ones(1, 1, 2, 4)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            attnplug.scaled_dot_product_attention(query, query, query, impl="aten_math")
+            attention.register_flash_attention_impl("later", register_fn=lambda: None)
+            names = attnplug.list_flash_attention_impls()
+        print("later" in names, "Math" in names, *(str(each.message) for each in said), sep="\\n")
+    """)
+    assert printed.splitlines() == [
+        "True",
+        "False",
+        "provider 'Math' of torch.nn.attention is left out: ImplSpec.name: 'Math' is the name of a family of "
+        "implementations; choose another",
+        "provider 'two words' of torch.nn.attention is left out: ImplSpec.name: 'two words' is not a name; start with "
+        "a letter and use letters, digits, '_', '-', '.'",
+    ]
+
+
+@pytest.mark.parametrize("name", ["two words", "EFFICIENT_ATTENTION", "math"])
+def test_a_provider_needs_a_name_that_means_nothing_else(name: str) -> None:
+    with pytest.raises(ValueError, match=f"impl: '{name}' is "):
+        attnplug.register_flash_attention_impl(name, register_fn=lambda: None)
+    assert name not in attnplug.list_flash_attention_impls()
+
+
 def test_a_provider_registered_with_pytorch_later_is_listed() -> None:
     assert (
         in_a_new_process("""

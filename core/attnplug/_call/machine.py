@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from attnplug._call.device import architecture_name
+from attnplug._registry.machine import installed_version
 from attnplug._registry.registry import Registry
 from attnplug._tracing import cudnn_version
 
@@ -43,19 +44,10 @@ def runtime_versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": None if cudnn is None else str(cudnn),
-        "triton": _installed("triton"),
+        "triton": installed_version("triton"),
     }
 
 
 def plugin_versions(registry: Registry) -> dict[str, str]:
     """Return the versions of the distributions that implementations come from."""
     return {entry.distribution: entry.version for entry in registry if entry.version}
-
-
-def _installed(name: str) -> str | None:
-    from importlib_metadata import PackageNotFoundError, version  # 20 ms that attention need not pay
-
-    try:
-        return str(version(name))
-    except PackageNotFoundError:
-        return None

@@ -20,6 +20,7 @@ from attnplug._registry.forks import ACTIVATION, lock
 from attnplug._registry.kernel import Kernel
 from attnplug._registry.registry import PROGRAM, Entry
 from attnplug._selection.state import process, start
+from attnplug._types import check_own_name
 
 _lock = lock(ACTIVATION)
 
@@ -47,13 +48,13 @@ def register_flash_attention_impl(impl: str, *, register_fn: Callable[[], Any]) 
 
     Raises:
         TypeError: `register_fn` cannot be called, or `impl` is not a string.
-        SpecError: `impl` is not a name.
+        SpecError: `impl` is not a name, or is that of a family.
         DuplicateImplementationError: an implementation of another kind has this name.
         ValueError: the name is active.
     """
     if not callable(register_fn):
         raise TypeError(f"register_fn: expected a callable, got {register_fn!r}")
-    expect("impl", impl, str, "a name for the provider")
+    check_own_name(expect("impl", impl, str, "a name for the provider"), "impl")
     with _lock:
         registry = start()
         if impl in registry:

@@ -16,6 +16,7 @@ import torch
 from torch.compiler import is_compiling
 
 from attnplug._control.scopes import described, run_in, sdpa_kernel
+from attnplug._handles import Removable
 from attnplug._registry.forks import BINDING, lock
 from attnplug._selection.state import Block, process, start, thread
 
@@ -24,7 +25,7 @@ _counted: dict[int, weakref.finalize[Any, Any]] = {}
 """What each bound module, by its identity, does when it is collected."""
 
 
-class BindingHandle:
+class BindingHandle(Removable):
     """Undoes one `bind()`; also a context manager."""
 
     def __init__(self, module: torch.nn.Module, block: Block) -> None:
@@ -45,12 +46,6 @@ class BindingHandle:
                 _forget(id(module))
                 if _Bound in type(module).__bases__:  # else somebody has derived another class from it since
                     module.__class__ = type(module).__bases__[1]
-
-    def __enter__(self) -> BindingHandle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
     def _bound(self) -> torch.nn.Module | None:
         """Return the module, while it is there and bound by this."""

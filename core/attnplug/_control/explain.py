@@ -24,7 +24,7 @@ from attnplug._run.sharded import described_share, share_of
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import start, start_outside
 from attnplug._tables import WIDTH, html_table, table, wrap
-from attnplug._types import CausalVariant, SDPAParams, Verdict
+from attnplug._types import CausalVariant, SDPAParams, Verdict, family
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Explanation:
         return [
             (
                 verdict.name,
-                verdict.backend.name if verdict.backend is not None else "-",
+                family(verdict.backend),
                 "runs" if verdict.name == self.chosen else "could" if verdict.accepted else "no",
                 "; ".join(verdict.reasons + verdict.notes),
             )

@@ -33,6 +33,7 @@ from attnplug._call.prepare import is_causal_bias
 from attnplug._control.replacing import AfterImport, Replacement
 from attnplug._control.scopes import is_torch_first, run_in
 from attnplug._errors import NoImplementationError
+from attnplug._handles import Removable
 from attnplug._registry.forks import PATCH, lock
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import process, start, thread
@@ -45,7 +46,7 @@ _original_mha = torch.nn.functional.multi_head_attention_forward
 _handles: set[PatchHandle] = set()
 
 
-class PatchHandle:
+class PatchHandle(Removable):
     """Undoes one `patch_torch()`; removing the last one ends the routing. Also a context manager."""
 
     def remove(self) -> None:
@@ -60,12 +61,6 @@ class PatchHandle:
 
     def __repr__(self) -> str:
         return f"<PatchHandle: {'in place' if self in _handles else 'removed'}>"
-
-    def __enter__(self) -> PatchHandle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 def patch_torch() -> PatchHandle:

@@ -11,7 +11,7 @@ from attnplug._registry.registry import PROGRAM
 from attnplug._selection.state import process, start
 from attnplug._tables import WIDTH, html_table, table
 from attnplug._tracing import constant_in_traces
-from attnplug._types import ImplRecord, ImplSpec
+from attnplug._types import ImplRecord, ImplSpec, family
 
 _HEADERS = ("name", "family", "distribution", "status", "reason")
 
@@ -79,7 +79,7 @@ class ImplList(list[ImplRecord]):
         return [
             (
                 record.name,
-                "-" if record.backend is None else record.backend.name,
+                family(record.backend),
                 f"{record.distribution} {record.version}".rstrip(),
                 record.status,
                 record.reason,

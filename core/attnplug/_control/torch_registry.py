@@ -19,6 +19,8 @@ from attnplug._control.activation import (
     restore_flash_attention_impl,
 )
 from attnplug._control.providers import ActivatedByTorch, provider_spec
+from attnplug._errors import PluginWarning, SpecError
+from attnplug._messages import printable, warn
 from attnplug._registry.registry import Registry
 from attnplug._selection.state import process, when_started
 
@@ -36,13 +38,28 @@ def synchronise(registry: Registry) -> None:
     """Bring providers of PyTorch's registry into `registry`, and offer its implementations there."""
     for name in torch_attention.list_flash_attention_impls():
         if name not in registry and not _is_offered(name):  # adding one comes back here, and may have added others
-            registry.add(provider_spec(name, ActivatedByTorch(name)), TORCH)
+            _bring(name, registry)
     known = set(registry.names())
     for name in torch_attention.list_flash_attention_impls():
         if name not in known and _is_offered(name):
             _theirs["_FLASH_ATTENTION_IMPLS"].pop(name, None)
     for name in known.difference(torch_attention.list_flash_attention_impls()):
         torch_attention.register_flash_attention_impl(name, register_fn=functools.partial(_offer, name))
+
+
+def _bring(name: str, registry: Registry) -> None:
+    """Add a provider of PyTorch's registry, in which any text is a name; of one that cannot be had here, warn once."""
+    try:
+        spec = provider_spec(name, ActivatedByTorch(name))
+    except SpecError as error:
+        if name not in _refused:
+            _refused.add(name)
+            warn(PluginWarning(f"provider {printable(name)!r} of torch.nn.attention is left out: {error}"))
+    else:
+        registry.add(spec, TORCH)
+
+
+_refused: set[str] = set()
 
 
 def _is_offered(name: str) -> bool:

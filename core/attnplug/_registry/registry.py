@@ -23,7 +23,7 @@ from attnplug._registry.forks import KERNEL, REGISTRY, lock
 from attnplug._registry.kernel import Kernel, load_kernel
 from attnplug._registry.machine import device_types, missing_modules
 from attnplug._tracing import constant_in_traces
-from attnplug._types import Capabilities, ImplRecord, ImplSpec, SDPBackend
+from attnplug._types import FAMILIES, Capabilities, ImplRecord, ImplSpec
 
 BUILTIN = "attnplug"
 PROGRAM = "this program"
@@ -31,10 +31,9 @@ DEFAULT = "torch"
 NOTHING = Capabilities(devices=(), dtypes=())
 """What is known to be supported by a plugin that is not loaded."""
 _FAMILIES = {
-    spelling: f"is a family: sdpa_kernel takes SDPBackend.{member.name}"
-    for member in SDPBackend
-    if member is not SDPBackend.ERROR
-    for spelling in (member.name, member.name.lower())
+    spelling: f"is a family: sdpa_kernel takes SDPBackend.{name}"
+    for name in FAMILIES
+    for spelling in (name, name.lower())
 }
 """What is said to those who write a family where a name is asked for."""
 _ELSEWHERE = {

@@ -18,6 +18,7 @@ from attnplug._run.batched import backward_of_wrapped, is_wrapped
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
+    BackwardInputs,
     KernelCall,
     Order,
     Result,
@@ -113,18 +114,18 @@ class _Attention(torch.autograd.Function):
                 return None, *found
         tensors, (out, lse, *saved) = order.whole(everything[: order.count]), everything[order.count :]
         wanted = order.whole(ctx.needs_input_grad[1:], False)[: len(DIFFERENTIABLE)]
-        given = tensors, wanted, grad_out, grad_lse, out, lse, saved
+        given = BackwardInputs(tensors, wanted, grad_out, grad_lse, out, lse, saved)
         differentiates = recording and declares(call.entry, Feature.SECOND_DERIVATIVES)
         opaque = not call.entry.kernel.composite
         if differentiates:
-            grads = call.backward(*given)
+            grads = call.backward(given)
         elif not tracing and (
             (opaque and dual) or ((opaque or recording) and (is_wrapped(grad_out) or is_wrapped(grad_lse)))
         ):
-            grads = backward_of_wrapped(call, *given)
+            grads = backward_of_wrapped(call, given)
         else:
             as_operator = tracing or (opaque and watched)
-            grads = backward_in_trace(call, *given) if as_operator else call.backward(*given)
+            grads = backward_in_trace(call, given) if as_operator else call.backward(given)
             if recording:
                 inputs = *tensors[: len(DIFFERENTIABLE)], grad_out, grad_lse
                 grads = _refuse_second_derivatives(call.entry, grads, inputs)

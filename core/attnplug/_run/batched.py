@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from attnplug._errors import GradientError
-from attnplug._run.contract import TENSORS, Given, KernelCall, no_second_derivatives
+from attnplug._run.contract import TENSORS, BackwardInputs, Given, KernelCall, no_second_derivatives
 
 _NO_ELEMENTS = "vmap: a kernel that is run once for each element cannot be run for a dimension of size 0"
 _LEVELS = 64
@@ -39,29 +39,21 @@ def is_wrapped(tensor: Tensor | None) -> bool:
     )
 
 
-def backward_of_wrapped(
-    call: KernelCall,
-    tensors: Given,
-    wanted: tuple[bool, ...],
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    saved: Given,
-) -> list[Tensor | None]:
+def backward_of_wrapped(call: KernelCall, given: BackwardInputs) -> list[Tensor | None]:
     """Do what `KernelCall.backward` does, where a transform may have wrapped tensors; it refuses second derivatives.
 
     Only gradients can be the older `vmap`'s, which a kernel's forward never runs under.
     """
-    grads = grad_out, grad_lse
+    tensors, wanted, *others, saved = given
+    grads = given.grad_out, given.grad_lse
     level = 0 if is_compiling() else max(map(_legacy_level, grads))  # Dynamo, which cannot ask, takes no such tensors
     if not level:
-        return [*_Backward.apply(call, wanted, *tensors, *grads, out, lse, *saved)]
+        return [*_Backward.apply(call, wanted, *tensors, *others, *saved)]
     length = max(0 if grad is None else _exposed(grad, level).shape[0] for grad in grads)
     columns = [[None] * length if grad is None else _exposed(grad, level, length).unbind() for grad in grads]
     found = [
-        backward_of_wrapped(call, tensors, wanted, one_out, one_lse, out, lse, saved)
-        for one_out, one_lse in zip(*columns, strict=True)
+        backward_of_wrapped(call, given._replace(grad_out=grad_out, grad_lse=grad_lse))
+        for grad_out, grad_lse in zip(*columns, strict=True)
     ]
     return [
         None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level)
@@ -98,7 +90,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(call: KernelCall, wanted: tuple[bool, ...], *given: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            return tuple(call.backward(*_arguments(wanted, given)))
+            return tuple(call.backward(_inputs(wanted, given)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -113,15 +105,15 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: KernelCall, wanted: tuple[bool, ...], *given: Any) -> Any:
         def run(each: Given) -> list[Tensor | None]:
-            return backward_of_wrapped(call, *_arguments(wanted, each))
+            return backward_of_wrapped(call, _inputs(wanted, each))
 
         return one_by_one(info.batch_size, in_dims[2:], given, run)
 
 
-def _arguments(wanted: tuple[bool, ...], given: Given) -> tuple[Any, ...]:
+def _inputs(wanted: tuple[bool, ...], given: tuple[Any, ...]) -> BackwardInputs:
     """Return what `KernelCall.backward` takes, from all its tensors one after the other."""
-    count = len(TENSORS)
-    return given[:count], wanted, *given[count : count + 4], given[count + 4 :]
+    tensors, (grad_out, grad_lse, out, lse, *saved) = given[: len(TENSORS)], given[len(TENSORS) :]
+    return BackwardInputs(tensors, wanted, grad_out, grad_lse, out, lse, saved)
 
 
 def one_by_one(size: int, dims: tuple[Any, ...], tensors: tuple[Any, ...], run: Any) -> tuple[Any, Any]:

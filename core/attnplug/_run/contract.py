@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,29 @@ class Order:
 
 
 _order = cache(Order)
+_NOTHING = nullcontext()
+
+
+class BackwardInputs(NamedTuple):
+    """What the backward of a call is given.
+
+    Attributes:
+        tensors: those of the call, in the order of `TENSORS`.
+        wanted: for each of `DIFFERENTIABLE`, whether its gradient is.
+        grad_out: the gradient of out; None for 0.
+        grad_lse: likewise.
+        out: what forward returned.
+        lse: likewise.
+        saved: what else it returned.
+    """
+
+    tensors: Given
+    wanted: tuple[bool, ...]
+    grad_out: Tensor | None
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor | None
+    saved: Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -124,16 +147,7 @@ class KernelCall:
         """
         return run_forward(self.entry, self.params(tensors))
 
-    def backward(
-        self,
-        tensors: Given,
-        wanted: tuple[bool, ...],
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        out: Tensor,
-        lse: Tensor | None,
-        saved: Given,
-    ) -> list[Tensor | None]:
+    def backward(self, given: BackwardInputs) -> list[Tensor | None]:
         """Run the kernel's backward, without autocast; return a gradient for each of `DIFFERENTIABLE` that is wanted.
 
         The kernel sees by `requires_grad` which are. It records no graph, unless someone wants to differentiate
@@ -144,6 +158,7 @@ class KernelCall:
             KernelError: it returned something else than it must.
         """
         entry = self.entry
+        tensors, wanted, grad_out, grad_lse, out, lse, saved = given
         if grad_lse is not None and not declares(entry, Feature.LSE_GRADIENT):
             raise GradientError(no_lse_gradient(entry))
         backward = entry.kernel.backward
@@ -154,11 +169,12 @@ class KernelCall:
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         tensors, grad_out, grad_lse = _as_in_memory(tensors), *_as_in_memory((grad_out, grad_lse))
-        once = not (torch.is_grad_enabled() and declares(entry, Feature.SECOND_DERIVATIVES))
+        recording = torch.is_grad_enabled()
+        once = not (recording and declares(entry, Feature.SECOND_DERIVATIVES))
         if once:  # second derivatives go through the tensors themselves
             tensors = (*map(marked, tensors, wanted), *tensors[len(wanted) :])
         params = self.params(tensors)
-        with no_autocast(params.query), torch.no_grad() if once and torch.is_grad_enabled() else nullcontext():
+        with no_autocast(params.query), torch.no_grad() if once and recording else _NOTHING:
             returned = in_kernel(backward, params, grad_out, grad_lse, out, lse, *saved)
             return checked_gradients(entry.name, params, returned)
 

@@ -37,6 +37,7 @@ from attnplug._run.contract import (
     CONSTANTS,
     DIFFERENTIABLE,
     TENSORS,
+    BackwardInputs,
     Given,
     KernelCall,
     Result,
@@ -169,7 +170,7 @@ class Operator:
             elif whole and self.kernel.fake is None:
                 saved = []
             with _autograd_works():
-                grads = call.backward(tensors, tuple(wanted), grad_out, grad_lse, out, lse, tuple(saved))
+                grads = call.backward(BackwardInputs(tensors, tuple(wanted), grad_out, grad_lse, out, lse, saved))
         # What a rank has of a call is nothing that a watcher could compare, and its implementation is in no registry.
         if whole and thread.state.watched == WATCHED_TENSORS and not isinstance(self._entry.spec.kernel, OfOneRank):
             self._tell(params_from(arguments), dict(zip(DIFFERENTIABLE, grads, strict=True)), grad_out, grad_lse)
@@ -249,18 +250,8 @@ class OperatorCall(KernelCall):
         out, lse, saved = operator_of(self.entry).forward(*arguments_of(self.params(tensors)))
         return out, lse, *saved
 
-    def backward(
-        self,
-        tensors: Given,
-        wanted: tuple[bool, ...],
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        out: Tensor,
-        lse: Tensor | None,
-        saved: Given,
-    ) -> list[Tensor | None]:
-        operator = operator_of(self.entry).backward
-        return _backward(operator, self.params(tensors), True, wanted, grad_out, grad_lse, out, lse, saved)
+    def backward(self, given: BackwardInputs) -> list[Tensor | None]:
+        return _backward(operator_of(self.entry).backward, self.params(given.tensors), True, given)
 
 
 def _autograd_works() -> Any:
@@ -271,18 +262,18 @@ def _autograd_works() -> Any:
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
-def backward_in_trace(call: KernelCall, tensors: Given, *given: Any) -> list[Tensor | None]:
+def backward_in_trace(call: KernelCall, given: BackwardInputs) -> list[Tensor | None]:
     """Run the backward of a call whose forward ran in eager code, where compiled autograd or a mode sees backward.
 
-    The arguments are those of `KernelCall.backward`. A trace cannot look into the kernel.
+    A trace cannot look into the kernel.
     """
     id(call.entry)  # of which a trace takes the name for a constant: this makes it guard on the entry itself
-    if given[2] is not None and (refused := call.entry.constant(refusal)):  # or it would be no error of the trace
+    if given.grad_lse is not None and (refused := call.entry.constant(refusal)):  # or it would be no error of the trace
         raise GradientError(refused)
     operator = getattr(torch.ops.attnplug, call.entry.constant(_name_of_backward)).default
-    fields: dict[str, Any] = dict(zip((*TENSORS, *CONSTANTS), (*tensors, *call.constants), strict=True))
+    fields: dict[str, Any] = dict(zip((*TENSORS, *CONSTANTS), (*given.tensors, *call.constants), strict=True))
     with torch.no_grad():
-        return _backward(operator, SDPAParams(**fields), False, *given)
+        return _backward(operator, SDPAParams(**fields), False, given)
 
 
 def _name_of_backward(entry: Entry) -> str:
@@ -290,18 +281,9 @@ def _name_of_backward(entry: Entry) -> str:
     return operator_of(entry).backward.__name__.partition(".")[0]
 
 
-def _backward(
-    operator: Any,
-    params: SDPAParams,
-    whole: bool,
-    wanted: tuple[bool, ...],
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor | None,
-    saved: Given,
-) -> list[Tensor | None]:
+def _backward(operator: Any, params: SDPAParams, whole: bool, given: BackwardInputs) -> list[Tensor | None]:
     """Run the operator of a backward; return a gradient for each of `DIFFERENTIABLE` that is wanted."""
+    _, wanted, grad_out, grad_lse, out, lse, saved = given
     if grad_out is None and grad_lse is None:
         return [None for _ in wanted]
     grads = iter(operator(grad_out, grad_lse, out, lse, list(saved), list(wanted), whole, *arguments_of(params)))

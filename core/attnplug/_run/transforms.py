@@ -22,6 +22,7 @@ from attnplug._run.constant_lse import constant_lse, refusal, without_gradient
 from attnplug._run.contract import (
     DIFFERENTIABLE,
     TENSORS,
+    BackwardInputs,
     KernelCall,
     Result,
     no_forward_derivatives,
@@ -106,7 +107,7 @@ class _Forward(torch.autograd.Function):
         everything = ctx.saved_tensors  # which a checkpoint lets one ask for once
         tensors, (out, lse, *saved) = everything[: len(TENSORS)], everything[len(TENSORS) :]
         wanted = tuple(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
-        grads = backward_of_wrapped(call, tensors, wanted, grad_out, grad_lse, out, lse, saved)
+        grads = backward_of_wrapped(call, BackwardInputs(tensors, wanted, grad_out, grad_lse, out, lse, saved))
         return (None, *grads, *(None for _ in TENSORS[len(DIFFERENTIABLE) :]))
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnplug._selection.state import process, states, thread, without
 from attnplug._tables import WIDTH, html_table, table
-from attnplug._types import SDPBackend
+from attnplug._types import SDPBackend, family
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class RecordedCalls(list[RecordedCall]):
         return [
             (
                 call.impl,
-                "-" if call.backend is None else call.backend.name,
+                family(call.backend),
                 call.device,
                 call.module or "-",
                 _briefly(call.passed_over),

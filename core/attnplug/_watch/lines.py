@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnplug._accuracy import Mistake
+from attnplug._call.device import name_of_dtype
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams
 
 LONGEST = 64
@@ -33,7 +34,7 @@ def line_of(
     fields |= {
         "head_size": query.shape[-1],
         "value_head_size": value.shape[-1] if value.shape[-1] != query.shape[-1] else None,
-        "dtype": str(query.dtype).removeprefix("torch."),
+        "dtype": name_of_dtype(query.dtype),
         "device": query.device.type if query.device.type != "cpu" else None,
         "is_causal": params.is_causal or None,
         "scale": None if params.scale is None or params.scale == 1 / sqrt(query.shape[-1]) else params.scale,
@@ -67,7 +68,7 @@ def _of_batch(params: SDPAParams) -> dict[str, Any]:
             letter if size > 1 else "1" for letter, size in zip("bhqk", mask.shape, strict=True)
         )
         if not is_boolean and mask.dtype != params.query.dtype:
-            fields["mask_dtype"] = str(mask.dtype).removeprefix("torch.")
+            fields["mask_dtype"] = name_of_dtype(mask.dtype)
         fields["mask_layout"] = _layout(mask)
     return fields
 

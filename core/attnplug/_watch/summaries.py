@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from torch._C._autograd import DeviceType
 
 from attnplug._arguments import shown
+from attnplug._call.device import name_of_dtype
 from attnplug._dispatch.ranges import is_profiled, labelled
 from attnplug._errors import ScopeError
 from attnplug._run.contract import Result
+from attnplug._selection.choice_tables import rounded_up
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
 from attnplug._tables import WIDTH, html_table, wrap
@@ -300,7 +302,7 @@ def _shares(profile: Any, key_of: Callable[[str, Any], Key | None]) -> dict[Key,
 def kind_of(params: SDPAParams) -> str:
     """Return what a call has in common with others of its kind, in a line."""
     query, key, value = params.query, params.key, params.value
-    dtype = str(query.dtype).removeprefix("torch.")
+    dtype = name_of_dtype(query.dtype)
     if query.is_nested:
         return f"{dtype} nested"
     size, value_size = query.shape[-1], value.shape[-1]
@@ -313,7 +315,7 @@ def kind_of(params: SDPAParams) -> str:
         heads, kv_heads = (tensor.shape[-3] if tensor.dim() > 2 else 1 for tensor in (query, key))
         lengths = (query.shape[-2], key.shape[-2])
     words.append(f"H{heads}" if heads == kv_heads else f"H{heads}/{kv_heads}")
-    words += [f"S{letter}<={_power(length)}" for letter, length in zip("qk", lengths, strict=True)]
+    words += [f"S{letter}<={rounded_up(max(1, int(length)))}" for letter, length in zip("qk", lengths, strict=True)]
     return " ".join([*words, *_asked(params)])
 
 
@@ -334,11 +336,6 @@ def _asked(params: SDPAParams) -> list[str]:
         "grad": params.needs_grad,
     }
     return [word for word, is_asked in asked.items() if is_asked]
-
-
-def _power(length: int) -> int:
-    """Return the power of two that `length` is not above."""
-    return 1 << max(0, int(length) - 1).bit_length()
 
 
 def _is_of_device(average: Any) -> bool:

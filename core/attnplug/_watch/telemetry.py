@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from attnplug._arguments import shown
+from attnplug._handles import Removable
 from attnplug._run.contract import Result
 from attnplug._selection.state import start
 from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
@@ -48,7 +49,7 @@ def _set(provider: Any) -> Any:
     return None if type(provider).__name__.lstrip("_").startswith(("Proxy", "NoOp")) else provider
 
 
-class Instrumentation:
+class Instrumentation(Removable):
     """Ends one `instrument()`; also a context manager."""
 
     def __init__(self, meters: Any, tracers: Any) -> None:
@@ -67,12 +68,6 @@ class Instrumentation:
 
     def __repr__(self) -> str:
         return f"<Instrumentation: {'removed' if self._watcher is None else 'in place'}>"
-
-    def __enter__(self) -> Instrumentation:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 def instrument(meter_provider: Any = None, tracer_provider: Any = None) -> Instrumentation:

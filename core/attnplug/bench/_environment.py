@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 import attnplug
 from attnplug._call.machine import processor
+from attnplug._registry.machine import installed_version
 
 _PACKAGES = ("pluggy", "triton", "numpy")
 
@@ -29,7 +29,7 @@ def environment(devices: set[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "attnplug": attnplug.__version__,
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: installed_version(name) for name in _PACKAGES},
         "implementations": origins,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -52,10 +52,3 @@ def _gpu(device: str) -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "runtime": torch.version.cuda or torch.version.hip,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -21,9 +21,7 @@ ALIGNMENT = 16
 
 def with_positive_scale(params: SDPAParams) -> SDPAParams:
     """Return a call of the same logits: the sign, or the zero, goes into the queries."""
-    assert params.scale is not None
-    sign = -1 if params.scale < 0 else 0
-    return replace(params, query=params.query * sign, scale=-params.scale or 1.0)
+    return params.with_positive_scale()[0]
 
 
 def with_values_of_zero(params: SDPAParams) -> SDPAParams:

@@ -20,13 +20,13 @@ from attnplug._registry.config import get_config
 from attnplug._registry.machine import lacks_gpu_build
 from attnplug._registry.remedies import gpu_build
 from attnplug._selection.state import start
-from attnplug._tables import wrap
+from attnplug._tables import WIDTH, wrap
+from attnplug._types import family
 from attnplug.cli import render
 
 HELP = "report what is wrong on this machine, and the command that fixes it"
 
 _TORCH = (2, 11)
-_WIDTH = 80
 _BROKEN, _UNAVAILABLE, _ABSENT = "broken", "unavailable", "not installed"
 _TITLES = {
     _BROKEN: "broken:",
@@ -124,12 +124,12 @@ def _absent() -> list[Finding]:
 
 def _about(name: str) -> str:
     spec = KNOWN[name].spec
-    return "the kernels that you install yourself" if spec is None else f"family {render.family(spec.backend)}"
+    return "the kernels that you install yourself" if spec is None else f"family {family(spec.backend)}"
 
 
 def _as_text(findings: Sequence[Finding], works: Sequence[str], broken: int) -> str:
     verdict = f"{broken} broken" if broken else "Nothing is broken"
-    parts = ["\n".join(wrap(f"{verdict}. Available: {', '.join(works) or 'none'}.", _WIDTH))]
+    parts = ["\n".join(wrap(f"{verdict}. Available: {', '.join(works) or 'none'}.", WIDTH))]
     for status, title in _TITLES.items():
         found = [each for each in findings if each.status == status]
         if found:
@@ -149,7 +149,7 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _lines(finding: Finding) -> list[str]:
-    said = wrap(f"{finding.name}: {finding.reason}", _WIDTH, "  ", "    ")
+    said = wrap(f"{finding.name}: {finding.reason}", WIDTH, "  ", "    ")
     commands = finding.remedy.splitlines()
     if len(commands) > 1:
         said.append("      # one of these")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attnplug
+from attnplug._registry.machine import installed_version
 from attnplug._tables import table
 from attnplug.cli import render
 
@@ -135,16 +136,6 @@ def _implementations() -> list[dict[str, str]]:
 
 def _no_implementation(error: str) -> list[dict[str, str]]:
     return [{"name": "-", "distribution": "-", "version": "-", "status": "-", "reason": error}]
-
-
-def installed_version(name: str) -> str | None:
-    """Return the version of a distribution, None if it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version  # 50 ms, of which `attnplug list` has few
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _as_text(report: dict[str, Any]) -> str:

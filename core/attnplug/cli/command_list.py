@@ -11,6 +11,7 @@ import sys
 
 import attnplug
 from attnplug import Capabilities, Feature, ImplRecord
+from attnplug._types import family
 from attnplug.cli import choices, describe, render
 from attnplug.cli.values import DTYPES
 
@@ -96,7 +97,7 @@ def _row(record: ImplRecord) -> tuple[str, ...]:
     quantized = "quantized, runs only where it is named" if record.capabilities.quantized else ""
     return (
         record.name,
-        render.family(record.backend),
+        family(record.backend),
         str(record.priority),
         describe.origin(record),
         record.entry_point or "-",

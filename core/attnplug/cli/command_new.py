@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import attnplug
+from attnplug._types import check_own_name
 from attnplug.cli import render
 
 HELP = "create a plugin package that works as generated"
@@ -58,6 +59,10 @@ def _unusable(name: str) -> str | None:
     """Return what is wrong with `name`: it is an implementation, a module and, with dashes, a distribution."""
     if not re.fullmatch(r"[A-Za-z](\w*[A-Za-z0-9])?", name, re.ASCII) or keyword.iskeyword(name):
         return f"NAME: {name!r} cannot name a module; write letters, digits and '_', a letter first, as in {_NAME}"
+    try:
+        check_own_name(name, "NAME")
+    except attnplug.SpecError as error:
+        return str(error)
     for record in attnplug.list_impls():
         if record.name == name:
             return f"NAME: {name!r} is taken: {record.distribution} has an implementation of this name"

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import attnplug
 from attnplug import ImplRecord
 from attnplug._control.registration import check_name
+from attnplug._registry.machine import installed_version
 from attnplug.cli import describe, render
-from attnplug.cli.command_info import installed_version
 from attnplug.cli.parser import complete_with
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnplug import Capabilities, Feature, ImplRecord
 from attnplug._tables import wrap
-from attnplug.cli import render
+from attnplug._types import family
 from attnplug.cli.values import DTYPES
 
 Fields = list[tuple[str, str]]
@@ -47,7 +47,7 @@ def block(name: str, fields: Fields) -> str:
 def facts(record: ImplRecord) -> Fields:
     """Return what is known of an implementation besides what it supports."""
     fields = [
-        ("family", render.family(record.backend)),
+        ("family", family(record.backend)),
         ("priority", str(record.priority)),
         ("distribution", origin(record)),
         ("entry point", f"{record.entry_point} = {record.module}" if record.entry_point else ""),

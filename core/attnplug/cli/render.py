@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
-from attnplug import SDPBackend
 from attnplug._tables import fitting, table, wrap
 
 FORMAT = 1
@@ -135,11 +134,6 @@ def put_prose(*sentences: str) -> None:
     width = shutil.get_terminal_size().columns if out().isatty() else None
     lines = [line for text in sentences for line in ([text] if width is None else wrap(text, width))]
     put("\n".join(["", *lines]))
-
-
-def family(backend: SDPBackend | None) -> str:
-    """Return the name of a family, or a dash for what belongs to none. (MATH is 0, hence false.)"""
-    return "-" if backend is None else backend.name
 
 
 def print_json(fields: Mapping[str, Any]) -> None:

@@ -108,21 +108,16 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def families() -> dict[str, SDPBackend]:
-    """Return the families by name."""
-    return {backend.name: backend for backend in SDPBackend if backend is not SDPBackend.ERROR}
-
-
 def scope(items: Iterable[str], option: str) -> list[str | SDPBackend]:
     """Return what `sdpa_kernel` takes for names of implementations and, in upper or lower case, of families.
 
     Raises:
         UnknownImplementationError: a name is neither.
     """
-    known, read = families(), []
+    read: list[str | SDPBackend] = []
     for item in items:
-        family = known.get(item.upper())
+        family = _types.FAMILIES.get(item.upper())
         if family is None:
-            check_name(item, option, also=known)
+            check_name(item, option, also=_types.FAMILIES)
         read.append(item if family is None else family)
     return read

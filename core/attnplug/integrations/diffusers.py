@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 import attnplug
+from attnplug._handles import Removable
 
 _NATIVE = "native"
 
 
-class Handle:
+class Handle(Removable):
     """Undoes `bind`; also a context manager."""
 
     def __init__(self, handles: list[Any]) -> None:
@@ -32,12 +33,6 @@ class Handle:
         """Take the models' attention back to what it was."""
         while self._handles:
             self._handles.pop().remove()
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 def bind(pipeline: Any, backends: Any, set_priority: bool = False) -> Handle:

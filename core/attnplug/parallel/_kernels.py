@@ -24,7 +24,7 @@ from attnplug._call.facts import CallFacts
 from attnplug._dispatch.resolver import Decision, refusals
 from attnplug._errors import NoImplementationError
 from attnplug._registry.registry import Entry
-from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, tensors_of
+from attnplug._run.contract import DIFFERENTIABLE, BackwardInputs, KernelCall, declares, tensors_of
 from attnplug._selection.selection import Selection
 from attnplug._selection.state import start
 from attnplug._types import Feature, SDPAParams
@@ -143,8 +143,8 @@ def _uses_what_it_is_given(entry: Entry, params: SDPAParams, arguments: dict[str
     with torch.no_grad():
         out, lse, *saved = call.forward(tensors_of(params))
         grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(out)
-        given = (grad_out, None, out * 0, lse + log(2), tuple(saved))
-        grads = whole_backward(call, tensors_of(params), (True,) * 3, *given)
+        given = BackwardInputs(tensors_of(params), (True,) * 3, grad_out, None, out * 0, lse + log(2), saved)
+        grads = whole_backward(call, given)
     grad_lse = (grad_out.double() * out.double()).sum(-1) / 2
     expected = Expected(
         arguments,
@@ -191,24 +191,15 @@ def _trial(block: SDPAParams) -> tuple[SDPAParams, dict[str, Any]]:
     return params, {**tensors, **named}
 
 
-def whole_backward(
-    call: KernelCall,
-    tensors: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    saved: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:
+def whole_backward(call: KernelCall, given: BackwardInputs) -> tuple[Tensor | None, ...]:
     """Return the gradients of a block's query, key and value that are wanted, from `out` and `lse` over all keys."""
-    kernel = call.entry.kernel
+    kernel, wanted = call.entry.kernel, given.wanted
     if kernel.backward is not None:
         wanted = (*wanted, *(False for _ in DIFFERENTIABLE[len(wanted) :]))
-        return tuple(call.backward(tensors, wanted, grad_out, grad_lse, out, lse, saved)[:3])
+        return tuple(call.backward(given._replace(wanted=wanted))[:3])
     assert kernel.partial_backward is not None
-    assert grad_lse is None
-    return tuple(kernel.partial_backward(call.params(tensors), grad_out, out, lse))
+    assert given.grad_lse is None
+    return tuple(kernel.partial_backward(call.params(given.tensors), given.grad_out, given.out, given.lse))
 
 
 def part_backward(
@@ -223,7 +214,7 @@ def part_backward(
     """
     if call.entry.kernel.backward is not None:
         out, lse, *saved = call.forward(tensors)
-        return whole_backward(call, tensors, wanted, *weigh(out, lse), out, lse, tuple(saved))
+        return whole_backward(call, BackwardInputs(tensors, wanted, *weigh(out, lse), out, lse, saved))
     leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3] if tensor is not None]
     with torch.enable_grad():
         out, lse, *_ = call.forward((*leaves, *tensors[3:]))

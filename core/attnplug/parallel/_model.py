@@ -16,6 +16,7 @@ from attnplug._control.binding import BindingHandle, bind
 from attnplug._control.registration import check_name, register_impl, unregister_impl
 from attnplug._control.scopes import run_in
 from attnplug._errors import did_you_mean
+from attnplug._handles import Removable
 from attnplug._registry.kernel import OfOneRank
 from attnplug._selection.state import OUTSIDE
 from attnplug._types import OPEN_WINDOW, Capabilities, Feature, ImplSpec, SDPAParams
@@ -34,7 +35,7 @@ _PREFIX = "attnplug_parallel_"
 _numbers = itertools.count()
 
 
-class ContextParallelHandle:
+class ContextParallelHandle(Removable):
     """Undoes one `context_parallel()`; also a context manager."""
 
     def __init__(self, undo: list[Any]) -> None:
@@ -47,12 +48,6 @@ class ContextParallelHandle:
         """Run the module's attention on one rank again; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
-
-    def __enter__(self) -> ContextParallelHandle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 def context_parallel(

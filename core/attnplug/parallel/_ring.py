@@ -19,7 +19,7 @@ from torch import Tensor
 from attnplug._dispatch.watched import among_watchers
 from attnplug._errors import GradientError
 from attnplug._registry.kernel import OfOneRank
-from attnplug._run.contract import DIFFERENTIABLE, KernelCall, declares, no_lse_gradient, tensors_of
+from attnplug._run.contract import DIFFERENTIABLE, BackwardInputs, KernelCall, declares, no_lse_gradient, tensors_of
 from attnplug._run.seeds import drawn_seed, seeded
 from attnplug._selection.selection import current_selection
 from attnplug._selection.state import thread
@@ -293,7 +293,7 @@ class _Run:
         with self._seeded(step, number):
             if source_of(self.entry, of_block.params(tensors)) is Source.WHOLE:
                 saved: Sequence[Tensor | None] = of_block.forward(tensors)[2:] if self.state.saves else ()
-                return whole_backward(of_block, tensors, self.wanted, *results, tuple(saved))
+                return whole_backward(of_block, BackwardInputs(tensors, self.wanted, *results, saved))
 
             def weigh(part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
                 """With `out = sum(w out_b)` and `w = exp(lse_b - lse)`, return the gradients of `out_b` and `lse_b`."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from attnplug._arguments import as_int, expect, one_of
 from attnplug._call.device import as_device
+from attnplug._run.contract import DIFFERENTIABLE
 from attnplug._types import DTYPES, CausalVariant
 from attnplug.testing._fields import Fields
 
-DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "sinks")
 _SIZES = {"batch": 0, "heads": 0, "queries": 0, "keys": 0, "head_size": 0}
 _MAYBE_SIZES = {"kv_heads": 0, "value_head_size": 0, "page_size": 1}
 _MASKS = ("", "boolean", "additive", "boolean blind", "additive blind", "additive -inf", "additive blind -inf")

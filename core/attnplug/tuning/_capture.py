@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from attnplug._call.device import name_of_dtype
 from attnplug._call.prepare import prepare_dense
 from attnplug._control.patch import patch_torch
 from attnplug._errors import ScopeError
@@ -107,7 +108,7 @@ def _indescribable(params: SDPAParams) -> str:
     reasons = {
         "with nested tensors, whose sizes cannot be read without waiting for the device": query.is_nested,
         "that drop everything": params.dropout == 1.0,
-        f"in {query.dtype}": str(query.dtype).removeprefix("torch.") not in DTYPES,
+        f"in {query.dtype}": name_of_dtype(query.dtype) not in DTYPES,
         "whose lengths are on a GPU that captures a graph": has_lengths and query.is_cuda and _is_capturing(),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
@@ -136,7 +137,7 @@ def case_of(params: SDPAParams) -> Case:
         dropout=params.dropout,
         lse=params.return_lse,
         used=None if used is None else tuple(used.tolist()),
-        dtype=str(params.query.dtype).removeprefix("torch."),
+        dtype=name_of_dtype(params.query.dtype),
         device=params.query.device.type,
         backward=needs_grad,
         mask_gradient=recording and mask is not None and mask.requires_grad,

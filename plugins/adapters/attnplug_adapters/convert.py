@@ -22,19 +22,6 @@ OPEN = (-1, -1)
 READ_BYTES = 16
 
 
-def positive_scale(params: SDPAParams) -> tuple[SDPAParams, int]:
-    """Return a call of the same logits whose scale is above 0, and the factor of the query's gradient.
-
-    Kernels hide keys before they scale: a negative scale would turn their minus infinity into plus infinity,
-    and 0 would turn it into NaN.
-    """
-    assert params.scale is not None, "the core gives scale its default"
-    if params.scale > 0:
-        return params, 1
-    sign = -1 if params.scale < 0 else 0
-    return replace(params, query=params.query * sign, scale=-params.scale or 1.0), sign
-
-
 def together(tensor: Tensor | None) -> Tensor | None:
     """Return numbers that lie side by side in memory. `contiguous()` leaves the stride of a single one as it is."""
     if tensor is None or tensor.stride(-1) == 1:

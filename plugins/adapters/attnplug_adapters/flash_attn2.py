@@ -139,7 +139,7 @@ class FlashAttn2(Adapter):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, ...]:
         """Return `out`, `lse` and, with dropout, the seed and offset of its random numbers."""
-        params, _ = convert.positive_scale(convert.numbers_together(params))
+        params, _ = convert.numbers_together(params).with_positive_scale()
         if params.dropout == 1:  # nothing is left, and the kernel refuses to divide by what is
             out, *others = self.forward(replace(params, dropout=0.0))
             return torch.zeros_like(out), *others
@@ -189,7 +189,7 @@ class FlashAttn2(Adapter):
         state: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value and sinks; the kernel has none through lse."""
-        params, sign = convert.positive_scale(convert.numbers_together(params))
+        params, sign = convert.numbers_together(params).with_positive_scale()
         if params.dropout == 1:
             zeros = (torch.zeros_like(tensor) for tensor in (params.query, params.key, params.value))
             return *zeros, *convert.gradients_of_sinks(params, grad_out, out, lse)

@@ -145,7 +145,7 @@ class FlashAttn3(Adapter):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return `out` and `lse`."""
-        params, _ = convert.positive_scale(convert.numbers_together(params))
+        params, _ = convert.numbers_together(params).with_positive_scale()
         params = convert.pages_in_pieces(params, SMALLEST_TILE)
         tensors = (params.query, params.key, convert.existing(params, params.value))
         query, key, value = (convert.as_kernel_reads(params, tensor) for tensor in tensors)
@@ -173,7 +173,7 @@ class FlashAttn3(Adapter):
         self, params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value and sinks; the kernel has none through lse."""
-        params, sign = convert.positive_scale(convert.numbers_together(params))
+        params, sign = convert.numbers_together(params).with_positive_scale()
         grad_out, query = convert.of_sequences(params, grad_out), convert.of_sequences(params, params.query)
         tensors = (grad_out, query, *(convert.existing(params, each) for each in (params.key, params.value)), out)
         given = [convert.as_kernel_reads(params, tensor) for tensor in tensors]

@@ -137,7 +137,7 @@ class FlashAttn4(Adapter):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return `out` and `lse`."""
-        params, _ = convert.positive_scale(convert.numbers_together(params))
+        params, _ = convert.numbers_together(params).with_positive_scale()
         params = convert.pages_in_pieces(params, SMALLEST_TILE)
         tensors = (params.query, params.key, convert.existing(params, params.value))
         multiple = 8 if params.block_table is None else 16  # which reading key by key asserts
@@ -175,7 +175,7 @@ class FlashAttn4(Adapter):
         self, params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value and sinks."""
-        params, sign = convert.positive_scale(convert.numbers_together(params))
+        params, sign = convert.numbers_together(params).with_positive_scale()
         grad_out, query = convert.of_sequences(params, grad_out), convert.of_sequences(params, params.query)
         existing = (convert.existing(params, each) for each in (params.key, params.value))
         tensors = (query, *existing, out, grad_out)

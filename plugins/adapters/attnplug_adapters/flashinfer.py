@@ -101,7 +101,7 @@ class FlashInfer(Adapter):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return `out` and `lse`."""
-        params, _ = convert.positive_scale(params)
+        params, _ = params.with_positive_scale()
         left, right = convert.band(params)
         options = {
             "causal": right == 0,

@@ -159,7 +159,7 @@ class SageAttention(Adapter):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor | None]:
         """Return `out` and, if it is asked for, `lse`."""
-        params, _ = convert.positive_scale(params)
+        params, _ = params.with_positive_scale()
         if self.interface is Version1 and not params.is_varlen:
             return self._version1(params), None
         query, key, value = (

@@ -95,7 +95,7 @@ class XFormers(Adapter):
 
     def forward(self, params: SDPAParams) -> tuple[Tensor, Tensor]:
         """Return `out` and `lse`."""
-        params, _ = convert.positive_scale(params)
+        params, _ = params.with_positive_scale()
         if params.is_varlen:
             return self._packed(params)
         if params.seqused_k is not None:
@@ -128,7 +128,7 @@ class XFormers(Adapter):
         self, params: SDPAParams, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of query, key, value and sinks; the kernels have none through lse."""
-        params, sign = convert.positive_scale(params)
+        params, sign = params.with_positive_scale()
         sinks = convert.gradients_of_sinks(params, grad_out, out, lse)
         if params.is_varlen:
             grads = self._packed_backward(params, grad_out, out, lse)

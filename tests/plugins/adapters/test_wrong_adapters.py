@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnplug import Feature
+from attnplug import Feature, SDPAParams
 from attnplug.testing import check_impl
 
 pytest.importorskip("attnplug_adapters", reason="attnplug-adapters is not installed")
@@ -178,18 +178,20 @@ def with_upper_left_masks(self: Any, params: Any) -> Any:
     return masks.LowerTriangularMask() if params.is_causal else RIGHT_BIAS(self, params)
 
 
-RIGHT_SCALE, RIGHT_BAND, RIGHT_SINKS = convert.positive_scale, convert.band, convert.with_sinks
+RIGHT_SCALE, RIGHT_BAND, RIGHT_SINKS = SDPAParams.with_positive_scale, convert.band, convert.with_sinks
 RIGHT_FORWARD = {adapter: adapter.forward for adapter in LIBRARIES}
 RIGHT_BACKWARD, RIGHT_BIAS, RIGHT_PACKED_BIAS = FlashAttn4.backward, XFormers._bias, xformers._Sequences.bias
 
 MISTAKES = [
     Mistake("BHSD for BSHD", FlashAttn2, "check_batches_and_heads", (convert, "heads_behind"), same),
-    Mistake("a scale below 0 as it is", FlashAttn2, "check_scale", (convert, "positive_scale"), lambda p: (p, 1)),
+    Mistake(
+        "a scale below 0 as it is", FlashAttn2, "check_scale", (SDPAParams, "with_positive_scale"), lambda p: (p, 1)
+    ),
     Mistake(
         "the sign of the scale not in the gradient",
         FlashAttn2,
         "check_scale",
-        (convert, "positive_scale"),
+        (SDPAParams, "with_positive_scale"),
         forgetting_the_sign,
     ),
     Mistake(

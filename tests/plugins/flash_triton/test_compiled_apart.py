@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("Triton compiles nothing under TRITON_INTERPRET=1", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
 from triton.runtime import driver
 
 from attnplug import CausalVariant, SDPAParams
@@ -105,7 +107,7 @@ def compiled_for(params: SDPAParams, pick: random.Random, family: Any) -> dict[A
     def note(plan: plans.Plan, given: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors, forms = plan.tensors(given, CPU), plan._forms(given)
         for launch in plan.launches:
-            if any(isinstance(each, plans.Descriptor) and 0 in each.shape for each in launch.arguments):
+            if any(is_descriptor(each) and 0 in each.shape for each in launch.arguments):
                 continue
             found.setdefault(launch.compiled_apart(forms, CPU), set()).add(looked_at_by_triton(launch, tensors))
         return tensors
@@ -138,7 +140,6 @@ def test_kernels_that_triton_compiles_apart_are_kept_apart(
     assert len(set.union(*kept.values())) > 50
 
 
-ONE = {"query": torch.zeros(16, dtype=torch.float16)}
 NUMBERS = (0, 1, True, False, None, 1.0, 0.0, 16, 17, 2**31 - 1, 2**31, 2**40, -(2**31), -(2**31) - 1)
 
 
@@ -156,3 +157,25 @@ def test_numbers_that_triton_compiles_apart_are_kept_apart(name: str) -> None:
         looked_at = looked_at_by_triton(launch, tensors)
         kept.setdefault(launch.compiled_apart(forms, CPU), set()).add(looked_at)
     assert {len(looked_at) for looked_at in kept.values()} == {1}
+
+
+def test_descriptors_that_triton_compiles_apart_are_kept_apart() -> None:
+    """By the tile and how it lies in shared memory; shapes and strides of the tensor are numbers to the kernel."""
+    given = {each: torch.zeros(1, 1, 256, 64).half() for each in ("query", "key", "value")}
+    plan = choose.forward(SDPAParams(**given, is_causal=True, scale=0.1), HOPPER)
+    first, kept = plan.launches[0], {}
+    place, described = next((place, each) for place, each in enumerate(first.arguments) if is_descriptor(each))
+    tensors, forms = plan.tensors(given, CPU), plan._forms(given)
+    layouts = [gl.NVMMASharedLayout(swizzle, 16, 4) for swizzle in (32, 64, 128)]
+    shapes = [((1, 1, 256, 64), (16384, 16384, 64, 1)), ((1, 2, 128, 64), (32768, 128, 256, 1))]
+    for rows, layout, (shape, strides) in product((64, 128), layouts, shapes):
+        other = plans.Descriptor(described.name, shape, strides, (1, 1, rows, 64), layout)
+        launch = first._replace(arguments=(*first.arguments[:place], other, *first.arguments[place + 1 :]))
+        looked_at = looked_at_by_triton(launch, tensors)
+        kept.setdefault(launch.compiled_apart(forms, CPU), set()).add(looked_at)
+    assert {len(looked_at) for looked_at in kept.values()} == {1}
+    assert len(kept) == len(set.union(*kept.values())) == 2 * len(layouts)
+
+
+def is_descriptor(argument: Any) -> bool:
+    return isinstance(argument, plans.Descriptor)

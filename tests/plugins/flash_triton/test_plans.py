@@ -45,10 +45,10 @@ class Driver:
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, ...]] = []
-        self.stream = 0
+        self.stream = self.device = 0
         self.maps: list[tuple[Any, ...]] = []
         self.utils = SimpleNamespace(
-            load_binary=lambda name, *_: (0, name, 0, 0, 1024),
+            load_binary=lambda name, *_: (0, f"{name} on {self.device}", 0, 0, 1024),
             build_signature_metadata=tuple,
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": 232_448},
@@ -65,7 +65,7 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return self.stream
@@ -74,8 +74,8 @@ class Driver:
         identity = (src.fn.__name__, str(src.signature), str(src.attrs), str(src.constants))
 
         def launcher(*given: Any) -> None:
-            x, y, z, stream, _function, _metadata, _of_launch, _enter, _exit, *arguments = given
-            self.launched.append((identity, (x, y, z), stream, *map(plain, arguments)))
+            x, y, z, stream, function, _metadata, _of_launch, _enter, _exit, *arguments = given
+            self.launched.append(((*identity, function), (x, y, z), stream, *map(plain, arguments)))
 
         return launcher
 
@@ -177,6 +177,14 @@ def test_a_tensor_that_starts_elsewhere_gets_the_kernel_that_reads_there(gpu: Dr
     kernels = [identity for identity, *_ in gpu.launched]
     assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
     assert gpu.launched[3][3] == shifted.data_ptr()
+
+
+def test_a_kernel_is_launched_on_the_device_that_it_was_loaded_on(gpu: Driver) -> None:
+    query, key, value = tensors(32, 32)
+    for gpu.device in (0, 1, 0, 1):
+        plan = impl.launches.forward(SDPAParams(query, key, value, scale=0.1), HOPPER)
+        plan.run({"query": query, "key": key, "value": value}, torch.device("meta", gpu.device))
+    assert [identity[-1][-4:] for identity, *_ in gpu.launched] == ["on 0", "on 1", "on 0", "on 1"]
 
 
 def test_another_layout_gets_its_own_strides(gpu: Driver) -> None:
@@ -906,17 +914,30 @@ def copy_kernel(source, target, factor):
     gl.store(target + rows * 64 + columns, (smem.load(layout) * factor).to(source.dtype))
 
 
-def test_tensor_maps_are_made_once_for_a_pointer(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tritons_launcher(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Triton's own launcher make tensor maps, by the driver that writes them down."""
+    caches = type(copy_kernel.device_caches)(copy_kernel.create_binder)  # another test's kernel launches by its driver
+    monkeypatch.setattr(copy_kernel, "device_caches", caches)
     monkeypatch.setattr(gpu, "launcher_cls", nvidia.CudaLauncher)
     # What the driver has from libraries: those of Triton 3.7 and later, and the one that 3.6 builds for each kernel.
     monkeypatch.setattr(nvidia, "PyKernelArg", lambda **given: given, raising=False)
     monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: gpu.utils, raising=False)
     monkeypatch.setattr(nvidia, "library_dirs", list)
+
+
+def copying(source: Tensor) -> plans.Plan:
+    """Return a plan that copies a tile of a tensor."""
     layout = gl.NVMMASharedLayout.get_default_for(list(BLOCK), gl.float16)
-    described = plans.Descriptor("source", BLOCK, (64, 1), BLOCK, layout)
+    described = plans.Descriptor("source", tuple(source.shape), source.stride(), BLOCK, layout)
     launch = plans.Launch(copy_kernel, 1, (described, "target", 2.0), {"num_warps": 4, "enable_fp_fusion": True})
-    plan = plans.Plan((launch,), {"target": plans.New.contiguous(BLOCK, torch.float16)}, ("target",))
+    return plans.Plan((launch,), {"target": plans.New.contiguous(BLOCK, torch.float16)}, ("target",))
+
+
+@pytest.mark.usefixtures("tritons_launcher")
+def test_tensor_maps_are_made_once_for_a_pointer(gpu: Driver) -> None:
     one, other = torch.empty(BLOCK, dtype=torch.float16), torch.empty(BLOCK, dtype=torch.float16)
+    plan = copying(one)
     for source in (one, one, other, one, other):
         plan.run({"source": source}, one.device)
     arguments = [
@@ -926,6 +947,24 @@ def test_tensor_maps_are_made_once_for_a_pointer(gpu: Driver, monkeypatch: pytes
     assert all(given[1:5] == [16, 64, 64, 1] for given in arguments)
     assert len(gpu.maps) == 3  # Triton's own, at the first run, and one for each pointer
     assert gpu.maps[0] == gpu.maps[1]
+
+
+@pytest.mark.usefixtures("tritons_launcher")
+def test_a_tensor_map_has_the_shape_and_the_strides_of_its_own_call(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernel was compiled for another."""
+    memory = torch.empty(64, 192, dtype=torch.float16)
+    sources = memory[:16, :64], memory[:48, :64], memory.view(32, 384)[:16, :64]
+    of_triton = []
+    for source in sources:
+        monkeypatch.setattr(plans, "_compiled", {})
+        copying(source).run({"source": source}, source.device)
+        of_triton.append(gpu.maps[-1])
+    compiled = len(gpu.maps)
+    for source in sources:
+        copying(source).run({"source": source}, source.device)
+    assert gpu.maps[compiled:] == of_triton and len({str(each) for each in of_triton}) == 3
 
 
 def test_what_only_kernels_see_are_parts_of_one_workspace(gpu: Driver) -> None:

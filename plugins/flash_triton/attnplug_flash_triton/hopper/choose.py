@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 
-import triton
 from torch import Tensor
 
 from attnplug import SDPAParams
-from attnplug_flash_triton import launches
+from attnplug_flash_triton import config, launches
 from attnplug_flash_triton.hopper import gradients, outputs
 from attnplug_flash_triton.plans import Plan
 from attnplug_flash_triton.problem import Machine
@@ -57,7 +56,7 @@ def remark(kind: str, params: SDPAParams) -> str:
 
     That is where another Triton compiles them than that of the proof, and where there is what has not run on a GPU.
     """
-    release = ".".join(triton.__version__.split(".")[:2])
+    release = config.release()
     said = "" if release == PROVEN_WITH else f", proven with Triton {PROVEN_WITH}; this is {release}"
     if kind == "forward" and outputs.can_join(params, Machine("sm_90", 1)):
         if wish() == "1":
