@@ -67,6 +67,7 @@ def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
         missing = max(0, size - len(part))
         dealt += part[:size] + surplus[:missing]
         del surplus[:missing]
+    assert {*dealt} == {*items}  # one that is left out would be missed by nobody
     return dealt
 
 

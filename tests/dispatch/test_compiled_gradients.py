@@ -49,11 +49,13 @@ CALLS = SHORT | {
     **PACKED_CALLS,
 }
 DECLINED = ("causal, lower right", "a window", "softcap", "sinks", "ALiBi", "a gradient through lse", *PACKED_CALLS)
-"""What PyTorch's implementations do not take. What they do is traced with the kernel alone, whoever chooses it."""
+"""What PyTorch's implementations do not take."""
+CHOSEN = (*SHORT, "grouped queries", "a boolean mask with blind rows", *DECLINED)
+"""What is tried without a name, too. After the choice nothing in a trace depends on who made it."""
 CASES = [
     pytest.param(impl, call, marks=() if impl in ("torch", "aten_flash") and call in SHORT else pytest.mark.slow)
     for impl in (None, "torch", "aten_flash", "aten_math")
-    for call in ((*SHORT, *DECLINED) if impl is None else [call for call in CALLS if call not in DECLINED])
+    for call in (CHOSEN if impl is None else [call for call in CALLS if call not in DECLINED])
 ]
 
 
