@@ -26,7 +26,7 @@ logging.getLogger("torch.__trace").propagate = False  # pytest would keep each g
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:  # PyTorch reads this once, at its first product, and without it refuses products in deterministic mode
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-else:  # what Inductor compiles is small: processes that would compile it import torch first, for each that has a graph
+else:  # or each process in which Inductor compiles a little starts others for that, which import torch first
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 forked.listen()
 
