@@ -6,7 +6,9 @@ import gc
 import logging
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,22 +22,53 @@ from process_state import differences, forget, registered, snapshot
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 logging.getLogger("torch.__trace").propagate = False  # pytest would keep each graph that is compiled, written out
-forked.listen()
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:  # PyTorch reads this once, at its first product, and without it refuses products in deterministic mode
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:  # or each process in which Inductor compiles a little starts others for that, which import torch first
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+forked.listen()
 
 
+SECONDS = (0.1, 0.5, 40.0)
+"""About what a test takes, by its `_length`."""
+
+
+@pytest.hookimpl(trylast=True)  # when those that do not run are gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    items.sort(key=_length, reverse=True)
-    # Each of several processes is given a part of the list at first: all begin with what takes long, and none is left
-    # with that alone when the others are done.
-    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    items[:] = [item for first in range(processes) for item in items[first::processes]]
+    items[:] = _dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _dealt(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Order tests for processes that are each given a part of the list at first, all of equal length.
+
+    The tests of a folder are one process's, as they share what takes long to make: worlds of ranks, sites, models, and
+    what they import. Each process begins with its longest: at the end none is left alone with that.
+    """
+    weights: defaultdict[Path, float] = defaultdict(float)
+    for item in items:
+        weights[item.path.parent] += SECONDS[_length(item)]
+    loads, owners = [0.0] * processes, {}
+    for folder, weight in sorted(weights.items(), key=lambda each: (-each[1], each[0])):
+        owners[folder] = loads.index(min(loads))
+        loads[owners[folder]] += weight
+    parts: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    for item in sorted(items, key=_length, reverse=True):
+        parts[owners[item.path.parent]].append(item)
+    # What is too many for one process goes from the end of its part to the end of another's.
+    sizes = [(len(items) + place) // processes for place in range(processes)]
+    surplus = [item for part, size in zip(parts, sizes, strict=True) for item in part[size:]]
+    dealt: list[pytest.Item] = []
+    for part, size in zip(parts, sizes, strict=True):
+        missing = max(0, size - len(part))
+        dealt += part[:size] + surplus[:missing]
+        del surplus[:missing]
+    assert {*dealt} == {*items}  # one that is left out would be missed by nobody
+    return dealt
 
 
 def _length(item: pytest.Item) -> int:

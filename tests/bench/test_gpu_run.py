@@ -173,7 +173,7 @@ def test_a_part_has_its_environment(gpu: ModuleType, tmp_path: Path) -> None:
 def test_a_rehearsal_starts_parts_on_a_cpu_and_has_their_results(gpu: ModuleType, tmp_path: Path) -> None:
     """The others are too long for a test; those that time calls may fail by what they measure there."""
     names = ["aten_flash", "forward", "backward"]
-    command = [sys.executable, str(SCRIPT), "--rehearse", "--results", str(tmp_path)]
+    command = [forked.python(), str(SCRIPT), "--rehearse", "--results", str(tmp_path)]
     command += [argument for name in names for argument in ("--part", name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     summary = done.stdout.partition("=== summary")[2]

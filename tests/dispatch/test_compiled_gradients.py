@@ -25,6 +25,10 @@ SHORT = {
     "a mask that wants a gradient and broadcasts": MASKED.but(mask_dims="b1q1"),
     "a negative scale under a causal mask": SQUARE.but(is_causal=True, scale=-0.3),
 }
+PACKED_CALLS = {
+    "packed": PACKED.but(is_causal=True, kv_heads=2),
+    "packed, with a window": PACKED.but(window_size=(4, 2)),
+}
 CALLS = SHORT | {
     "plain": PLAIN,
     "causal": SQUARE.but(is_causal=True),
@@ -42,13 +46,16 @@ CALLS = SHORT | {
     "ALiBi": SQUARE.but(alibi="h", is_causal=True),
     "lse": PLAIN.but(lse=True),
     "a gradient through lse": PLAIN.but(lse=True, lse_gradient=True, sinks=True, gradients=(*QKV, "sinks")),
-    "packed": PACKED.but(is_causal=True, kv_heads=2),
-    "packed, with a window": PACKED.but(window_size=(4, 2)),
+    **PACKED_CALLS,
 }
+DECLINED = ("causal, lower right", "a window", "softcap", "sinks", "ALiBi", "a gradient through lse", *PACKED_CALLS)
+"""What PyTorch's implementations do not take."""
+CHOSEN = (*SHORT, "grouped queries", "a boolean mask with blind rows", *DECLINED)
+"""What is tried without a name, too. After the choice nothing in a trace depends on who made it."""
 CASES = [
     pytest.param(impl, call, marks=() if impl in ("torch", "aten_flash") and call in SHORT else pytest.mark.slow)
     for impl in (None, "torch", "aten_flash", "aten_math")
-    for call in CALLS
+    for call in (CHOSEN if impl is None else [call for call in CALLS if call not in DECLINED])
 ]
 
 
@@ -56,8 +63,10 @@ CASES = [
 def test_gradients_of_compiled_calls_are_right(impl: str | None, name: str) -> None:
     call = CALLS[name]
     inputs = call.make()
-    if impl is not None and not (verdict := attnplug.can_use_impl(impl, call.params(inputs))):
-        pytest.skip("; ".join(verdict.reasons))
+    taken = [each for each in ("torch", "aten_flash", "aten_math") if attnplug.can_use_impl(each, call.params(inputs))]
+    assert bool(taken) is (name not in DECLINED)
+    if impl is not None and impl not in taken:
+        pytest.skip("; ".join(attnplug.can_use_impl(impl, call.params(inputs)).reasons))
     arguments, leaves = call.with_leaves(inputs)
     tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
     constants: dict[str, Any] = {key: value for key, value in arguments.items() if key not in tensors}

@@ -25,6 +25,31 @@ def error_of(world: World, function: Callable[..., Any], *arguments: Any, **name
     return texts.pop()
 
 
+def apart(folder: Path, count: int) -> list[World]:
+    """Return so many worlds that nothing else uses, for calls that fail all at once.
+
+    What takes long is to wait for as long as the group does. A few start at a time, as they wait for no longer to meet.
+    """
+    worlds: list[World] = []
+    while len(worlds) < count:
+        begun = len(worlds)
+        for number in range(begun, min(begun + 4, count)):
+            (own := folder / str(number)).mkdir()
+            worlds.append(World(3, own, timeout=timedelta(seconds=10)))
+        for world in worlds[begun:]:
+            world.run(ranks_do.register, "opaque")
+    return worlds
+
+
+def ended(world: World, ranks: int) -> list[Any]:
+    """Return what so many ranks of a world returned, and end it."""
+    results = world.results(ranks=ranks)
+    for process in world.processes:
+        process.kill()
+        process.join()
+    return results
+
+
 def test_a_kernel_without_lse_is_declined_before_any_message(world: Worlds) -> None:
     text = error_of(world(2), ranks_do.dense, impl="aten_math")
     assert text.startswith("NoImplementationError: ")
@@ -109,31 +134,34 @@ UNLIKE = [
     ("window_size", (2, 2), "window_size: is {} here and {} on rank {}", ("[-1, -1]", "[2, 2]")),
 ]
 PACKED = [("packed", True, "packed sequences: is {} here and {} on rank {}", ("False", "True"))]
+UNLIKE_BY_METHOD = {"ring": UNLIKE + PACKED, "ulysses": UNLIKE}
 
 
 @pytest.mark.parametrize(
-    ("method", "name", "value", "text", "values"),
+    "cases",
     [
-        pytest.param(method, *each, marks=() if each[0] == "is_causal" else pytest.mark.slow)
-        for method in ("ring", "ulysses")
-        for each in UNLIKE + PACKED * (method == "ring")
+        pytest.param([(method, *UNLIKE[0]) for method in UNLIKE_BY_METHOD], id="is_causal"),
+        *(
+            pytest.param([(method, *each) for each in unlike[1:]], id=method, marks=pytest.mark.slow)
+            for method, unlike in UNLIKE_BY_METHOD.items()
+        ),
     ],
 )
-def test_ranks_that_call_differently_are_told_before_any_message(
-    tmp_path: Path, method: str, name: str, value: Any, text: str, values: tuple[str, str]
-) -> None:
+def test_ranks_that_call_differently_are_told_before_any_message(tmp_path: Path, cases: list[tuple[Any, ...]]) -> None:
     """They would read each other's messages amiss: gloo ends a process, and what the other returns is anything."""
-    world = World(3, tmp_path, timeout=timedelta(seconds=10))
-    world.start(ranks_do.unlike, method, name, value)
-    results = [str(result) for result in world.results()]
-    for process in world.processes:
-        process.kill()
-        process.join()
-    told = {f"ValueError: {text.format(*values, 2)}", *(f"ValueError: {text.format(*values[::-1], r)}" for r in (0, 1))}
-    said = [result for result in results if any(result.startswith(each) for each in told)]
-    assert said and len(results) == 3, results
-    for result in results:
-        assert result in said or result.startswith("ParallelError: rank"), results
+    worlds = apart(tmp_path, len(cases))
+    for world, (method, name, value, *_) in zip(worlds, cases, strict=True):
+        world.start(ranks_do.unlike, method, name, value)
+    for world, (method, name, _, text, values) in zip(worlds, cases, strict=True):
+        results = [str(result) for result in ended(world, 3)]
+        told = {
+            f"ValueError: {text.format(*values, 2)}",
+            *(f"ValueError: {text.format(*values[::-1], r)}" for r in (0, 1)),
+        }
+        said = [result for result in results if any(result.startswith(each) for each in told)]
+        assert said and len(results) == 3, (method, name, results)
+        for result in results:
+            assert result in said or result.startswith("ParallelError: rank"), (method, name, results)
 
 
 def test_ranks_that_called_alike_leave_nothing_in_the_store(world: Worlds) -> None:
@@ -164,20 +192,11 @@ OTHERS = {
     ],
 )
 def test_the_others_name_a_rank_that(tmp_path: Path, cases: list[tuple[str, str, str]]) -> None:
-    """In a world for each case, all at once: what takes long is to wait for as long as the group does."""
-    worlds = []
-    for case in cases:
-        (folder := tmp_path / " ".join(case)).mkdir()
-        worlds.append(World(3, folder, timeout=timedelta(seconds=10)))
-    for world in worlds:
-        world.run(ranks_do.register, "opaque")
+    worlds = apart(tmp_path, len(cases))
     for world, (method, how, when) in zip(worlds, cases, strict=True):
         world.start(ranks_do.failing, method, 1, how, when)
     for world, (method, how, when) in zip(worlds, cases, strict=True):
-        results = world.results(ranks=3 if how == "raises" else 2)
-        for process in world.processes:
-            process.kill()
-            process.join()
+        results = ended(world, 3 if how == "raises" else 2)
         # what a kernel raises when autograd calls it, between messages of its own, stays on its rank
         text = FAILED if how == "raises" and (method, when) != ("ulysses", "backward") else GONE
         for rank in (0, 2):

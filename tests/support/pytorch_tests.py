@@ -22,6 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
+
 SAMPLED = 30  # of a test that is parametrized so often that running all would take an hour
 PATCH = "patch"
 _WANTED, _RESULTS = "DROP_IN_TESTS_WITH", "DROP_IN_TESTS_RESULTS"
@@ -85,7 +87,7 @@ def outcomes(path: Path, wanted: str, selected: str = "") -> dict[str, str]:
         }
         options = ["-q", "-p", "pytorch_tests", "-p", "no:randomly", "-p", "no:cacheprovider", "-W", "ignore"]
         select = ["-k", selected] if selected else []
-        command = [sys.executable, "-m", "pytest", str(path), "-n0", "--no-header", "--tb=no", *options, *select]
+        command = [forked.python(), "-m", "pytest", str(path), "-n0", "--no-header", "--tb=no", *options, *select]
         subprocess.run(command, env=environment, cwd=path.parent, stdout=subprocess.DEVNULL, check=False)
         return json.loads(Path(results.name).read_text())
 
@@ -111,6 +113,7 @@ def main() -> int:
     parser.add_argument("--impl", nargs="*", default=[], help="implementations to activate, besides the bare patch")
     parser.add_argument("-k", dest="selected", default="", help="as pytest's -k")
     arguments = parser.parse_args()
+    forked.listen()
     unknown = 0
     for wanted in (PATCH, *arguments.impl):
         for test, why in differences(arguments.path.resolve(), wanted, arguments.selected).items():

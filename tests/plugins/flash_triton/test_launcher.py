@@ -87,11 +87,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("hopper", "kernels"), [("0", "JITFunction"), ("", "GluonJITFunction JITFunction")])
-def test_tritons_launcher_takes_kept_and_prepared_launches(
-    library: Path, hopper: str, kernels: str, tmp_path: Path
-) -> None:
+def test_tritons_launcher_takes_kept_and_prepared_launches(library: Path, hopper: str, kernels: str) -> None:
     found = {"TRITON_LIBCUDA_PATH": str(library.parent), "LD_LIBRARY_PATH": str(library.parent)}
-    own = {"TRITON_CACHE_DIR": str(tmp_path), "FLASH_TRITON_HOPPER": hopper, "TRITON_INTERPRET": "0"}
+    own = {"TRITON_CACHE_DIR": str(library.parent / "cache"), "FLASH_TRITON_HOPPER": hopper, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", CALLS, str(library)]
     done = subprocess.run(command, env=os.environ | found | own, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
