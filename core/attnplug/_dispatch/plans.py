@@ -208,8 +208,7 @@ def _prepared(plan: Plan, params: SDPAParams, run: Callable[..., Any]) -> Callab
             return record_repeated(repeated, query, key, value)
         if repeated.is_checked and not process.is_patched:  # `in_kernel` does no more
             returned = repeated.run(query, key, value)
-            if returned is not None:
-                return returned[:2]
+            return plan.carry_out(repeated.params(query, key, value)) if returned is None else returned[:2]
         return repeated.forward(query, key, value)[:2]
 
     return packed if params.is_varlen else plain

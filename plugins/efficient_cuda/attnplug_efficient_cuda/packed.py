@@ -34,7 +34,7 @@ class _Sequences:
     Attributes:
         starts_q, starts_k: cumulative lengths, int32.
         mask_type, window: the kernel's mask within each sequence.
-        queries: the caller's, in the sequences of `starts_q`.
+        queries: the caller's tokens, in the sequences of `starts_q`; None if these are not the caller's.
         blind: `(Tq,)`, True for queries that see no key.
     """
 
@@ -44,7 +44,7 @@ class _Sequences:
     max_k: int
     mask_type: int
     window: int | None
-    queries: Tokens
+    queries: Tokens | None
     blind: Tensor
 
     @classmethod
@@ -64,7 +64,6 @@ class _Sequences:
                 begin = begin + (lengths_q - used).clamp(min=0)
             starts_q = _joined(cu_q, begin, sequences.ends(cu_q))
             starts_k = _joined(cu_k, sequences.starts(cu_k), sequences.starts(cu_k) + used)
-            queries = Tokens.of(starts_q, tokens_q)
         if starts_q.shape[0] - 1 > GRID:
             raise ValueError(
                 f"efficient_cuda: {cu_q.shape[0] - 1} sequences make {starts_q.shape[0] - 1} in the kernel's grid, "
@@ -78,13 +77,14 @@ class _Sequences:
             max(1, min(params.max_k, tokens_k)),
             causal_type if right == 0 else geometry.NO_MASK,
             None if left < 0 else left + 1,
-            queries,
+            queries if starts_q is cu_q else None,
             blind,
         )
 
     def rows(self, longest: int) -> Tensor:
         """Return the row of each query among the `(sequences, longest)` of an lse; some row for a query of none."""
-        return self.queries.sequence * longest + self.queries.positions().clamp(max=longest - 1)
+        tokens = Tokens.of(self.starts_q, self.blind.shape[0]) if self.queries is None else self.queries
+        return tokens.sequence * longest + tokens.positions().clamp(max=longest - 1)
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
