@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import forked
 
 Q = torch.randn(1, 2, 4, 8)
 ORIGINAL = F.scaled_dot_product_attention
+EVERYTHING = attnplug.Capabilities(features=frozenset())
 
 
 def ran(*arguments: Any, **named: Any) -> list[str]:
@@ -218,3 +220,58 @@ def test_pytorch_s_varlen_attn_follows_if_it_is_imported_while_the_patch_is_in_p
     """
     done = forked.run(textwrap.dedent(program))
     assert done.stdout.split() == ["_RoutedVarlen", "function"], done.stderr
+
+
+# --- kernels made of PyTorch's function ---
+
+
+class OfTorch:
+    """A kernel that computes with PyTorch's function under its public name, in all that it may define."""
+
+    @staticmethod
+    def forward(params: Any) -> tuple[Tensor, None]:
+        return F.scaled_dot_product_attention(params.query, params.key, params.value, scale=params.scale), None
+
+    @staticmethod
+    def backward(params: Any, grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (params.query, params.key, params.value)]
+        with torch.enable_grad():
+            out = F.scaled_dot_product_attention(*leaves, scale=params.scale)
+        return torch.autograd.grad(out, leaves, grad_out)
+
+    @staticmethod
+    def prepare(params: Any) -> Any:
+        return lambda *tensors: (F.scaled_dot_product_attention(*tensors), None)
+
+    @staticmethod
+    def prepare_backward(params: Any, *others: Any) -> Any:
+        def run(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+            given = attnplug.SDPAParams(query, key, value, scale=query.shape[-1] ** -0.5)
+            return OfTorch.backward(given, grad_out)
+
+        return run
+
+
+@pytest.mark.parametrize("before", [0, 3], ids=["activated at first", "called before"])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_kernel_made_of_pytorch_s_function_is_called_once_for_each_call(before: int, needs_grad: bool) -> None:
+    attnplug.register_impl(attnplug.ImplSpec(name="of_torch", kernel=OfTorch, backend=None, capabilities=EVERYTHING))
+    query = Q.clone().requires_grad_(needs_grad)
+
+    def step(function: Any) -> list[Tensor]:
+        out = function(query, query, query)
+        return [out, torch.autograd.grad(out.sum(), query)[0]] if needs_grad else [out]
+
+    expected = step(F.scaled_dot_product_attention)
+    for _ in range(before):
+        step(partial(attnplug.scaled_dot_product_attention, impl="of_torch"))
+    attnplug.activate_flash_attention_impl("of_torch")
+    for _ in range(3):
+        with attnplug.record() as calls:
+            found = step(F.scaled_dot_product_attention)
+        torch.testing.assert_close(found, expected)
+        assert [call.impl for call in calls] == ["of_torch"]
+    attnplug.restore_flash_attention_impl()
+    assert ran(query, query, query) == []
+    found = step(partial(attnplug.scaled_dot_product_attention, impl="of_torch"))
+    torch.testing.assert_close(found, expected)

@@ -170,7 +170,8 @@ def scaled_dot_product_attention(
         scale = without_numpy(scale, tracing)
     if tracing or (not process.plain and is_compiling()):  # Dynamo, which may begin again, must find the same way
         start_outside()
-    plain = (
+    plain = False
+    if (  # where the value of such a chain is kept, each link takes three bytecodes more
         sinks is None
         and alibi_slopes is None
         and seqused_k is None
@@ -178,29 +179,30 @@ def scaled_dot_product_attention(
         and softcap == 0.0
         and ((not tracing and window_size is OPEN_WINDOW) or is_open(window_size))
         and causal_variant is UPPER_LEFT
-    )
+    ):
+        plain = True
     # The passthrough: where `torch` comes first, a call that PyTorch's own function can take goes straight to it. A
     # trace takes the same way: each function that it goes through costs a compiled model guards, at every call.
-    passes = (
-        plain
+    passes = False
+    if (
+        (state.torch_first if impl is None else type(impl) is str and impl == "torch")
         and process.plain
+        and plain
         and return_lse is False
-        and (state.torch_first if impl is None else type(impl) is str and impl == "torch")
         and not (state.watched or (is_profiled() if tracing else _profiler_enabled()))
         and (scale is None or (type(scale) is float and 0.0 < scale < inf))
         and type(dropout_p) in NUMBERS
         and dropout_p < 1.0
-    )
-    if passes and impl is None and process.choices is not None:  # then one look-up says whether, or which kernel runs
-        quick: Any = ASK
-        if state.scope is None and attn_mask is None and dropout_p == 0.0 and not tracing:
-            quick = answer(query, key, value, is_causal, enable_gqa)
-        if type(quick) is Plan:
-            # `answer` gives no plan without a `plain`, which its type does not say.
-            return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
-        passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value, dropout_p))
-    elif passes:
-        passes = (
+    ):
+        if impl is None and process.choices is not None:  # then one look-up says whether, or which kernel runs
+            quick: Any = ASK
+            if state.scope is None and attn_mask is None and dropout_p == 0.0 and not tracing:
+                quick = answer(query, key, value, is_causal, enable_gqa)
+            if type(quick) is Plan:
+                # `answer` gives no plan without a `plain`, which its type does not say.
+                return quick.plain(query, key, value, None, 0.0, is_causal, scale, enable_gqa)[0]  # type: ignore[misc]
+            passes = quick is PASS or (quick is PASS_IF_ALIGNED and _fit_cuda(query, key, value, dropout_p))
+        elif (
             (enable_gqa is False or enable_gqa is True)
             and (type(query) in PLAIN or (isinstance(query, Tensor) and not is_sharded(query)))
             and (
@@ -213,7 +215,8 @@ def scaled_dot_product_attention(
             and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
             and (not tracing or _agree(query, key, value, attn_mask))
             and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
-        )
+        ):
+            passes = True
     if passes:
         try:
             if scale is None and not enable_gqa:
@@ -375,7 +378,7 @@ def _fit_cuda(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
     They load 16 bytes at once, and fault where a tensor does not start at a multiple of it. A trace cannot ask, and
     assumes it: see `builtin.rewrites.starts_aligned`.
     """
-    tracing = is_compiling()
+    tracing = is_dynamo_compiling() or (type(query) not in PLAIN and is_compiling())  # the latter takes 0.1 us
     holds, shape = holds_in_trace if tracing else bool, query.shape
     if dropout:
         *_, errs = cudnn_errs(query.get_device())

@@ -92,6 +92,7 @@ def patch_torch() -> PatchHandle:
 
 
 def _install() -> None:
+    process.is_patched = True
     _register_builtin(_routed, "aten::scaled_dot_product_attention")  # TorchScript calls PyTorch's own, as always
     try:
         _sdpa.install()
@@ -116,6 +117,7 @@ def _put_back() -> None:
     _varlen_import.uninstall()
     if _varlen is not None:
         _varlen.uninstall()
+    process.is_patched = False
     torch.nn.functional.multi_head_attention_forward = _original_mha
     torch.backends.mha.get_fastpath_enabled = _original_fastpath
 

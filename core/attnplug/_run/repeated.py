@@ -31,7 +31,6 @@ from attnplug._run.contract import (
 )
 from attnplug._run.operator import is_watched
 from attnplug._run.transforms import is_transformed
-from attnplug._selection.state import thread
 from attnplug._types import SDPAParams
 
 KINDS = 8
@@ -59,16 +58,18 @@ class Repeated:
     Attributes:
         call: as above.
         order: of their tensors, as methods take them.
+        run: as above, of these tensors, outside autocast.
+        is_checked: whether what it returns has been checked.
     """
 
     def __init__(self, call: KernelCall, params: SDPAParams, run: Run) -> None:
         packed = params.is_varlen
         self.call, self.order = call, Order.of(params) if packed else _DENSE
         self._as_taken = as_taken = self.order.getter(PACKED) if packed else None
-        self._run: Run = run if as_taken is None else lambda *own: run(*as_taken((*own, None)))
+        own: Run = run if as_taken is None else lambda *own: run(*as_taken((*own, None)))
+        self.run = _inside(no_autocast(params.query), own) if any_autocast() else own
+        self.is_checked = False
         self._prepare = call.entry.kernel.prepare_backward
-        self._is_checked = False
-        self._autocasts = no_autocast(params.query) if any_autocast() else None
         self._backwards: list[tuple[Hashable, Callable[..., bool], Run | None]] = []
 
     def params(self, *tensors: Tensor | None) -> SDPAParams:
@@ -77,21 +78,12 @@ class Repeated:
 
     def forward(self, *tensors: Tensor | None) -> tuple[Any, ...]:
         """Return `(out, lse, *saved)`, checked at the first call."""
-        outer = thread.in_kernel
-        thread.in_kernel = True  # `in_kernel`, without the time of another call
-        try:
-            if self._autocasts is None:
-                returned: tuple[Any, ...] | None = self._run(*tensors)
-            else:
-                with self._autocasts:
-                    returned = self._run(*tensors)
-        finally:
-            thread.in_kernel = outer
+        returned = in_kernel(self.run, *tensors)
         if returned is None:
             return run_forward(self.call.entry, self.params(*tensors))
-        if not self._is_checked:
+        if not self.is_checked:
             check_outputs(self.call.entry.name, self.params(*tensors), returned)
-            self._is_checked = True
+            self.is_checked = True
         return returned
 
     def backward(self, needs: tuple[bool, ...], grad_out: Tensor, *everything: Any) -> Any:
@@ -113,12 +105,7 @@ class Repeated:
             if known == kind and fits(*tensors):
                 if run is None:
                     return None
-                outer = thread.in_kernel
-                thread.in_kernel = True  # as in `forward`
-                try:
-                    grads = run(*given, grad_out, *saved)
-                finally:
-                    thread.in_kernel = outer
+                grads = in_kernel(run, *given, grad_out, *saved)
                 # What else is wrong with them autograd says; one that is missing it takes for zeros.
                 if grads is not None and (count > 3 or grads[0] is None or grads[1] is None or grads[2] is None):
                     self._check_that_all_are_there(needs, grads)
@@ -166,3 +153,13 @@ class Repeated:
         run = self._taking_own(run)
         grads = in_kernel(run, *given, grad_out, *saved)
         return run, None if grads is None else checked_gradients(name, params, grads)
+
+
+def _inside(context: Any, run: Run) -> Run:
+    """Return what calls a function inside a context, which can be entered again."""
+
+    def inside(*tensors: Any) -> Any:
+        with context:
+            return run(*tensors)
+
+    return inside

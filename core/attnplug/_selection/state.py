@@ -76,6 +76,7 @@ class _ProcessState:
         self.watchers: tuple[Any, ...] = ()  # of every thread
         self.watched = ""
         self.bindings = 0  # how many modules are bound
+        self.is_patched = False  # whether PyTorch's function is replaced by one that asks attnplug
         self.listeners: list[Callable[[Registry], None]] = []  # told about the registry before anybody sees it
 
     def activate(self, name: str | None) -> None:

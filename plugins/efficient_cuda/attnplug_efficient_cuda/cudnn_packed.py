@@ -30,7 +30,7 @@ MINUS_INFINITY = float("-inf")
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (Tq, Hq, Ev)` and `lse (Hq, Tq)`."""
-    used, queries = params.cu_seq_k.diff(), params.cu_seq_q.diff()
+    used = params.cu_seq_k.diff()
     # Given the lengths of a cache of keys, the operator aligns a causal mask to the lower right, otherwise to the
     # upper left (`run_cudnn_SDP_fprop_nestedtensor` in `cudnn/MHA.cpp`).
     lengths = {"seqused_k": used} if params.is_causal else {}
@@ -45,8 +45,8 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
         scale=params.scale,
         **lengths,
     )[:2]
-    band = (-1, 0 if params.is_causal else -1)
-    blind = sequences.blind(Tokens.of(params.cu_seq_q, params.query.shape[0]), used, used - queries, band)
+    band, queries = ((-1, 0), params.cu_seq_q.diff()) if params.is_causal else ((-1, -1), None)
+    blind = sequences.blind(Tokens.of(params.cu_seq_q, params.query.shape[0]), used, band, queries)
     return layout.compact(sequences.clear(out, blind)), layout.compact(lse.masked_fill(blind, MINUS_INFINITY))
 
 
@@ -66,7 +66,7 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> 
     )
     queries, keys = params.cu_seq_q.diff(), params.cu_seq_k.diff()
     tokens_q, tokens_k = params.query.shape[0], params.key.shape[0]
-    blind = sequences.blind(Tokens.of(params.cu_seq_q, tokens_q), keys, keys - queries, (-1, -1))
+    blind = sequences.blind(Tokens.of(params.cu_seq_q, tokens_q), keys, (-1, -1), None)
     idle = sequences.unused(Tokens.of(params.cu_seq_k, tokens_k), keys, queries)
     return tuple(sequences.clear(grad, nothing) for grad, nothing in zip(grads, (blind, idle, idle), strict=True))
 

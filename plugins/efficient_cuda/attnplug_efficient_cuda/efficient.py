@@ -61,7 +61,7 @@ def _backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor, *s
     return dense.backward(params, grad_out, out, lse, *saved)
 
 
-prepare, prepare_backward = dense.prepare, dense.prepare_backward
+prepare, prepare_packed, prepare_backward = dense.prepare, packed.prepare, dense.prepare_backward
 
 
 def unavailable() -> tuple[str, ...]:

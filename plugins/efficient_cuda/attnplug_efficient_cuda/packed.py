@@ -14,6 +14,7 @@ Nothing of this looks at a length on the host. `lse` comes back as `(sequences, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,8 @@ class _Sequences:
     Attributes:
         starts_q, starts_k: cumulative lengths, int32.
         mask_type, window: the kernel's mask within each sequence.
+        queries: the caller's tokens, in the sequences of `starts_q`; None if these are not the caller's.
         blind: `(Tq,)`, True for queries that see no key.
-        unused: `(Tk,)`, True for keys that no query may see, and that get no gradient from the kernel.
     """
 
     starts_q: Tensor
@@ -43,29 +44,32 @@ class _Sequences:
     max_k: int
     mask_type: int
     window: int | None
+    queries: Tokens | None
     blind: Tensor
-    unused: Tensor
 
     @classmethod
     def of(cls, params: SDPAParams) -> _Sequences:
         left, right = geometry.band(params)
         lower_right = params.causal_variant == CausalVariant.LOWER_RIGHT
         cu_q, cu_k = params.cu_seq_q, params.cu_seq_k
-        lengths_q, lengths_k = cu_q.diff(), cu_k.diff()
-        used = lengths_k if params.seqused_k is None else params.seqused_k
+        tokens_q, tokens_k = params.query.shape[0], params.key.shape[0]
+        used = _used(params)
+        queries = Tokens.of(cu_q, tokens_q)
+        lengths_q = cu_q.diff() if lower_right and (left, right) != (-1, -1) else None
+        blind = sequences.blind(queries, used, (left, right), lengths_q)
         starts_q, starts_k = cu_q, cu_k
         if (right == 0 and lower_right) or params.seqused_k is not None:
-            leading = (lengths_q - used).clamp(min=0) if right == 0 and lower_right else torch.zeros_like(used)
-            starts_q = _joined(cu_q, sequences.starts(cu_q) + leading, sequences.ends(cu_q))
+            begin = sequences.starts(cu_q)
+            if right == 0 and lengths_q is not None:
+                begin = begin + (lengths_q - used).clamp(min=0)
+            starts_q = _joined(cu_q, begin, sequences.ends(cu_q))
             starts_k = _joined(cu_k, sequences.starts(cu_k), sequences.starts(cu_k) + used)
         if starts_q.shape[0] - 1 > GRID:
             raise ValueError(
-                f"efficient_cuda: {lengths_q.shape[0]} sequences make {starts_q.shape[0] - 1} in the kernel's grid, "
+                f"efficient_cuda: {cu_q.shape[0] - 1} sequences make {starts_q.shape[0] - 1} in the kernel's grid, "
                 f"which holds {GRID}; use another implementation for this call"
             )
-        shift = used - lengths_q if lower_right else torch.zeros_like(used)
         causal_type = geometry.LOWER_RIGHT if lower_right else geometry.UPPER_LEFT
-        tokens_q, tokens_k = params.query.shape[0], params.key.shape[0]
         return cls(
             layout.compact(starts_q),
             layout.compact(starts_k),
@@ -73,18 +77,41 @@ class _Sequences:
             max(1, min(params.max_k, tokens_k)),
             causal_type if right == 0 else geometry.NO_MASK,
             None if left < 0 else left + 1,
-            sequences.blind(Tokens.of(cu_q, tokens_q), used, shift, (left, right)),
-            sequences.unused(Tokens.of(cu_k, tokens_k), used, lengths_q),
+            queries if starts_q is cu_q else None,
+            blind,
         )
 
     def rows(self, longest: int) -> Tensor:
         """Return the row of each query among the `(sequences, longest)` of an lse; some row for a query of none."""
-        tokens = Tokens.of(self.starts_q, self.blind.shape[0])
-        return tokens.sequence * longest + tokens.position.clamp(max=longest - 1)
+        tokens = Tokens.of(self.starts_q, self.blind.shape[0]) if self.queries is None else self.queries
+        return tokens.sequence * longest + tokens.positions().clamp(max=longest - 1)
 
 
 def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
     """Return `out (Tq, Hq, Ev)` and `lse (Hq, Tq)`."""
+    told, out, lse = _forward(params)
+    lse = lse.transpose(1, 2).flatten(0, 1).index_select(0, told.rows(lse.shape[2])).transpose(0, 1)
+    return out, layout.compact(lse.masked_fill(told.blind, MINUS_INFINITY))
+
+
+def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor, None]] | None:
+    """Return what runs a call of sequences like these, if nobody wants its lse."""
+    if params.return_lse or params.needs_grad or params.scale is None or params.scale <= 0:
+        return None
+    others = {name: value for name, value in vars(params).items() if not isinstance(value, Tensor)}
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k: Tensor, *rest: Tensor | None
+    ) -> tuple[Tensor, None]:
+        *_, used, _ = rest  # no sinks, no slopes, no pages: see `Capabilities`
+        given = {"query": query, "key": key, "value": value, "cu_seq_q": starts_q, "cu_seq_k": starts_k}
+        return _forward(SDPAParams(**{**others, **given, "seqused_k": used}))[1], None
+
+    return run
+
+
+def _forward(params: SDPAParams) -> tuple[_Sequences, Tensor, Tensor]:
+    """Return what the kernel was told, out, and the kernel's lse: `(sequences, H, longest)`."""
     told = _Sequences.of(params)
     query, key, value = _kernel_tensors(params, told.max_k)
     out, lse = operators.efficient_forward(
@@ -96,9 +123,8 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor]:
         scale=params.scale,
         window_size=told.window,
     )[:2]
-    lse = lse.transpose(1, 2).flatten(0, 1).index_select(0, told.rows(lse.shape[2])).transpose(0, 1)
     out = layout.first(out.squeeze(0), params.value.shape[-1])
-    return layout.compact(sequences.clear(out, told.blind)), layout.compact(lse.masked_fill(told.blind, MINUS_INFINITY))
+    return told, layout.compact(sequences.clear(out, told.blind)), lse
 
 
 def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Any, ...]:
@@ -126,8 +152,11 @@ def backward(params: SDPAParams, grad_out: Tensor, out: Tensor, lse: Tensor) -> 
         num_splits_key=1,
         window_size=told.window,
     )[:3]
-    outside = (told.blind, told.unused, told.unused)
-    cleared = [sequences.clear(grad.squeeze(0), nothing) for grad, nothing in zip(grads, outside, strict=True)]
+    keys = Tokens.of(params.cu_seq_k, params.key.shape[0])
+    idle = sequences.unused(keys, _used(params), params.cu_seq_q.diff())
+    cleared = [
+        sequences.clear(grad.squeeze(0), nothing) for grad, nothing in zip(grads, (told.blind, idle, idle), strict=True)
+    ]
     return (
         layout.first(cleared[0], params.query.shape[-1]),
         _sum_groups(cleared[1], params.key),
@@ -164,6 +193,11 @@ def from_dense(params: SDPAParams) -> SDPAParams:
 def to_dense(tokens: Tensor, batch: int) -> Tensor:
     """Return `(B * S, H, E)` as `(B, H, S, E)`."""
     return tokens.reshape(batch, -1, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _used(params: SDPAParams) -> Tensor:
+    """Return how many keys of each sequence there are."""
+    return params.cu_seq_k.diff() if params.seqused_k is None else params.seqused_k
 
 
 def _kernel_tensors(params: SDPAParams, longest: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ Nothing here looks at a length on the host, so nothing waits for the GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,21 @@ from torch import Tensor
 from attnplug_efficient_cuda import layout
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The sequence of each token, its position there, and whether it lies beyond the last one.
+class Tokens(NamedTuple):
+    """Tokens of packed sequences.
 
     A token of no sequence has the last one's number, and a position beyond its end.
+
+    Attributes:
+        cumulative: lengths of the sequences.
+        token: the number of each token.
+        sequence: the number of its sequence.
+        outside: whether it lies beyond the last sequence.
     """
 
+    cumulative: Tensor
+    token: Tensor
     sequence: Tensor
-    position: Tensor
     outside: Tensor
 
     @classmethod
@@ -29,13 +35,15 @@ class Tokens:
         token = torch.arange(count, dtype=torch.int32, device=cumulative.device)
         sequences = cumulative.shape[0] - 1
         sequence = torch.searchsorted(layout.compact(ends(cumulative)), token, right=True)
-        outside = sequence == sequences
-        sequence = sequence.clamp(max=sequences - 1)
-        return cls(sequence, token - cumulative.index_select(0, sequence), outside)
+        return cls(cumulative, token, sequence.clamp(max=sequences - 1), sequence == sequences)
 
     def each(self, of_sequence: Tensor) -> Tensor:
         """Return what `of_sequence` says of each token's sequence."""
         return of_sequence.index_select(0, self.sequence)
+
+    def positions(self) -> Tensor:
+        """Return where each token stands in its sequence."""
+        return self.token - self.each(self.cumulative)
 
 
 def starts(cumulative: Tensor) -> Tensor:
@@ -48,29 +56,32 @@ def ends(cumulative: Tensor) -> Tensor:
     return cumulative.narrow(0, 1, cumulative.shape[0] - 1)
 
 
-def blind(tokens: Tokens, used: Tensor, shift: Tensor, band: tuple[int, int]) -> Tensor:
+def blind(tokens: Tokens, used: Tensor, band: tuple[int, int], queries: Tensor | None) -> Tensor:
     """Return `(Tq,)`, True for queries that see no key.
 
     Args:
         tokens: of the queries.
         used: `(sequences,)`, how many keys there are.
-        shift: `(sequences,)`, the key position at which the first query stands.
         band: the keys to the left and right of the diagonal that are seen; -1 is open. The right is 0 or open.
+        queries: `(sequences,)`, how many there are, the last at the last key; None if the first is at the first key.
     """
     left, right = band
-    last = tokens.each(used) - 1
-    first = torch.zeros_like(last)
-    diagonal = tokens.position + tokens.each(shift)
+    seen = tokens.each(used)  # the number of keys up to the last that is seen
+    if band == (-1, -1):
+        return (seen <= 0) | tokens.outside
+    diagonal = tokens.positions()
+    if queries is not None:
+        diagonal = diagonal + tokens.each(used - queries)
     if right == 0:
-        last = torch.minimum(last, diagonal)
+        seen = torch.minimum(seen, diagonal + 1)
     if left >= 0:
-        first = (diagonal - left).clamp(min=0)
-    return (last < first) | tokens.outside
+        seen = seen - (diagonal - left).clamp(min=0)
+    return (seen <= 0) | tokens.outside
 
 
 def unused(tokens: Tokens, used: Tensor, queries: Tensor) -> Tensor:
     """Return `(Tk,)`, True for keys beyond those that are used, of a sequence without queries, or of none."""
-    return (tokens.position >= tokens.each(used)) | (tokens.each(queries) == 0) | tokens.outside
+    return (tokens.positions() >= tokens.each(used)) | (tokens.each(queries) == 0) | tokens.outside
 
 
 def clear(tensor: Tensor, nothing: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ class _Kept:
         self.results = [numbers[name] for name in plan.results]
         sizes = [-(-new.bytes // APART) * APART for new in hidden.values()]
         self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
-        self.workspace = sum(sizes)
+        self.workspace = (sum(sizes),)
         self.launches = [_KeptLaunch(*pair, numbers) for pair in zip(plan.launches, kernels, strict=True)]
 
     def with_arguments(self, places: Sequence[int], numbers: Sequence[int]) -> _Kept:
@@ -253,8 +253,8 @@ class _Kept:
         active = driver.active
         stream = active.get_current_stream(device.index or 0)
         pointers = [tensor.data_ptr() for tensor in tensors]
-        if self.workspace:
-            workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+        if self.offsets:
+            workspace = torch.empty_strided(self.workspace, _ONE, dtype=torch.uint8, device=device)
             start = workspace.data_ptr()
             pointers += [start + offset for offset in self.offsets]
         for launch in self.launches:
@@ -294,6 +294,7 @@ class _Compiled:
         return _Maps(like, self.described[number], self.encode)
 
 
+_ONE = (1,)
 _compiled: dict[Hashable, _Compiled] = {}
 
 
