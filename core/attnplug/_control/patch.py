@@ -92,9 +92,9 @@ def patch_torch() -> PatchHandle:
 
 
 def _install() -> None:
-    process.is_patched = True
     _register_builtin(_routed, "aten::scaled_dot_product_attention")  # TorchScript calls PyTorch's own, as always
     try:
+        process.is_patched = True
         _sdpa.install()
         _varlen_import.install()
         torch.nn.functional.multi_head_attention_forward = _traceable_mha
