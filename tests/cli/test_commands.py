@@ -159,12 +159,20 @@ def test_a_full_or_closed_stdout_is_one_line_and_status_2(arguments):
     assert piped(*arguments, into=">&-") == (2, "attnplug: error: stdout is closed")
 
 
-def test_a_stdout_that_lacks_signs_of_a_report_gets_plain_ones(shell, tmp_path):
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, "m?glich.json"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "möglich.json"),  # whose bytes are no text
+    ],
+    ids=["ascii", "locale C"],
+)
+def test_a_stdout_that_lacks_signs_of_a_report_gets_plain_ones(shell, tmp_path, environment, name):
     choices = attnplug.tune(attnplug.bench.Case(heads=1, queries=4, head_size=8), ["torch"], seconds=0.001)
     file = choices.save(tmp_path / "möglich.json")
-    done = shell("list", "--choices", str(file), options=(), PYTHONIOENCODING="ascii")
+    done = shell("list", "--choices", str(file), options=(), **environment)
     assert done.status == 0 and not done.err, done.err
-    assert "B*H <=1, S <=4" in done.out and "m?glich.json" in done.out
+    assert "B*H <=1, S <=4" in done.out and name in done.out
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell with pipes")

@@ -6,6 +6,7 @@ A failure halfway is planted in the private steps of an activation: from outside
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -80,6 +82,33 @@ def test_a_patch_that_fails_halfway_leaves_pytorch_s_function_and_the_activation
         with pytest.raises(error):
             attnplug.activate_flash_attention_impl("other")
     assert attnplug.current_flash_attention_impl() == "one" and said == ["one on"]
+
+
+def test_a_patch_that_is_interrupted_at_any_line_is_gone() -> None:
+    places = [(F, "scaled_dot_product_attention"), (F, "multi_head_attention_forward")]
+    places.append((torch.backends.mha, "get_fastpath_enabled"))
+    before, tracer = [getattr(module, name) for module, name in places], sys.gettrace()
+    for last in itertools.count(1):
+        lines = itertools.count(1)
+
+        def interrupt(frame: FrameType, event: str, argument: Any, last: int = last, lines: Any = lines) -> Any:
+            if frame.f_globals["__name__"] not in ("attnplug._control.patch", "attnplug._control.replacing"):
+                return None
+            if event == "line" and next(lines) == last:
+                raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            handle = attnplug.patch_torch()
+        except KeyboardInterrupt:
+            assert [getattr(module, name) for module, name in places] == before, last
+        else:
+            break
+        finally:
+            sys.settrace(tracer)
+    handle.remove()
+    assert last > 20
 
 
 class Interrupting:

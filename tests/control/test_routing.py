@@ -275,3 +275,32 @@ def test_a_kernel_made_of_pytorch_s_function_is_called_once_for_each_call(before
     assert ran(query, query, query) == []
     found = step(partial(attnplug.scaled_dot_product_attention, impl="of_torch"))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("is_made_of_it", [False, True])
+def test_patches_around_compiled_calls_compile_at_most_what_sees_pytorch_s_function(is_made_of_it: bool) -> None:
+    def forward(params: Any) -> tuple[Tensor, None]:
+        if is_made_of_it:
+            return OfTorch.forward(params)
+        return torch.softmax(params.scale * params.query @ params.key.mT, -1) @ params.value, None
+
+    kernel = attnplug.Kernel(forward=forward, composite=True)
+    attnplug.register_impl(attnplug.ImplSpec(name="traced", kernel=kernel, backend=None, capabilities=EVERYTHING))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    attend = torch.compile(
+        lambda query: attnplug.scaled_dot_product_attention(query, query, query, impl="traced"),
+        backend=backend, fullgraph=True,
+    )  # fmt: skip
+    expected = F.scaled_dot_product_attention(Q, Q, Q)
+    for _ in range(3):
+        torch.testing.assert_close(attend(Q), expected)
+        with attnplug.patch_torch(), attnplug.record():
+            torch.testing.assert_close(F.scaled_dot_product_attention(Q, Q, Q), expected)
+        with attnplug.patch_torch():
+            torch.testing.assert_close(attend(Q), expected)
+    assert len(graphs) == (2 if is_made_of_it else 1)

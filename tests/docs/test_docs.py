@@ -6,12 +6,15 @@ The lists of hooks and of environment variables are in private modules, because 
 from __future__ import annotations
 
 import ast
+import builtins
 import doctest
+import enum
 import html
 import importlib
 import inspect
 import pkgutil
 import re
+import typing
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -131,6 +134,15 @@ def test_every_argument_of_a_public_function_is_described(name):
     functions = [getattr(module, each) for each in public_names(module)]
     missing = {each.__name__: undescribed(each) for each in functions if inspect.isfunction(each)}
     assert {function: names for function, names in missing.items() if names} == {}
+
+
+def test_bases_that_the_reference_shows_can_be_looked_up(site):
+    """In the reference or in Python's: what handles have in common is in neither."""
+    lines = [line for page in site.rglob("*.html") for line in re.findall(r"^\s*Bases:.*", text_of(page), re.MULTILINE)]
+    bases = {name for line in lines for name in re.findall(r"[\w.]+", line.partition("Bases:")[2])}
+    public = {name.rpartition(".")[2] for name in anchors(site)}
+    python = {name for module in (builtins, enum, typing) for name in vars(module)}
+    assert "AttnplugError" in bases and {name.rpartition(".")[2] for name in bases} <= public | python
 
 
 def test_every_example_of_a_docstring_is_shown_as_code(site):

@@ -158,7 +158,8 @@ class Cutlass:
             check_layout(name, tensor)
             assert tensor.is_contiguous() and tensor.shape == (*query.shape[:3], value.shape[3])
         assert cu_q is None or (num_splits_key == 1 and 0 < max_q <= query.shape[1] and 0 < max_k <= key.shape[1])
-        assert lse.dtype == torch.float32 and lse.stride(2) == 1 and lse.stride(1) % 8 == 0 == lse.stride(0) % 8
+        assert lse.dtype == torch.float32 and lse.stride(2) == 1
+        assert all(size == 1 or stride % 8 == 0 for size, stride in zip(lse.shape[:2], lse.stride()[:2], strict=True))
         batches = sequences(query, key, cu_q, cu_k)
         grad_q, grad_k, grad_v = (torch.full(t.shape, NAN, dtype=torch.float64) for t in (query, key, value))
         grad_bias = torch.full(bias.shape, NAN, dtype=torch.float64) if wants_bias else None

@@ -52,12 +52,11 @@ class PatchHandle(Removable):
     def remove(self) -> None:
         """Undo the patch; a second call does nothing."""
         with _lock:
-            if self in _handles:
-                try:
-                    _handles.remove(self)
-                finally:  # after an interrupt, too
-                    if not _handles:
-                        _uninstall()
+            try:
+                _handles.discard(self)
+            finally:  # after an interrupt, too
+                if process.is_patched and not _handles:
+                    _uninstall()
 
     def __repr__(self) -> str:
         return f"<PatchHandle: {'in place' if self in _handles else 'removed'}>"
@@ -85,16 +84,16 @@ def patch_torch() -> PatchHandle:
             if not _handles:
                 _install()
             _handles.add(handle)
+        return handle
     except BaseException:  # an interrupt leaves no patch that nobody can remove
         handle.remove()
         raise
-    return handle
 
 
 def _install() -> None:
-    _register_builtin(_routed, "aten::scaled_dot_product_attention")  # TorchScript calls PyTorch's own, as always
+    process.is_patched = True  # before any of it, and until all of it is gone
     try:
-        process.is_patched = True
+        _register_builtin(_routed, "aten::scaled_dot_product_attention")  # TorchScript calls PyTorch's own, as always
         _sdpa.install()
         _varlen_import.install()
         torch.nn.functional.multi_head_attention_forward = _traceable_mha
@@ -117,9 +116,9 @@ def _put_back() -> None:
     _varlen_import.uninstall()
     if _varlen is not None:
         _varlen.uninstall()
-    process.is_patched = False
     torch.nn.functional.multi_head_attention_forward = _original_mha
     torch.backends.mha.get_fastpath_enabled = _original_fastpath
+    process.is_patched = False
 
 
 class _Routed:

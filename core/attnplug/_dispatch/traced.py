@@ -31,7 +31,7 @@ from attnplug._errors import AttnplugError, PluginWarning
 from attnplug._messages import warn
 from attnplug._registry.registry import BUILTIN
 from attnplug._run.constant_lse import constant_lse, refusal, without_gradient
-from attnplug._run.contract import Result, check_outputs, in_kernel
+from attnplug._run.contract import Result, check_outputs, unrouted
 from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_mapped_alone, is_transformed
 from attnplug._selection.selection import Selection
@@ -206,7 +206,13 @@ def _run(params: SDPAParams, name: str, kind: str, refused: str, saves: str) -> 
 
 def _forward(params: SDPAParams, name: str, kind: str) -> Any:
     forward = getattr(_composite, _attribute(name)).forward
-    return forward(params) if kind == BUILT_IN else in_kernel(forward, params)
+    return unrouted(forward, params) if kind != BUILT_IN and _is_patched() else forward(params)
+
+
+@constant_in_traces
+def _is_patched() -> bool:
+    """Whether PyTorch's function is replaced, without a guard: a kernel made of it has one on its name already."""
+    return process.is_patched
 
 
 def _constant(value: Any) -> Any:

@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any, TextIO
 
 from attnplug._tables import fitting, table, wrap
@@ -41,6 +42,8 @@ _ROW = re.compile(r"\S.*(?:\n .*)*")
 
 _PLAIN = {"·": "*", "≤": "<=", "µ": "u"}
 """What stands for signs of reports where stdout has another encoding than UTF-8."""
+
+_Instead = tuple[str | bytes, int]
 
 _out: TextIO | None = None
 
@@ -75,20 +78,24 @@ def checked_stdout() -> Iterator[None]:
 @contextmanager
 def _in_any_encoding(stream: TextIO) -> Iterator[None]:
     """Write what the encoding of `stream` lacks in plain letters: a report is not lost for a sign in it."""
-    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+    if not isinstance(stream, io.TextIOWrapper):
         yield
         return
-    codecs.register_error("attnplug", _plainly)
+    before = stream.errors or "strict"
+    codecs.register_error("attnplug", partial(_plainly, codecs.lookup_error(before)))
     stream.reconfigure(errors="attnplug")
     try:
         yield
     finally:
-        stream.reconfigure(errors="strict")
+        stream.reconfigure(errors=before)
 
 
-def _plainly(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+def _plainly(handle: Callable[[UnicodeError], _Instead], error: UnicodeError) -> _Instead:
+    try:
+        return handle(error)  # in the locale C, that of bytes which are no text and must stay what they are
+    except UnicodeEncodeError:
+        assert isinstance(error, UnicodeEncodeError)
+        return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
 
 
 def _is_of_stdout(error: OSError) -> bool:

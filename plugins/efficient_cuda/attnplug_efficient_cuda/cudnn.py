@@ -47,7 +47,7 @@ direct = Kept(_look)
 
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return `out`, `lse` and, where there is a mask, the operator's own lse."""
-    params, _ = layout.positive_scale(params)
+    params, _ = params.with_positive_scale()
     if params.is_varlen:
         return cudnn_packed.forward(params)
     if (told := direct.of(params)) is not None:
@@ -150,7 +150,7 @@ def backward(
         raise RuntimeError("cudnn: the backward has no deterministic form; use 'efficient_cuda' or another one")
     if lse is None:  # as it was prepared
         lse = saved[0].reshape(params.query.shape[:-1])
-    params, sign = layout.positive_scale(params)
+    params, sign = params.with_positive_scale()
     if params.is_varlen:
         grad_query, *others = cudnn_packed.backward(params, grad_out, out, lse)
     else:
@@ -234,7 +234,7 @@ def fake(params: SDPAParams) -> tuple[Tensor, ...]:
         query, value = params.query, params.value
         lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
         return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
-    query, value = layout.unshared(layout.positive_scale(params)[0].query), params.value
+    query, value = layout.unshared(params.with_positive_scale()[0].query), params.value
     out = laid_out_like(query, query.new_empty((*query.shape[:-1], value.shape[-1])))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     own = []

@@ -19,7 +19,7 @@ from attnplug_efficient_cuda import dense, geometry, hardware, layout, operators
 
 def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     """Return `out`, `lse` and, with dropout, the seed and offset of each launch."""
-    params, _ = layout.positive_scale(params)
+    params, _ = params.with_positive_scale()
     if params.is_varlen:
         return packed.forward(params)
     if params.seqused_k is not None:
@@ -40,7 +40,7 @@ def backward(
     """Return the gradients of query, key, value and, of a dense call, the mask; lse has none here."""
     if lse is None:  # as it was prepared
         lse, saved = layout.part(saved[0], 2, (0, params.query.shape[2])), ()
-    params, sign = layout.positive_scale(params)
+    params, sign = params.with_positive_scale()
     grad_query, *others = _backward(params, grad_out, out, lse, *saved)
     return grad_query if sign == 1 else grad_query * sign, *others
 

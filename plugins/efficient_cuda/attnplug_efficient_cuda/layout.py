@@ -8,14 +8,12 @@ allow, and a copy where they do not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from attnplug import SDPAParams
 
 READ_BYTES = 16
 INT32, UINT32 = 2**31, 2**32
@@ -122,19 +120,6 @@ def reachable(tensor: Tensor, length: int) -> Tensor:
     if length * tensor.stride(1) < INT32:
         return tensor
     return compact(tensor.transpose(1, 2)).transpose(1, 2)
-
-
-def positive_scale(params: SDPAParams) -> tuple[SDPAParams, int]:
-    """Return a call of the same logits whose scale is above 0, and what the query's gradient is to be multiplied by.
-
-    The kernels hide keys before they scale, so a negative scale would turn minus infinity into plus infinity, and
-    0 would turn it into NaN.
-    """
-    assert params.scale is not None
-    if params.scale > 0:
-        return params, 1
-    sign = -1 if params.scale < 0 else 0
-    return replace(params, query=params.query * sign, scale=-params.scale or 1.0), sign
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
