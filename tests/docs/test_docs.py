@@ -41,7 +41,12 @@ MODULES = [
         if not module.name.rpartition(".")[2].startswith("_") and module.name not in INTERNAL
     ),
 ]
-RUN = sorted(path.name for path in pages.DOCS.glob("*.md") if pages.blocks(path.name))
+BLOCKS = {
+    name: {block.language for block in pages.blocks(name)}
+    for name in sorted(str(path.relative_to(pages.DOCS)) for path in pages.DOCS.rglob("*.md"))
+}
+RUN = [name for name, languages in BLOCKS.items() if languages and ("/" not in name or "python" in languages)]
+"""Those in folders show besides what nobody can install here."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 

@@ -43,24 +43,34 @@ _is_mode_on = torch._C._is_torch_function_mode_enabled
 _lock = lock(PATCH)
 _original_fastpath = torch.backends.mha.get_fastpath_enabled
 _original_mha = torch.nn.functional.multi_head_attention_forward
-_handles: set[PatchHandle] = set()
+_handles: set[object] = set()
+"""The mark of each patch in place. Its handle is its holder's alone, and collected if nobody can remove it."""
 
 
 class PatchHandle(Removable):
     """Undoes one `patch_torch()`; removing the last one ends the routing. Also a context manager."""
 
+    _mark: object = None
+
+    def __init__(self) -> None:
+        self._mark = object()
+
     def remove(self) -> None:
         """Undo the patch; a second call does nothing."""
         with _lock:
-            if self in _handles:
+            if self._mark in _handles:
                 try:
-                    _handles.remove(self)
+                    _handles.remove(self._mark)
                 finally:  # after an interrupt, too
                     if not _handles:
                         _uninstall()
 
     def __repr__(self) -> str:
-        return f"<PatchHandle: {'in place' if self in _handles else 'removed'}>"
+        return f"<PatchHandle: {'in place' if self._mark in _handles else 'removed'}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: a copy is of no patch."""
+        return {}
 
 
 def patch_torch() -> PatchHandle:
@@ -84,7 +94,7 @@ def patch_torch() -> PatchHandle:
         with _lock:
             if not _handles:
                 _install()
-            _handles.add(handle)
+            _handles.add(handle._mark)
     except BaseException:  # an interrupt leaves no patch that nobody can remove
         handle.remove()
         raise
