@@ -230,7 +230,9 @@ def test_the_steps_of_a_plugin_are_as_many_as_the_page_says():
     assert f"in {NUMBERS[len(steps)]} steps" in text
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "adapters/flex.md" else ()) for name in RUN]
+)
 def test_what_a_page_shows_runs_and_prints_what_it_says(name, tmp_path):
     assert pages.Page(name, tmp_path, packages=("my_kernel",)).run() > 0
 
