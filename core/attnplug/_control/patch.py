@@ -43,22 +43,26 @@ _is_mode_on = torch._C._is_torch_function_mode_enabled
 _lock = lock(PATCH)
 _original_fastpath = torch.backends.mha.get_fastpath_enabled
 _original_mha = torch.nn.functional.multi_head_attention_forward
-_handles: set[object] = set()
+_handles: set[_Mark] = set()
 """The mark of each patch in place. Its handle is its holder's alone, and collected if nobody can remove it."""
+
+
+class _Mark:
+    """One patch. Of a class of its own, as a trace of PyTorch 2.11 takes no plain `object`, and guards on numbers."""
 
 
 class PatchHandle(Removable):
     """Undoes one `patch_torch()`; removing the last one ends the routing. Also a context manager."""
 
-    _mark: object = None
+    _mark: _Mark | None = None
 
     def __init__(self) -> None:
-        self._mark = object()
+        self._mark = _Mark()
 
     def remove(self) -> None:
         """Undo the patch; a second call does nothing."""
         with _lock:
-            if self._mark in _handles:
+            if self._mark is not None and self._mark in _handles:
                 try:
                     _handles.remove(self._mark)
                 finally:  # after an interrupt, too
@@ -90,11 +94,13 @@ def patch_torch() -> PatchHandle:
     """
     start()
     handle = PatchHandle()
+    mark = handle._mark
+    assert mark is not None
     try:
         with _lock:
             if not _handles:
                 _install()
-            _handles.add(handle._mark)
+            _handles.add(mark)
     except BaseException:  # an interrupt leaves no patch that nobody can remove
         handle.remove()
         raise
