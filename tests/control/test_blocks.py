@@ -9,6 +9,7 @@ import pickle
 import random
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -16,9 +17,11 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 
 import attnplug
-from attending import DEFAULT, FLASH, MATH, Attention, Q, ran
+import forked
+from attending import DEFAULT, FLASH, MATH, Attention, Q, ran, ran_in
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
@@ -183,6 +186,55 @@ def test_what_nobody_can_leave_any_more_is_left() -> None:
     assert ran() == DEFAULT
 
 
+WATCHING: dict[str, Callable[[], Any]] = {
+    "a recording": attnplug.record,
+    "a capture": attnplug.capture,
+    "a summary": attnplug.summary,
+    "a verification": lambda: attnplug.verify(1.0, reference=MATH),
+}
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_what_watches_goes_with_a_block_that_nobody_can_leave_any_more(name: str) -> None:
+    """As when an interrupt comes at the first instruction of its end; `conftest.py` sees that nothing watches on."""
+    block = WATCHING[name]()
+    block.__enter__()
+    attnplug.scaled_dot_product_attention(Q, Q, Q)
+    gone = weakref.ref(block)
+    del block
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_patch_and_a_binding_go_with_a_block_that_nobody_can_leave_any_more() -> None:
+    before, module = F.scaled_dot_product_attention, Attention()
+    patch, binding = attnplug.patch_torch(), attnplug.bind(module, MATH)
+    with copy.deepcopy(patch):  # a copy is of no patch
+        patch.__enter__(), binding.__enter__()
+        assert ran_in(lambda: module(Q)) == [MATH] and F.scaled_dot_product_attention is not before
+    assert F.scaled_dot_product_attention is not before
+    del patch, binding
+    gc.collect()
+    assert ran_in(lambda: module(Q)) == [DEFAULT] and F.scaled_dot_product_attention is before
+
+
+def test_what_was_never_a_block_stays_though_its_handle_is_forgotten() -> None:
+    module = Attention()
+    attnplug.bind(module, MATH)
+    gc.collect()
+    assert ran_in(lambda: module(Q)) == [MATH]
+    program = """if True:
+        import gc, torch, attnplug
+        attnplug.patch_torch()
+        gc.collect()
+        query = torch.randn(1, 2, 4, 8)
+        with attnplug.record() as calls:
+            torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        print(len(calls))
+    """
+    assert forked.run(program).stdout == "1\n"
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
 def test_copies_of_a_block_that_is_entered_are_not_and_leave_nothing(copied: Callable[[Any], Any]) -> None:
     scope, recording, capturing = attnplug.sdpa_kernel(MATH), attnplug.record(), attnplug.capture()
@@ -220,7 +272,7 @@ INTERRUPTS = 500
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that interrupt")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts_at_any_moment_leave_nothing() -> None:
-    """A notebook's stop button, pressed again and again: in scopes, bindings, decorators and recordings."""
+    """A notebook's stop button, pressed again and again: in scopes, bindings, decorators and all that watches."""
     inner, outer = Attention(), Attention()
     outer.before = lambda: inner(Q)
     handles = [attnplug.bind(outer, FLASH), attnplug.bind(inner, MATH)]
@@ -228,7 +280,7 @@ def test_interrupts_at_any_moment_leave_nothing() -> None:
 
     def blocks() -> None:
         while True:
-            with attnplug.sdpa_kernel(MATH), attnplug.record():
+            with attnplug.sdpa_kernel(MATH), attnplug.record(), attnplug.summary(), attnplug.verify(1e-9, MATH):
                 decorated()
 
     def interrupt(_: int, frame: FrameType | None) -> None:

@@ -51,6 +51,14 @@ def test_what_a_program_puts_to_use_is_undone_to_what_the_environment_says(tmp_p
     assert in_environment(tmp_path, program, ATTNPLUG_CHOICES=str(file)).stdout == "aten_flash\naten_math\n"
 
 
+def test_a_program_says_auto_as_the_environment_does(tmp_path):
+    program = f"import attnplug; attnplug.use_choices('auto')\n{CALL}"
+    missing = in_environment(tmp_path, program)
+    assert missing.stdout == "torch\n" and "there are none yet in" in missing.stderr
+    fastest((CASE, "aten_math")).save(tmp_path / "cache" / "attnplug" / "choices.json")
+    assert in_environment(tmp_path, program).stdout == "aten_math\n"
+
+
 def test_a_cudnn_that_pytorch_complains_of_is_in_the_way_of_no_choice(tmp_path):
     program = f"""
 import attnplug, foreign_cudnn, pytest

@@ -321,7 +321,7 @@ def test_what_is_wrong_with_choices_changes_nothing(tmp_path):
     with in_use(fastest((CASE, "aten_math"))):
         with pytest.raises(ChoicesError, match="there is no such file"):
             attnplug.use_choices(tmp_path / "none.json")
-        with pytest.raises(TypeError, match="expected Choices or the path of a file, got int"):
+        with pytest.raises(TypeError, match="expected Choices, the path of a file or 'auto', got int"):
             attnplug.use_choices(3)
         assert ran() == "aten_math"
 

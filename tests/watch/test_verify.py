@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import re
 import threading
@@ -17,7 +18,7 @@ from torch import Tensor
 import attnplug
 import process_state
 from attnplug import Mismatch, MismatchError, MismatchWarning
-from spoiled_kernels import Formula, WrongLse, WrongOut, register, tensors
+from spoiled_kernels import Formula, WrongGradient, WrongLse, WrongOut, register, tensors
 
 
 @pytest.mark.parametrize("impl", [None, "torch", "aten_flash", "aten_math", "math_ref"])
@@ -336,6 +337,18 @@ def test_it_is_started_once_and_stopped_once() -> None:
         watched.stop()
     with watched, pytest.raises(attnplug.ScopeError, match="started already"):
         watched.start()
+
+
+def test_a_block_without_a_name_compares_gradients_after_its_end() -> None:
+    """Whose graph is all that holds it then."""
+    impl, (query, key, value) = register(WrongGradient), tensors(5, 17)
+    found: list[Mismatch] = []
+    with attnplug.verify(1.0, on_mismatch=found.append):
+        out = attnplug.scaled_dot_product_attention(query, key.requires_grad_(), value, impl=impl)
+    gc.collect()
+    assert found == []
+    out.sum().backward()
+    assert [mismatch.name for mismatch in found] == ["key"]
 
 
 def test_a_quantized_kernel_is_held_to_its_own_rule() -> None:

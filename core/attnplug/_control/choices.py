@@ -10,7 +10,7 @@ from attnplug._dispatch.measured import forget_warnings
 from attnplug._messages import warn
 from attnplug._registry.forks import ACTIVATION, lock
 from attnplug._selection.choices import Choices
-from attnplug._selection.state import choices_of_environment, process, start
+from attnplug._selection.state import automatic_choices, choices_of_environment, process, start
 
 _lock = lock(ACTIVATION)
 _patch: PatchHandle | None = None
@@ -27,7 +27,8 @@ def use_choices(choices: Choices | str | os.PathLike[str]) -> None:
     for an activation. These choices replace those in use before.
 
     Args:
-        choices: what `tune` returned, or the path of a file.
+        choices: what `tune` returned, the path of a file, or `"auto"`, which is this user's file, as in
+            `ATTNPLUG_CHOICES`, and need not exist yet. (A file of that name is `"./auto"`.)
 
     Raises:
         ChoicesError: the file cannot be read, or holds no choices; what was in use stays so.
@@ -41,10 +42,12 @@ def use_choices(choices: Choices | str | os.PathLike[str]) -> None:
         >>> attnplug.restore_choices()
     """
     global _patch
-    if isinstance(choices, (str, os.PathLike)):
+    if isinstance(choices, str) and choices == "auto":
+        choices = automatic_choices()
+    elif isinstance(choices, (str, os.PathLike)):
         choices = Choices.load(as_path("choices", choices))
     if not isinstance(choices, Choices):
-        raise TypeError(f"choices: expected Choices or the path of a file, got {type(choices).__name__}")
+        raise TypeError(f"choices: expected Choices, the path of a file or 'auto', got {type(choices).__name__}")
     with _lock:
         start()
         if _patch is None:

@@ -43,23 +43,38 @@ _is_mode_on = torch._C._is_torch_function_mode_enabled
 _lock = lock(PATCH)
 _original_fastpath = torch.backends.mha.get_fastpath_enabled
 _original_mha = torch.nn.functional.multi_head_attention_forward
-_handles: set[PatchHandle] = set()
+_handles: set[_Mark] = set()
+"""The mark of each patch in place. Its handle is its holder's alone, and collected if nobody can remove it."""
+
+
+class _Mark:
+    """One patch. Of a class of its own, as a trace of PyTorch 2.11 takes no plain `object`, and guards on numbers."""
 
 
 class PatchHandle(Removable):
     """Undoes one `patch_torch()`; removing the last one ends the routing. Also a context manager."""
 
+    _mark: _Mark | None = None
+
+    def __init__(self) -> None:
+        self._mark = _Mark()
+
     def remove(self) -> None:
         """Undo the patch; a second call does nothing."""
         with _lock:
             try:
-                _handles.discard(self)
+                if self._mark is not None:
+                    _handles.discard(self._mark)
             finally:  # after an interrupt, too
                 if process.is_patched and not _handles:
                     _uninstall()
 
     def __repr__(self) -> str:
-        return f"<PatchHandle: {'in place' if self in _handles else 'removed'}>"
+        return f"<PatchHandle: {'in place' if self._mark in _handles else 'removed'}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: a copy is of no patch."""
+        return {}
 
 
 def patch_torch() -> PatchHandle:
@@ -79,11 +94,14 @@ def patch_torch() -> PatchHandle:
     """
     start()
     handle = PatchHandle()
+    mark = handle._mark
+    assert mark is not None
     try:
         with _lock:
-            if not _handles:
+            is_first = not _handles
+            _handles.add(mark)  # before: a handle that is collected meanwhile must not find that there are none
+            if is_first:
                 _install()
-            _handles.add(handle)
         return handle
     except BaseException:  # an interrupt leaves no patch that nobody can remove
         handle.remove()

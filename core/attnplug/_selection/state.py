@@ -176,23 +176,24 @@ def _start() -> None:
 def choices_of_environment() -> Choices | None:
     """Return the measured choices that `ATTNPLUG_CHOICES` names; None if it names none.
 
-    `auto` may stand in the environment before there are any.
-
     Raises:
         ConfigError: the file cannot be read, or holds no choices.
     """
     named = get_config().choices
     if not named:
         return None
-    from attnplug._selection.choice_files import default_place
-
-    place = default_place() if named == "auto" else Path(named).expanduser()
-    if named == "auto" and not place.exists():
-        return Choices(source=str(place))
     try:
-        return Choices.load(place)
+        return automatic_choices() if named == "auto" else Choices.load(Path(named).expanduser())
     except ChoicesError as error:
         raise ConfigError(f"ATTNPLUG_CHOICES: {error}") from error
+
+
+def automatic_choices() -> Choices:
+    """Return this user's choices, which `auto` stands for; it may be said before there are any."""
+    from attnplug._selection.choice_files import default_place
+
+    place = default_place()
+    return Choices.load(place) if place.exists() else Choices(source=str(place))
 
 
 @constant_in_traces

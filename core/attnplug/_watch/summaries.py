@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,8 +90,9 @@ class summary:
               1  torch             cpu float32 E8 H2 Sq<=4 Sk<=4 causal
     """
 
+    _watcher: _Tally | None = None
+
     def __init__(self) -> None:
-        self._watcher: _Tally | None = None
         self._lock = threading.Lock()
         self._counts: Counter[tuple[Any, ...]] = Counter()
         self._passed_over: dict[tuple[Any, ...], Mapping[str, tuple[str, ...]]] = {}
@@ -113,8 +115,8 @@ class summary:
         """Collect no longer. What was collected stays."""
         if self._watcher is None:
             raise ScopeError("summary is stopped, or left, but it was not started")
-        watcher, self._watcher = self._watcher, None
-        remove_watcher(watcher)
+        remove_watcher(self._watcher)
+        self._watcher = None  # afterwards: what is interrupted before can be repeated
 
     def __enter__(self) -> summary:
         return self._begin(everywhere=False)
@@ -122,11 +124,16 @@ class summary:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
+    def __del__(self) -> None:
+        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
+        if self._watcher is not None and not self._watcher.everywhere:
+            remove_watcher(self._watcher)
+
     def _begin(self, everywhere: bool) -> summary:
         if self._watcher is not None:
             raise ScopeError("this summary is started already; make another one")
         start()
-        self._watcher = _Tally(self._count)
+        self._watcher = _Tally(self, everywhere)
         add_watcher(self._watcher, everywhere)
         return self
 
@@ -244,10 +251,17 @@ class _Line:
 
 
 class _Tally(Watcher):
-    """What a `summary` watches with, for as long as it is in place."""
+    """What a `summary` watches with, for as long as it is in place: a block's, until the block is collected."""
 
-    def __init__(self, count: Callable[[RecordedCall, str, str], None]) -> None:
-        self._count = count
+    def __init__(self, summed: summary, everywhere: bool) -> None:
+        self._kept = summed if everywhere else None
+        self._reference = weakref.ref(summed)
+        self.everywhere = everywhere
+
+    def _count(self, call: RecordedCall, kind: str, module: str) -> None:
+        summed = self._reference()
+        if summed is not None:
+            summed._count(call, kind, module)
 
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
         kind, module = kind_of(params), current_module() or call.module

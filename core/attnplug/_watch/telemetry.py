@@ -61,10 +61,12 @@ class Instrumentation(Removable):
 
     def remove(self) -> None:
         """Stop reporting to the providers; a second call does nothing."""
-        watcher, self._watcher = self._watcher, None
+        watcher = self._watcher
         if watcher is not None:
             remove_watcher(watcher)
-            _told.remove(watcher)
+            if watcher in _told:  # a call before was not interrupted here
+                _told.remove(watcher)
+            self._watcher = None
 
     def __repr__(self) -> str:
         return f"<Instrumentation: {'removed' if self._watcher is None else 'in place'}>"

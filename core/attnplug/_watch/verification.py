@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -106,6 +108,8 @@ class verify:
         (1, 0)
     """
 
+    _watcher: _Verifier | None = None
+
     def __init__(
         self,
         rate: float,
@@ -130,7 +134,6 @@ class verify:
         self.calls = self.results = self.gradients = self.wrong = 0
         self.mismatches: list[Mismatch] = []
         self.skipped: Counter[str] = Counter()
-        self._watcher: _Verifier | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: what was found, but not that it goes on."""
@@ -144,14 +147,19 @@ class verify:
         """Verify no longer. What was found stays; gradients of calls that were sampled are still compared."""
         if self._watcher is None:
             raise ScopeError("verify is stopped, or left, but it was not started")
-        watcher, self._watcher = self._watcher, None
-        remove_watcher(watcher)
+        remove_watcher(self._watcher)
+        self._watcher = None  # afterwards: what is interrupted before can be repeated
 
     def __enter__(self) -> verify:
         return self._begin(everywhere=False)
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+    def __del__(self) -> None:
+        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
+        if self._watcher is not None and not self._watcher.everywhere:
+            remove_watcher(self._watcher)
 
     def _begin(self, everywhere: bool) -> verify:
         if self._watcher is not None:
@@ -174,20 +182,32 @@ class verify:
 
 
 class _Verifier(Watcher):
-    """What a `verify` watches with, for as long as it is in place."""
+    """What a `verify` watches with, for as long as it is in place.
+
+    That of a process holds its `verify`, which nobody else need do. That of a block does not, so that the block can be
+    collected, and is left then; a graph whose gradients are still to be compared holds it.
+    """
 
     sees_tensors = True
 
     def __init__(self, found: verify, everywhere: bool) -> None:
-        self._found = found
-        self._everywhere = everywhere
+        self._kept = found if everywhere else None
+        self._reference = weakref.ref(found)
+        self.everywhere = everywhere
         self._judge = Judge(found.reference)
         self._random = random.Random(found.seed)
         self._lock = threading.Lock()
         self._warned: set[tuple[str, bool, str]] = set()
 
+    @property
+    def _found(self) -> verify:
+        found = self._reference()
+        assert found is not None  # held by a call that is made, or by its graph
+        return found
+
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
-        if not self._is_sampled():
+        found = self._reference()
+        if found is None or not self._is_sampled(found):
             return run(params)
         reason = self._unfit(call, params)
         if reason:
@@ -198,14 +218,15 @@ class _Verifier(Watcher):
             result = run(params)
             self._check(call, params, *result)
             return result
-        backward = Backward(params, names, lambda *given: self._check_gradients(call, params, *given), self._skip)
+        backward = Backward(params, names, partial(self._check_gradients, call, params, held=found), self._skip)
         out, lse = run(backward.of_aliases(params))
         self._check(call, params, out, lse)
         backward.listen(out, lse)
         return out, lse
 
     def seen(self, call: RecordedCall, params: SDPAParams, result: Result) -> None:
-        if not self._is_sampled():
+        found = self._reference()
+        if found is None or not self._is_sampled(found):
             return
         reason = self._unfit(call, params)
         if reason:
@@ -215,12 +236,13 @@ class _Verifier(Watcher):
         kernel = start().get(call.impl).load()
         if kernel is None or kernel.composite:
             self._skip("gradients: of compiled code that is made of PyTorch's operators, if it has any")
-        elif params.query.is_cuda and not self._everywhere:
+        elif params.query.is_cuda and not self.everywhere:
             self._skip("gradients: of compiled code, which has its backward in a thread of autograd's: start() sees it")
 
     def differentiated(self, call: RecordedCall, params: SDPAParams, gradients: Gradients) -> None:
+        found = self._reference()
         with self._lock:
-            if self._random.random() >= self._found.rate:
+            if found is None or self._random.random() >= found.rate:
                 return
         reason = self._unfit(call, params)
         if reason:
@@ -228,10 +250,10 @@ class _Verifier(Watcher):
             return
         self._check_gradients(call, params, *gradients)
 
-    def _is_sampled(self) -> bool:
+    def _is_sampled(self, found: verify) -> bool:
         with self._lock:
-            self._found.calls += 1
-            return self._random.random() < self._found.rate
+            found.calls += 1
+            return self._random.random() < found.rate
 
     def _skip(self, reason: str) -> None:
         with self._lock:
@@ -251,7 +273,10 @@ class _Verifier(Watcher):
         gradients: dict[str, Tensor],
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
+        held: verify | None = None,
     ) -> None:
+        """Compare gradients; a graph holds the `verify` until it has."""
+
         def judge(plain: SDPAParams) -> list[Mistake]:
             return self._judge.of_gradients(plain, gradients, grad_out, grad_lse, self._is_quantized(call))
 

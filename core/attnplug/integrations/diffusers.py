@@ -32,7 +32,8 @@ class Handle(Removable):
     def remove(self) -> None:
         """Take the models' attention back to what it was."""
         while self._handles:
-            self._handles.pop().remove()
+            self._handles[-1].remove()
+            self._handles.pop()  # afterwards, so that nothing is lost if this is interrupted
 
 
 def bind(pipeline: Any, backends: Any, set_priority: bool = False) -> Handle:

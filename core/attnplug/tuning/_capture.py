@@ -72,8 +72,8 @@ class capture:
         if self._watcher is None:
             raise ScopeError("capture() is left, but it was not entered")
         remove_watcher(self._watcher)
-        self._watcher = None
         self._stack.close()
+        self._watcher = None
 
     def __del__(self) -> None:
         """Leave a block that can no longer be left by hand, because leaving it was interrupted."""

@@ -44,7 +44,8 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
 
     Raises:
         GradientError: an argument has a tangent, which a compiled function would drop in silence.
-        AttnplugError: a transform of `torch.func` is around the call, in which PyTorch compiles no kernel.
+        AttnplugError: a transform of `torch.func`, or `torch.jit.trace`, is around the call; PyTorch compiles no kernel
+            there.
     """
     # A mode, such as that of `torch.func.linearize`, takes tangents as they are; a trace cannot ask for them.
     if not torch.compiler.is_compiling() and any(
@@ -57,6 +58,11 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     if not flex_mods.is_watched() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise AttnplugError(
             "implementation 'flex' is compiled, and cannot be seen through by torch.func transforms; use another, for "
+            "example inside sdpa_kernel(SDPBackend.MATH)"
+        )
+    if not flex_mods.is_watched() and torch._C._get_tracing_state() is not None:
+        raise AttnplugError(
+            "implementation 'flex' is compiled, and cannot be seen through by torch.jit.trace; use another, for "
             "example inside sdpa_kernel(SDPBackend.MATH)"
         )
     positions = flex_mods.Positions.of(params)

@@ -80,10 +80,19 @@ class Pinned:
 
 
 def hub_spec() -> ImplSpec:
-    """Return the specification of `hub`: that of the library in the repository that is asked for."""
+    """Return the specification of `hub`: that of the library in the repository that is asked for.
+
+    A value that means nothing breaks `hub` alone, as a broken kernel would: a warning that names the variable, and an
+    error where `hub` is named.
+
+    Raises:
+        ValueError: it means nothing, under `ATTNPLUG_STRICT=1`.
+    """
     try:
         pinned = Pinned.from_environment()
     except ValueError as error:  # the kernel says so, too, whenever it is asked for
+        if os.environ.get("ATTNPLUG_STRICT") == "1":
+            raise ValueError(f"{VARIABLE}: {error}") from error
         warnings.warn(f"{VARIABLE}: {error}; hub is unavailable", PluginWarning, stacklevel=2)
         pinned = None
     capabilities = Capabilities(devices=("cuda",)) if pinned is None else CAPABILITIES[pinned.library]

@@ -220,6 +220,17 @@ def test_a_transform_in_which_nothing_is_compiled_is_an_error_of_flex_and_not_of
         transform(attend)(query, query, query)
 
 
+def test_a_trace_of_torch_script_is_an_error_that_names_flex() -> None:
+    query = torch.randn(1, 2, 24, 16)
+    for options in ({}, {"is_causal": True}, {"attn_mask": torch.ones(24, 24).tril() > 0}):
+
+        def attend(query: torch.Tensor, options: dict[str, Any] = options) -> torch.Tensor:
+            return attnplug.scaled_dot_product_attention(query, query, query, **options, impl="flex")
+
+        with pytest.raises(attnplug.AttnplugError, match=r"'flex' .*torch\.jit\.trace.*SDPBackend\.MATH"):
+            torch.jit.trace(attend, query)
+
+
 def test_linearize_is_an_error_that_names_flex() -> None:
     query = torch.randn(1, 2, 24, 16)
     with pytest.raises(attnplug.GradientError, match="'flex' has no forward-mode derivatives"):

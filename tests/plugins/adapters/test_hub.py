@@ -160,6 +160,9 @@ class TestEnvironment:
         assert str(Hub().unavailable()).startswith("ATTNPLUG_HUB: ")
         with pytest.warns(attnplug.PluginWarning, match="^ATTNPLUG_HUB: "):
             hub_spec()
+        monkeypatch.setenv("ATTNPLUG_STRICT", "1")
+        with pytest.raises(ValueError, match="^ATTNPLUG_HUB: "):
+            hub_spec()
         assert fake_hub.asked == []
 
     @pytest.mark.parametrize(("library", "lengths_count"), [("flash-attn2", False), ("sage-attention", True)])
