@@ -11,9 +11,13 @@ PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 export PYTHONDONTWRITEBYTECODE :=
 EDITABLE := --editable . $(PLUGINS:%=--editable %)
+# PYTHONS: in an empty environment of each of these `make dist` tries what was built; `make releases` runs tests with each.
+PYTHONS ?= $(PYTHON)
+# Installs these distributions into a folder beside what a Python has, from here alone.
+install_beside = $(1) -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target $(2) . $(PLUGINS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu bench docs dist clean
+.PHONY: help demo test releases lint gpu bench docs dist clean
 
 help:  ## show what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -28,6 +32,17 @@ test: $(VENV)/dev  ## the tests, but for those that need a GPU or take long; SLO
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=2 \
 		$(if $(SLOW),,-m "not slow")
 
+# Dynamo of an old release cannot trace all that the pinned one's can, and mostly types and values decide that: nothing but
+# a trace with it shows what. Each of PYTHONS has torch, what attnplug requires, setuptools, pytest and hypothesis.
+COMPILED := tests/dispatch/test_compile.py tests/dispatch/test_tracers.py tests/tuning/test_in_graphs.py
+releases:  ## compiled calls with the torch of each of PYTHONS: the oldest release and the newest, 3 minutes each
+	failed=; for python in $(PYTHONS); do \
+		$(call install_beside,$$python,build/releases) && \
+		$$python -c 'import torch; print("PyTorch", torch.__version__, flush=True)' && \
+		PYTHONPATH="$(CURDIR)/build/releases$${PYTHONPATH:+:$$PYTHONPATH}" OMP_NUM_THREADS=1 \
+			$$python -m pytest -m "not slow" $(or $(TESTS),$(COMPILED)) || failed="$$failed $$python"; \
+	done; test -z "$$failed" || { echo "failed with:$$failed" >&2; exit 1; }
+
 lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -39,8 +54,7 @@ lint: $(VENV)/dev  ## formatting, types, and the direction of imports
 # pytest-xdist, without which the tests run one after the other, ptxas 13.1 (nvidia-cuda-nvcc), and peers.
 SITE := build/gpu
 gpu:  ## everything that needs a GPU, with the Python that has torch, in under 8 minutes; PART=conformance for one part
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target $(SITE) . $(PLUGINS) \
-		$(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
+	$(call install_beside,$(PYTHON),$(SITE)) $(if $(WHEELS),$(wildcard $(WHEELS)/*.whl))
 	PYTHONPATH="$(CURDIR)/$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) benchmarks/gpu.py \
 		$(PART:%=--part %) $(OUT:%=--results '%')
 
@@ -50,8 +64,7 @@ bench: $(VENV)/dev  ## what the core costs, against what a user would call inste
 docs: $(VENV)/dev  ## the documentation, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# PYTHONS: in an empty environment of each of these what was built is tried; TORCH: a version, or newest.
-PYTHONS ?= $(PYTHON)
+# TORCH: a version, or newest.
 dist: $(VENV)/bin/python  ## wheels and source distributions of everything, in dist, checked and tried
 	$(INSTALL) --requirement requirements-dist.txt
 	$(BIN)/python .ci/dist.py build

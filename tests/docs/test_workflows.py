@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +46,23 @@ def test_they_cover_each_python_and_the_oldest_and_newest_pytorch() -> None:
     assert set(test["python"]) == named
     for each in (test["include"], dist["include"]):
         assert {"newest", f"{floor}.0"} <= {one["torch"] for one in each}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("fails", [True, False])
+def test_other_releases_are_tried_one_after_the_other_and_one_that_fails_is_named(tmp_path: Path, fails: bool) -> None:
+    pythons = [tmp_path / "oldest", tmp_path / "newest"]
+    for python in pythons:
+        ends = f'case "$*" in *pytest*) echo {python.name}: "$*"; exit {int(fails and python.name == "oldest")};; esac'
+        python.write_text(f"#!/bin/sh\n{ends}\n")
+        python.chmod(0o755)
+    command = ["make", "releases", f"PYTHONS={' '.join(map(str, pythons))}", "TESTS=tests/some tests/others"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith(("oldest: ", "newest: "))] == [
+        f"{python.name}: -m pytest -m not slow tests/some tests/others" for python in pythons
+    ]
+    assert (done.returncode != 0) is fails
+    assert (f"failed with: {pythons[0]}\n" in done.stderr) is fails
 
 
 def test_a_bug_report_is_asked_for_info_and_explain() -> None:
