@@ -235,3 +235,19 @@ def test_main_leaves_the_handling_of_warnings_as_it_was(cli):
     before = warnings.showwarning
     cli("list")
     assert warnings.showwarning is before
+
+
+def test_a_report_is_written_where_stdout_became_a_pipe_that_was_a_file(tmp_path: Path) -> None:
+    program = """if True:
+        import os, sys
+        from attnplug.cli import main
+        reading, writing = os.pipe()
+        os.dup2(writing, 1)
+        status = main(["list"])
+        print(status, os.read(reading, 10_000).decode(), file=sys.stderr)
+    """
+    with open(tmp_path / "stdout", "w") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=file, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.stderr.startswith("0 ") and "aten_math" in done.stderr

@@ -83,7 +83,11 @@ def _in_any_encoding(stream: TextIO) -> Iterator[None]:
         return
     before = stream.errors or "strict"
     codecs.register_error("attnplug", partial(_plainly, codecs.lookup_error(before)))
-    stream.reconfigure(errors="attnplug")
+    try:
+        stream.reconfigure(errors="attnplug")
+    except OSError:  # the file below was exchanged for one that cannot seek; it is written as its encoding has it
+        yield
+        return
     try:
         yield
     finally:
