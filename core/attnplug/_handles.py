@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 _Handle = TypeVar("_Handle", bound="Removable")
@@ -28,9 +30,12 @@ class Removable(ABC):
         self.remove()
         self._is_entered = False
 
-    def __del__(self) -> None:
-        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
-        if self._is_entered:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Leave a block that can no longer be left by hand, because leaving it was interrupted.
+
+        At the end of the process modules are gone already, and nothing has to be put back.
+        """
+        if self._is_entered and not is_finalizing():
             self.remove()
 
     def __getstate__(self) -> Any:

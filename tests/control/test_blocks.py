@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -233,6 +235,18 @@ def test_what_was_never_a_block_stays_though_its_handle_is_forgotten() -> None:
         print(len(calls))
     """
     assert forked.run(program).stdout == "1\n"
+
+
+def test_the_end_of_a_process_says_nothing_of_blocks_that_it_is_in() -> None:
+    program = """if True:
+        import torch, attnplug
+        blocks = [attnplug.patch_torch(), attnplug.bind(torch.nn.Linear(2, 2), "aten_math"), attnplug.summary()]
+        blocks += [attnplug.sdpa_kernel("aten_math"), attnplug.record(), attnplug.verify(1.0, "aten_math")]
+        for block in blocks:
+            block.__enter__()
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
