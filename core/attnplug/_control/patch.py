@@ -56,8 +56,8 @@ class PatchHandle(Removable):
 
     _mark: _Mark | None = None
 
-    def __init__(self) -> None:
-        self._mark = _Mark()
+    def __init__(self, mark: _Mark) -> None:
+        self._mark = mark
 
     def remove(self) -> None:
         """Undo the patch; a second call does nothing."""
@@ -93,9 +93,8 @@ def patch_torch() -> PatchHandle:
         'aten_math'
     """
     start()
-    handle = PatchHandle()
-    mark = handle._mark
-    assert mark is not None
+    mark = _Mark()
+    handle = PatchHandle(mark)
     try:
         with _lock:
             is_first = not _handles
