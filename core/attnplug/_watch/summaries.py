@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from torch._C._autograd import DeviceType
 from attnplug._arguments import shown
 from attnplug._call.device import name_of_dtype
 from attnplug._dispatch.ranges import is_profiled, labelled
-from attnplug._errors import ScopeError
 from attnplug._run.contract import Result
 from attnplug._selection.choice_tables import rounded_up
 from attnplug._selection.state import start
-from attnplug._selection.watching import RecordedCall, Watcher, add_watcher, remove_watcher
+from attnplug._selection.watching import RecordedCall
 from attnplug._tables import WIDTH, html_table, wrap
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams, SDPBackend
 from attnplug._watch.modules import current_module
+from attnplug._watch.observing import Observer, WatcherOf
 
 COMPILED = "compiled"
 """The kind of a call of compiled code, which tells no more."""
@@ -68,7 +67,7 @@ class Share:
     share: float
 
 
-class summary:
+class summary(Observer):
     """Collect what runs: how often, by module of the model, kind of call and implementation.
 
     As a `with` block it collects this thread's calls, from when the block is entered until it is left; `start()` and
@@ -90,8 +89,6 @@ class summary:
               1  torch             cpu float32 E8 H2 Sq<=4 Sk<=4 causal
     """
 
-    _watcher: _Tally | None = None
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[Any, ...]] = Counter()
@@ -107,35 +104,9 @@ class summary:
         self.__init__()  # type: ignore[misc]  # a copy has a lock of its own
         self.__dict__.update(state)
 
-    def start(self) -> summary:
-        """Collect the calls of every thread, until `stop()`; returns itself."""
-        return self._begin(everywhere=True)
-
-    def stop(self) -> None:
-        """Collect no longer. What was collected stays."""
-        if self._watcher is None:
-            raise ScopeError("summary is stopped, or left, but it was not started")
-        remove_watcher(self._watcher)
-        self._watcher = None  # afterwards: what is interrupted before can be repeated
-
-    def __enter__(self) -> summary:
-        return self._begin(everywhere=False)
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def __del__(self) -> None:
-        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
-        if self._watcher is not None and not self._watcher.everywhere:
-            remove_watcher(self._watcher)
-
-    def _begin(self, everywhere: bool) -> summary:
-        if self._watcher is not None:
-            raise ScopeError("this summary is started already; make another one")
+    def _new_watcher(self, everywhere: bool) -> _Tally:
         start()
-        self._watcher = _Tally(self, everywhere)
-        add_watcher(self._watcher, everywhere)
-        return self
+        return _Tally(self, everywhere)
 
     def _count(self, call: RecordedCall, kind: str, module: str) -> None:
         key = (module, kind, call.impl, call.backend, call.device.partition(":")[0])
@@ -250,16 +221,11 @@ class _Line:
     share: float = 0.0
 
 
-class _Tally(Watcher):
-    """What a `summary` watches with, for as long as it is in place: a block's, until the block is collected."""
-
-    def __init__(self, summed: summary, everywhere: bool) -> None:
-        self._kept = summed if everywhere else None
-        self._reference = weakref.ref(summed)
-        self.everywhere = everywhere
+class _Tally(WatcherOf[summary]):
+    """Counts for a `summary`."""
 
     def _count(self, call: RecordedCall, kind: str, module: str) -> None:
-        summed = self._reference()
+        summed = self.observer()
         if summed is not None:
             summed._count(call, kind, module)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,17 +14,18 @@ from torch import Tensor
 
 from attnplug._accuracy import Mistake
 from attnplug._arguments import as_float, as_int
-from attnplug._errors import MismatchError, MismatchWarning, ScopeError
+from attnplug._errors import MismatchError, MismatchWarning
 from attnplug._messages import printable, warn
 from attnplug._registry.kernel import OfOneRank
 from attnplug._run.contract import Result
 from attnplug._selection.state import start
-from attnplug._selection.watching import Gradients, RecordedCall, Watcher, add_watcher, remove_watcher, unwatched
+from attnplug._selection.watching import Gradients, RecordedCall, unwatched
 from attnplug._types import SDPAParams
 from attnplug._watch import totals
 from attnplug._watch.gradients import Backward, wanted
 from attnplug._watch.judging import Judge, NotJudged, plain_form, unfit
 from attnplug._watch.lines import line_of
+from attnplug._watch.observing import Observer, WatcherOf
 
 KEPT = 100
 """How many mismatches are kept; the others are counted."""
@@ -71,7 +71,7 @@ def _together(mismatches: Sequence[Mismatch]) -> str:
     return f"{first.impl}{where}, held against {first.reference}: {texts}. To see it: {first.call}"
 
 
-class verify:
+class verify(Observer):
     """Verify a sampled share of attention calls against a reference; the caller gets the original result.
 
     As a `with` block it is for this thread's calls, from when the block is entered until it is left; `start()` and
@@ -108,8 +108,6 @@ class verify:
         (1, 0)
     """
 
-    _watcher: _Verifier | None = None
-
     def __init__(
         self,
         rate: float,
@@ -131,6 +129,7 @@ class verify:
                 f"'math_ref' does"
             )
         self.rate, self.reference, self.on_mismatch = float(rate), reference, on_mismatch
+        self._is_idle = self.rate == 0
         self.calls = self.results = self.gradients = self.wrong = 0
         self.mismatches: list[Mismatch] = []
         self.skipped: Counter[str] = Counter()
@@ -139,35 +138,8 @@ class verify:
         """Return what a copy has: what was found, but not that it goes on."""
         return {**self.__dict__, "_watcher": None}
 
-    def start(self) -> verify:
-        """Verify the calls of every thread, until `stop()`; returns itself."""
-        return self._begin(everywhere=True)
-
-    def stop(self) -> None:
-        """Verify no longer. What was found stays; gradients of calls that were sampled are still compared."""
-        if self._watcher is None:
-            raise ScopeError("verify is stopped, or left, but it was not started")
-        remove_watcher(self._watcher)
-        self._watcher = None  # afterwards: what is interrupted before can be repeated
-
-    def __enter__(self) -> verify:
-        return self._begin(everywhere=False)
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def __del__(self) -> None:
-        """Leave a block that can no longer be left by hand, because leaving it was interrupted."""
-        if self._watcher is not None and not self._watcher.everywhere:
-            remove_watcher(self._watcher)
-
-    def _begin(self, everywhere: bool) -> verify:
-        if self._watcher is not None:
-            raise ScopeError("this verify is started already; make another one")
-        self._watcher = _Verifier(self, everywhere)
-        if self.rate > 0:
-            add_watcher(self._watcher, everywhere)
-        return self
+    def _new_watcher(self, everywhere: bool) -> _Verifier:
+        return _Verifier(self, everywhere)
 
     def __repr__(self) -> str:
         return str(self)
@@ -181,19 +153,13 @@ class verify:
         return "\n".join([*lines, *(f"  {mismatch}" for mismatch in self.mismatches)])
 
 
-class _Verifier(Watcher):
-    """What a `verify` watches with, for as long as it is in place.
-
-    That of a process holds its `verify`, which nobody else need do. That of a block does not, so that the block can be
-    collected, and is left then; a graph whose gradients are still to be compared holds it.
-    """
+class _Verifier(WatcherOf[verify]):
+    """Observes for a `verify`, which graphs whose gradients are still to be compared hold, too."""
 
     sees_tensors = True
 
     def __init__(self, found: verify, everywhere: bool) -> None:
-        self._kept = found if everywhere else None
-        self._reference = weakref.ref(found)
-        self.everywhere = everywhere
+        super().__init__(found, everywhere)
         self._judge = Judge(found.reference)
         self._random = random.Random(found.seed)
         self._lock = threading.Lock()
@@ -201,12 +167,12 @@ class _Verifier(Watcher):
 
     @property
     def _found(self) -> verify:
-        found = self._reference()
+        found = self.observer()
         assert found is not None  # held by a call that is made, or by its graph
         return found
 
     def around(self, call: RecordedCall, params: SDPAParams, run: Callable[[SDPAParams], Result]) -> Result:
-        found = self._reference()
+        found = self.observer()
         if found is None or not self._is_sampled(found):
             return run(params)
         reason = self._unfit(call, params)
@@ -225,7 +191,7 @@ class _Verifier(Watcher):
         return out, lse
 
     def seen(self, call: RecordedCall, params: SDPAParams, result: Result) -> None:
-        found = self._reference()
+        found = self.observer()
         if found is None or not self._is_sampled(found):
             return
         reason = self._unfit(call, params)
@@ -240,7 +206,7 @@ class _Verifier(Watcher):
             self._skip("gradients: of compiled code, which has its backward in a thread of autograd's: start() sees it")
 
     def differentiated(self, call: RecordedCall, params: SDPAParams, gradients: Gradients) -> None:
-        found = self._reference()
+        found = self.observer()
         with self._lock:
             if found is None or self._random.random() >= found.rate:
                 return
