@@ -59,6 +59,10 @@ def test_a_model_is_let_go_once_its_handle_is_removed_and_mistakes_are_errors(wo
         )
 
 
+def test_what_is_interrupted_at_any_line_leaves_nothing(world: Worlds) -> None:
+    world(2).run(ranks_do.interrupted)
+
+
 def test_what_one_rank_has_of_a_call_is_not_verified(world: Worlds) -> None:
     for (reason,) in world(2).run(ranks_do.verified):
         assert reason.endswith(" computes a part of a call, and other ranks the rest")

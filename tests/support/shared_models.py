@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -182,6 +185,54 @@ def handed_back() -> list[str]:
     gc.collect()
     assert gone() is None
     return said
+
+
+def interrupted() -> None:
+    """Interrupt `context_parallel` and its `remove()` once at each of their lines: nothing stays of either."""
+    model, block = tiny_llama(), Block()
+    untouched = [_what_is_in_place(module) for module in (model, block)]
+    for module, before in zip((model, block), untouched, strict=True):
+        lines: set[int] = set()
+        while True:
+            handle = None
+            try:
+                with _interrupting(lines):
+                    handle = parallel.context_parallel(module, dist.group.WORLD)
+                    assert _what_is_in_place(module) != before
+                    handle.remove()
+            except KeyboardInterrupt:
+                if handle is not None:
+                    handle.remove()
+                assert _what_is_in_place(module) == before, max(lines)
+            else:
+                break
+        assert len(lines) > 15 and _what_is_in_place(module) == before
+
+
+def _what_is_in_place(module: Any) -> tuple[Any, ...]:
+    registered = [name for name in attnplug.list_flash_attention_impls() if "context_parallel" in name]
+    attention = module.config._attn_implementation if hasattr(module, "config") else type(module)
+    return registered, attention, len(module._forward_hooks), len(module._forward_pre_hooks)
+
+
+@contextmanager
+def _interrupting(lines: set[int]) -> Iterator[None]:
+    """Interrupt at a line that is not among these, and add it."""
+
+    def interrupt(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_globals["__name__"] != "attnplug.parallel._model":
+            return None
+        if event == "line" and frame.f_lineno not in lines:
+            lines.add(frame.f_lineno)
+            raise KeyboardInterrupt
+        return interrupt
+
+    tracer = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
 
 
 def _refused(module: Any, options: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attnplug._arguments import expect
-from attnplug._control.binding import BindingHandle, bind
+from attnplug._control.binding import bind
 from attnplug._control.registration import check_name, register_impl, unregister_impl
 from attnplug._control.scopes import run_in
-from attnplug._errors import did_you_mean
+from attnplug._errors import UnknownImplementationError, did_you_mean
 from attnplug._handles import Removable
 from attnplug._registry.kernel import OfOneRank
 from attnplug._selection.state import OUTSIDE
@@ -38,8 +40,9 @@ _numbers = itertools.count()
 class ContextParallelHandle(Removable):
     """Undoes one `context_parallel()`; also a context manager."""
 
-    def __init__(self, undo: list[Any]) -> None:
-        self._undo = undo
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+        """What puts back what there was, the last one first. Each may be called twice, or before anything changed."""
 
     def __repr__(self) -> str:
         return f"<ContextParallelHandle: {'in place' if self._undo else 'removed'}>"
@@ -47,7 +50,8 @@ class ContextParallelHandle(Removable):
     def remove(self) -> None:
         """Run the module's attention on one rank again; a second call does nothing."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()  # afterwards: what is interrupted before can be repeated
 
 
 def context_parallel(
@@ -93,12 +97,19 @@ def context_parallel(
     if impl is not None:
         check_name(impl, "impl")
     ranks = as_mesh(mesh) if method == "usp" else as_group(mesh, "mesh")
-    if hasattr(module, "set_attn_implementation"):
-        return _Model(module, ranks, method, is_causal, impl).handle()
-    return _bound(module, ranks, method, impl)
+    handle = ContextParallelHandle()
+    try:
+        if hasattr(module, "set_attn_implementation"):
+            _Model(module, ranks, method, is_causal, impl).put_in_place(handle._undo)
+        else:
+            _bind(module, ranks, method, impl, handle._undo)
+        return handle
+    except BaseException:  # after an interrupt, too, nothing stays
+        handle.remove()
+        raise
 
 
-def _bound(module: torch.nn.Module, ranks: Any, method: str, impl: str | None) -> ContextParallelHandle:
+def _bind(module: torch.nn.Module, ranks: Any, method: str, impl: str | None, undo: list[Callable[[], object]]) -> None:
     """Bind a module to an implementation of its own."""
     kernel = Ring(ranks, impl, scoped=False) if method == "ring" else _ByHeads(ranks, impl)
     features = FEATURES - {Feature.VARLEN} | {Feature.UPPER_LEFT, Feature.LOWER_RIGHT}
@@ -111,13 +122,14 @@ def _bound(module: torch.nn.Module, ranks: Any, method: str, impl: str | None) -
         capabilities=Capabilities(features=features),
         named_only=True,
     )
+
+    def unregister() -> None:
+        with suppress(UnknownImplementationError):
+            unregister_impl(spec.name)
+
+    undo.append(unregister)
     register_impl(spec)
-    try:
-        binding: BindingHandle = bind(module, spec.name)
-    except BaseException:  # after an interrupt, too, nothing stays registered
-        unregister_impl(spec.name)
-        raise
-    return ContextParallelHandle([lambda: unregister_impl(spec.name), binding.remove])
+    undo.append(bind(module, spec.name).remove)
 
 
 class _ByHeads(OfOneRank):
@@ -143,7 +155,7 @@ class _Model:
         self.folded = is_causal and method != "ulysses"
         self.length: int | None = None  # of the sequence that the model was called with last
 
-    def handle(self) -> ContextParallelHandle:
+    def put_in_place(self, undo: list[Callable[[], object]]) -> None:
         from transformers.modeling_utils import AttentionInterface
 
         config = self.model.config
@@ -159,12 +171,10 @@ class _Model:
             )
         # transformers makes no mask for a name that has none: it would be that of one rank's part.
         AttentionInterface.register(name, _weak(self.attention))
+        undo.append(lambda: self.model.set_attn_implementation(before))
         self.model.set_attn_implementation(name)
-        cut = self.model.register_forward_pre_hook(self.cut, with_kwargs=True)
-        joined = self.model.register_forward_hook(self.joined)
-        return ContextParallelHandle(
-            [lambda: self.model.set_attn_implementation(before), joined.remove, cut.remove],
-        )
+        undo.append(self.model.register_forward_pre_hook(self.cut, with_kwargs=True).remove)
+        undo.append(self.model.register_forward_hook(self.joined).remove)
 
     def attention(
         self,
