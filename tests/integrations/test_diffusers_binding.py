@@ -104,6 +104,20 @@ def test_backends_that_mean_nothing_leave_nothing_behind(backends: Any) -> None:
     assert torch.nn.functional.scaled_dot_product_attention is before
 
 
+def test_a_model_that_cannot_be_bound_leaves_those_before_it_as_they_were() -> None:
+    class Nothing(diffusers.ModelMixin):  # type: ignore[misc]
+        """A model without a forward."""
+
+    model, original = unet(), torch.nn.functional.scaled_dot_product_attention
+    pipeline = SimpleNamespace(components={"unet": model, "nothing": Nothing()})
+    with pytest.raises(TypeError, match="Nothing has no forward to bind"):
+        integration.bind(pipeline, "aten_math")
+    assert torch.nn.functional.scaled_dot_product_attention is original
+    with attnplug.patch_torch(), attnplug.record() as calls:
+        run(model)
+    assert calls and "aten_math" not in {call.impl for call in calls}
+
+
 def test_bindings_of_one_model_end_in_any_order_and_with_an_exception() -> None:
     before, model = torch.nn.functional.scaled_dot_product_attention, unet()
 

@@ -23,8 +23,8 @@ _NATIVE = "native"
 class Handle(Removable):
     """Undoes `bind`; also a context manager."""
 
-    def __init__(self, handles: list[Any]) -> None:
-        self._handles = handles
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
 
     def __repr__(self) -> str:
         return f"<Handle: {', '.join(map(repr, self._handles)) or 'removed'}>"
@@ -68,13 +68,15 @@ def bind(pipeline: Any, backends: Any, set_priority: bool = False) -> Handle:
         )
     for name, model in models.items():
         _assert_native(name, model)
-    handles: list[Any] = [attnplug.patch_torch()]
+    handle = Handle()
     try:
-        handles += [attnplug.bind(model, backends, set_priority) for model in models.values()]
+        handle._handles.append(attnplug.patch_torch())
+        for model in models.values():
+            handle._handles.append(attnplug.bind(model, backends, set_priority))
+        return handle
     except BaseException:  # an interrupt, too, must leave nothing bound
-        Handle(handles).remove()
+        handle.remove()
         raise
-    return Handle(handles)
 
 
 def _models(pipeline: Any) -> dict[str, torch.nn.Module]:
