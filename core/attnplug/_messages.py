@@ -6,6 +6,8 @@ import sys
 import warnings
 
 LONGEST = 2000
+UNROUTED = "PyTorch's function runs through attnplug, and is seen, inside patch_torch()"
+"""What is said where no call was seen."""
 _MACHINERY = frozenset({"attnplug", "torch", "pluggy", "importlib", "contextlib", "functools"})
 
 

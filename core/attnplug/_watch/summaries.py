@@ -16,6 +16,7 @@ from attnplug._arguments import shown
 from attnplug._call.device import name_of_dtype
 from attnplug._dispatch.ranges import is_profiled, labelled
 from attnplug._errors import ScopeError
+from attnplug._messages import UNROUTED
 from attnplug._run.contract import Result
 from attnplug._selection.choice_tables import rounded_up
 from attnplug._selection.state import start
@@ -168,7 +169,7 @@ class summary:
         """
         calls = self.calls
         head = f"{calls:,} attention call{'' if calls == 1 else 's'}"
-        lines = [head if calls else f"{head}: nothing ran while this summary was in place"]
+        lines = [head] if calls else [f"{head}: nothing ran while this summary was in place", UNROUTED]
         for name, each in ({} if profile is None else self.shares(profile)).items():
             times = f"forward {_seconds(each.forward)}, backward {_seconds(each.backward)}"
             lines += _wrapped(f"{each.share:7.1%}  {name:16}  ", f"of the time: {times}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnplug._accuracy import Mistake
 from attnplug._arguments import as_float, as_int
 from attnplug._errors import MismatchError, MismatchWarning, ScopeError
-from attnplug._messages import printable, warn
+from attnplug._messages import UNROUTED, printable, warn
 from attnplug._registry.kernel import OfOneRank
 from attnplug._run.contract import Result
 from attnplug._selection.state import start
@@ -177,6 +177,8 @@ class verify:
             f"verified {self.results:,} of {self.calls:,} calls (rate {self.rate:g}) against {self.reference}, "
             f"and the gradients of {self.gradients:,}: {self.wrong:,} mismatches"
         ]
+        if self.rate and not self.calls:
+            lines.append(f"  no call was seen: {UNROUTED}")
         lines += [f"  not verified: {count:,}: {reason}" for reason, count in self.skipped.most_common()]
         return "\n".join([*lines, *(f"  {mismatch}" for mismatch in self.mismatches)])
 
