@@ -89,6 +89,12 @@ LISTING = "report['records'] = listed(); listed()"
 FAILURE = "report['failure'] = failure(attnplug.list_impls)"
 
 
+def test_an_entry_point_that_names_no_module_is_told_as_what_is_wrong(site: Site) -> None:
+    site.install("fake-broken", {"my_attn": plugin(spec("mine"))}, {"misnamed": "my_atn:plugin"})
+    reason = site.run(LISTING).records["misnamed"]["reason"]
+    assert reason == "ModuleNotFoundError: No module named 'my_atn'; its entry point is misnamed = my_atn:plugin"
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_plugin_is_listed_with_its_exception_and_hides_nothing(site: Site, name: str) -> None:
     source, reason = BROKEN[name]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import inspect
 
+import pytest
+import torch
+
+from attnplug import Capabilities, Feature
 from attnplug.testing import CheckFailure, check_impl
-from mutants.kernel import Kernel
+from mutants.kernel import CAPABILITIES, Kernel
 from mutants.logits import SoftcapIgnored
 from mutants.masks import AlwaysUpperLeft, MaskOfTheFirstHead
 from mutants.softmax import LseInBaseTwo, LseOfBlindRowsIsZero, MissingScale
@@ -66,9 +70,28 @@ class LseOfVisibleRowsIsShifted(Kernel):
         return super().lse(params, top, total) + 0.01
 
 
+class DoublesTheQueryInPlace(Kernel):
+    def forward(self, params):
+        returned = super().forward(params)
+        params.query.detach().mul_(2)
+        return returned
+
+
+class SummedOverOtherGroups(Kernel):
+    def summed_over_group(self, gradient, kv_heads):
+        return gradient.unflatten(0, (-1, kv_heads)).sum(0)
+
+
+class AsksForWhatIsNotThere(Kernel):
+    def kv_heads(self, heads, kv_heads):
+        return torch.arange(heads) // torch.tensor(kv_heads).nonsense
+
+
 @pytest.mark.parametrize(
     ("kernel", "check", "hint"),
     [
+        (DoublesTheQueryInPlace, "check_values", "the kernel changed query in place"),
+        (SummedOverOtherGroups, "check_gqa_gradients", "this adds the query heads h of one h % Hkv"),
         (UnscaledKeyGradient, "check_gradients", "the scale is missing: multiply this gradient by params.scale"),
         (MaskOfTheFirstHead, "check_boolean_mask", "the mask of the first head for all"),
         (FirstSequenceOfMasks, "check_boolean_mask", "the mask of the first sequence for all"),
@@ -89,3 +112,37 @@ def test_an_lse_that_is_wrong_where_keys_are_seen_gets_no_hint_about_rows_that_s
         reason = result_of(register(LseOfVisibleRowsIsShifted(), name=check), check).reason
         assert "lse: largest error" in reason
         assert "rows that see no key" not in reason
+
+
+def test_an_exception_of_a_kernel_is_told_with_the_line_of_the_kernel_that_raised_it(register):
+    source, first = inspect.getsourcelines(AsksForWhatIsNotThere)
+    line = first + next(number for number, text in enumerate(source) if "nonsense" in text)
+    reason = result_of(register(AsksForWhatIsNotThere()), "check_values").reason
+    assert reason.startswith("raised AttributeError: ")
+    assert f"(in {inspect.getfile(AsksForWhatIsNotThere)}, line {line})" in reason
+
+
+def test_what_attnplug_raises_about_a_kernel_is_told_without_a_line_of_the_program(register):
+    class NothingReturned(Kernel):
+        def forward(self, params):
+            return None
+
+    reason = result_of(register(NothingReturned()), "check_values").reason
+    assert "must return a tuple (out, lse, *saved), got None\n" in reason
+
+
+def test_an_lse_that_is_returned_and_not_declared_is_told_as_such(register):
+    class Undescribed(Kernel):
+        fake = None
+
+    declared = Capabilities(dtypes=CAPABILITIES.dtypes, features={Feature.CAUSAL, Feature.UPPER_LEFT})
+    reason = result_of(register(Undescribed(), capabilities=declared), "check_operator").reason
+    assert "forward returns an lse that is not declared" in reason
+    assert "declare Feature.LSE, or return None" in reason
+
+
+def test_a_check_for_another_dtype_than_the_one_asked_for_is_not_said_to_be_undeclared(register):
+    name = register(Kernel())
+    assert result_of(name, "check_gradcheck").reason == "is made for float64 alone"
+    narrow = Capabilities(dtypes=("float32",), features=CAPABILITIES.features)
+    assert result_of(register(Kernel(), narrow, "narrow"), "check_gradcheck").reason == "does not declare float64"

@@ -143,6 +143,15 @@ def test_supports_that_raises_is_a_failure_though_attnplug_would_take_it_for_a_r
     assert "supports() raised AttributeError" in result.reason
 
 
+def test_supports_that_says_yes_or_no_is_told_what_it_must_return(register):
+    class YesOrNo(Kernel):
+        def supports(self, params):
+            return True
+
+    reason = result_of(register(YesOrNo()), "check_scale").reason
+    assert "supports() returned True; expected a reason, several, or None for none" in reason
+
+
 def test_checks_leave_the_random_numbers_of_the_program_alone(register):
     name = register(Kernel())
     torch.manual_seed(5)

@@ -86,6 +86,16 @@ def test_pytorchs_own_function_is_verified_while_it_is_routed_here() -> None:
     assert watched.results == 1
 
 
+def test_calls_of_pytorchs_own_function_that_are_not_routed_are_not_said_to_be_right() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    with attnplug.verify(rate=1.0) as watched:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert "no call was seen" in str(watched) and "patch_torch()" in str(watched)
+    with attnplug.verify(rate=0.0) as watched:
+        attnplug.scaled_dot_product_attention(query, query, query, impl="aten_math")
+    assert "no call was seen" not in str(watched)  # with this rate nobody counts
+
+
 def test_a_wrong_result_is_a_warning_with_the_error_and_its_place() -> None:
     impl = register(WrongOut)
     query, key, value = tensors(9)

@@ -126,7 +126,7 @@ def discover(registry: Registry) -> None:
             if is_stop(error):
                 raise
             mismatch, remedy = _version_mismatch(plugin, error)
-            reason = describe(error) + mismatch
+            reason = describe(error) + _unfound(plugin, error) + mismatch
             registry.leave_out(plugin.left_out("broken", reason, remedy or remedies.reinstalled(plugin.distribution)))
             report_broken(str(plugin), error, reason)
         else:
@@ -249,6 +249,14 @@ def _meant(name: str, plugins: set[str], built_in: Collection[str]) -> str:
     if own is not None and own.entry_point in plugins:
         return f"; did you mean {own.entry_point!r}, which has this implementation?"
     return did_you_mean(name, plugins)
+
+
+def _unfound(plugin: Plugin, error: BaseException) -> str:
+    """Return what the entry point says, if the module that it names is what was not found."""
+    named = plugin.module.partition(":")[0]
+    if isinstance(error, ModuleNotFoundError) and f"{named}.".startswith(f"{error.name}."):
+        return f"; its entry point is {printable(plugin.name)} = {plugin.module}"
+    return ""
 
 
 def _version_mismatch(plugin: Plugin, error: BaseException) -> tuple[str, str]:

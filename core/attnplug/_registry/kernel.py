@@ -160,7 +160,7 @@ def _reasons(role: str, function: Callable[..., Reasons] | None, *arguments: SDP
         return (printable(answer),) if answer else ()
     if isinstance(answer, (list, tuple)):
         return tuple(printable(reason) for reason in answer)
-    return (printable(f"{role}() returned {answer!r}, which is neither reasons nor None"),)
+    return (printable(f"{role}() returned {answer!r}; expected a reason, several, or None for none"),)
 
 
 _ARGUMENTS: dict[str, tuple[str, ...]] = {

@@ -54,6 +54,7 @@ _ELSEWHERE = {
 
 _HERE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _KERNELS = os.path.join(_HERE, "builtin", "")
+_IMPORTS = "<frozen importlib"
 _OF_A_DATACLASS = "<string>"
 """The file of the `__init__` that Python generates for a declaration."""
 
@@ -359,11 +360,12 @@ def _unique_name(claimants: list[Entry], entry: Entry) -> str:
 def describe(error: BaseException) -> str:
     """Return an exception in one line, with the innermost place in which it was raised.
 
-    What attnplug raises about a declaration is found where that is made, and not in attnplug.
+    What attnplug raises about a declaration is found where that is made, and not in attnplug; what Python raises where
+    it looks for a module has no place.
     """
     text = of_error(error)
     frames = list(traceback.extract_tb(error.__traceback__))
-    if isinstance(error, SyntaxError) or not frames:
+    if isinstance(error, SyntaxError) or not frames or frames[-1].filename.startswith(_IMPORTS):
         return text
     if _is_machinery(frames[-1]):
         frames = [frame for frame in frames if not (_is_machinery(frame) or frame.filename == _OF_A_DATACLASS)]

@@ -239,8 +239,9 @@ def unrouted(function: Callable[..., Any], *args: Any) -> Any:
 def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
     """Raise KernelError unless `returned` is `(out, lse, *saved)` as a forward must return it."""
     if not isinstance(returned, tuple) or len(returned) < 2:
-        got = type(returned).__name__ + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
-        raise KernelError(f"implementation {name!r}: forward must return a tuple (out, lse, *saved), got {got}")
+        raise KernelError(
+            f"implementation {name!r}: forward must return a tuple (out, lse, *saved), got {_kind(returned)}"
+        )
     for item in returned[2:]:
         if item is not None and not isinstance(item, Tensor):
             raise KernelError(f"implementation {name!r}: forward must save tensors, got {type(item).__name__}")
@@ -253,6 +254,13 @@ def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
         # `lse_shape` and `lse_dtype` say the same, and would read shape and dtype again
         rows = (shape[1], shape[0]) if params.cu_seq_q is not None else shape[:-1]
         _check_output(name, "lse", lse, rows, torch.float64 if dtype is torch.float64 else torch.float32, device)
+
+
+def _kind(returned: Any) -> str:
+    """Return what is said of something else than a tuple of the right length."""
+    if returned is None:
+        return "None"
+    return type(returned).__name__ + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
 
 
 def no_lse_gradient(entry: Entry) -> str:
@@ -320,7 +328,7 @@ def checked_gradients(name: str, params: SDPAParams, returned: Any) -> list[Tens
     if not isinstance(returned, (tuple, list)) or not 3 <= len(returned) <= 5:
         raise KernelError(
             f"implementation {name!r}: backward must return (grad_query, grad_key, grad_value[, grad_attn_mask"
-            f"[, grad_sinks]]), got {returned if returned is None else type(returned).__name__}"
+            f"[, grad_sinks]]), got {_kind(returned)}"
         )
     grads: list[Tensor | None] = []
     for position, field in enumerate(DIFFERENTIABLE):

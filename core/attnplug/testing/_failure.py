@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+import attnplug
+from attnplug._messages import printable
 from attnplug.testing._fields import Fields
 
 AGAIN = "again: "
+_HERE, _TORCH = (os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (attnplug, torch))
 
 
 class CheckFailure(AssertionError):
@@ -43,4 +50,16 @@ def failing(call: Fields | None, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # any, as said above
-        raise failure(call, f"{what}{type(error).__name__}: {error}") from error
+        raise failure(call, f"{what}{told(error)}") from error
+
+
+def told(error: Exception) -> str:
+    """Return an exception, with the line of the kernel that raised it; what attnplug raises has none."""
+    text = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [place for place, frame in enumerate(frames) if frame.filename.startswith(_HERE)]
+    called = frames[ours[-1] + 1 :] if ours else []
+    if not called or called[0].filename.startswith(_TORCH):
+        return text
+    line = [frame for frame in called if not frame.filename.startswith(_TORCH)][-1]
+    return f"{text} (in {printable(line.filename)}, line {line.lineno})"

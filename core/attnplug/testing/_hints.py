@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnplug._accuracy import Expected
 from attnplug.testing._fields import Fields
-from attnplug.testing._inputs import Inputs
+from attnplug.testing._inputs import Inputs, make
 
 Arguments = dict[str, Any]
 
@@ -27,11 +27,15 @@ def hint(call: Fields, inputs: Inputs, right: Expected, name: str, actual: Tenso
         name: `out`, `lse`, or the argument whose gradient is wrong.
         actual: what did.
     """
+    if changed := _changed(call, inputs):
+        return f"the kernel changed {', '.join(changed)} in place, and what it changed is compared here"
     if actual.isnan().any():
         return _nan(call)
     if name == "lse" and (found := _lse(right, actual)):
         return found
     if name in ("query", "key") and (found := _unscaled(right, name, actual)):
+        return found
+    if name in ("key", "value") and (found := _other_groups(call, right, name, actual)):
         return found
     for text, arguments in _mistakes(call, inputs.arguments):
         mistaken = replace(right, arguments=arguments)
@@ -46,6 +50,18 @@ def hint(call: Fields, inputs: Inputs, right: Expected, name: str, actual: Tenso
 
 def _near(actual: Tensor, ref: Tensor, allowed: float | Tensor) -> bool:
     return bool(((actual - ref).abs().nan_to_num(nan=0.0) <= allowed).all())
+
+
+def _changed(call: Fields, inputs: Inputs) -> list[str]:
+    """Return the arguments that are not any more what was made for the call."""
+    given = {name: value for name, value in inputs.arguments.items() if isinstance(value, Tensor)}
+    made = make(call).arguments
+    return [name for name, value in given.items() if not torch.equal(*(_bits(each) for each in (value, made[name])))]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return a tensor in which NaN equals NaN."""
+    return tensor.nan_to_num(nan=float("inf")) if tensor.is_floating_point() else tensor
 
 
 def _nan(call: Fields) -> str:
@@ -79,6 +95,18 @@ def _unscaled(right: Expected, name: str, actual: Tensor) -> str:
         return f"the scale is missing: multiply this gradient by params.scale, {scale:.6g} here"
     if scale and _near(actual.double() / scale, exact, allowed * max(1.0, 1 / abs(scale))):
         return f"this gradient is scaled twice; params.scale is {scale:.6g} here"
+    return ""
+
+
+def _other_groups(call: Fields, right: Expected, name: str, actual: Tensor) -> str:
+    """Recognise a gradient that is right for each query head, but added over others than those of a group."""
+    repeats = call.heads // (call.kv_heads or call.heads)
+    if call.is_varlen or repeats == 1:
+        return ""
+    each = {part: right.arguments[part].repeat_interleave(repeats, 1) for part in ("key", "value")}
+    alone = replace(right, arguments={**right.arguments, **each}).ref[name]
+    if _near(actual.double(), alone.unflatten(1, (repeats, -1)).sum(1), right.allowed(name)):
+        return "this adds the query heads h of one h % Hkv; those that share a head have one h // (Hq / Hkv)"
     return ""
 
 

@@ -14,7 +14,7 @@ from attnplug._control.registration import check_name
 from attnplug._registry.discovery import get_registry
 from attnplug._types import ImplRecord
 from attnplug.testing._checks import Check
-from attnplug.testing._failure import AGAIN, CheckFailure, Declined
+from attnplug.testing._failure import AGAIN, CheckFailure, Declined, told
 from attnplug.testing._report import DECLINED, FAILED, NOT_APPLICABLE, PASSED, STATUSES, Result
 from attnplug.testing._subject import DTYPES, Subject
 
@@ -58,7 +58,7 @@ def run_check(check: Check, subject: Subject) -> Result:
     except CheckFailure as failure:
         status, reason = FAILED, str(failure)
     except Exception as error:  # whatever a kernel raises is the kernel's failure, and the next check goes on
-        status, reason = FAILED, f"raised {type(error).__name__}: {error}"
+        status, reason = FAILED, f"raised {told(error)}"
     if status == FAILED and not reason.rpartition("\n")[2].startswith(AGAIN):
         reason = f"{reason}\n{_again(check, subject)}"
     seconds = time.perf_counter() - start
@@ -114,7 +114,8 @@ def _not_applicable(check: Check, subject: Subject) -> str:
     if missing:
         return f"does not declare {', '.join(missing)}"
     if check.dtypes in DTYPES and check.dtypes != subject.dtype:
-        return f"does not declare {check.dtypes}"
+        declared = Subject(subject.record, subject.device, check.dtypes, subject.full).parts
+        return f"is made for {check.dtypes} alone" if declared else f"does not declare {check.dtypes}"
     if check.full and not subject.full:
         return "part of a full run only"
     if check.gradients and not subject.gradients:

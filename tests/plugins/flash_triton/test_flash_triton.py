@@ -46,7 +46,7 @@ LEFT_OUT = {
     "does not declare NESTED",
     "does not declare SECOND_DERIVATIVES",
     "does not declare float64",
-    "does not declare float32",  # of a check that is about it, in the run for float16
+    "is made for float32 alone",  # in the run for float16
     "has no gradients for paged keys and values",
 }
 

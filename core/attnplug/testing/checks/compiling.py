@@ -21,6 +21,10 @@ from attnplug.testing._inputs import Inputs
 from attnplug.testing._subject import Subject
 
 Attend = Callable[[dict[str, Any]], Any]
+_UNDECLARED_LSE = (
+    "a graph takes it for empty, as there is no fake that describes it; declare Feature.LSE, or return None for lse, "
+    "and what backward needs behind it"
+)
 
 
 def _attend(subject: Subject, call: Call, inputs: Inputs) -> tuple[Attend, dict[str, Tensor], dict[str, Tensor]]:
@@ -122,6 +126,8 @@ def check_operator(subject: Subject) -> None:
         return
     params, _ = prepare_dense(call.params(inputs))
     operator, arguments = operator_of(entry).forward, arguments_of(params)
+    if kernel.fake is None and not subject.has(Feature.LSE) and operator(*arguments)[1].numel():
+        raise failure(call, "forward returns an lse that is not declared", _UNDECLARED_LSE)
     with failing(call, "opcheck: "):
         torch.library.opcheck(operator, arguments)
     _compare_strides(call, operator, arguments)
