@@ -986,15 +986,13 @@ def test_tensor_maps_are_made_once_for_a_pointer(gpu: Driver) -> None:
 
 
 @pytest.mark.usefixtures("tritons_launcher")
-def test_a_tensor_map_has_the_shape_and_the_strides_of_its_own_call(
-    gpu: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_map_has_the_shape_and_the_strides_of_its_own_call(gpu: Driver) -> None:
     """Also where the kernel was compiled for another."""
     memory = torch.empty(64, 192, dtype=torch.float16)
     sources = memory[:16, :64], memory[:48, :64], memory.view(32, 384)[:16, :64]
     of_triton = []
     for source in sources:
-        monkeypatch.setattr(plans, "_compiled", {})
+        plans._compiled.clear()
         copying(source).run({"source": source}, source.device)
         of_triton.append(gpu.maps[-1])
     compiled = len(gpu.maps)
