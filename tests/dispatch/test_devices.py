@@ -6,6 +6,8 @@ import copy
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,4 +177,47 @@ def test_a_refused_gradient_through_lse_in_a_graph_ends_no_cuda_context(impl: st
     out, lse = attend(*given)
     with pytest.raises(attnplug.GradientError, match=f"{impl!r} gives no gradient through lse"):
         (out.sum() + lse.sum()).backward()
+    torch.cuda.synchronize()
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("impl", ["flash_triton", "efficient_cuda", "cudnn"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_no_call_and_no_gradient_waits_for_the_gpu(impl: str, packed: bool) -> None:
+    """Neither the first call of a kind, nor what was prepared for those that repeat it."""
+    lengths = torch.tensor([0, 20, 50, 64], dtype=torch.int32, device="cuda")
+    of_sequences: dict[str, Any] = dict(cu_seq_q=lengths, cu_seq_k=lengths, max_q=30, max_k=30)
+    given = inputs("cuda", torch.float16)
+    if packed:
+        given = [tensor.detach()[0].transpose(0, 1).requires_grad_() for tensor in given]
+        accepted(impl, *given, is_causal=True, causal_variant=CausalVariant.LOWER_RIGHT, **of_sequences)
+    else:
+        accepted(impl, *given, is_causal=True)
+    grad_out = torch.randn_like(given[0])
+
+    def run(scale: float) -> None:
+        for tensors in (given, [tensor.detach() for tensor in given]):
+            if packed:
+                out = attnplug.varlen_attn(*tensors, **of_sequences, is_causal=True, scale=scale, impl=impl)
+            else:
+                out = attnplug.scaled_dot_product_attention(*tensors, is_causal=True, scale=scale, impl=impl)
+            if out.requires_grad:
+                torch.autograd.grad(out, given, grad_out)
+
+    run(0.2)  # what is loaded or made for the first call of all may wait
+    with waiting_is_an_error():
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            lengths.tolist()
+        for scale in (0.2, 0.3) * 3:
+            run(scale)
     torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from attnplug import SDPAParams
 from attnplug_flash_triton import config, launches
 from attnplug_flash_triton.forward import forward_kernel
-from attnplug_flash_triton.plans import INT32, Plan
+from attnplug_flash_triton.plans import INT32, Plan, is_far
 from attnplug_flash_triton.problem import (
     LONGEST,
     Form,
@@ -91,4 +91,5 @@ class Growing:
         grid = self.grid
         parts = splits(self.processors, self.programs, length, grid.tiles.block_n)
         section = sections(length * self.bytes_of_key, grid.columns) * parts
-        return (parts, unit), (*[step // unit for step in steps], length, section, of_table)
+        far = is_far(key), is_far(value)
+        return (parts, unit, far), (*[step // unit for step in steps], length, section, of_table)

@@ -32,6 +32,8 @@ ALIGNED = 16
 """Bytes. Triton compiles a kernel apart for pointers that are not multiples of it."""
 INT32 = 2**31
 """From here on Triton passes an integer in 64 bits, to another kernel."""
+FAR = 2**31
+"""Bytes: Triton compiles a kernel for AMD's GPUs apart for tensors in less memory, in which it counts in 32 bits."""
 APART = 256
 """Bytes: what parts of a workspace start at multiples of, as tensors of their own do at least."""
 
@@ -203,11 +205,19 @@ class Plan:
 
     def _forms(self, given: Mapping[str, Tensor]) -> dict[str, Hashable]:
         """Return what the compiler looks at of each tensor that the launches name."""
-        forms: dict[str, Hashable] = {name: (new.dtype, 0) for name, new in self.new.items()}
+        amd = torch.version.hip is not None
+        forms: dict[str, Hashable] = {name: (new.dtype, 0, amd and new.bytes >= FAR) for name, new in self.new.items()}
         for name, tensor in given.items():
-            copied = name in self.compact and not tensor.is_contiguous()
-            forms[name] = tensor.dtype, 0 if copied else tensor.data_ptr() % ALIGNED
+            if name in self.compact and not tensor.is_contiguous():
+                forms[name] = tensor.dtype, 0, amd and tensor.numel() * tensor.element_size() >= FAR
+            else:
+                forms[name] = tensor.dtype, tensor.data_ptr() % ALIGNED, is_far(tensor)
         return forms
+
+
+def is_far(tensor: Tensor) -> bool:
+    """Whether Triton compiles a kernel apart for a tensor because it lies in so much memory."""
+    return torch.version.hip is not None and tensor.untyped_storage().nbytes() >= FAR
 
 
 def _is_watched() -> bool:
@@ -279,6 +289,7 @@ class _Compiled:
     """
 
     def __init__(self, launch: Launch, compiled: Any, tensors: Mapping[str, Tensor]) -> None:
+        self.compiled = compiled  # with which Triton 3.8 and later unload it
         self.launcher, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
         self.compiled_in = [launch.compiled_in[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
         descriptors = [argument for argument in launch.arguments if isinstance(argument, Descriptor)]

@@ -241,6 +241,40 @@ def test_a_captured_graph_of_forward_and_backward_replays_on_new_inputs(name: st
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_captured_graph_of_packed_calls_reads_the_lengths_of_each_replay(name: str, grad: bool) -> None:
+    """Of a call that was prepared before, too, where nobody wants its gradients or its lse."""
+    starts = torch.tensor([0, 130, 130, 300, 301, 400], dtype=torch.int32, device="cuda")
+    tensors = {which: make(402, 4, 64, grad=grad) for which in ("query", "key", "value")}
+    lengths: dict[str, Any] = {"cu_seq_q": starts, "cu_seq_k": starts, "max_q": 257, "max_k": 257}
+    needs(name, **tensors, is_causal=True, causal_variant=LOWER_RIGHT, **lengths)
+    weights = make(402, 4, 64, grad=False)
+
+    def step() -> tuple[Tensor, ...]:
+        out = attnplug.varlen_attn(**tensors, **lengths, is_causal=True, impl=name)
+        return out, *(torch.autograd.grad(out, tuple(tensors.values()), weights) if grad else ())
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for ends in ([0, 257, 300, 300, 402], [40, 41, 41, 200, 390], [100, 200, 300, 400, 401]):
+        starts.copy_(torch.tensor([0, *ends]))
+        graph.replay()
+        last = ends[-1]
+        assert not any(tensor[last:].any() for tensor in captured)  # rows that no sequence has
+        out, *grads = (tensor.detach()[:last] for tensor in captured)
+        given = {which: tensor.detach()[:last] for which, tensor in tensors.items()}
+        gradients = dict(zip(tensors, grads, strict=False))
+        assert_right(given | lengths | {"is_causal": True}, out, gradients=gradients, grad_out=weights[:last])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_this_gpu_asked_about_as_another_gets_the_same_answer(name: str) -> None:
     query = make(2, 4, 128, 64)
     params = attnplug.SDPAParams(query, query, query, is_causal=True)

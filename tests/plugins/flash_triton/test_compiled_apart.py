@@ -140,6 +140,23 @@ def test_kernels_that_triton_compiles_apart_are_kept_apart(
     assert len(set.union(*kept.values())) > 50
 
 
+def test_memory_of_which_triton_tells_kernels_for_amd_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count in 32 bits where a tensor's memory is small enough, and would read elsewhere in a larger one."""
+    monkeypatch.setattr(driver.active, "get_current_target", lambda: GPUTarget("hip", "gfx942", 64))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    nowhere, kept = torch.device("meta"), {}
+    for queries, keys, step in product((64, 2**24), (64, 2**23 - 1, 2**23, 2**24), (1, 2)):
+        query = torch.empty(1, 1, queries, 128, dtype=torch.float16, device=nowhere)
+        key, value = torch.empty(2, 1, 1, keys, 128 * step, dtype=torch.float16, device=nowhere)[..., ::step].unbind()
+        given = {"query": query, "key": key, "value": value.clone()}
+        plan = launches.forward(SDPAParams(**given, scale=0.1), Machine("gfx942", 304))
+        tensors, forms = plan.tensors(given, nowhere), plan._forms(given)
+        for launch in plan.launches:
+            kept.setdefault(launch.compiled_apart(forms, nowhere), set()).add(looked_at_by_triton(launch, tensors))
+    assert {len(looked_at) for looked_at in kept.values()} == {1}
+    assert len(set.union(*kept.values())) > 4
+
+
 NUMBERS = (0, 1, True, False, None, 1.0, 0.0, 16, 17, 2**31 - 1, 2**31, 2**40, -(2**31), -(2**31) - 1)
 
 

@@ -288,6 +288,154 @@ def test_calls_that_were_made_before_are_right_whatever_changes_between_them() -
             assert_right(arguments, out.detach(), None, dict(zip(arguments, grads, strict=False)), grad_out=weights)
 
 
+class Sequences:
+    """Packed calls of as many tokens each, whose lengths, which the GPU alone reads, are others each time.
+
+    Query, key and value lie side by side, and there are tokens behind the last sequence.
+    """
+
+    LENGTHS = ((130, 0, 257, 40, 1), (1, 257, 0, 100, 70), (257, 3, 3, 3, 200))
+    TOKENS = 500
+
+    def __init__(self, size: int) -> None:
+        self.starts = torch.zeros(6, dtype=torch.int32, device=DEVICE)
+        self.tokens = [random(self.TOKENS, 3, 4, size, seed=seed).requires_grad_() for seed in range(2)]
+        self.grads = random(self.TOKENS, 4, size, seed=3)
+
+    def begin(self, number: int) -> int:
+        """Set the lengths of a call, and return the number of the tokens that it has."""
+        lengths = torch.tensor([0, *self.LENGTHS[number % 3]]).cumsum(0, dtype=torch.int32)
+        self.starts.copy_(lengths)
+        return int(lengths[-1])
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        out = attnplug.varlen_attn(
+            *tokens.unbind(1), self.starts, self.starts, 257, 257, is_causal=True, impl="flash_triton"
+        )
+        return out, *torch.autograd.grad(out, [tokens], self.grads)
+
+    def assert_right(self, last: int, tokens: Tensor, out: Tensor, grad: Tensor) -> None:
+        assert not out[last:].any() and not grad[last:].any()
+        names, given = ("query", "key", "value"), tokens.detach()[:last].unbind(1)
+        lengths = dict(cu_seq_q=self.starts, cu_seq_k=self.starts, max_q=257, max_k=257, is_causal=True)
+        arguments, grads = dict(zip(names, given, strict=True)), grad[:last].unbind(1)
+        gradients = dict(zip(names, grads, strict=True))
+        assert_right(arguments | lengths, out.detach()[:last], gradients=gradients, grad_out=self.grads[:last])
+
+
+def spoil_free_memory() -> None:
+    """Leave NaN in memory that a call is given next."""
+    torch.full((2**24,), torch.nan, device=DEVICE)
+    for size in (2**8, 2**12, 2**16, 2**18):
+        torch.full((4, size), torch.nan, device=DEVICE)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_packed_calls_like_one_before_are_right_on_every_stream(size: int) -> None:
+    """Twice each on two streams that wait for nothing but what they must, then alone in a memory full of NaN."""
+    sequences = Sequences(size)
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    for number in range(3):
+        last, found = sequences.begin(number), []
+        torch.cuda.synchronize()
+        for stream, tokens in list(zip(streams, sequences.tokens, strict=True)) * 2:
+            with torch.cuda.stream(stream):
+                found.append((tokens, *sequences.run(tokens)))
+        torch.cuda.synchronize()
+        for tokens, out, grad in found:
+            sequences.assert_right(last, tokens, out, grad)
+        spoil_free_memory()
+        sequences.assert_right(last, sequences.tokens[0], *sequences.run(sequences.tokens[0]))
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_captured_graph_of_packed_calls_reads_the_lengths_of_each_replay(size: int) -> None:
+    """Also where the calls are the first of their sizes, and what is kept of them is used outside afterwards."""
+    small, sequences = Sequences(size), Sequences(size)
+    small.begin(0)
+    part = small.tokens[0].detach()[:450].requires_grad_()
+    small.grads = small.grads[:450]
+    small.run(part)  # compiles kernels, which no capture allows
+    tokens, graph = sequences.tokens[0], torch.cuda.CUDAGraph()
+    sequences.begin(0)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = sequences.run(tokens)
+    for number in range(3):
+        last = sequences.begin(number)
+        graph.replay()
+        sequences.assert_right(last, tokens, *results)
+        sequences.assert_right(last, tokens, *sequences.run(tokens))
+    del graph, results
+    torch.cuda.empty_cache()
+    sequences.assert_right(last, tokens, *sequences.run(tokens))
+
+
+def test_compiled_packed_calls_replay_with_new_lengths() -> None:
+    sequences = Sequences(64)
+
+    def attended(tokens: Tensor, starts: Tensor) -> Tensor:
+        query, key, value = (tokens * 1.0).unbind(1)
+        return attnplug.varlen_attn(query, key, value, starts, starts, 257, 257, is_causal=True, impl="flash_triton")
+
+    compiled = torch.compile(attended, mode="reduce-overhead", fullgraph=True)
+    for number in range(5):  # the first warm up and record
+        torch.compiler.cudagraph_mark_step_begin()
+        tokens, last = sequences.tokens[number % 2], sequences.begin(number)
+        out = compiled(tokens, sequences.starts)
+        (grad,) = torch.autograd.grad(out, [tokens], sequences.grads)
+        sequences.assert_right(last, tokens, out, grad)
+
+
+def test_graphed_callables_train() -> None:
+    tensors = [random(1, 4, 300, 64, seed=seed).requires_grad_() for seed in range(3)]
+    grad_out = random(1, 4, 300, 64, seed=3)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return attend(*tensors, is_causal=True)
+
+    graphed = torch.cuda.make_graphed_callables(layer, tuple(tensors))
+    for seed in range(3):
+        with torch.no_grad():
+            for number, tensor in enumerate(tensors):
+                tensor.copy_(random(1, 4, 300, 64, seed=seed + number))
+        runs = []
+        for function in (graphed, layer):
+            out = function(*tensors)
+            runs.append([each.clone() for each in (out, *torch.autograd.grad(out, tensors, grad_out))])
+        assert_same(*runs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pages", [False, True], ids=["cache", "pages"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_step_of_a_decode_loop_is_right(dtype: torch.dtype, pages: bool) -> None:
+    """Of three layers each; at other lengths keys are split among other numbers of programs."""
+    query = random(2, 8, 1, 64, dtype=dtype)
+    cache = [random(2, 2, 2048, 64, dtype=dtype, seed=seed) for seed in (1, 2)]
+    ones = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    for length in (*range(1, 20), *range(250, 262), *range(1020, 1030), 2047, 2048, 5):
+        keys = [tensor[:, :, :length] for tensor in cache]
+        for _ in range(3):
+            if pages:  # the second sequence has half as many keys
+                used = torch.tensor([length, -(-length // 2)], dtype=torch.int32, device=DEVICE)
+                table = torch.arange(-(-length // 16), dtype=torch.int32, device=DEVICE)
+                table = torch.stack([table, table + 128])
+                paged = [each.transpose(1, 2).reshape(2 * 128, 16, 2, 64) for each in cache]
+                arguments: dict[str, Any] = dict(cu_seq_q=ones, cu_seq_k=None, max_q=1, max_k=length)
+                arguments |= dict(seqused_k=used, block_table=table, enable_gqa=True)
+                out = attnplug.varlen_attn(query[:, :, 0], *paged, **arguments, impl="flash_triton")
+                parts = [slice(0, length), slice(0, -(-length // 2))]
+                wholes = [[each[i : i + 1, :, part] for each in cache] for i, part in enumerate(parts)]
+                found = out[:, :, None]
+            else:
+                found = attend(query, *keys)
+                wholes = [[each[i : i + 1] for each in keys] for i in range(2)]
+        for i, (key, value) in enumerate(wholes):
+            arguments = dict(query=query[i : i + 1], key=key, value=value, enable_gqa=True)
+            assert_right(arguments, found[i : i + 1])
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_call_runs_where_its_tensors_are() -> None:
     expected = attend(*(random(1, 2, 64, 64, seed=seed) for seed in range(3)))
@@ -295,3 +443,20 @@ def test_a_call_runs_where_its_tensors_are() -> None:
         for device in (0, 1):
             out = attend(*(random(1, 2, 64, 64, seed=seed).to(f"cuda:{device}") for seed in range(3)))
             assert torch.equal(out.to(expected.device), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gradients_run_where_their_tensors_are_whatever_device_is_current() -> None:
+    """In threads, too, that have not met either device."""
+
+    def trained(device: int) -> list[Tensor]:
+        tensors = [random(1, 2, 256, 64, seed=seed).to(f"cuda:{device}").requires_grad_() for seed in range(3)]
+        out = attend(*tensors, is_causal=True)
+        return [each.to(DEVICE) for each in (out, *torch.autograd.grad(out, tensors, torch.ones_like(out)))]
+
+    expected = trained(0)
+    for _ in range(3):
+        for device in (0, 1):
+            assert_same(trained(device), expected)
+            with ThreadPoolExecutor(1) as thread:
+                assert_same(thread.submit(trained, device).result(), expected)

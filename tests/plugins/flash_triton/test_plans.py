@@ -522,6 +522,42 @@ def test_strides_beyond_32_bits_get_the_kernel_that_takes_them() -> None:
     assert ["i64" in signatures[step] for step in (*small, *wide)] == [False] * 3 + [True] * 2
 
 
+def test_keys_in_more_memory_get_the_kernel_for_amd_that_reaches_them(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles one apart for tensors in less than 2**31 bytes, which counts in 32 bits how far in they are."""
+    monkeypatch.setattr(gpu, "get_current_target", lambda: GPUTarget("hip", "gfx942", 64))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(impl, "machine_of", lambda device: Machine("gfx942", 304))
+    lengths = [1000, 2**24 - 1, 1001, 2**24, 2**24 + 8]  # of 128 bytes
+    calls = [partial(far_apart, length, 64 * length) for length in lengths]
+    of_loop = [forward_of(call()) for call in calls]
+    for call, launched in zip(calls, of_loop, strict=True):
+        impl._plans.clear()
+        impl._growing.clear()
+        plans._compiled.clear()
+        assert forward_of(call()) == launched
+    assert of_loop[0][0][0] == of_loop[2][0][0] != of_loop[3][0][0] == of_loop[4][0][0]
+
+
+def test_kernels_stay_loaded_as_long_as_they_are_launched(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Triton itself keeps of them: from 3.8 on it unloads what nothing else refers to."""
+    compiled: list[Any] = []
+
+    def seen(launch: plans.Launch, kernel: Any, *others: Any) -> Any:
+        compiled.append(weakref.ref(kernel))
+        return of_launch(launch, kernel, *others)
+
+    of_launch = plans._Compiled
+    monkeypatch.setattr(plans, "_Compiled", seen)
+    query, key, value = tensors(32, 32)
+    impl.forward(SDPAParams(query, key, value, scale=0.1))
+    impl.launches.forward_kernel.device_caches.clear()
+    gc.collect()
+    impl.forward(SDPAParams(query, key, value, scale=0.1))
+    assert len(gpu.launched) == 2 and len(compiled) == 1 and compiled[0]() is not None
+
+
 def test_a_length_that_was_not_there_before_is_no_work_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is, for its way from arguments to a kernel; the compiled one is launched with other numbers."""
 
@@ -950,15 +986,13 @@ def test_tensor_maps_are_made_once_for_a_pointer(gpu: Driver) -> None:
 
 
 @pytest.mark.usefixtures("tritons_launcher")
-def test_a_tensor_map_has_the_shape_and_the_strides_of_its_own_call(
-    gpu: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_map_has_the_shape_and_the_strides_of_its_own_call(gpu: Driver) -> None:
     """Also where the kernel was compiled for another."""
     memory = torch.empty(64, 192, dtype=torch.float16)
     sources = memory[:16, :64], memory[:48, :64], memory.view(32, 384)[:16, :64]
     of_triton = []
     for source in sources:
-        monkeypatch.setattr(plans, "_compiled", {})
+        plans._compiled.clear()
         copying(source).run({"source": source}, source.device)
         of_triton.append(gpu.maps[-1])
     compiled = len(gpu.maps)
