@@ -54,7 +54,7 @@ class Known:
         cast: a type of device, and the dtype that autocast must cast to there; None without autocast.
         plan: how to carry out such a call; None where its sizes decide about it.
         by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None. The
-            longest sequences are among the sizes, and are all where `same` recognises the tensors: those of the first call.
+            longest sequences are among the sizes, and are all where the tensors are the `same` as the first call's.
         came_again: how many sizes came a second time, up to `SEVERAL`; one less for each that was prepared for in vain.
         unused: the plan that was last prepared at once, until its sizes come again.
     """
@@ -305,7 +305,7 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         sizes = _sizes(tensors)
         like.keep((longest, *sizes) if packed else sizes, repeated)
         return
-    exactly = None if packed and repeated is plan else comparison(tensors, exact=True)
+    exactly = None if packed and repeated is plan else compared(tensors)
     square = query.shape[2] == key.shape[2] if not packed and _has_positions(params) else None
     by_sizes: dict[Hashable, Plan] | None = None
     if all_count or repeated is not plan:
@@ -322,12 +322,12 @@ def _has_positions(params: SDPAParams) -> bool:
 
 
 def comparison(
-    tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = False, whole: tuple[Tensor | None, ...] = ()
+    tensors: tuple[Tensor, ...], packed: bool = False, whole: tuple[Tensor | None, ...] = ()
 ) -> Callable[..., bool] | None:
     """Return what compares a call's tensors with these; None for tensors that are not recognised.
 
-    All is compared, unless `exact` but for batch, lengths, and the strides that depend on them; of those that are
-    `whole`, all sizes. Those of queries, keys and values must be strided, of at least two dimensions, and dense in the
+    All is compared but for batch, lengths, and the strides that depend on them; of those that are `whole`, these too.
+    Those of queries, keys and values must be strided, of at least two dimensions, and dense in the
     last, as these are.
     """
     dense = all(tensor.stride(-1) == 1 for tensor in tensors[:3])
@@ -337,7 +337,7 @@ def comparison(
     sizes: list[list[int | None]] = []
     strides: list[list[int | None]] = []
     for tensor in tensors:
-        if exact or any(tensor is one for one in whole):
+        if any(tensor is one for one in whole):
             size: list[int | None] = [*tensor.shape]
             stride: list[int | None] = [*tensor.stride()]
         else:

@@ -95,10 +95,10 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
     given, dtype = tensors_of(params), params.query.dtype
     settings = partial(_settings, dtype) if dtype is torch.float32 else config.version  # of others the rest is the same
     carry_out = _Like(params, given, settings, partial(_forward_plan, wants_lse=wants_lse)).carry_out
-    present = list if not params.is_varlen else _present(params, given)
+    present = _present(params, given) if params.is_varlen else None  # a dense call has those three alone
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        results = carry_out(present(tensors))
+    def run(*tensors: Any) -> tuple[Tensor | None, ...] | None:
+        results = carry_out(tensors if present is None else present(tensors))
         if needs_grad or results is None:
             return results
         return results[:2] if wants_lse else (results[0], None)
@@ -134,7 +134,7 @@ class _Like:
         if _are_aligned([tensor.data_ptr() for tensor in given.values()]):
             self._made = settings(), make(params, given, self._device)
 
-    def carry_out(self, tensors: list[Tensor]) -> tuple[Tensor, ...] | None:
+    def carry_out(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Return what the plan gives for tensors in the order of those that it was prepared with.
 
         None where one does not start at a multiple of `ALIGNED` bytes.
@@ -157,12 +157,11 @@ class _Like:
         return _run(plan, given, self._device)
 
 
-def _present(params: SDPAParams, given: dict[str, Tensor]) -> Callable[..., list[Tensor]]:
+def _present(params: SDPAParams, given: dict[str, Tensor]) -> itemgetter[Any]:
     """Return what takes the tensors that a call like this one has, by their names in order, from among all and None."""
     of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
     taken = (*of_call, *[name for name in given if name not in of_call])
-    getter = itemgetter(*[taken.index(name) for name in given])
-    return lambda tensors: [*getter(tensors)]
+    return itemgetter(*[taken.index(name) for name in given])
 
 
 def _are_aligned(pointers: list[int]) -> bool:
@@ -218,14 +217,15 @@ def prepare_backward(
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
     given = _given_to_backward(params, grad_out, out, lse, *statistics)
     present = _present(params, given)
-    like = _Like(params, given, partial(_settings_of_backward, params.query.dtype), _backward_plan)
     names, wants_sinks = list(given), params.sinks is not None and params.sinks.requires_grad
+    settings = partial(_settings_of_backward, params.query.dtype is torch.float32)
+    like = _Like(params, given, settings, partial(_backward_plan, wants_delta=wants_sinks))
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
+    def run(*tensors: Any) -> tuple[Tensor | None, ...] | None:
         own = present(tensors)
         results = like.carry_out(own)
         if results is None or not wants_sinks:
-            return results if results is None else results[:3]
+            return results
         *grads, delta = results
         return *grads, None, _sinks_gradient(own[names.index("sinks")], own[names.index("lse")], delta)
 
@@ -239,16 +239,21 @@ def _given_to_backward(
     return given | dict(zip(("top", "total"), statistics, strict=False))
 
 
-def _backward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Plan:
+def _backward_plan(
+    params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_delta: bool = True
+) -> Plan:
+    """Return a plan that gives all gradients and delta or, unless `wants_delta`, those of three tensors alone."""
+
     def make(machine: Machine) -> Plan:
         of_rows = [given.get(name) for name in ("grad_lse", "out", "lse")]
         statistics = [given[name] for name in ("top", "total") if name in given]
         grad_out = given["grad_out"]
-        return _of_whole(
+        plan = _of_whole(
             params, lambda whole: family_for(whole, machine).backward(whole, machine, grad_out, *of_rows, *statistics)
         )
+        return plan if wants_delta else replace(plan, results=plan.results[:3])
 
-    return _plan(_kind(params, given, device), device, make)
+    return _plan((*_kind(params, given, device), wants_delta), device, make)
 
 
 def _of_whole(params: SDPAParams, make: Callable[[SDPAParams], Plan]) -> Plan:
@@ -346,9 +351,9 @@ def _settings(dtype: torch.dtype) -> tuple[int, bool]:
     return config.version(), dtype is torch.float32 and tf32_allowed()
 
 
-def _settings_of_backward(dtype: torch.dtype) -> tuple[Hashable, ...]:
+def _settings_of_backward(single: bool) -> tuple[Hashable, ...]:
     """Return what a plan of backward depends on besides the call."""
-    return *_settings(dtype), torch.are_deterministic_algorithms_enabled()
+    return config.version(), single and tf32_allowed(), torch.are_deterministic_algorithms_enabled()
 
 
 def tensors_of(params: SDPAParams) -> dict[str, Tensor]:

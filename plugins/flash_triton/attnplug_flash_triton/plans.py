@@ -179,7 +179,7 @@ class Plan:
             if self._kept is None and _compiled:
                 self._kept = self._found(given, device)
             if self._kept is not None:
-                tensors = list(given.values())
+                tensors = tuple(given.values())
                 return self._kept.run(tensors, [tensor.data_ptr() for tensor in tensors])
         named = self.tensors(given, device)
         compiled = [launch.run(named) for launch in self.launches]
@@ -192,8 +192,8 @@ class Plan:
             self._kept = _Kept(self, tuple(given), kernels, device)
         return tuple(named[name] for name in self.results)
 
-    def repeat(self, tensors: list[Tensor], pointers: list[int]) -> tuple[Tensor, ...] | None:
-        """Do what `run` does, given tensors in the order of an earlier call's and where they start; both are added to.
+    def repeat(self, tensors: tuple[Tensor, ...], pointers: list[int]) -> tuple[Tensor, ...] | None:
+        """Do what `run` does, given tensors in the order of an earlier call's, and where they start, which is added to.
 
         None where nothing is kept, or a profiler listens.
         """
@@ -249,8 +249,9 @@ class _Kept:
         kept.launches = [self.launches[0].with_arguments(places, numbers), *self.launches[1:]]
         return kept
 
-    def run(self, tensors: list[Tensor], pointers: list[int]) -> tuple[Tensor, ...]:
-        """Make what is new, and launch. About 3 us and 2 for each launch. What is given is added to."""
+    def run(self, given: tuple[Tensor, ...], pointers: list[int]) -> tuple[Tensor, ...]:
+        """Make what is new, and launch. About 3 us and 2 for each launch. What is new is added to the pointers."""
+        tensors = [*given]
         for number in self.compact:
             tensors[number] = tensors[number].contiguous()
             pointers[number] = tensors[number].data_ptr()
@@ -267,7 +268,7 @@ class _Kept:
             pointers += [start + offset for offset in self.offsets]
         stream = driver.active.get_current_stream(self.index)
         for launch in self.launches:
-            launch.run(pointers, tensors, stream)
+            launch.run(pointers, stream)
         return tuple([tensors[number] for number in self.results])
 
 
@@ -283,12 +284,8 @@ def _allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ..
 
 
 def _hidden(plan: Plan) -> dict[str, New]:
-    """Return the tensors of a plan that are no result, hold nothing before the first launch, and have no descriptor."""
-    described = {
-        argument.name for launch in plan.launches for argument in launch.arguments if isinstance(argument, Descriptor)
-    }
-    seen = described.union(plan.results)
-    return {name: new for name, new in plan.new.items() if name not in seen and new.fill is None}
+    """Return the tensors of a plan that are no result, and hold nothing before the first launch."""
+    return {name: new for name, new in plan.new.items() if name not in plan.results and new.fill is None}
 
 
 class _Compiled:
@@ -356,13 +353,13 @@ class _KeptLaunch:
             arguments[self.first + place] = number
         return launch
 
-    def run(self, pointers: list[int], tensors: list[Tensor], stream: int) -> None:
+    def run(self, pointers: list[int], stream: int) -> None:
         arguments = self.arguments.copy()
         arguments[STREAM] = stream
         for place, number in self.pointers:
             arguments[place] = pointers[number]
         for place, number, maps in self.descriptors:
-            arguments[place] = maps.of(pointers[number], tensors[number])
+            arguments[place] = maps.of(pointers[number])
         if self.apart:
             self.call(*arguments[: self.first], tuple(arguments[self.first :]))
         else:
@@ -393,15 +390,24 @@ class _Maps:
         self.like, self.metadata, self.encode = like, metadata, encode
         self.kept: dict[int, Any] = {}
 
-    def of(self, pointer: int, tensor: Tensor) -> Any:
+    def of(self, pointer: int) -> Any:
         found = self.kept.get(pointer)
         if found is None:
             bind_cuda_context()
-            found = self.encode(_with(self.like, base=tensor), self.metadata)[0]
+            found = self.encode(_with(self.like, base=_Start(pointer)), self.metadata)[0]
             if len(self.kept) >= DESCRIPTORS_KEPT:
                 self.kept.clear()
             self.kept[pointer] = found
         return found
+
+
+class _Start(NamedTuple):
+    """What a descriptor is of, as far as a tensor map is concerned."""
+
+    pointer: int
+
+    def data_ptr(self) -> int:
+        return self.pointer
 
 
 def _encoder(launcher: Any) -> Any:
@@ -419,10 +425,10 @@ def _taking_maps(launcher: Any) -> Any:
 
 
 def _called_by(launcher: Any, function: int, metadata: Any) -> tuple[Any, list[Any], bool]:
-    """Return what a launcher calls in the end, what it gives that before a kernel's arguments, and whether as one tuple.
+    """Return what a launcher calls in the end, what it gives that first, and whether it gives arguments in one tuple.
 
-    Of what it gives all is the same at every launch, but for the grid, which begins it, and the stream. That is the
-    launcher itself, where it has memory to allocate for the kernel each time, or does more than is known here.
+    What it gives first is the same at every launch, but for the grid, which begins it, and the stream. Where it has
+    memory to allocate for the kernel each time, or does more than is known here, it is itself what is called.
     """
     grid, stream, argument = (object(), 1, 1), object(), object()
     given = [*grid, stream, function, metadata, None, None, None]
