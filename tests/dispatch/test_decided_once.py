@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -286,6 +288,58 @@ def test_a_decode_loop_gets_the_numbers_of_its_own_lengths_and_layouts() -> None
                     value = value.contiguous()
                 out = attend(Q, key, value, scale=0.3)
                 torch.testing.assert_close(out, sdpa(Q, key, value, scale=0.3))
+
+
+class PreparesForSizes(Prepares):
+    """Counts the calls of what it prepared with tensors of other sizes or strides."""
+
+    wrong = 0
+
+    def prepare(self, params: SDPAParams) -> Any:
+        run, own = super().prepare(params), forms(params.query, params.key, params.value)
+
+        def checked(*tensors: Tensor) -> Any:
+            self.wrong += forms(*tensors) != own
+            return run(*tensors)
+
+        return checked
+
+
+def forms(*tensors: Tensor) -> list[Any]:
+    return [(tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+def test_each_layer_of_a_decode_loop_runs_what_was_prepared_for_its_own_sizes_and_strides() -> None:
+    """Layers of two kinds of caches in turn, and one whose keys are fewer and do not grow."""
+    keys = torch.randn(4, 60, 4, 8).unbind()
+    with registered(kernel := PreparesForSizes()) as attend:
+        for length in range(6, 61):
+            for cut in (length, length, 5, length, length):
+                for key in keys[:2]:
+                    within = key[:cut].transpose(0, 1)[None]
+                    for given in (within, within, within.contiguous(), within):
+                        torch.testing.assert_close(attend(Q[:1], given, given), sdpa(Q[:1], given, given))
+        assert kernel.wrong == 0
+        assert kernel.forwards < 60
+
+
+def test_threads_that_decode_at_lengths_of_their_own_run_what_was_prepared_for_these() -> None:
+    keys = torch.randn(1, 4, 400, 8)
+
+    def decode(first: int) -> None:
+        for length in range(first, first + 300, 2):
+            for _ in range(4):
+                attend(Q[:1], keys[:, :, :length], keys[:, :, :length])
+
+    interval = sys.getswitchinterval()
+    with registered(kernel := PreparesForSizes()) as attend, ThreadPoolExecutor(4) as threads:
+        sys.setswitchinterval(1e-6)
+        try:
+            for done in [threads.submit(decode, 1 + number % 2 * 17) for number in range(4)]:
+                done.result()
+        finally:
+            sys.setswitchinterval(interval)
+    assert kernel.wrong == 0 and kernel.runs > 1000
 
 
 def test_a_decode_loop_leaves_room_for_calls_of_other_heads() -> None:

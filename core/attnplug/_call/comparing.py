@@ -26,23 +26,27 @@ def compared(
 
     None where this release cannot. What is compared must be strided and not nested: the process ends at others.
     """
-    sizes = [[*tensor.shape] for tensor in tensors] if sizes is None else sizes
-    strides = [[*tensor.stride()] for tensor in tensors] if strides is None else strides
     try:
         return None if _TensorGuards is None else _guards(tensors, sizes, strides)
     except TypeError:  # a release whose guards take other arguments
         return None
 
 
-def _guards(tensors: Sequence[Tensor], sizes: Lengths, strides: Lengths) -> Callable[..., bool]:
-    """Return what compares tensors with these; PyTorch's guards refuse one that is given twice."""
+def _guards(tensors: Sequence[Tensor], sizes: Lengths | None, strides: Lengths | None) -> Callable[..., bool]:
+    """Return what compares tensors with these; PyTorch's guards refuse one that is given twice.
+
+    Given None they compare all of them, and read them for themselves.
+    """
     distinct = len({*map(id, tensors)})
     if distinct == len(tensors):
         check: Callable[..., bool] = _TensorGuards(
             *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
         ).check
         return check
-    each = [_guards((tensor,), [size], [stride]) for tensor, size, stride in zip(tensors, sizes, strides, strict=True)]
+    each = [
+        _guards((tensor,), sizes and sizes[number : number + 1], strides and strides[number : number + 1])
+        for number, tensor in enumerate(tensors)
+    ]
     if distinct == 1 and len(tensors) == 3:  # self-attention of one tensor
         fits = each[0]
         return lambda query, key, value: query is key is value and fits(query)

@@ -4,8 +4,9 @@ The facts of a call are read off its tensors one by one, which takes longer than
 plan. `compared` looks at all of them at once, and at more than facts hold, but for sizes and strides that it is not
 given. Those, batch and lengths, are compared in Python, so that a decode loop is recognised at each step. Where each of
 them counts, because a kernel looks at shapes (`Kernel.shape_dependent`) or has prepared for them (`Kernel.prepare`),
-plans are kept by all sizes and strides. A comparison with those of the first call comes before it, until lengths turn
-out to vary: it needs nothing in Python.
+plans are kept by all sizes and strides. A comparison with those of one call comes before it, which needs nothing in
+Python: with those of the first, until lengths turn out to vary, and then with those that a kernel last prepared for at
+once, which the other layers of a decode loop have.
 """
 
 from __future__ import annotations
@@ -46,25 +47,23 @@ class Known:
     """Calls whose plan is known.
 
     Attributes:
-        same: compares tensors with the first call's in all sizes and strides; None once they turned out to vary, or,
-            of packed sequences, where nothing was prepared.
+        same: compares tensors with one call's in all sizes and strides, the first's or one's that was prepared for at
+            once, and how to carry out such a call; None where they vary, or, of packed sequences, nothing was prepared.
         alike: compares all but batch and lengths.
         square: whether there must be as many queries as keys; None where it does not count.
         cast: a type of device, and the dtype that autocast must cast to there; None without autocast.
         plan: how to carry out such a call; None where its sizes decide about it.
-        repeated: the same for one that `same` recognises.
         by_sizes: the same by all sizes and strides, where these decide, or the kernel prepares for them; else None. The
-            longest sequences are among the sizes, and are all where `same` recognises the tensors.
+            longest sequences are among the sizes, and are all where the tensors are the `same` as the first call's.
         came_again: how many sizes came a second time, up to `SEVERAL`; one less for each that was prepared for in vain.
         unused: the plan that was last prepared at once, until its sizes come again.
     """
 
-    same: Callable[..., bool] | None
+    same: tuple[Callable[..., bool], Plan] | None
     alike: Callable[..., bool]
     square: bool | None
     cast: tuple[str, torch.dtype] | None
     plan: Plan | None
-    repeated: Plan
     by_sizes: dict[Hashable, Plan] | None
     came_again: int = 0
     unused: Plan | None = None
@@ -76,8 +75,11 @@ class Known:
             self.by_sizes.clear()
         self.by_sizes[sizes] = plan
 
-    def find(self, sizes: Hashable) -> Plan | None:
-        """Return the plan that is kept for these sizes, or prepares for them as they come a second time."""
+    def find(self, sizes: Hashable, given: tuple[Tensor, ...] | None = None) -> Plan | None:
+        """Return the plan that is kept for these sizes, or prepares for them as they come a second time.
+
+        Those that were prepared for at once are the ones to compare with from then on, given the tensors.
+        """
         assert self.by_sizes is not None
         found = self.by_sizes.get(sizes)
         if found is None:
@@ -85,6 +87,8 @@ class Known:
         if found is not self.plan:
             if found is self.unused:
                 self.unused = None
+                exactly = None if given is None else compared(given)
+                self.same = self.same if exactly is None else (exactly, found)
             return found
         self.came_again = min(self.came_again + 1, SEVERAL)
         return _Preparing(found, self, sizes)
@@ -152,8 +156,9 @@ def recognise(
             return None
         given = (query, key, value) if mask is None else (query, key, value, mask)
         for one in candidates:
-            if one.same is not None and one.same(*given) and (one.cast is None or _is_cast(one.cast)):
-                return one.repeated
+            same = one.same
+            if same is not None and same[0](*given) and (one.cast is None or _is_cast(one.cast)):
+                return same[1]
         if torch._C._get_tracing_state() is not None:  # as in `remember`
             return None
         for one in candidates:
@@ -161,7 +166,7 @@ def recognise(
                 continue
             sizes = None
             if one.by_sizes is not None:
-                found = one.find(sizes := _sizes(given))
+                found = one.find(sizes := _sizes(given), given)
                 if found is not None:
                     return found
                 if len(one.by_sizes) > SEVERAL:
@@ -248,7 +253,7 @@ def recognise_packed(candidates: tuple[Known, ...], given: tuple[Any, ...], max_
                 return None
         longest: Any = max_q, max_k
         for one in candidates:
-            same = one.same is not None and one.same(*given)
+            same = one.same is not None and one.same[0](*given)
             if not (same or one.alike(*given)) or not (one.cast is None or _is_cast(one.cast)):
                 continue
             sizes = None
@@ -300,14 +305,15 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
         sizes = _sizes(tensors)
         like.keep((longest, *sizes) if packed else sizes, repeated)
         return
-    same = None if packed and repeated is plan else comparison(tensors, exact=True)
+    exactly = None if packed and repeated is plan else compared(tensors)
     square = query.shape[2] == key.shape[2] if not packed and _has_positions(params) else None
     by_sizes: dict[Hashable, Plan] | None = None
     if all_count or repeated is not plan:
         by_sizes = {longest if packed else _sizes(tensors): repeated}
     if len(known) >= WAYS:
         known.clear()
-    known[way] = (*others, Known(same, alike, square, cast, None if all_count else plan, repeated, by_sizes))
+    same = None if exactly is None else (exactly, repeated)
+    known[way] = (*others, Known(same, alike, square, cast, None if all_count else plan, by_sizes))
 
 
 def _has_positions(params: SDPAParams) -> bool:
@@ -316,12 +322,12 @@ def _has_positions(params: SDPAParams) -> bool:
 
 
 def comparison(
-    tensors: tuple[Tensor, ...], exact: bool = False, packed: bool = False, whole: tuple[Tensor | None, ...] = ()
+    tensors: tuple[Tensor, ...], packed: bool = False, whole: tuple[Tensor | None, ...] = ()
 ) -> Callable[..., bool] | None:
     """Return what compares a call's tensors with these; None for tensors that are not recognised.
 
-    All is compared, unless `exact` but for batch, lengths, and the strides that depend on them; of those that are
-    `whole`, all sizes. Those of queries, keys and values must be strided, of at least two dimensions, and dense in the
+    All is compared but for batch, lengths, and the strides that depend on them; of those that are `whole`, these too.
+    Those of queries, keys and values must be strided, of at least two dimensions, and dense in the
     last, as these are.
     """
     dense = all(tensor.stride(-1) == 1 for tensor in tensors[:3])
@@ -331,7 +337,7 @@ def comparison(
     sizes: list[list[int | None]] = []
     strides: list[list[int | None]] = []
     for tensor in tensors:
-        if exact or any(tensor is one for one in whole):
+        if any(tensor is one for one in whole):
             size: list[int | None] = [*tensor.shape]
             stride: list[int | None] = [*tensor.stride()]
         else:

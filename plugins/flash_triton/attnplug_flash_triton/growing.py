@@ -9,6 +9,7 @@ made for that length launches.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from math import gcd
 
 from attnplug import SDPAParams
 from attnplug_flash_triton import config, launches
@@ -87,7 +88,7 @@ class Growing:
         of_table, of_page = (0, 1) if table is None else table.stride()
         if max(*steps, of_table) >= INT32 or of_page != 1:
             return None
-        unit = self.unit if self.is_aligned and all(step % self.unit == 0 for step in steps) else 1
+        unit = self.unit if self.is_aligned and gcd(*steps) % self.unit == 0 else 1
         grid = self.grid
         parts = splits(self.processors, self.programs, length, grid.tiles.block_n)
         section = sections(length * self.bytes_of_key, grid.columns) * parts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
-from functools import partial
-from operator import itemgetter
+from functools import partial, reduce
+from operator import itemgetter, or_
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ Kept = TypeVar("Kept")
 _plans: dict[Hashable, Plan] = {}
 _growing: dict[Hashable, Growing] = {}
 _interpreter = threading.Lock()
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""PyTorch's function without a look at whether CUDA is in use, which a tensor there says."""
 
 
 def supports(params: SDPAParams) -> list[str]:
@@ -93,28 +95,15 @@ def prepare(params: SDPAParams) -> Callable[..., tuple[Tensor | None, ...] | Non
     given, dtype = tensors_of(params), params.query.dtype
     settings = partial(_settings, dtype) if dtype is torch.float32 else config.version  # of others the rest is the same
     carry_out = _Like(params, given, settings, partial(_forward_plan, wants_lse=wants_lse)).carry_out
+    present = _present(params, given) if params.is_varlen else None  # a dense call has those three alone
 
-    def dense(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor | None, ...] | None:  # without a loop
-        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) % ALIGNED:
-            return None
-        results = carry_out({"query": query, "key": key, "value": value})
-        if needs_grad:
+    def run(*tensors: Any) -> tuple[Tensor | None, ...] | None:
+        results = carry_out(tensors if present is None else present(tensors))
+        if needs_grad or results is None:
             return results
         return results[:2] if wants_lse else (results[0], None)
 
-    if not params.is_varlen:
-        return dense
-    names, present = _naming(params, given)
-
-    def packed(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        if not _are_aligned(own := present(tensors)):
-            return None
-        results = carry_out(dict(zip(names, own, strict=True)))
-        if needs_grad:
-            return results
-        return results[:2] if wants_lse else (results[0], None)
-
-    return packed
+    return run
 
 
 prepare_packed = prepare
@@ -138,37 +127,46 @@ class _Like:
         settings: Callable[[], Hashable],
         make: Callable[[SDPAParams, dict[str, Tensor], torch.device], Plan],
     ) -> None:
-        self._device, self._settings, self._make = params.query.device, settings, make
+        self._device, self._names, self._settings, self._make = params.query.device, tuple(given), settings, make
+        self._index = self._device.index if self._device.type == "cuda" else None
         self._constants = {**vars(params), **_NO_TENSORS}
         self._made: tuple[Hashable, Plan | None] = None, None
-        if _are_aligned(given.values()):
+        if _are_aligned([tensor.data_ptr() for tensor in given.values()]):
             self._made = settings(), make(params, given, self._device)
 
-    def carry_out(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Return what the plan gives for tensors that are aligned, in the order of those that it was prepared with."""
+    def carry_out(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Return what the plan gives for tensors in the order of those that it was prepared with.
+
+        None where one does not start at a multiple of `ALIGNED` bytes.
+        """
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        if not _are_aligned(pointers):
+            return None
         settings = self._settings()
         made, plan = self._made
-        if plan is None or made != settings:
-            own: dict[str, Any] = {name: tensor for name, tensor in given.items() if name in _NO_TENSORS}
-            plan = self._make(SDPAParams(**{**self._constants, **own}), given, self._device)
-            self._made = settings, plan
+        if plan is not None and made == settings:
+            if self._index is not None and _current_device() == self._index:
+                results = plan.repeat(tensors, pointers)
+                if results is not None:
+                    return results
+            return _run(plan, dict(zip(self._names, tensors, strict=True)), self._device)
+        given = dict(zip(self._names, tensors, strict=True))
+        own: dict[str, Any] = {name: tensor for name, tensor in given.items() if name in _NO_TENSORS}
+        plan = self._make(SDPAParams(**{**self._constants, **own}), given, self._device)
+        self._made = settings, plan
         return _run(plan, given, self._device)
 
 
-def _naming(params: SDPAParams, given: dict[str, Tensor]) -> tuple[list[str], itemgetter[Any]]:
-    """Return the names of the tensors that a call like this one has, and what takes them from among all and None."""
+def _present(params: SDPAParams, given: dict[str, Tensor]) -> itemgetter[Any]:
+    """Return what takes the tensors that a call like this one has, by their names in order, from among all and None."""
     of_call = (*_FIRST, *_SELDOM) if params.is_varlen else _FIRST
     taken = (*of_call, *[name for name in given if name not in of_call])
-    places = [place for place, name in enumerate(taken) if name in given]
-    return [taken[place] for place in places], itemgetter(*places)
+    return itemgetter(*[taken.index(name) for name in given])
 
 
-def _are_aligned(tensors: Iterable[Tensor]) -> bool:
-    """Whether the data of each starts at a multiple of `ALIGNED` bytes."""
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    return addresses % ALIGNED == 0
+def _are_aligned(pointers: list[int]) -> bool:
+    """Whether each is a multiple of `ALIGNED` bytes."""
+    return reduce(or_, pointers) % ALIGNED == 0
 
 
 def _forward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_lse: bool = True) -> Plan:
@@ -218,19 +216,18 @@ def prepare_backward(
 ) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """Return what runs backward of a call whose tensors are like these, where they are aligned."""
     given = _given_to_backward(params, grad_out, out, lse, *statistics)
-    names, present = _naming(params, given)
-    like = _Like(params, given, partial(_settings_of_backward, params.query.dtype), _backward_plan)
-    wants_sinks = params.sinks is not None and params.sinks.requires_grad
+    present = _present(params, given)
+    names, wants_sinks = list(given), params.sinks is not None and params.sinks.requires_grad
+    settings = partial(_settings_of_backward, params.query.dtype is torch.float32)
+    like = _Like(params, given, settings, partial(_backward_plan, wants_delta=wants_sinks))
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor | None, ...] | None:
-        if not _are_aligned(own := present(tensors)):
-            return None
-        named = dict(zip(names, own, strict=True))
-        results = like.carry_out(named)
-        if not wants_sinks:
-            return results[:3]
+    def run(*tensors: Any) -> tuple[Tensor | None, ...] | None:
+        own = present(tensors)
+        results = like.carry_out(own)
+        if results is None or not wants_sinks:
+            return results
         *grads, delta = results
-        return *grads, None, _sinks_gradient(named["sinks"], named["lse"], delta)
+        return *grads, None, _sinks_gradient(own[names.index("sinks")], own[names.index("lse")], delta)
 
     return run
 
@@ -242,16 +239,21 @@ def _given_to_backward(
     return given | dict(zip(("top", "total"), statistics, strict=False))
 
 
-def _backward_plan(params: SDPAParams, given: dict[str, Tensor], device: torch.device) -> Plan:
+def _backward_plan(
+    params: SDPAParams, given: dict[str, Tensor], device: torch.device, wants_delta: bool = True
+) -> Plan:
+    """Return a plan that gives all gradients and delta or, unless `wants_delta`, those of three tensors alone."""
+
     def make(machine: Machine) -> Plan:
         of_rows = [given.get(name) for name in ("grad_lse", "out", "lse")]
         statistics = [given[name] for name in ("top", "total") if name in given]
         grad_out = given["grad_out"]
-        return _of_whole(
+        plan = _of_whole(
             params, lambda whole: family_for(whole, machine).backward(whole, machine, grad_out, *of_rows, *statistics)
         )
+        return plan if wants_delta else replace(plan, results=plan.results[:3])
 
-    return _plan(_kind(params, given, device), device, make)
+    return _plan((*_kind(params, given, device), wants_delta), device, make)
 
 
 def _of_whole(params: SDPAParams, make: Callable[[SDPAParams], Plan]) -> Plan:
@@ -349,9 +351,9 @@ def _settings(dtype: torch.dtype) -> tuple[int, bool]:
     return config.version(), dtype is torch.float32 and tf32_allowed()
 
 
-def _settings_of_backward(dtype: torch.dtype) -> tuple[Hashable, ...]:
+def _settings_of_backward(single: bool) -> tuple[Hashable, ...]:
     """Return what a plan of backward depends on besides the call."""
-    return *_settings(dtype), torch.are_deterministic_algorithms_enabled()
+    return config.version(), single and tf32_allowed(), torch.are_deterministic_algorithms_enabled()
 
 
 def tensors_of(params: SDPAParams) -> dict[str, Tensor]:

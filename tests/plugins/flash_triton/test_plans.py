@@ -541,7 +541,7 @@ def test_keys_in_more_memory_get_the_kernel_for_amd_that_reaches_them(
 
 
 def test_kernels_stay_loaded_as_long_as_they_are_launched(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever Triton itself keeps of them: from 3.8 on it unloads what nothing else refers to."""
+    """Whatever else is kept of them: from 3.8 on Triton unloads what nothing refers to."""
     compiled: list[Any] = []
 
     def seen(launch: plans.Launch, kernel: Any, *others: Any) -> Any:
@@ -553,6 +553,7 @@ def test_kernels_stay_loaded_as_long_as_they_are_launched(gpu: Driver, monkeypat
     query, key, value = tensors(32, 32)
     impl.forward(SDPAParams(query, key, value, scale=0.1))
     impl.launches.forward_kernel.device_caches.clear()
+    plans._compiled.clear()
     gc.collect()
     impl.forward(SDPAParams(query, key, value, scale=0.1))
     assert len(gpu.launched) == 2 and len(compiled) == 1 and compiled[0]() is not None
@@ -999,6 +1000,49 @@ def test_a_tensor_map_has_the_shape_and_the_strides_of_its_own_call(gpu: Driver)
     for source in sources:
         copying(source).run({"source": source}, source.device)
     assert gpu.maps[compiled:] == of_triton and len({str(each) for each in of_triton}) == 3
+
+
+@pytest.mark.usefixtures("tritons_launcher")
+@pytest.mark.parametrize("scratch", [0, 128])
+def test_a_kernel_with_memory_of_its_own_gets_it_anew_at_each_launch(
+    gpu: Driver, monkeypatch: pytest.MonkeyPatch, scratch: int
+) -> None:
+    """Others are launched with what Triton's launcher passes on, and without that."""
+    given_out: list[Tensor] = []
+    calls: list[Any] = []
+    make, launch = nvidia.CudaLauncher.__init__, nvidia.CudaLauncher.__call__
+
+    def made(launcher: Any, src: Any, metadata: Any) -> None:
+        make(launcher, src, metadata)
+        launcher.global_scratch_size, launcher.global_scratch_align = scratch, 16
+
+    def called(launcher: Any, *given: Any) -> None:
+        calls.append(given)
+        launch(launcher, *given)
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        given_out.append(torch.empty(size, dtype=torch.int8))
+        return given_out[-1]
+
+    monkeypatch.setattr(nvidia.CudaLauncher, "__init__", made)
+    monkeypatch.setattr(nvidia.CudaLauncher, "__call__", called)
+    source = torch.empty(BLOCK, dtype=torch.float16)
+    before = triton.runtime._allocation._allocator.get()
+    triton.set_allocator(allocate)
+    try:
+        plan = copying(source)
+        plan.run({"source": source}, source.device)
+        calls.clear()
+        for gpu.stream in (0, 7):
+            plan.run({"source": source}, source.device)
+    finally:
+        triton.set_allocator(before)
+    first, *kept = gpu.launched
+    assert len(kept) == 2 and [given[3] for given in gpu.launched] == [0, 0, 7]
+    assert [(len(given), *given[:3], *given[4:7]) for given in kept] == [(len(first), *first[:3], *first[4:7])] * 2
+    assert len(calls) == (2 if scratch else 0)
+    assert len(given_out) == (3 if scratch else 0)
+    assert all(any(item is own for item in given) for given, own in zip(gpu.launched, given_out, strict=False))
 
 
 def test_what_only_kernels_see_are_parts_of_one_workspace(gpu: Driver) -> None:
