@@ -263,8 +263,8 @@ def test_a_compiled_model_holds_flex_in_its_own_graph() -> None:
     query = torch.randn(1, 2, 24, 16)
     out, lse = attnplug.scaled_dot_product_attention(query, query, query, return_lse=True, impl="math_ref")
     torch.testing.assert_close(model(query), (out * 2, lse))
-    graphs = [str(graph.graph) for graph in counter.graphs]  # PyTorch 2.11 may begin a frame again, after its backend
-    assert graphs and all("flex_attention" in graph and "attnplug" not in graph for graph in graphs)
+    graph = str(counter.graphs[-1].graph)  # PyTorch 2.11 may begin the frame again, and empties the graph before
+    assert "flex_attention" in graph and "attnplug" not in graph
 
 
 def test_a_compiled_model_for_a_cpu_goes_on_with_what_flex_returns() -> None:
