@@ -149,6 +149,7 @@ class Page:
         with io.StringIO() as printed, redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warnings.simplefilter("ignore", ResourceWarning)  # of what ran before, and readers see none
+            warnings.filterwarnings("ignore", "Warning: Profiler clears")  # PyTorch 2.11, of a process's first profile
             before = os.getcwd()
             os.chdir(self._cwd())
             try:

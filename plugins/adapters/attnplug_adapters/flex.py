@@ -2,7 +2,8 @@
 
 Written for PyTorch 2.11 to 2.15 (`torch/nn/attention/flex_attention.py`). Numbers that differ from call to call
 (offsets, windows, lengths, slopes, caps) reach these functions as tensors, so that one kernel is compiled for
-each kind of call and not for each call. Inside `torch.compile`, flex is part of the caller's graph.
+each kind of call and not for each call. Inside `torch.compile`, flex is part of the caller's graph; on a CPU, where
+PyTorch does not compile it in many graphs, its operators are.
 
 On CPU it has neither a backward nor, compiled, an lse, which sinks are made from.
 """
@@ -79,9 +80,8 @@ def forward(params: SDPAParams) -> tuple[Tensor, Tensor | None]:
     score_mod = flex_mods.score_mod(params, positions)
     if traced and query.device.type == "cpu" and not wants_lse:
         mask_mod = flex_mods.mask_mod(params, positions)
-        if score_mod is not None or mask_mod is not None:
-            out = _in_operators(params.scale, query, key, value, score_mod, mask_mod)
-            return out[0].transpose(0, 1) if params.is_varlen else out, None
+        out = _in_operators(params.scale, query, key, value, score_mod, mask_mod)
+        return out[0].transpose(0, 1) if params.is_varlen else out, None
     blocks = _block_mask(params, positions, query.shape[2], key.shape[2])
     if query.device.type == "cpu":
         query, key = _of_a_right_size(query), _of_a_right_size(key)
@@ -114,7 +114,9 @@ def _in_operators(scale: Any, query: Tensor, key: Tensor, value: Tensor, score_m
 
     For a CPU, PyTorch 2.13 does not compile a flex_attention whose functions look up what the graph computes, which
     `lower_cpu` takes before it is written (`NoValidChoicesError`), or has sizes that vary: `CppFlexAttentionTemplate`
-    renames its own sizes in the text of a kernel, `ku1` in `ku12` too.
+    renames its own sizes in the text of a kernel, `ku1` in `ku12` too. Nor does any release up to 2.15 compile one
+    whose result an elementwise operation takes, such as `* 2`: the scheduler fuses that into the kernel, and
+    `CppFlexAttentionTemplate` has no place for it (`epilogue_nodes`).
     """
     heads = query.shape[1]
     key, value = (convert.spread_heads(tensor, heads, 1).float() for tensor in (key, value))
