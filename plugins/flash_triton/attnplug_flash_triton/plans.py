@@ -442,7 +442,7 @@ def _called_by(launcher: Any, function: int, metadata: Any) -> tuple[Any, list[A
     What it gives first is the same at every launch, but for the grid, which begins it, and the stream. Where it has
     memory to allocate for the kernel each time, or does more than is known here, it is itself what is called.
     """
-    grid, stream, argument = (object(), 1, 1), object(), object()
+    grid, stream, argument = (2, 1, 1), object(), object()  # with the grid a launcher may count
     given = [*grid, stream, function, metadata, None, None, None]
     more = "global_scratch_size", "profile_scratch_size", "gsan_enabled"
     if not hasattr(launcher, "launch") or any(getattr(launcher, name, False) for name in more):
@@ -450,9 +450,11 @@ def _called_by(launcher: Any, function: int, metadata: Any) -> tuple[Any, list[A
     asked, passed = copy.copy(launcher), []
     asked.launch = lambda *all_of_it: passed.append(all_of_it)
     asked(*given, argument)
+    if len(passed) != 1:
+        return launcher, given, False
     *leading, last = passed[0]
     apart = last == (argument,)
-    if len(passed) > 1 or leading[: STREAM + 1] != given[: STREAM + 1] or not (apart or last is argument):
+    if leading[: STREAM + 1] != given[: STREAM + 1] or not (apart or last is argument):
         return launcher, given, False
     return launcher.launch, leading, apart
 
