@@ -283,7 +283,10 @@ class _Kept:
 
 
 _empty_on_current: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-"""What code that PyTorch has compiled allocates with: half the time of `torch.empty_strided`, None in some release."""
+"""What code that PyTorch has compiled allocates with: half the time of `torch.empty_strided`, None in some release.
+
+It fills no memory in PyTorch's deterministic mode. Nor need it: kernels write all elements of results.
+"""
 
 
 def _allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
@@ -440,7 +443,8 @@ def _called_by(launcher: Any, function: int, metadata: Any) -> tuple[Any, list[A
     """Return what a launcher calls in the end, what it gives that first, and whether it gives arguments in one tuple.
 
     What it gives first is the same at every launch, but for the grid, which begins it, and the stream. Where it has
-    memory to allocate for the kernel each time, or does more than is known here, it is itself what is called.
+    memory to allocate for the kernel each time, or begins with something else, as that for AMD's GPUs does, it is
+    itself what is called.
     """
     grid, stream, argument = (2, 1, 1), object(), object()  # with the grid a launcher may count
     given = [*grid, stream, function, metadata, None, None, None]
