@@ -283,7 +283,10 @@ class _Kept:
 
 
 _empty_on_current: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-"""What code that PyTorch has compiled allocates with: half the time of `torch.empty_strided`, None in some release."""
+"""What code that PyTorch has compiled allocates with: half the time of `torch.empty_strided`, None in some release.
+
+It fills no memory in PyTorch's deterministic mode. Nor need it: kernels write all elements of results.
+"""
 
 
 def _allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
@@ -440,9 +443,10 @@ def _called_by(launcher: Any, function: int, metadata: Any) -> tuple[Any, list[A
     """Return what a launcher calls in the end, what it gives that first, and whether it gives arguments in one tuple.
 
     What it gives first is the same at every launch, but for the grid, which begins it, and the stream. Where it has
-    memory to allocate for the kernel each time, or does more than is known here, it is itself what is called.
+    memory to allocate for the kernel each time, or begins with something else, as that for AMD's GPUs does, it is
+    itself what is called.
     """
-    grid, stream, argument = (object(), 1, 1), object(), object()
+    grid, stream, argument = (2, 1, 1), object(), object()  # with the grid a launcher may count
     given = [*grid, stream, function, metadata, None, None, None]
     more = "global_scratch_size", "profile_scratch_size", "gsan_enabled"
     if not hasattr(launcher, "launch") or any(getattr(launcher, name, False) for name in more):
@@ -450,9 +454,11 @@ def _called_by(launcher: Any, function: int, metadata: Any) -> tuple[Any, list[A
     asked, passed = copy.copy(launcher), []
     asked.launch = lambda *all_of_it: passed.append(all_of_it)
     asked(*given, argument)
+    if len(passed) != 1:
+        return launcher, given, False
     *leading, last = passed[0]
     apart = last == (argument,)
-    if len(passed) > 1 or leading[: STREAM + 1] != given[: STREAM + 1] or not (apart or last is argument):
+    if leading[: STREAM + 1] != given[: STREAM + 1] or not (apart or last is argument):
         return launcher, given, False
     return launcher.launch, leading, apart
 

@@ -1045,6 +1045,22 @@ def test_a_kernel_with_memory_of_its_own_gets_it_anew_at_each_launch(
     assert all(any(item is own for item in given) for given, own in zip(gpu.launched, given_out, strict=False))
 
 
+@pytest.mark.usefixtures("tritons_launcher")
+def test_a_launcher_that_counts_programs_first_is_taken_as_it_is(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = nvidia.CudaLauncher.__call__
+
+    def called(launcher: Any, x: int, y: int, z: int, *given: Any) -> None:
+        if x * y * z > 0:
+            launch(launcher, x, y, z, *given)
+
+    monkeypatch.setattr(nvidia.CudaLauncher, "__call__", called)
+    source = torch.empty(BLOCK, dtype=torch.float16)
+    plan = copying(source)
+    for gpu.stream in (0, 7, 0):
+        plan.run({"source": source}, source.device)
+    assert [given[:4] for given in gpu.launched] == [(1, 1, 1, 0), (1, 1, 1, 7), (1, 1, 1, 0)]
+
+
 def test_what_only_kernels_see_are_parts_of_one_workspace(gpu: Driver) -> None:
     params = CALLS["keys split"]()
     for _ in range(2):  # the second is the plan that is kept
