@@ -126,6 +126,17 @@ def test_a_kernel_that_leaves_its_inputs_as_they_are_is_not_said_to_change_them(
     assert "in place" not in str(raised.value)
 
 
+def test_a_result_that_no_known_mistake_gives_gets_no_hint_where_a_mistake_would_give_nan(register):
+    class Enlarged(Kernel):
+        def forward(self, params):
+            out, *others = super().forward(params)
+            return out * 1.01, *others
+
+    with pytest.raises(CheckFailure, match="out: largest error") as raised:
+        Call(queries=12, keys=12, used=(3, 9), poison=True).check(register(Enlarged()))
+    assert "hint" not in str(raised.value)
+
+
 def test_an_lse_that_is_wrong_where_keys_are_seen_gets_no_hint_about_rows_that_see_none(register):
     for check in ("check_lse", "check_rows_hidden_by_a_boolean_mask"):
         reason = result_of(register(LseOfVisibleRowsIsShifted(), name=check), check).reason
