@@ -95,6 +95,15 @@ def test_an_entry_point_that_names_no_module_is_told_as_what_is_wrong(site: Site
     assert reason == "ModuleNotFoundError: No module named 'my_atn'; its entry point is misnamed = my_atn:plugin"
 
 
+@pytest.mark.parametrize("imported", ["import no_such", "importlib.import_module('no_such')"])
+def test_a_module_that_a_plugin_imports_and_is_not_there_is_told_with_the_place_of_the_import(
+    site: Site, imported: str
+) -> None:
+    site.install("fake-broken", {"my_attn": f"import importlib\n{imported}"}, {"mine": "my_attn"})
+    reason = site.run(LISTING).records["mine"]["reason"]
+    assert re.fullmatch(r"ModuleNotFoundError: No module named 'no_such' \(in .*my_attn\.py, line 2\)", reason)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_plugin_is_listed_with_its_exception_and_hides_nothing(site: Site, name: str) -> None:
     source, reason = BROKEN[name]

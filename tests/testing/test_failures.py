@@ -7,8 +7,9 @@ import inspect
 import pytest
 import torch
 
+import attnplug
 from attnplug import Capabilities, Feature
-from attnplug.testing import CheckFailure, check_impl
+from attnplug.testing import Call, CheckFailure, check_impl
 from mutants.kernel import CAPABILITIES, Kernel
 from mutants.logits import SoftcapIgnored
 from mutants.masks import AlwaysUpperLeft, MaskOfTheFirstHead
@@ -107,6 +108,35 @@ def test_a_wrong_gradient_of_sinks_is_compared_with_no_call_that_has_none(regist
     assert "gradient of sinks: largest error" in reason
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"used": (3, 9), "poison": True},
+        {"mask": "additive blind -inf", "mask_layout": "framed"},
+        {"layout": "expanded"},
+        {"layout": "misaligned", "heads": 4, "kv_heads": 2},
+        {"lengths_q": (5, 3), "lengths_k": (5, 20), "page_size": 16, "poison": True, "numbers_layout": "guarded"},
+    ],
+    ids=str,
+)
+def test_a_kernel_that_leaves_its_inputs_as_they_are_is_not_said_to_change_them(register, fields):
+    call = Call(**{"queries": 12, "keys": 12, "scale": 0.7} | fields)
+    with pytest.raises(CheckFailure, match="largest error") as raised:
+        call.check(register(MissingScale()))
+    assert "in place" not in str(raised.value)
+
+
+def test_a_result_that_no_known_mistake_gives_gets_no_hint_where_a_mistake_would_give_nan(register):
+    class Enlarged(Kernel):
+        def forward(self, params):
+            out, *others = super().forward(params)
+            return out * 1.01, *others
+
+    with pytest.raises(CheckFailure, match="out: largest error") as raised:
+        Call(queries=12, keys=12, used=(3, 9), poison=True).check(register(Enlarged()))
+    assert "hint" not in str(raised.value)
+
+
 def test_an_lse_that_is_wrong_where_keys_are_seen_gets_no_hint_about_rows_that_see_none(register):
     for check in ("check_lse", "check_rows_hidden_by_a_boolean_mask"):
         reason = result_of(register(LseOfVisibleRowsIsShifted(), name=check), check).reason
@@ -120,6 +150,36 @@ def test_an_exception_of_a_kernel_is_told_with_the_line_of_the_kernel_that_raise
     reason = result_of(register(AsksForWhatIsNotThere()), "check_values").reason
     assert reason.startswith("raised AttributeError: ")
     assert f"(in {inspect.getfile(AsksForWhatIsNotThere)}, line {line})" in reason
+
+
+class AsksPyTorch(Kernel):
+    @torch.no_grad()
+    def forward(self, params):
+        return params.query @ params.query
+
+
+class AsksAttnplug(Kernel):
+    def forward(self, params):
+        return attnplug.scaled_dot_product_attention(params.query, params.key, "value")
+
+
+class AsksTriton(Kernel):
+    def forward(self, params):
+        return imitated_library("triton")(params)
+
+
+def imitated_library(name):
+    """Return a function that raises, as one of a module of this name."""
+    module = {"__name__": f"{name}.compiler"}
+    exec(compile("def launch(*given): raise ValueError('too many resources')", "compiler.py", "exec"), module)
+    return module["launch"]
+
+
+@pytest.mark.parametrize("kernel", [AsksPyTorch, AsksAttnplug, AsksTriton])
+def test_an_exception_of_what_a_kernel_calls_is_told_with_the_line_of_the_kernel(register, kernel):
+    source, first = inspect.getsourcelines(kernel)
+    reason = result_of(register(kernel()), "check_values").reason
+    assert f"(in {inspect.getfile(kernel)}, line {first + len(source) - 1})" in reason
 
 
 def test_what_attnplug_raises_about_a_kernel_is_told_without_a_line_of_the_program(register):

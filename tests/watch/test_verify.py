@@ -276,6 +276,10 @@ def test_rate_0_puts_nothing_in_place() -> None:
         assert process_state.differences(before, process_state.snapshot()) == []
         attnplug.scaled_dot_product_attention(*tensors())
     assert watched.calls == 0
+    watched.rate = 1.0
+    with watched:
+        attnplug.scaled_dot_product_attention(*tensors())
+    assert watched.results == 1
 
 
 def in_another_thread(work: Callable[[], object]) -> None:

@@ -255,7 +255,7 @@ def _unfound(plugin: Plugin, error: BaseException) -> str:
     """Return what the entry point says, if the module that it names is what was not found."""
     named = plugin.module.partition(":")[0]
     if isinstance(error, ModuleNotFoundError) and f"{named}.".startswith(f"{error.name}."):
-        return f"; its entry point is {printable(plugin.name)} = {plugin.module}"
+        return f"; its entry point is {printable(f'{plugin.name} = {plugin.module}')}"
     return ""
 
 

@@ -6,6 +6,7 @@ never acts on a registry that has changed since.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import traceback
@@ -54,7 +55,7 @@ _ELSEWHERE = {
 
 _HERE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _KERNELS = os.path.join(_HERE, "builtin", "")
-_IMPORTS = "<frozen importlib"
+_IMPORTS = "<frozen importlib", os.path.join(os.path.dirname(importlib.__file__), "")
 _OF_A_DATACLASS = "<string>"
 """The file of the `__init__` that Python generates for a declaration."""
 
@@ -361,15 +362,23 @@ def describe(error: BaseException) -> str:
     """Return an exception in one line, with the innermost place in which it was raised.
 
     What attnplug raises about a declaration is found where that is made, and not in attnplug; what Python raises where
-    it looks for a module has no place.
+    it looks for a module, where somebody asked for that.
     """
     text = of_error(error)
     frames = list(traceback.extract_tb(error.__traceback__))
-    if isinstance(error, SyntaxError) or not frames or frames[-1].filename.startswith(_IMPORTS):
+    while frames and _is_import(frames[-1]):
+        frames.pop()
+    if isinstance(error, SyntaxError) or not frames:
         return text
     if _is_machinery(frames[-1]):
         frames = [frame for frame in frames if not (_is_machinery(frame) or frame.filename == _OF_A_DATACLASS)]
     return f"{text} (in {printable(frames[-1].filename)}, line {frames[-1].lineno})" if frames else text
+
+
+def _is_import(frame: traceback.FrameSummary) -> bool:
+    """Whether this is of what Python, or the library that replaces a part of it where it is installed, imports with."""
+    folder = os.path.basename(os.path.dirname(frame.filename))
+    return frame.filename.startswith(_IMPORTS) or folder == "importlib_metadata"
 
 
 def _is_machinery(frame: traceback.FrameSummary) -> bool:

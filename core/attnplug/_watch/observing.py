@@ -19,8 +19,10 @@ class Observer(ABC):
     """Base class of what observes the calls of its thread as a `with` block, and of all from `start()` to `stop()`."""
 
     _watcher: WatcherOf[Any] | None = None
-    _is_idle = False
-    """Whether it need not be told of calls, as it would do nothing."""
+
+    def _is_idle(self) -> bool:
+        """Whether it need not be told of calls, as it would do nothing."""
+        return False
 
     @abstractmethod
     def _new_watcher(self, everywhere: bool) -> WatcherOf[Any]:
@@ -31,7 +33,7 @@ class Observer(ABC):
         return self._begin(everywhere=True)
 
     def stop(self) -> None:
-        """Observe no longer. What was found stays; gradients of calls that were sampled are still compared."""
+        """Observe no longer. What was found stays."""
         if self._watcher is None:
             raise ScopeError(f"{type(self).__name__} is stopped, or left, but it was not started")
         remove_watcher(self._watcher)
@@ -52,7 +54,7 @@ class Observer(ABC):
         if self._watcher is not None:
             raise ScopeError(f"this {type(self).__name__} is started already; make another one")
         self._watcher = self._new_watcher(everywhere)
-        if not self._is_idle:
+        if not self._is_idle():
             add_watcher(self._watcher, everywhere)
         return self
 

@@ -77,7 +77,7 @@ class verify(Observer):
     As a `with` block it is for this thread's calls, from when the block is entered until it is left; `start()` and
     `stop()` are for the whole process, and so is the environment variable `ATTNPLUG_VERIFY`. A call is sampled with
     probability `rate`, whatever was sampled before, so that n calls of a wrong kernel are all missed with probability
-    `(1 - rate) ** n`. Gradients of sampled calls are compared when backward runs.
+    `(1 - rate) ** n`. Gradients of sampled calls are compared when backward runs, even after the end.
 
     Args:
         rate: between 0, which costs nothing, and 1, every call.
@@ -129,7 +129,6 @@ class verify(Observer):
                 f"'math_ref' does"
             )
         self.rate, self.reference, self.on_mismatch = float(rate), reference, on_mismatch
-        self._is_idle = self.rate == 0
         self.calls = self.results = self.gradients = self.wrong = 0
         self.mismatches: list[Mismatch] = []
         self.skipped: Counter[str] = Counter()
@@ -137,6 +136,9 @@ class verify(Observer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has: what was found, but not that it goes on."""
         return {**self.__dict__, "_watcher": None}
+
+    def _is_idle(self) -> bool:
+        return self.rate == 0
 
     def _new_watcher(self, everywhere: bool) -> _Verifier:
         return _Verifier(self, everywhere)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from types import FrameType
 
-import torch
-
-import attnplug
 from attnplug._messages import printable
 from attnplug.testing._fields import Fields
 
 AGAIN = "again: "
-_HERE, _TORCH = (os.path.join(os.path.dirname(module.__file__ or ""), "") for module in (attnplug, torch))
+_OURS = "attnplug"
+_LIBRARIES = (_OURS, "torch", "triton")
+_PYTHONS = os.path.join(os.path.dirname(os.__file__), ""), "<frozen "
 
 
 class CheckFailure(AssertionError):
@@ -54,12 +56,31 @@ def failing(call: Fields | None, what: str) -> Iterator[None]:
 
 
 def told(error: Exception) -> str:
-    """Return an exception, with the line of the kernel that raised it; what attnplug raises has none."""
+    """Return an exception, with the innermost line of the kernel; what attnplug, or PyTorch, raises has none.
+
+    A kernel is what attnplug calls, and all that is called from there but libraries, in which there is nothing to mend.
+    """
     text = f"{type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [place for place, frame in enumerate(frames) if frame.filename.startswith(_HERE)]
-    called = frames[ours[-1] + 1 :] if ours else []
-    if not called or called[0].filename.startswith(_TORCH):
+    frames = [
+        (_package(frame), frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not _stands_between(frame)
+    ]
+    packages = [package for package, _, _ in frames]
+    called = next(
+        (at for at, pair in enumerate(pairwise(packages)) if pair[0] == _OURS and pair[1] not in _LIBRARIES), None
+    )
+    if called is None:
         return text
-    line = [frame for frame in called if not frame.filename.startswith(_TORCH)][-1]
-    return f"{text} (in {printable(line.filename)}, line {line.lineno})"
+    _, file, line = [each for each in frames[called:] if each[0] not in _LIBRARIES][-1]
+    return f"{text} (in {printable(file)}, line {line})"
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _stands_between(frame: FrameType) -> bool:
+    """Whether this is of a decorator, such as `torch.no_grad()`, or of Python's own library, and no `test.py`."""
+    is_pythons = frame.f_code.co_filename.startswith(_PYTHONS) and _package(frame) in sys.stdlib_module_names
+    return is_pythons or frame.f_globals.get("__name__") == "torch.utils._contextlib"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,11 +28,13 @@ class Inputs:
         arguments: for `attnplug.scaled_dot_product_attention`, or `varlen_attn` if `cu_seq_q` is among them.
         grad_out: the gradient of out that backward starts from.
         grad_lse: the same of lse.
+        call: what they were made of, if they were: it makes equal ones.
     """
 
     arguments: dict[str, Any]
     grad_out: Tensor
     grad_lse: Tensor
+    call: Fields | None = field(default=None, repr=False)
 
 
 def make(call: Fields) -> Inputs:
@@ -83,7 +85,7 @@ def _made(call: Fields) -> Inputs:
     if missing := [name for name in call.gradients if name not in arguments]:
         raise ValueError(f"gradients: the call has no {missing[0]}")
     grad_out, grad_lse = _cast(call, tensors["grad_out"]), tensors["grad_lse"].to(call.device)
-    return Inputs(arguments, grad_out, grad_lse)
+    return Inputs(arguments, grad_out, grad_lse, call)
 
 
 def _shapes(call: Fields) -> dict[str, tuple[int, ...]]:
