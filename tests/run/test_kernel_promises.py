@@ -77,7 +77,7 @@ def assert_others_work() -> None:
 Returned = Callable[[Tensor, Tensor], Any]
 
 WRONG_RESULTS: dict[str, tuple[Returned, str]] = {
-    "nothing": (lambda out, lse: None, "NoneType"),
+    "nothing": (lambda out, lse: None, "got None"),
     "no_tuple": (lambda out, lse: out, "Tensor"),
     "a_list": (lambda out, lse: [out, lse], "tuple"),
     "no_value": (lambda out, lse: (), "tuple of 0"),
@@ -212,10 +212,10 @@ def test_saved_values_that_are_no_tensors_are_an_error_that_names_the_implementa
 Gradients = Callable[..., Any]
 
 WRONG_GRADIENTS: dict[str, tuple[Gradients, str]] = {
-    "nothing": (lambda q, k, v, m, s: None, "None"),
+    "nothing": (lambda q, k, v, m, s: None, "got None"),
     "one_tensor": (lambda q, k, v, m, s: q, "Tensor"),
-    "two": (lambda q, k, v, m, s: (q, k), "grad_query, grad_key, grad_value"),
-    "six": (lambda q, k, v, m, s: (q, k, v, m, s, s), "grad_query, grad_key, grad_value"),
+    "two": (lambda q, k, v, m, s: (q, k), "got tuple of 2"),
+    "six": (lambda q, k, v, m, s: (q, k, v, m, s, s), "got tuple of 6"),
     "no_query": (lambda q, k, v, m, s: (None, k, v, m, s), "query"),
     "no_key": (lambda q, k, v, m, s: (q, None, v, m, s), "key"),
     "no_value": (lambda q, k, v, m, s: (q, k, None, m, s), "value"),
