@@ -13,6 +13,7 @@ from torch import Tensor
 import attnplug
 from attnplug.testing import assert_right, check_impl
 from cuda_calls import LOWER_RIGHT, SPECS, register_both, wrong
+from graphs import captured
 
 pytestmark = pytest.mark.gpu
 NAMES = sorted(SPECS)
@@ -217,27 +218,19 @@ def test_a_captured_graph_of_forward_and_backward_replays_on_new_inputs(name: st
         out = attend(*static, is_causal=True, dropout_p=dropout, impl=name)
         return out, *torch.autograd.grad(out.sum(), static)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step, warmups=3)
     seen = []
     for _ in range(2):
         with torch.no_grad():
             for tensor in static:
                 tensor.copy_(torch.randn_like(tensor))
         graph.replay()
-        seen.append([tensor.clone() for tensor in captured])
-        assert_these_right(static, captured[0], captured[1:], dropout)
+        seen.append([tensor.clone() for tensor in results])
+        assert_these_right(static, results[0], results[1:], dropout)
     assert not torch.equal(seen[0][0], seen[1][0])
     if dropout > 0:  # replayed on the same inputs, it draws anew
         graph.replay()
-        assert not torch.equal(captured[0], seen[1][0])
+        assert not torch.equal(results[0], seen[1][0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -254,21 +247,13 @@ def test_a_captured_graph_of_packed_calls_reads_the_lengths_of_each_replay(name:
         out = attnplug.varlen_attn(**tensors, **lengths, is_causal=True, impl=name)
         return out, *(torch.autograd.grad(out, tuple(tensors.values()), weights) if grad else ())
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step, warmups=3)
     for ends in ([0, 257, 300, 300, 402], [40, 41, 41, 200, 390], [100, 200, 300, 400, 401]):
         starts.copy_(torch.tensor([0, *ends]))
         graph.replay()
         last = ends[-1]
-        assert not any(tensor[last:].any() for tensor in captured)  # rows that no sequence has
-        out, *grads = (tensor.detach()[:last] for tensor in captured)
+        assert not any(tensor[last:].any() for tensor in results)  # rows that no sequence has
+        out, *grads = (tensor.detach()[:last] for tensor in results)
         given = {which: tensor.detach()[:last] for which, tensor in tensors.items()}
         gradients = dict(zip(tensors, grads, strict=False))
         assert_right(given | lengths | {"is_causal": True}, out, gradients=gradients, grad_out=weights[:last])

@@ -16,6 +16,7 @@ from torch import Tensor
 import attnplug
 from attnplug import CausalVariant, Feature
 from attnplug.testing import assert_right
+from graphs import captured
 
 pytest.importorskip("triton")
 from attnplug_flash_triton import impl
@@ -174,14 +175,7 @@ def test_a_captured_graph_of_forward_and_backward_replays() -> None:
         out = attend(*tensors, is_causal=True)
         return out, *torch.autograd.grad(out, tensors, grad_out)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = captured(run, warmups=1)
     with torch.no_grad():
         for seed, tensor in enumerate(tensors):
             tensor.copy_(random(1, 4, 256, 64, seed=seed + 5))
