@@ -172,13 +172,6 @@ def test_tiny_runs_the_kinds_of_cases_of_a_set(capsys):
     assert {(case.heads, case.kv_heads, case.head_size) for case in cases} == {(8, 2, 128)}
 
 
-def test_tiny_crowns_nobody(small, capsys):
-    assert main(["bench", *small, "--tiny", "--impl", "torch,aten_math"]) == 0
-    printed = capsys.readouterr().out
-    assert re.findall(r"(?:torch|aten_math) +([a-z]+) +[\d.]+ ", printed) == ["right", "right"]
-    assert "none is called the fastest" in printed
-
-
 def test_an_interruption_keeps_what_is_measured_and_makes_the_status_1(interrupted, tmp_path, capsys):
     cases = tmp_path / "cases.yaml"
     cases.write_text(

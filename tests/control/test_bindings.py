@@ -77,17 +77,6 @@ def test_what_is_outside_a_bound_module_stays_pytorch_s_own_bit_for_bit() -> Non
     assert torch.equal(found, expected)
 
 
-def test_bindings_survive_copies_and_pickles() -> None:
-    model = TwoLayers()
-    handle = attnplug.bind(model.second, ["aten_math"])
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    handle.remove()
-    with attnplug.patch_torch():
-        assert ran_in(lambda: model(Q)) == ["torch", "torch"]
-        for other in copies:
-            assert ran_in(lambda other=other: other(Q)) == ["torch", "aten_math"]
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _saved])
 def test_a_handle_in_a_copied_model_is_that_of_the_copy(copied: Callable[[TwoLayers], TwoLayers]) -> None:
     model = TwoLayers()

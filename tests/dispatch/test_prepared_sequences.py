@@ -21,17 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import attnplug
 import repeated
 from attnplug import CausalVariant, ImplSpec, KernelError, SDPAParams
-from repeated import EVERYTHING, Answer, Packs, answer, gradients
+from repeated import EVERYTHING, PAGES, STARTS, TOKENS, Answer, Packs, answer, gradients, row
 
 reference = partial(attnplug.varlen_attn, impl="math_ref")
-TOKENS, PAGES = torch.randn(9, 4, 8), torch.randn(6, 2, 4, 8)
-
-
-def row(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-STARTS = row(0, 4, 9)
 
 
 @contextmanager

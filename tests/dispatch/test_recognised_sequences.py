@@ -11,16 +11,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnplug
 from attnplug import ImplSpec, SDPAParams
-from repeated import EVERYTHING, Change, K, Packs, Q, Subclass, V, assert_same, forget, nested, outcome
-
-TOKENS, PAGES = torch.randn(9, 4, 8), torch.randn(6, 2, 4, 8)
-
-
-def row(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-STARTS = row(0, 4, 9)
+from repeated import (
+    EVERYTHING,
+    PAGES,
+    STARTS,
+    TOKENS,
+    Change,
+    K,
+    Packs,
+    Q,
+    Subclass,
+    V,
+    assert_same,
+    forget,
+    nested,
+    outcome,
+    row,
+)
 
 
 def packed(*given: Any, **options: Any) -> Change:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,13 @@ from tiny_models import (
 bridge.register()
 
 
-def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    return forked.run(code)
-
-
 def test_importing_the_bridge_does_not_import_transformers() -> None:
-    done = fresh("import sys, attnplug.integrations.transformers; sys.exit('transformers' in sys.modules)")
+    done = forked.run("import sys, attnplug.integrations.transformers; sys.exit('transformers' in sys.modules)")
     assert done.returncode == 0, done.stderr
 
 
 def test_missing_transformers_is_an_error_that_names_the_package() -> None:
-    done = fresh(
+    done = forked.run(
         "import sys; sys.modules['transformers'] = None\n"
         "import attnplug.integrations.transformers as bridge; bridge.register()"
     )
@@ -111,7 +106,7 @@ def test_a_saved_model_loads_with_any_attention(tmp_path: Path) -> None:
 def test_a_model_saved_whole_comes_back_in_a_process_that_registered_nothing(name: str, tmp_path: Path) -> None:
     model = hf.AutoModel.from_config(bert(), attn_implementation=name).eval()
     torch.save((model, tokens(1, 5), model(tokens(1, 5)).last_hidden_state), tmp_path / "model.pt")
-    done = fresh(f"""
+    done = forked.run(f"""
 import torch
 model, given, expected = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 import attnplug

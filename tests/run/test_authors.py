@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -258,26 +257,6 @@ def test_second_derivatives_are_refused_unless_declared(register: Callable[..., 
     torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), query)[0])
     with pytest.raises(attnplug.GradientError, match="'mine' has no second derivatives"):
         grad.sum().backward()
-
-
-def test_backward_runs_what_ran_forward_wherever_it_runs(register: Callable[..., None]) -> None:
-    register("mine", WithBackward)
-    tensors = inputs()
-    with attnplug.sdpa_kernel("mine"):
-        out = attnplug.scaled_dot_product_attention(*tensors)
-    WithBackward.ran_backward.clear()
-
-    def work() -> None:
-        with attnplug.sdpa_kernel("aten_math"):
-            out.sum().backward()
-
-    thread = threading.Thread(target=work, name="another")
-    thread.start()
-    thread.join()
-    assert WithBackward.ran_backward == ["another"]
-    expected = torch.nn.functional.scaled_dot_product_attention(*tensors)
-    for tensor, grad in zip(tensors, torch.autograd.grad(expected.sum(), tensors), strict=True):
-        torch.testing.assert_close(tensor.grad, grad)
 
 
 def test_inference_mode_runs_without_a_graph(register: Callable[..., None]) -> None:

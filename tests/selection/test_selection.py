@@ -304,17 +304,6 @@ def test_names_are_unique_and_what_is_installed_stays() -> None:
         attnplug.register_impl("torch")
 
 
-def test_a_missing_module_makes_an_implementation_unavailable() -> None:
-    register("needy", requires=("no_such_module",))
-    record = next(record for record in attnplug.list_impls() if record.name == "needy")
-    assert (record.status, record.reason) == ("unavailable", "needs no_such_module, not installed")
-    with pytest.raises(attnplug.NoImplementationError, match="needs no_such_module, not installed"):
-        attnplug.scaled_dot_product_attention(Q, Q, Q, impl="needy")
-    with pytest.raises(attnplug.NoImplementationError, match="needs no_such_module"):
-        attnplug.activate_flash_attention_impl("needy")
-    assert attnplug.current_flash_attention_impl() is None
-
-
 def test_enums_have_pytorch_s_values() -> None:
     from torch.nn.attention.bias import CausalVariant
 

@@ -52,12 +52,12 @@ class World:
         for tasks in self._tasks:
             tasks.put((function, arguments, named))
 
-    def results(self, wait: float = 240.0, ranks: int | None = None) -> list[Any]:
+    def results(self, ranks: int | None = None) -> list[Any]:
         """Return what each rank returned, or the text of what it raised, an `AssertionError`."""
         found: dict[int, Any] = {}
         for _ in range(self.ranks if ranks is None else ranks):
             try:
-                rank, good, result = self._results.get(timeout=wait)
+                rank, good, result = self._results.get(timeout=240)
             except queue.Empty:
                 raise AssertionError(f"only ranks {sorted(found)} of {self.ranks} have answered") from None
             found[rank] = result if good else AssertionError(result)

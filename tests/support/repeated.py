@@ -16,6 +16,16 @@ from attnplug import Capabilities, Feature, ImplSpec, SDPAParams
 torch.manual_seed(0)
 Q, K, V = torch.randn(3, 2, 4, 6, 8)
 
+TOKENS, PAGES = torch.randn(9, 4, 8), torch.randn(6, 2, 4, 8)
+
+
+def row(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+STARTS = row(0, 4, 9)
+"""Two packed sequences, of four and five tokens."""
+
 Change = Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
 """Makes the arguments of a call."""
 

@@ -95,7 +95,7 @@ def bind_cuda_context() -> None:
         >>> attnplug.bind_cuda_context()
     """
     if not _thread.has_context and torch.cuda.is_initialized():
-        # Binds for the device that is the current one, too (pytorch#155900, in 2.9). Another that becomes it later is
+        # Binds for the device that is the current one, too (pytorch#155900). Another that becomes it later is
         # bound by that change.
         torch.cuda.set_device(torch.cuda.current_device())
         _thread.has_context = True

@@ -205,7 +205,7 @@ def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int,
     if params.seqused_k is not None:
         check_int32("seqused_k", params.seqused_k, (batch,), device)
         if leading is not None:
-            check_range("seqused_k", params.seqused_k, 0, params.key.shape[-2])
+            check_range("seqused_k", params.seqused_k, params.key.shape[-2])
 
 
 def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: torch.device) -> None:
@@ -230,13 +230,13 @@ def _has_sizes(tensor: Tensor, wanted: tuple[int | None, ...]) -> bool:
     return True
 
 
-def check_range(name: str, tensor: Tensor, least: int, most: int) -> None:
-    """Check the values of an integer tensor, where looking at them costs no synchronisation."""
+def check_range(name: str, tensor: Tensor, most: int) -> None:
+    """Check that an integer tensor has values from 0 to `most`, where looking at them costs no synchronisation."""
     if not can_look(tensor) or tensor.numel() == 0:
         return
     low, high = (int(bound) for bound in tensor.aminmax())
-    if low < least or high > most:
-        raise ValueError(f"{name}: expected values from {least} to {most}, got {low} to {high}")
+    if low < 0 or high > most:
+        raise ValueError(f"{name}: expected values from 0 to {most}, got {low} to {high}")
 
 
 def can_look(tensor: Tensor) -> bool:

@@ -82,7 +82,7 @@ def _check_keys(params: SDPAParams, batch: int) -> None:
         return
     lengths = params.cu_seq_k.diff() if params.seqused_k is None else params.seqused_k
     if params.seqused_k is not None:
-        check_range("seqused_k", lengths, 0, int(params.max_k or 0))
+        check_range("seqused_k", lengths, int(params.max_k or 0))
         if params.cu_seq_k is not None and not paged and bool((lengths > params.cu_seq_k.diff()).any()):
             raise ValueError("seqused_k: exceeds the length that cu_seq_k gives a sequence")
     if paged:
@@ -104,7 +104,7 @@ def _check_pages(params: SDPAParams, lengths: Tensor) -> None:
     if longest > blocks * page_size:
         raise ValueError(f"block_table: {blocks} pages of {page_size} keys cannot hold a sequence of {longest} keys")
     used = torch.arange(blocks, device=lengths.device) * page_size < lengths[:, None]
-    check_range("block_table", params.block_table[used], 0, pages - 1)
+    check_range("block_table", params.block_table[used], pages - 1)
 
 
 def _rank(name: str, tensor: Tensor, rank: int, meaning: str) -> None:

@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 
 from attnplug._control.scopes import is_torch_first
 from attnplug._dispatch.recording import Replay, record
-from attnplug._selection.selection import Selection
+from attnplug._selection.selection import current_selection
 from attnplug._selection.state import leave_scope, process, start, thread
 from attnplug._selection.watching import add_watcher, remove_watcher
 
@@ -22,7 +22,7 @@ class _Remember:
         self._record = record()
 
     def __enter__(self) -> None:
-        self.selected = Selection(None, thread.state.scope, process.activation, process.preferred)
+        self.selected = current_selection(None)
         self._calls = self._record.__enter__()
 
     def __exit__(self, *exception: object) -> None:

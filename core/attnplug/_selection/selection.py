@@ -71,7 +71,7 @@ class Selection:
         return f"outside {self.exact}"
 
 
-def current_selection(impl: str | None = None, choice: str | None = None) -> Selection:
+def current_selection(impl: str | None, choice: str | None = None) -> Selection:
     """Return what decides in this thread now; `choice` is what was measured for the call."""
     return Selection(impl, thread.state.scope, process.activation, process.preferred, choice)
 

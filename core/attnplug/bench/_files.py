@@ -33,8 +33,9 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
         BenchError: the file cannot be read, or says something that no case is.
     """
     path = as_path("path", path)
+    forced = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
     if path.suffix.lower() == ".json":
-        return _captured(path, device, dtype)
+        return _captured(path, forced)
     content = _load(path)
     if not isinstance(content, dict) or not isinstance(content.get("cases"), list):
         raise BenchError(f"{path}: expected a list called 'cases', got {_kind(content)}")
@@ -42,7 +43,6 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
         if name not in ("cases", "defaults"):
             raise BenchError(f"{path}: expected 'cases' and 'defaults', got {name!r}")
     defaults = content.get("defaults", {})
-    forced = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
     cases = []
     for number, given in enumerate(content["cases"], 1):
         where = f"{path}: case {number}"
@@ -62,9 +62,8 @@ def read_cases(path: str | Path, *, device: str | None = None, dtype: str | None
     return _distinct(cases)
 
 
-def _captured(path: Path, device: str | None, dtype: str | None) -> Cases:
-    """Return the cases of a capture, on another device or in another dtype if one is given."""
-    forced = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+def _captured(path: Path, forced: dict[str, Any]) -> Cases:
+    """Return the cases of a capture, with the fields that are forced."""
     found, cases = Cases.load(path), Cases()
     for case, count in found.items():
         cases[case.but(**forced)] += count

@@ -75,9 +75,9 @@ def measure_case(
     clock: Clock,
     *,
     ceiling: Ceiling | None = None,
-    caches: Sequence[str] = CACHES,
-    seconds: float = 0.2,
-    notify: Notify = lambda step: None,
+    caches: Sequence[str],
+    seconds: float,
+    notify: Notify,
     weigh: bool = True,
 ) -> list[Record]:
     """Measure implementations on one case.

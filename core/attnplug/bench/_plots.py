@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnplug.bench._cases import Case
-from attnplug.bench._records import RAN, Record, Timing
+from attnplug.bench._records import RAN, Record, timing_of
 from attnplug.bench._report import Report
 from attnplug.bench._text import machine
 
@@ -42,17 +42,13 @@ class Panel:
     directions: tuple[str, ...] = ("forward", "backward")
 
 
-def _timing(record: Record, direction: str) -> Timing | None:
-    return getattr(record, direction) or getattr(record, f"{direction}_cold")
-
-
 def _milliseconds(record: Record, direction: str) -> float | None:
-    timing = _timing(record, direction)
+    timing = timing_of(record, direction)
     return None if timing is None else timing.median * 1e3
 
 
 def _spread(record: Record, direction: str) -> tuple[float, float]:
-    timing = _timing(record, direction)
+    timing = timing_of(record, direction)
     assert timing is not None
     return timing.p20 * 1e3, timing.p80 * 1e3
 
@@ -68,8 +64,8 @@ PANELS = (
 )
 
 
-def picture(report: Report, form: str) -> bytes:
-    """Return all plots as one picture, `png` or `svg`."""
+def picture(report: Report) -> bytes:
+    """Return all plots as one picture, a PNG."""
     from matplotlib.figure import Figure
 
     sweeps, singles = groups(report.cases)
@@ -91,7 +87,7 @@ def picture(report: Report, form: str) -> bytes:
         grid[-1][0].set_title("single cases", loc="left", fontsize=10, fontweight="bold")
     _legend(figure, chosen, any(case.backward for case in report.cases))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, dpi=110)
+    figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 

@@ -89,7 +89,8 @@ class Record:
     @property
     def total(self) -> Timing | None:
         """The time that implementations are compared by: forward and, where measured, backward; warm if measured."""
-        parts = [self._timing("forward")] + ([self._timing("backward")] if self.case.backward else [])
+        directions = ("forward", "backward") if self.case.backward else ("forward",)
+        parts = [timing_of(self, direction) for direction in directions]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             return None
@@ -118,12 +119,8 @@ class Record:
         """The same of backward."""
         return self._share("backward")
 
-    def _timing(self, direction: str) -> Timing | None:
-        warm: Timing | None = getattr(self, direction)
-        return warm or getattr(self, f"{direction}_cold")
-
     def _tflops(self, direction: str) -> float | None:
-        timing = self._timing(direction)
+        timing = timing_of(self, direction)
         return None if timing is None else getattr(self.case, f"{direction}_flops") / timing.median / 1e12
 
     def _share(self, direction: str) -> float | None:
@@ -161,6 +158,12 @@ class Record:
         for name in ("forward_tflops", "backward_tflops", "forward_share", "backward_share", "reason"):
             row[name] = getattr(self, name)
         return row
+
+
+def timing_of(record: Record, direction: str) -> Timing | None:
+    """Return the time of forward or backward: with warm caches if measured, else with cold ones."""
+    warm: Timing | None = getattr(record, direction)
+    return warm or getattr(record, f"{direction}_cold")
 
 
 def repeatability(records: Sequence[Record]) -> list[float]:

@@ -44,7 +44,7 @@ def _content(report: Report, suffix: str) -> bytes:
     if suffix == ".png":
         from attnplug.bench._plots import picture
 
-        return picture(report, "png")
+        return picture(report)
     from attnplug.bench._page import page
 
     return page(report).encode()

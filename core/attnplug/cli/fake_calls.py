@@ -1,4 +1,4 @@
-"""The arguments of a call that is only described: fake tensors, without memory."""
+"""The arguments of a call that is only described: tensors without memory, on a device that need not be here."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ class _Run:
         if position >= len(self.steps):
             return None
         step, tensors = self.steps[position], (self.params.key, self.params.value)
-        sent = _pack([[self.call.rows(tensor, part) for part in step.given] for tensor in tensors], self._dim)
+        sent = _pack([[self.call.rows(tensor, part) for part in step.given] for tensor in tensors], self.call.dim)
         received, views = self._empty(total(step.taken))
         return exchange(self.group, [(step.target, sent)], [(step.source, received)]), views
 
@@ -236,7 +236,7 @@ class _Run:
     def _send_back(self, step: Step, of_keys: Sequence[Tensor]) -> _Returning:
         """Start to send gradients back to the owner of the keys, in the dtype that the kernel rounded them to."""
         dtype = self.params.key.dtype
-        sent = _pack([[tensor.to(dtype)] if total(step.taken) else [] for tensor in of_keys], self._dim)
+        sent = _pack([[tensor.to(dtype)] if total(step.taken) else [] for tensor in of_keys], self.call.dim)
         received, views = self._empty(total(step.given))
         transfer = exchange(self.group, [(step.source, sent)], [(step.target, received)])
         return _Returning(self.call, transfer, step.given, views)
@@ -245,14 +245,10 @@ class _Run:
         """Return a buffer for so many rows of keys and values, and what of it is which."""
         shapes = [list(tensor.shape) for tensor in (self.params.key, self.params.value)]
         for shape in shapes:
-            shape[self._dim] = rows
+            shape[self.call.dim] = rows
         first, second = (torch.Size(shape).numel() for shape in shapes)
         flat = self.params.key.new_empty(first + second)
         return flat, (flat[:first].view(shapes[0]), flat[first:].view(shapes[1]))
-
-    @property
-    def _dim(self) -> int:
-        return 0 if self.call.is_varlen else 2
 
     def _block(
         self, step: Step, block: Block, key: Tensor, value: Tensor

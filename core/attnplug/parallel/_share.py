@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Share:
             ValueError: a rank has another number of rows than its share, or the mask has no meaning.
         """
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        dim = 0 if params.is_varlen else 2
+        dim = _split_dim(params)
         have = {"query": params.query.shape[dim], "key": params.key.shape[dim]}
         whole = {name: size * ranks for name, size in have.items()}
         starts: tuple[int, ...] = ()
@@ -71,11 +71,16 @@ class Share:
     def is_varlen(self) -> bool:
         return self.params.is_varlen
 
+    @property
+    def dim(self) -> int:
+        """The dimension of the call's tensors that is split."""
+        return _split_dim(self.params)
+
     def rows(self, tensor: Tensor, part: Range) -> Tensor:
         """Return rows of what is laid out as the call's tensors are."""
-        if size(part) == tensor.shape[0 if self.is_varlen else 2]:
+        if size(part) == tensor.shape[self.dim]:
             return tensor
-        return tensor.narrow(0 if self.is_varlen else 2, part[0], size(part))
+        return tensor.narrow(self.dim, part[0], size(part))
 
     def examples(self, grad: bool) -> list[SDPAParams]:
         """Return one call of each kind of block that any rank makes, for who decides."""
@@ -94,21 +99,20 @@ class Share:
 
     def _of_length(self, tensor: Tensor, length: int) -> Tensor:
         """Return so many rows; where another rank has more than this one, of no particular values."""
-        dim = 0 if self.is_varlen else 2
-        if length <= tensor.shape[dim]:
+        if length <= tensor.shape[self.dim]:
             return self.rows(tensor, (0, length))
-        shape = (*tensor.shape[:dim], length, *tensor.shape[dim + 1 :])
+        shape = (*tensor.shape[: self.dim], length, *tensor.shape[self.dim + 1 :])
         return tensor.new_empty(shape).requires_grad_(tensor.requires_grad)
 
     def block(self, block: Block, query: Tensor, key: Tensor, value: Tensor, used: Tensor | None = None) -> SDPAParams:
         """Return the call of one block, whose tensors are given."""
         more: dict[str, Any] = {"max_q": None, "max_k": None}
         if self.is_varlen:
-            of_queries = of_keys = starts_of(block.lengths)
+            of_queries = of_keys = tuple(accumulate(block.lengths, initial=0))
             if not block.lengths:
-                of_queries, of_keys = [0, query.shape[0]], [0, key.shape[0]]
-            more["cu_seq_q"] = _on_device(tuple(of_queries), query.device)
-            more["cu_seq_k"] = _on_device(tuple(of_keys), query.device)
+                of_queries, of_keys = (0, query.shape[0]), (0, key.shape[0])
+            more["cu_seq_q"] = _on_device(of_queries, query.device)
+            more["cu_seq_k"] = _on_device(of_keys, query.device)
             more["max_q"] = max(block.lengths) if block.lengths else query.shape[0]
             more["max_k"] = max(block.lengths) if block.lengths else key.shape[0]
         if used is not None:
@@ -125,6 +129,10 @@ class Share:
             return_lse=True,
             **more,
         )
+
+
+def _split_dim(params: SDPAParams) -> int:
+    return 0 if params.is_varlen else 2
 
 
 def _on_device(starts: tuple[int, ...], device: torch.device) -> Tensor:
@@ -146,10 +154,3 @@ def _kept(starts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the same, kept for the other layers and for backward, because a GPU is waited for."""
     with torch.inference_mode(False):
         return torch.tensor(starts, dtype=torch.int32, device=device)
-
-
-def starts_of(lengths: Sequence[int]) -> list[int]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts

@@ -169,7 +169,7 @@ def _how(code: int | None) -> str:
 
 
 def run_all(
-    tasks: Sequence[Task], workers: int, timeout: float, on_result: Callable[[int, Result], None] | None = None
+    tasks: Sequence[Task], workers: int, timeout: float, on_result: Callable[[int, Result], None]
 ) -> list[Result]:
     """Run checks in several processes at once, the last first: those take longest.
 
@@ -196,8 +196,7 @@ def run_all(
             result = worker.run(task, timeout)
             with lock:
                 results[position] = result
-                if on_result is not None:
-                    on_result(position, result)
+                on_result(position, result)
 
     with ThreadPoolExecutor(max(1, len(crew))) as threads:
         serving = [threads.submit(serve, worker) for worker in crew]

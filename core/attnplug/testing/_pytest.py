@@ -25,7 +25,7 @@ from attnplug.testing.checks import all_checks
 class BoundCheck:
     """A check and the subject it is for: what a parametrized test gets, and calls."""
 
-    def __init__(self, check: Check, subject: Subject, isolated: bool = False, timeout: float = TIMEOUT) -> None:
+    def __init__(self, check: Check, subject: Subject, isolated: bool, timeout: float) -> None:
         self.check, self.subject = check, subject
         self.isolated, self.timeout = isolated, timeout
         self.__doc__ = check.function.__doc__

@@ -349,8 +349,6 @@ def spread_heads(tensor: Tensor, heads: int, dim: int = 2) -> Tensor:
     return tensor if group == 1 else tensor.repeat_interleave(group, dim)
 
 
-def sum_heads(grad: Tensor, kv_heads: int, dim: int = 2) -> Tensor:
-    """Return the gradient of what `spread_heads` repeated."""
-    if grad.shape[dim] == kv_heads:
-        return grad
-    return grad.unflatten(dim, (kv_heads, -1)).sum(dim + 1)
+def sum_heads(grad: Tensor, kv_heads: int) -> Tensor:
+    """Return the gradient, by tokens, of what `spread_heads` repeated."""
+    return grad if grad.shape[2] == kv_heads else grad.unflatten(2, (kv_heads, -1)).sum(3)

@@ -165,12 +165,9 @@ def keys_as_they_lie(starts: Any, tokens: int) -> Any:
     return torch.zeros(tokens, dtype=torch.bool)
 
 
-def windows_of(more: int) -> Callable[..., Any]:
-    def bias(self: Any, masks: Any, params: Any) -> Any:
-        left, right = params.window_size
-        return RIGHT_PACKED_BIAS(self, masks, replace(params, window_size=(left + more if left >= 0 else left, right)))
-
-    return bias
+def with_windows_one_key_wider(self: Any, masks: Any, params: Any) -> Any:
+    left, right = params.window_size
+    return RIGHT_PACKED_BIAS(self, masks, replace(params, window_size=(left + 1 if left >= 0 else left, right)))
 
 
 def with_upper_left_masks(self: Any, params: Any) -> Any:
@@ -353,7 +350,11 @@ MISTAKES = [
         lambda params, *_: (None, torch.zeros_like(params.sinks)) if params.sinks is not None else (),
     ),
     Mistake(
-        "a packed window one key short", XFormers, "check_varlen_window", (xformers._Sequences, "bias"), windows_of(1)
+        "a packed window one key too wide",
+        XFormers,
+        "check_varlen_window",
+        (xformers._Sequences, "bias"),
+        with_windows_one_key_wider,
     ),
     Mistake(
         "the mean of keys of no sequence",

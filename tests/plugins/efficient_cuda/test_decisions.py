@@ -222,11 +222,11 @@ def test_gpus_later_than_the_known_ones_are_declined(name: str) -> None:
     assert reasons(name, (13, 0)) == ("needs compute capability 12.1 or earlier, found 13.0",)
 
 
-def a_gpu_is_here(monkeypatch: pytest.MonkeyPatch, gpu: Capability, complaint: str) -> None:
+def a_gpu_is_here(monkeypatch: pytest.MonkeyPatch, gpu: Capability) -> None:
     """Let PyTorch find one GPU, and refuse every call to cuDNN."""
 
     def refuse(call: Any, debug: bool) -> bool:
-        warnings.warn(f"{complaint} (Triggered internally at somewhere)", stacklevel=1)
+        warnings.warn("cuDNN is tired. (Triggered internally at somewhere)", stacklevel=1)
         return False
 
     # To make a fake tensor PyTorch 2.11 first makes a real one, on a GPU that it finds.
@@ -249,13 +249,13 @@ def test_a_cudnn_that_pytorch_complains_of_is_held_against_the_call_by_its_versi
 
 
 def test_what_pytorch_refuses_to_give_to_cudnn_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    a_gpu_is_here(monkeypatch, (9, 0), "cuDNN is tired.")
+    a_gpu_is_here(monkeypatch, (9, 0))
     said = f"PyTorch {torch.__version__} does not give this call to cuDNN: cuDNN is tired."
     assert reasons("cudnn", None) == (said,)
 
 
 def test_pytorch_is_not_asked_about_a_gpu_other_than_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    a_gpu_is_here(monkeypatch, (8, 0), "cuDNN is tired.")
+    a_gpu_is_here(monkeypatch, (8, 0))
     assert reasons("cudnn", None) != () and reasons("cudnn", (9, 0)) == ()
 
 

@@ -29,9 +29,9 @@ def deterministic(request: pytest.FixtureRequest) -> bool:
     torch.use_deterministic_algorithms(before)
 
 
-def few(*shape: int, most: int = 1, share: float) -> Tensor:
-    """Return small integers, most of them 0."""
-    numbers = torch.randint(-most, most + 1, shape, device="cuda")
+def few(*shape: int, share: float) -> Tensor:
+    """Return -1, 0 and 1, most of them 0."""
+    numbers = torch.randint(-1, 2, shape, device="cuda")
     return (numbers * (torch.rand(shape, device="cuda") < share)).bfloat16()
 
 

@@ -82,13 +82,12 @@ class Language:
     """`triton.language` and Gluon's, of which kernels use the same part."""
 
     constexpr = staticmethod(lambda value: value)
-    float32, int32, int64, int1, bfloat16, float16 = "float32", "int32", "int64", "int1", HALF, HALF
+    float32, int32, int64, bfloat16, float16 = "float32", "int32", "int64", HALF, HALF
     NVMMADistributedLayout = NVMMASharedLayout = SwizzledSharedLayout = SliceLayout = staticmethod(lambda *_: None)
     DotOperandLayout = BlockedLayout = NVMMADistributedLayout
     static_range = range
     range = range
     program_id = staticmethod(lambda axis: current().number)
-    num_programs = staticmethod(lambda axis: current().programs)
     zeros = staticmethod(lambda shape, *_, **__: tensor(torch.zeros(shape)))
     full = staticmethod(lambda shape, value, *_, **__: tensor(torch.full(shape, value)))
     arange = staticmethod(lambda start, end, layout=None: tensor(torch.arange(start, end)))
@@ -99,7 +98,6 @@ class Language:
     )
     reshape = staticmethod(lambda x, shape: x.reshape(shape))
     permute = staticmethod(lambda x, order: x.permute(order))
-    trans = staticmethod(lambda x: x.T)
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     cast = staticmethod(lambda x, dtype, bitcast=False: x)
     load, store = staticmethod(_load), staticmethod(_store)
@@ -111,7 +109,6 @@ class Language:
     abs = staticmethod(lambda x: torch.abs(x))
     join = staticmethod(lambda a, b: tensor(torch.stack((plain(a), plain(b)), -1)))
     split = staticmethod(lambda x: (x[..., 0], x[..., 1]))
-    expand_dims = staticmethod(lambda x, axis: x.unsqueeze(axis))
     atomic_add = staticmethod(_atomic_add)
 
     @staticmethod

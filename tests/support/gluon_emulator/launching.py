@@ -126,7 +126,7 @@ def launch(kernel: Any, programs: int, arguments: Iterable[Any], compiled_in: Ma
     names = set(kernel.arg_names)
     constants = {name: value for name, value in compiled_in.items() if name in names}
     for number in range(programs):
-        program = Program(number, programs, seed + number)
+        program = Program(number, seed + number)
         Program.current = program
         try:
             function(*arguments, **constants)

@@ -134,12 +134,8 @@ class mbarrier:
         program.yield_(lambda: barrier.phases & 1 != phase & 1)
         program.thread.clock.join(barrier.passed)
 
-    @staticmethod
-    def invalidate(barrier: Barrier) -> None:
-        pass
 
-
-def fence_async_shared(cluster: bool = False) -> None:
+def fence_async_shared() -> None:
     """What this thread has written, products and copies may read."""
     program = current()
     for cell in program.cells:

@@ -39,8 +39,8 @@ class Program:
 
     current: Program | None = None
 
-    def __init__(self, number: int, programs: int, seed: int) -> None:
-        self.number, self.programs = number, programs
+    def __init__(self, number: int, seed: int) -> None:
+        self.number = number
         self.random = random.Random(seed)
         self.late = seed % 3
         self.threads: list[Thread] = []
@@ -49,7 +49,6 @@ class Program:
         self.allocations = 0
         self.cells: list[Cell] = []
         self.barriers: list[Barrier] = []
-        self.here, self.met, self.meeting = 0, 0, Clock()
         self.fault: BaseException | None = None
         self.local = threading.local()
         self.local.thread = Thread("program")
@@ -60,17 +59,6 @@ class Program:
     def thread(self) -> Thread:
         thread: Thread = self.local.thread
         return thread
-
-    def meet(self, threads: int) -> None:
-        """Wait until so many threads are here."""
-        turn = self.met
-        self.meeting.join(self.thread.clock)
-        self.thread.step()
-        self.here += 1
-        if self.here == threads:
-            self.here, self.met = 0, self.met + 1
-        self.yield_(lambda: self.met > turn)
-        self.thread.clock.join(self.meeting)
 
     def is_late(self) -> bool:
         """Whether an asynchronous read happens at the wait for it; else at once."""
