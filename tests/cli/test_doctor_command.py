@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 import attnplug
-from packages import Site
+from packages import Site, plugin, spec
 
 
 def finding(data: dict, name: str) -> dict:
@@ -74,6 +74,29 @@ def test_a_broken_plugin_is_to_be_installed_again(site):
     found = finding(data, "broken")
     assert status == 1 and "no such library" in found["reason"]
     assert found["remedy"] == "pip install --upgrade --force-reinstall fake-broken"
+
+
+@pytest.mark.parametrize(
+    ("origin", "remedy"),
+    [
+        ({"url": "file:///home/me/broken", "dir_info": {"editable": True}}, ""),
+        (
+            {"url": "https://example.com/broken.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install --upgrade --force-reinstall 'fake-broken @ git+https://example.com/broken.git'",
+        ),
+        (
+            {"url": "file:///tmp/broken.whl", "archive_info": {}},
+            "pip install --upgrade --force-reinstall 'fake-broken @ file:///tmp/broken.whl'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("at", ["plugin", "kernel"])
+def test_a_broken_plugin_that_came_from_elsewhere_is_not_looked_for_in_the_index(site, origin, remedy, at):
+    light = "raise OSError('no such library')\n" if at == "plugin" else plugin(spec("broken", "absent_module"))
+    site.install("fake-broken", {"broken": light})
+    (site.folder / "fake_broken-1.0.dist-info" / "direct_url.json").write_text(json.dumps(origin))
+    status, data = diagnosed(site)
+    assert (status, finding(data, "broken")["remedy"]) == (1, remedy)
 
 
 def test_two_that_claim_one_name_are_told_how_to_leave_one_out(site):
