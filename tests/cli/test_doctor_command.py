@@ -99,6 +99,35 @@ def test_a_broken_plugin_that_came_from_elsewhere_is_not_looked_for_in_the_index
     assert (status, finding(data, "broken")["remedy"]) == (1, remedy)
 
 
+@pytest.mark.parametrize(
+    "group", ["attnplugs", "attn-plug", "attnplug.impl", "attnplug_impls", "attnplug_register_impls"]
+)
+def test_a_plugin_in_a_misspelt_group_is_found(site, group):
+    site.install_healthy("mine")
+    (site.folder / "fake_mine-1.0.dist-info" / "entry_points.txt").write_text(f"[{group}]\nmine = mine\n")
+    status, data = diagnosed(site)
+    found = finding(data, "mine")
+    assert (status, found["status"], found["remedy"]) == (1, "broken", "")
+    assert found["reason"] == (
+        f"is not loaded: fake-mine 1.0 has it among the entry points of group {group!r}; the group is called 'attnplug'"
+    )
+
+
+@pytest.mark.parametrize("group", ["console_scripts", "napari.plugin", "attention", "attnplug_studio.plugins"])
+def test_groups_of_others_are_not_taken_for_misspelt(site, group):
+    site.install_healthy("mine")
+    (site.folder / "fake_mine-1.0.dist-info" / "entry_points.txt").write_text(f"[{group}]\nmine = mine\n")
+    assert "mine" not in {each["name"] for each in diagnosed(site)[1]["findings"]}
+
+
+def test_a_plugin_may_have_groups_of_its_own(site):
+    site.install_healthy("mine")
+    entry_points = "[attnplug]\nmine = mine\n[attnplug.mine]\nmore = mine\n"
+    (site.folder / "fake_mine-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
+    status, data = diagnosed(site)
+    assert status == 0 and "mine" in data["available"]
+
+
 def test_two_that_claim_one_name_are_told_how_to_leave_one_out(site):
     site.install_healthy("healthy")
     source = (site.folder / "healthy.py").read_text()
