@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 import attnplug
-from packages import Site
+from packages import Site, plugin, spec
 
 
 def finding(data: dict, name: str) -> dict:
@@ -74,6 +74,58 @@ def test_a_broken_plugin_is_to_be_installed_again(site):
     found = finding(data, "broken")
     assert status == 1 and "no such library" in found["reason"]
     assert found["remedy"] == "pip install --upgrade --force-reinstall fake-broken"
+
+
+@pytest.mark.parametrize(
+    ("origin", "remedy"),
+    [
+        ({"url": "file:///home/me/broken", "dir_info": {"editable": True}}, ""),
+        (
+            {"url": "https://example.com/broken.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install --upgrade --force-reinstall 'fake-broken @ git+https://example.com/broken.git'",
+        ),
+        (
+            {"url": "file:///tmp/broken.whl", "archive_info": {}},
+            "pip install --upgrade --force-reinstall 'fake-broken @ file:///tmp/broken.whl'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("at", ["plugin", "kernel"])
+def test_a_broken_plugin_that_came_from_elsewhere_is_not_looked_for_in_the_index(site, origin, remedy, at):
+    light = "raise OSError('no such library')\n" if at == "plugin" else plugin(spec("broken", "absent_module"))
+    site.install("fake-broken", {"broken": light})
+    (site.folder / "fake_broken-1.0.dist-info" / "direct_url.json").write_text(json.dumps(origin))
+    status, data = diagnosed(site)
+    assert (status, finding(data, "broken")["remedy"]) == (1, remedy)
+
+
+@pytest.mark.parametrize(
+    "group", ["attnplugs", "attn-plug", "attnplug.impl", "attnplug_impls", "attnplug_register_impls"]
+)
+def test_a_plugin_in_a_misspelt_group_is_found(site, group):
+    site.install_healthy("mine")
+    (site.folder / "fake_mine-1.0.dist-info" / "entry_points.txt").write_text(f"[{group}]\nmine = mine\n")
+    status, data = diagnosed(site)
+    found = finding(data, "mine")
+    assert (status, found["status"], found["remedy"]) == (1, "broken", "")
+    assert found["reason"] == (
+        f"is not loaded: fake-mine 1.0 has it among the entry points of group {group!r}; the group is called 'attnplug'"
+    )
+
+
+@pytest.mark.parametrize("group", ["console_scripts", "napari.plugin", "attention", "attnplug_studio.plugins"])
+def test_groups_of_others_are_not_taken_for_misspelt(site, group):
+    site.install_healthy("mine")
+    (site.folder / "fake_mine-1.0.dist-info" / "entry_points.txt").write_text(f"[{group}]\nmine = mine\n")
+    assert "mine" not in {each["name"] for each in diagnosed(site)[1]["findings"]}
+
+
+def test_a_plugin_may_have_groups_of_its_own(site):
+    site.install_healthy("mine")
+    entry_points = "[attnplug]\nmine = mine\n[attnplug.mine]\nmore = mine\n"
+    (site.folder / "fake_mine-1.0.dist-info" / "entry_points.txt").write_text(entry_points)
+    status, data = diagnosed(site)
+    assert status == 0 and "mine" in data["available"]
 
 
 def test_two_that_claim_one_name_are_told_how_to_leave_one_out(site):

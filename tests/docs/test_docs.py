@@ -30,6 +30,7 @@ from attnplug import Feature
 from attnplug._registry import hooks as hookspecs
 from attnplug._registry.config import VARIABLES
 from attnplug.cli import COMMANDS, build_parser
+from process_state import registered
 
 pytest.importorskip("mkdocs", reason="the documentation is built with mkdocs")
 
@@ -246,7 +247,9 @@ def test_the_steps_of_a_plugin_are_as_many_as_the_page_says():
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "adapters/flex.md" else ()) for name in RUN]
 )
 def test_what_a_page_shows_runs_and_prints_what_it_says(name, tmp_path):
+    before = registered()
     assert pages.Page(name, tmp_path, packages=("my_kernel",)).run() > 0
+    assert registered() == before, "a page takes back what it registers"
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -325,3 +325,16 @@ def test_a_model_is_traced_by_jit(config: Any, name: str) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(model, (tokens(2, 7),))
         torch.testing.assert_close(traced(tokens(2, 7)), model(tokens(2, 7)))
+
+
+def test_checkpointed_layers_recompute_in_backward_what_ran_in_the_scope_of_forward() -> None:
+    model = build(llama()).train()
+    model.set_attn_implementation("attnplug")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": attnplug.checkpoint_contexts})
+    with attnplug.sdpa_kernel("aten_math"), attnplug.record() as forward:
+        out = model(**padded("right"), use_cache=False).last_hidden_state
+    with attnplug.record() as recomputed:
+        out.sum().backward()
+    assert [call.impl for call in recomputed] == [call.impl for call in forward] == ["aten_math"] * len(forward)
+    assert len(forward) == model.config.num_hidden_layers

@@ -156,3 +156,8 @@ def test_compiled_calls_are_one_graph_and_give_the_same(world: Worlds, method: s
 def test_dtensors_sharded_by_batch_or_heads_pass_through_a_ring(world: Worlds) -> None:
     world(4).run(ranks_do.register, "opaque")
     world(4).run(ranks_do.sharded)
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_a_group_that_is_destroyed_is_not_kept(world, method):
+    assert world(2).run(ranks_do.is_held_when_destroyed, method) == [False, False]

@@ -8,6 +8,7 @@ import pickle
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,27 @@ def test_an_activation_falls_back_and_says_so_once_per_reason() -> None:
         assert ran(is_causal=True, scale=0.5) == "torch"
     with pytest.warns(attnplug.FallbackWarning, match="dropout"):
         ran(dropout_p=0.1)
+
+
+def test_of_reasons_that_hold_ever_new_sizes_not_all_are_remembered() -> None:
+    """A server sees new lengths for as long as it runs."""
+    kernel = SimpleNamespace(
+        forward=formula, shape_dependent=True, supports=lambda params: f"the length is {params.query.shape[2]}"
+    )
+    register("picky", kernel=kernel)
+    attnplug.activate_flash_attention_impl("picky")
+    tensors = torch.zeros(1, 1, 2000, 1)
+
+    def warned(lengths: range) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for length in lengths:
+                attnplug.scaled_dot_product_attention(*(tensors[:, :, :size] for size in (length, 1, 1)))
+        return len(caught)
+
+    assert warned(range(8, 2000)) == 1992
+    register("another")  # after which all is decided anew
+    assert warned(range(8, 9)) == 1
 
 
 def test_a_fallback_in_a_layer_of_pytorch_points_at_who_called_the_layer() -> None:

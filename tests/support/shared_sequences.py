@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -381,6 +382,18 @@ def first_calls_in_a_group() -> tuple[int, int]:
         attend(part, part, part, group=group)
     dist.barrier()
     return before, store.num_keys()
+
+
+def is_held_when_destroyed(method: str) -> bool:
+    """Make a group, call in it, forward and backward, destroy it, and return whether somebody still has it."""
+    group = dist.new_group([*range(dist.get_world_size())])
+    part = torch.randn(1, 4, 8, 16, requires_grad=True)
+    getattr(parallel, f"{method}_attention")(part, part, part, group=group).sum().backward()
+    held = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return held() is not None
 
 
 def failing(method: str, rank: int, how: str, when: str) -> None:

@@ -194,6 +194,8 @@ def _looks_at_shape(entry: Entry) -> bool:
     return entry.loaded is not None and entry.loaded.shape_dependent
 
 
+_REPORTED = 1024
+"""How many are remembered: a reason may hold a size, of which a program that serves sees ever new ones."""
 _reported: set[tuple[str, tuple[str, ...]]] = set()
 
 
@@ -201,6 +203,8 @@ def _report_fallback(selection: Selection, refused: Mapping[str, tuple[str, ...]
     """Say once per implementation and reasons that a preferred implementation was passed over."""
     for name in selection.wanted:
         if name in refused and (name, refused[name]) not in _reported:
+            if len(_reported) >= _REPORTED:
+                _reported.clear()
             _reported.add((name, refused[name]))
             reasons = "; ".join(refused[name])
             warn(FallbackWarning(f"{name!r} is preferred but {reasons}; {chosen!r} runs instead"))

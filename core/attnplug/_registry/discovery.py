@@ -6,6 +6,7 @@ is loaded, validated and asked by itself, and one that fails becomes a record wi
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import re
@@ -147,6 +148,27 @@ def installed_plugins() -> list[Plugin]:
         found = _entry_points_one_by_one()
     plugins = [_plugin(entry_point) for entry_point in found]
     return sorted(plugins, key=lambda plugin: (plugin.distribution, plugin.version, plugin.name))
+
+
+def misspelt_groups() -> list[tuple[str, Plugin]]:
+    """Return the groups that look like `attnplug` misspelt, each with an entry point that nothing reads there.
+
+    A distribution that has plugins in the right group knows how it is spelt, and may have groups of its own.
+    """
+    import importlib_metadata
+
+    try:
+        every = list(importlib_metadata.entry_points())
+    except ValueError:  # as in `installed_plugins`
+        return []
+    right = {plugin.distribution for plugin in installed_plugins()}
+    meant = GROUP, "attnplugregisterimpls"  # the hook
+    found = []
+    for entry_point in every:
+        bare = re.sub(r"[\W_]", "", entry_point.group.partition(".")[0]).lower()
+        if entry_point.group != GROUP and difflib.get_close_matches(bare, meant, cutoff=0.75):
+            found.append((printable(entry_point.group), _plugin(entry_point)))
+    return [(group, plugin) for group, plugin in found if plugin.distribution not in right]
 
 
 def _installed_since(before: frozenset[frozenset[str]]) -> set[str]:

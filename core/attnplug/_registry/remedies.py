@@ -5,16 +5,31 @@ A remedy is a line for a shell. Where no command helps there is none: nothing in
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 
 from attnplug._registry.config import get_config
 from attnplug._registry.machine import lacks_gpu_build
 
 
 def reinstalled(distribution: str) -> str:
-    """Return what brings a later release of a distribution, or repairs a broken installation of it."""
-    return f"pip install --upgrade --force-reinstall {shlex.quote(distribution)}"
+    """Return what brings a later release of a distribution, or repairs a broken installation of it.
+
+    It comes from where it came from: the package index may have another one of this name, or none. Nothing is to be
+    installed where the installation is editable, because it runs the source, which is what must be changed.
+    """
+    came_from = distribution
+    with suppress(Exception):  # it came from the index, or is so broken that nobody knows
+        from importlib_metadata import distribution as installed
+
+        origin = json.loads(installed(distribution).read_text("direct_url.json") or "")
+        if origin.get("dir_info", {}).get("editable"):
+            return ""
+        vcs = origin.get("vcs_info", {}).get("vcs", "")
+        came_from = f"{distribution} @ {vcs}{vcs and '+'}{origin['url']}"
+    return f"pip install --upgrade --force-reinstall {shlex.quote(came_from)}"
 
 
 def gpu_build() -> str:

@@ -5,7 +5,7 @@ A command is a module `command_<name>.py` beside this one and its name in `parse
 * `HELP`: its line in `attnplug --help`; its own docstring is what `attnplug <name> --help` shows;
 * `configure(parser)`: adds its options;
 * `run(arguments) -> int`: the exit status, 0, or 1 where the answer is no. A usage error, 2, is
-  `arguments.fail(message)`.
+  `arguments.fail(message)`, where a message of the library names the options instead of the arguments that they set.
 
 All modules are imported to build the parser, so they import torch, and whatever else is heavy, in `run`.
 Data goes to stdout, by `render`; warnings and errors go to stderr, and so does what plugins print.

@@ -1,8 +1,9 @@
 """Report what is wrong on this machine, and the command that fixes it.
 
 Each implementation that cannot run on this machine is listed with the reason and, where one helps, the command. Kernels
-are imported for that, so that one whose import fails is found before a call needs it; none is run. Exit status 1:
-something is broken, not merely absent from this machine.
+are imported for that, so that one whose import fails is found before a call needs it; none is run. A plugin that nobody
+loads, because its entry point is in a misspelt group, is found too. Exit status 1: something is broken, not merely
+absent from this machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import attnplug
 from attnplug import AttnplugError, ConfigError, ImplRecord, UnknownImplementationError
 from attnplug._registry.catalogue import KNOWN
 from attnplug._registry.config import get_config
+from attnplug._registry.discovery import GROUP, misspelt_groups
 from attnplug._registry.machine import lacks_gpu_build
 from attnplug._registry.remedies import gpu_build
 from attnplug._selection.state import start
@@ -56,7 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         findings = [*_of_torch(), *_of_environment()]
         if not findings:
             records = _loaded()
-            findings += [*_of_gpu(), *(_of_record(record) for record in records if record.reason), *_absent()]
+            findings += [
+                *_of_groups(),
+                *_of_gpu(),
+                *(_of_record(record) for record in records if record.reason),
+                *_absent(),
+            ]
     works = [record.name for record in records if record.status == "available"]
     broken = sum(finding.status == _BROKEN for finding in findings)
     if arguments.json:
@@ -99,6 +106,19 @@ def _loaded() -> Sequence[ImplRecord]:
         if not entry.unavailable():
             entry.load()
     return attnplug.list_impls()
+
+
+def _of_groups() -> list[Finding]:
+    """Return the plugins that nobody finds because their entry points are in a group of another name."""
+    return [
+        Finding(
+            plugin.name,
+            _BROKEN,
+            f"is not loaded: {plugin.distribution} {plugin.version} has it among the entry points of group {group!r}; "
+            f"the group is called {GROUP!r}",
+        )
+        for group, plugin in misspelt_groups()
+    ]
 
 
 def _of_gpu() -> list[Finding]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import attnplug
@@ -38,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     tensors.add_argument("--device", default="cpu", help="cpu (default), cuda, ...; need not be on this machine")
     tensors.add_argument(
         "--capability",
+        dest="compute_capability",
         type=values.capability,
         metavar="X.Y",
         help="answer for an NVIDIA GPU of this compute capability, present or not; with --device cuda",
@@ -55,21 +57,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_mask(group: Any) -> None:
-    group.add_argument("--causal", action="store_true", help="is_causal")
+    group.add_argument("--causal", dest="is_causal", action="store_true", help="is_causal")
     group.add_argument(
         "--causal-variant",
         choices=("upper-left", "lower-right"),
         help="upper-left, but with --varlen lower-right",
     )
-    group.add_argument("--window", type=values.window, metavar="LEFT,RIGHT", help="window_size; -1 is open")
+    group.add_argument(
+        "--window", dest="window_size", type=values.window, metavar="LEFT,RIGHT", help="window_size; -1 is open"
+    )
     group.add_argument(
         "--mask",
+        dest="attn_mask",
         type=values.mask,
         metavar="bool|float[:SHAPE]",
         help="attn_mask; by default of shape (query length, key length)",
     )
     group.add_argument("--mask-grad", action="store_true", help="the mask needs a gradient")
-    group.add_argument("--seqused", action="store_true", help="seqused_k")
+    group.add_argument("--seqused", dest="seqused_k", action="store_true", help="seqused_k")
     group.add_argument(
         "--varlen",
         type=values.varlen,
@@ -82,14 +87,14 @@ def _configure_mask(group: Any) -> None:
 
 
 def _configure_rest(group: Any) -> None:
-    group.add_argument("--gqa", action="store_true", help="enable_gqa: fewer key than query heads")
+    group.add_argument("--gqa", dest="enable_gqa", action="store_true", help="enable_gqa: fewer key than query heads")
     group.add_argument("--scale", type=float)
-    group.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout_p")
+    group.add_argument("--dropout", dest="dropout_p", type=float, default=0.0, metavar="P", help="dropout_p")
     group.add_argument("--softcap", type=float, default=0.0)
     group.add_argument("--sinks", action="store_true", help="one more logit per head")
     group.add_argument("--sinks-grad", action="store_true", help="sinks that need a gradient")
-    group.add_argument("--alibi", action="store_true", help="alibi_slopes")
-    group.add_argument("--lse", action="store_true", help="return_lse")
+    group.add_argument("--alibi", dest="alibi_slopes", action="store_true", help="alibi_slopes")
+    group.add_argument("--lse", dest="return_lse", action="store_true", help="return_lse")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     with attnplug.sdpa_kernel(scope, arguments.set_priority) if scope else nullcontext():
         try:
             explanation = attnplug.explain(
-                **fake_call(arguments), impl=arguments.impl, compute_capability=arguments.capability
+                **fake_call(arguments), impl=arguments.impl, compute_capability=arguments.compute_capability
             )
         except (TypeError, ValueError) as error:  # the message names the argument
             arguments.fail(str(error))
@@ -110,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         render.print_json(_as_json(explanation))
     else:
         render.print_table(HEADERS, explanation.rows(), HEADERS.index(""))
-        advice = explanation.advice()
+        advice = replace(explanation, remedy=arguments.in_options(explanation.remedy)).advice()
         render.put_prose(*filter(None, (advice, explanation.measured, _conclusion(explanation))))
     return 1 if explanation.chosen is None and not explanation.empty else 0
 
@@ -119,14 +124,14 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse options that contradict each other, and names that do not exist, before torch is imported."""
     if arguments.impl is not None:
         check_name(arguments.impl, "--impl")
-    if arguments.capability is not None and arguments.device.partition(":")[0] != "cuda":
+    if arguments.compute_capability is not None and arguments.device.partition(":")[0] != "cuda":
         arguments.fail(f"--capability: is that of an NVIDIA GPU, and --device is {arguments.device}; add --device cuda")
     if arguments.set_priority and not arguments.scope:
         arguments.fail("--set-priority: is about the order of --scope, which is not given")
-    if arguments.mask_grad and (arguments.mask is None or arguments.mask[0] == "bool"):
+    if arguments.mask_grad and (arguments.attn_mask is None or arguments.attn_mask[0] == "bool"):
         arguments.fail("--mask-grad: needs --mask float")
     if arguments.varlen is not None:
-        if arguments.mask is not None:
+        if arguments.attn_mask is not None:
             arguments.fail("--mask: varlen_attn takes no attn_mask; leave out --mask or --varlen")
         if arguments.causal_variant == "upper-left":
             arguments.fail("--causal-variant: varlen_attn is always lower-right")

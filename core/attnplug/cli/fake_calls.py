@@ -37,12 +37,12 @@ def _dense(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
         "causal_variant": variant,
         **_common(arguments, heads, device),
     }
-    if arguments.mask is not None:
-        kind, shape = arguments.mask
+    if arguments.attn_mask is not None:
+        kind, shape = arguments.attn_mask
         dtype = torch.bool if kind == "bool" else query.dtype
         shape = (query.shape[-2:-1] + key.shape[-2:-1]) if shape is None else shape
         call["attn_mask"] = empty(shape, dtype, device, arguments.mask_grad)
-    if arguments.seqused:
+    if arguments.seqused_k:
         call["seqused_k"] = empty((batch,), torch.int32, device)
     return call
 
@@ -65,13 +65,13 @@ def _varlen(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         "max_q": max(queries),
         "max_k": max(keys),
     }
-    if arguments.seqused:
+    if arguments.seqused_k:
         call["seqused_k"] = empty((len(keys),), torch.int32, device)
     if arguments.paged is not None:
         blocks = [-(-length // arguments.paged) for length in keys]
         key, value = (_paged(tensor, sum(blocks), arguments.paged) for tensor in (key, value))
         call["block_table"] = empty((len(keys), max(blocks)), torch.int32, device)
-        if arguments.seqused:
+        if arguments.seqused_k:
             call["cu_seq_k"] = None  # the two together say where the keys are
     return {"query": query, "key": key, "value": value, **call, **_common(arguments, query.shape[1], device)}
 
@@ -96,13 +96,13 @@ def _tensors(arguments: argparse.Namespace, key: Lengths, device: torch.device) 
 def _common(arguments: argparse.Namespace, heads: int, device: torch.device) -> dict[str, Any]:
     sinks = arguments.sinks or arguments.sinks_grad
     return {
-        "is_causal": arguments.causal,
+        "is_causal": arguments.is_causal,
         "scale": arguments.scale,
-        "enable_gqa": arguments.gqa,
-        "window_size": arguments.window or (-1, -1),
+        "enable_gqa": arguments.enable_gqa,
+        "window_size": arguments.window_size or (-1, -1),
         "softcap": arguments.softcap,
         "sinks": empty((heads,), torch.float32, device, arguments.sinks_grad) if sinks else None,
-        "alibi_slopes": empty((heads,), torch.float32, device) if arguments.alibi else None,
-        "dropout_p": arguments.dropout,
-        "return_lse": arguments.lse,
+        "alibi_slopes": empty((heads,), torch.float32, device) if arguments.alibi_slopes else None,
+        "dropout_p": arguments.dropout_p,
+        "return_lse": arguments.return_lse,
     }

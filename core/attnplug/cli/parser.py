@@ -1,4 +1,4 @@
-"""The parser of all commands, whose errors name what was probably meant."""
+"""The parser of all commands, whose errors name options, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from attnplug import __version__
 from attnplug._errors import did_you_mean
@@ -58,6 +58,25 @@ class Parser(argparse.ArgumentParser):
         close = did_you_mean(value, choices)
         raise argparse.ArgumentError(action, f"unknown {what} {value!r}{close or ';'} known: {', '.join(choices)}")
 
+    def error(self, message: str) -> NoReturn:
+        """End with a usage error; the message may be one of the library, about an argument that an option sets."""
+        super().error(self.in_options(message))
+
+    def in_options(self, message: str) -> str:
+        """Return a message of the library for somebody who types options: `enable_gqa=True` is `--gqa`.
+
+        It names arguments as `scale: ...` and `impl='math_ref'`; the option's `dest` says which one it sets.
+        """
+        options = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+
+        def option(found: re.Match[str]) -> str:
+            name, value = found[1] or found[2], found[3]
+            if name not in options:
+                return found[0]
+            return options[name] if value in (None, "True") else f"{options[name]} {value[1:-1]}"
+
+        return re.sub(r"^(\w+)(?=:)|(?<!\S)(\w+)=(True|'[^']*')", option, message)
+
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print help or a version; argparse would say nothing where that cannot be written."""
         print(message, end="", file=file or sys.stderr)
@@ -76,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print JSON")
         module.configure(command)
-        command.set_defaults(run=module.run, fail=command.error)
+        command.set_defaults(run=module.run, fail=command.error, in_options=command.in_options)
     return parser
 
 

@@ -12,8 +12,9 @@ sequences in them. A causal mask is left out, in favour of `is_causal`, only whe
 configuration then says `"attnplug+eager_masks"`: some rely on a mask that says everything and is added to logits.
 
 The name is kept in the model's configuration: a second model, such as an eager one to compare with, needs a
-`copy.deepcopy` of it, or both have the attention of the second. With gradient checkpointing in a scope, call
-`model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": attnplug.checkpoint_contexts})`.
+`copy.deepcopy` of it, or both have the attention of the second. With activation checkpointing in a scope, call
+`model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": attnplug.checkpoint_contexts})`, which is
+`gradient_checkpointing_enable` in releases that do not have it.
 """
 
 from __future__ import annotations

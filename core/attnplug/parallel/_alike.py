@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
 from attnplug._types import SDPAParams
 from attnplug.parallel._exchange import store_of
 
-_compared: set[tuple[dist.ProcessGroup, str]] = set()
+_compared: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()
+"""The methods of which a group's first call has been compared."""
 
 
 def check_alike(group: dist.ProcessGroup, method: str, params: SDPAParams) -> None:
@@ -25,9 +27,10 @@ def check_alike(group: dist.ProcessGroup, method: str, params: SDPAParams) -> No
     Raises:
         ValueError: a neighbour's differs; the message names the argument.
     """
-    if (group, method) in _compared:
+    compared = _compared.setdefault(group, set())
+    if method in compared:
         return
-    _compared.add((group, method))
+    compared.add(method)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     asked = _asked(params)
     neighbours = {(rank - 1) % ranks, (rank + 1) % ranks} - {rank}

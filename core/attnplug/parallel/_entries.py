@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.compiler import is_compiling
@@ -17,7 +18,8 @@ from attnplug._tracing import constant_in_traces
 from attnplug._types import Capabilities, ImplSpec, SDPAParams
 from attnplug.parallel._ring import FEATURES, Ring
 
-_entries: dict[tuple[Any, ...], Entry] = {}
+_entries: WeakKeyDictionary[dist.ProcessGroup, dict[str | None, Entry]] = WeakKeyDictionary()
+"""By group and `impl`. Connections of a group are closed when it is destroyed and nobody refers to it."""
 
 
 class _Operators:
@@ -46,9 +48,9 @@ def check_impl(impl: Any) -> None:
 
 
 def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
-    key = (group, impl)
-    if key not in _entries:
-        _entries[key] = Entry(
+    entries = _entries.setdefault(group, {})
+    if impl not in entries:
+        entry = Entry(
             ImplSpec(
                 name="ring_attention",
                 kernel=Ring(group, impl),
@@ -57,15 +59,16 @@ def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
             ),
             PROGRAM,
         )
-        _entries[key].load()
-    return _entries[key]
+        entry.load()
+        entries[impl] = entry
+    return entries[impl]
 
 
 @constant_in_traces
 def _traced(group_name: str, impl: str | None) -> str:
     """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself."""
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # private to PyTorch
-    entry = _entry(resolve(group_name), impl)
-    name = f"of_{list(_entries.values()).index(entry)}"
-    setattr(_operators, name, operator_of(entry).forward)
+    forward = operator_of(_entry(resolve(group_name), impl)).forward
+    name = forward.name().partition("::")[2]
+    setattr(_operators, name, forward)
     return name

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,8 @@ from attnplug._messages import printable
 GRACE = 2.0
 """Seconds that a rank waits for what the others say of themselves, once something has failed."""
 
-_said: set[dist.ProcessGroup] = set()
-_connected: set[dist.ProcessGroup] = set()
+_said: WeakSet[dist.ProcessGroup] = WeakSet()
+_connected: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 class ParallelError(AttnplugError, RuntimeError):

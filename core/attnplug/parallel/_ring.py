@@ -7,6 +7,7 @@ counted once, after everything else, so no kernel needs to know of them; grouped
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -60,9 +61,17 @@ class Ring(OfOneRank):
     """
 
     def __init__(self, group: dist.ProcessGroup, impl: str | None, scoped: bool = True) -> None:
-        self.group, self.impl = group, impl
+        self._group, self.impl = weakref.ref(group), impl  # a kernel may be kept longer than its group
         self.scoped = scoped
         """Whether the scope around a call chooses the kernel; one that a module was bound to has led here already."""
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group, which PyTorch keeps until it is destroyed."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError("group: the process group of this ring was destroyed")
+        return group
 
     @staticmethod
     def supports(params: SDPAParams) -> str | None:
