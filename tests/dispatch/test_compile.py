@@ -13,6 +13,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.attention as torch_attention
 from torch import Tensor
+from torch.nn.attention.bias import causal_upper_left
 
 import attnplug
 import forked
@@ -312,6 +313,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         ("a mask of another shape", None),
         ("packed, sinks of another shape", None),
         ("keys of another head size", True),
+        ("sinks of another shape", True),
         ("packed, what an implementation lacks", True),
         ("a scope of a name that is unknown", None),
         ("a scope of a number", None),
@@ -338,6 +340,21 @@ def test_a_mistake_is_the_eager_error_and_what_is_mended_is_compiled(name: str, 
     torch.testing.assert_close(user(right), function(**right) + 1)
     assert counter.frame_count > 0
     torch.testing.assert_close(Compiled(function)(**right), function(**right))
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(16, 15), causal_upper_left(16, 15)], ids=["tensor", "bias"])
+def test_a_mistake_in_a_mask_is_the_eager_error_when_lengths_are_dynamic_already(mask: Tensor) -> None:
+    def attend(query: Tensor, mask: Tensor | None) -> Tensor:
+        return call(query, query, query, attn_mask=mask, impl="math_ref")
+
+    compiled = torch.compile(attend, backend="eager")
+    for length in (8, 4):
+        compiled(torch.randn(2, 2, length, 8), None)
+    query = torch.randn(2, 2, 16, 8)
+    with pytest.raises(ValueError) as eager:
+        attend(query, mask)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(eager.value))}$"):
+        compiled(query, mask)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -451,6 +468,16 @@ def test_dynamic_shapes_are_traced_in_every_scope() -> None:
                     compiled(query, query, query, is_causal=scope == "torch"),
                     call(query, query, query, is_causal=scope == "torch"),
                 )
+
+
+def test_a_mask_may_come_first_when_lengths_are_dynamic_already() -> None:
+    """Its sizes are constants of that trace, those of the call are symbols."""
+    compiled = Compiled(lambda query, mask: call(query, query, query, attn_mask=mask, impl="aten_flash"))
+    for batch, length in ((2, 8), (3, 4)):
+        compiled(torch.randn(batch, 2, length, 8), None)
+    query, mask = torch.randn(2, 2, 16, 8), torch.randn(16, 16)
+    expected = call(query, query, query, attn_mask=mask)
+    torch.testing.assert_close(compiled(query, mask), expected)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

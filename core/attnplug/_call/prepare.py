@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnplug._call.autocast import autocasted
-from attnplug._call.validate import broadcast_leading, check_dense, check_scalars, heads_of
+from attnplug._call.validate import broadcast_leading, check_dense, check_scalars, heads_of, sizes
 from attnplug._call.validate_varlen import check_varlen
 from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
@@ -141,7 +141,8 @@ def _causal_bias(params: SDPAParams) -> SDPAParams:
     lengths = (params.query.shape[-2], params.key.shape[-2])
     if (mask.seq_len_q, mask.seq_len_kv) != lengths:
         raise ValueError(
-            f"attn_mask: CausalBias for lengths {(mask.seq_len_q, mask.seq_len_kv)}, the call has {lengths}"
+            f"attn_mask: CausalBias for lengths {sizes((mask.seq_len_q, mask.seq_len_kv))}, "
+            f"the call has {sizes(lengths)}"
         )
     variant = CausalVariant(int(mask.variant))
     return replace(params, attn_mask=None, is_causal=True, causal_variant=variant)

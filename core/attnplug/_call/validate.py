@@ -7,8 +7,10 @@ shape; whatever that comparison does not recognise comes here.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 import torch
@@ -154,7 +156,7 @@ def check_mask(mask: Any, query: Tensor, full: tuple[int, ...]) -> None:
     if not broadcasts(mask.shape, full):
         raise ValueError(
             f"attn_mask: shape {shape(mask)} does not broadcast to (..., heads, query length, key length) = "
-            f"{full}{_unsqueezed(mask, full)}"
+            f"{sizes(full)}{_unsqueezed(mask, full)}"
         )
 
 
@@ -180,7 +182,7 @@ def _fits(have: Any, want: Any) -> bool:
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
         return guard_or_false(have == 1) or guard_or_true(have == want)
-    return have in (1, want)
+    return bool(have == 1 or have == want)  # Dynamo finds no symbolic size with `in`
 
 
 def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int, ...] | None) -> None:
@@ -189,13 +191,16 @@ def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int,
     if params.sinks is not None:
         _floating("sinks", params.sinks, device)
         if tuple(params.sinks.shape) != (heads,):
-            raise ValueError(f"sinks: expected shape ({heads},), one logit per query head, got {shape(params.sinks)}")
+            raise ValueError(
+                f"sinks: expected shape {sizes((heads,))}, one logit per query head, got {shape(params.sinks)}"
+            )
     if params.alibi_slopes is not None:
         _floating("alibi_slopes", params.alibi_slopes, device)
         found = tuple(params.alibi_slopes.shape)
         if not (found == (heads,) or found == (batch, heads)):  # Dynamo takes no symbolic size for `in`
             raise ValueError(
-                f"alibi_slopes: expected shape ({heads},) or ({batch}, {heads}), got {shape(params.alibi_slopes)}"
+                f"alibi_slopes: expected shape {sizes((heads,))} or {sizes((batch, heads))}, "
+                f"got {shape(params.alibi_slopes)}"
             )
         if params.alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -246,7 +251,12 @@ def can_look(tensor: Tensor) -> bool:
 
 def shape(tensor: Tensor) -> str:
     """Return the shape of `tensor` for a message."""
-    return str(tuple(tensor.shape))
+    return sizes(tensor.shape)
+
+
+def sizes(given: Iterable[Any]) -> str:
+    """Return sizes for a message, as numbers: of symbolic ones Dynamo makes a text that it cannot read itself."""
+    return str(tuple([index(size) for size in given]))
 
 
 def heads_of(tensor: Tensor) -> int:
