@@ -75,8 +75,8 @@ def test_where_nothing_runs_the_status_is_1_and_each_reason_is_said(small, regis
     [
         (["--set", "nope"], "--set: there is no 'nope'"),
         (["--cases", "none.yaml"], "--cases: 'none.yaml' is not a file"),
-        (["--device", "abacus"], "device: 'abacus' is not a device"),
-        (["--device", "cuda:99", "-o", "{device}.json"], "device: 'cuda:99' is not on this machine"),
+        (["--device", "abacus"], "--device: 'abacus' is not a device"),
+        (["--device", "cuda:99", "-o", "{device}.json"], "--device: 'cuda:99' is not on this machine"),
         (["--impl", "torhc"], "unknown implementation 'torhc'; did you mean 'torch'?"),
         (["--baseline", "torhc"], "baseline: unknown implementation 'torhc'"),
         (["--seconds", "-1"], "--seconds: expected seconds above 0, such as 0.5, got '-1'"),

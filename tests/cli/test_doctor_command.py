@@ -85,6 +85,15 @@ def test_a_broken_plugin_is_to_be_installed_again(site):
             "pip install --upgrade --force-reinstall 'fake-broken @ git+https://example.com/broken.git'",
         ),
         (
+            {
+                "url": "https://example.com/many.git",
+                "vcs_info": {"vcs": "git", "requested_revision": "next", "commit_id": "0"},
+                "subdirectory": "plugins/broken",
+            },
+            "pip install --upgrade --force-reinstall "
+            "'fake-broken @ git+https://example.com/many.git@next#subdirectory=plugins/broken'",
+        ),
+        (
             {"url": "file:///tmp/broken.whl", "archive_info": {}},
             "pip install --upgrade --force-reinstall 'fake-broken @ file:///tmp/broken.whl'",
         ),

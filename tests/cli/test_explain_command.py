@@ -93,7 +93,7 @@ def test_the_table_is_that_of_explain_with_real_tensors(cli, options):
     }.get(options.partition(" ")[0], {})
     explanation = attnplug.explain(query, query, query, **call)
     done = cli("explain", *words(options))
-    told = str(explanation).partition("Remedy: impl=")[0].split()  # which is --impl here
+    told = str(explanation).partition("Nearest miss: ")[0].split()  # which names --impl here
     assert done.out.split()[: len(told)] == told
     assert done.status == (0 if explanation.chosen else 1)
 
@@ -180,7 +180,7 @@ def test_families_are_taken_in_any_case(cli):
 def test_the_nearest_miss_is_named_with_what_would_let_it_run(cli):
     done = cli("explain", *words("--impl aten_flash --softcap 30"))
     assert done.status == 1
-    assert "Nearest miss: math_ref: outside impl='aten_flash'. Remedy: --impl math_ref" in done.out
+    assert "Nearest miss: math_ref: outside --impl aten_flash. Remedy: --impl math_ref" in done.out
 
 
 def test_what_is_not_installed_can_be_the_nearest(shell):
@@ -220,6 +220,7 @@ def test_an_unknown_name_is_a_usage_error_with_the_closest(cli, option):
     [
         ("--query 1,8,x", "--query: expected numbers such as 1,8,128,64, got '1,8,x'"),
         ("--query 1,-8,2,2", "--query: expected numbers"),
+        ("enable_gqa=True", "unexpected enable_gqa=True; --help lists"),
         ("--query 64", "--query: expected at least 2 dimensions"),
         ("--key 1,2,128,64", "--key: has 2 heads, the query 8; unequal numbers need --gqa ("),
         ("--key 1,8,128,32", "--key: its head size 32"),

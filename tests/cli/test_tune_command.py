@@ -87,7 +87,7 @@ def test_a_busy_machine_is_refused_unless_forced(captured, idle, tmp_path, capsy
         (["--capture", "none.json"], "--capture: 'none.json' is not a file; attnplug.capture() and save() make one"),
         (["--set", "nope"], "--set: there is no 'nope'"),
         (["--impl", "torhc"], "--impl: unknown implementation 'torhc'; did you mean 'torch'?"),
-        (["--device", "cuda:97"], "device: 'cuda:97' is not on this machine"),
+        (["--device", "cuda:97"], "--device: 'cuda:97' is not on this machine"),
         (["--seconds", "0"], "--seconds: expected seconds above 0"),
         (["-o", "file/mine.json"], "file/mine.json: cannot be written"),
         (["-o", "file"], "file: is not JSON"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import forked
 import shared_sequences as ranks_do
 from ranks import World
 
@@ -161,3 +162,28 @@ def test_dtensors_sharded_by_batch_or_heads_pass_through_a_ring(world: Worlds) -
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
 def test_a_group_that_is_destroyed_is_not_kept(world, method):
     assert world(2).run(ranks_do.is_held_when_destroyed, method) == [False, False]
+
+
+AGAIN = """
+import gc, torch, torch.distributed as dist
+from attnplug.parallel import ring_attention
+
+def attend(part, group):
+    return ring_attention(part, part, part, group=group)
+
+compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+part = torch.randn(1, 2, 8, 4, requires_grad=True)
+for _ in range(2):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    out = compiled(part, dist.group.WORLD)
+    torch.testing.assert_close(out, attend(part, dist.group.WORLD))
+    out.sum().backward()
+    dist.destroy_process_group()
+    gc.collect()
+"""
+
+
+def test_a_compiled_function_runs_in_a_group_that_was_destroyed_and_made_again() -> None:
+    """Both have the name that PyTorch gives a first group."""
+    done = forked.run(AGAIN, warm="dynamo")
+    assert done.returncode == 0, done.stderr

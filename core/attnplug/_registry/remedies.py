@@ -27,8 +27,12 @@ def reinstalled(distribution: str) -> str:
         origin = json.loads(installed(distribution).read_text("direct_url.json") or "")
         if origin.get("dir_info", {}).get("editable"):
             return ""
-        vcs = origin.get("vcs_info", {}).get("vcs", "")
-        came_from = f"{distribution} @ {vcs}{vcs and '+'}{origin['url']}"
+        vcs, folder = origin.get("vcs_info", {}), origin.get("subdirectory")
+        url = f"{vcs['vcs']}+{origin['url']}" if vcs else origin["url"]
+        branch = vcs.get("requested_revision")
+        came_from = (
+            f"{distribution} @ {url}{f'@{branch}' if branch else ''}{f'#subdirectory={folder}' if folder else ''}"
+        )
     return f"pip install --upgrade --force-reinstall {shlex.quote(came_from)}"
 
 

@@ -26,8 +26,8 @@ def configure(what: Any) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse sets and files that do not exist."""
-    from attnplug.bench import SETS
+    """Refuse sets, files and devices that do not exist."""
+    from attnplug.bench import SETS, BenchError
 
     for name in arguments.set:
         if name not in SETS:
@@ -35,6 +35,13 @@ def check(arguments: argparse.Namespace) -> None:
     for path in arguments.cases:
         if not Path(path).is_file():
             arguments.fail(f"--cases: {path!r} is not a file")
+    if arguments.device is not None:
+        from attnplug.bench._clocks import clock_for  # which imports torch
+
+        try:
+            clock_for(arguments.device)
+        except BenchError as error:
+            arguments.fail(str(error))
 
 
 def of(arguments: argparse.Namespace) -> Cases:

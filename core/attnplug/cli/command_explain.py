@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import attnplug
@@ -115,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         render.print_json(_as_json(explanation))
     else:
         render.print_table(HEADERS, explanation.rows(), HEADERS.index(""))
-        advice = replace(explanation, remedy=arguments.in_options(explanation.remedy)).advice()
+        advice = arguments.in_options(explanation.advice())
         render.put_prose(*filter(None, (advice, explanation.measured, _conclusion(explanation))))
     return 1 if explanation.chosen is None and not explanation.empty else 0
 

@@ -58,9 +58,9 @@ class Parser(argparse.ArgumentParser):
         close = did_you_mean(value, choices)
         raise argparse.ArgumentError(action, f"unknown {what} {value!r}{close or ';'} known: {', '.join(choices)}")
 
-    def error(self, message: str) -> NoReturn:
+    def fail(self, message: str) -> NoReturn:
         """End with a usage error; the message may be one of the library, about an argument that an option sets."""
-        super().error(self.in_options(message))
+        self.error(self.in_options(message))
 
     def in_options(self, message: str) -> str:
         """Return a message of the library for somebody who types options: `enable_gqa=True` is `--gqa`.
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print JSON")
         module.configure(command)
-        command.set_defaults(run=module.run, fail=command.error, in_options=command.in_options)
+        command.set_defaults(run=module.run, fail=command.fail, in_options=command.in_options)
     return parser
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
 from torch.compiler import is_compiling
@@ -50,25 +52,38 @@ def check_impl(impl: Any) -> None:
 def _entry(group: dist.ProcessGroup, impl: str | None) -> Entry:
     entries = _entries.setdefault(group, {})
     if impl not in entries:
-        entry = Entry(
-            ImplSpec(
-                name="ring_attention",
-                kernel=Ring(group, impl),
-                backend=None,
-                capabilities=Capabilities(features=FEATURES),
-            ),
-            PROGRAM,
-        )
-        entry.load()
-        entries[impl] = entry
+        entries[impl] = _ring(ref(group), impl)
     return entries[impl]
+
+
+@cache
+def _named_entry(group_name: str, impl: str | None) -> Entry:
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # private to PyTorch
+    return _ring(partial(resolve, group_name), impl)
+
+
+def _ring(group: Callable[[], dist.ProcessGroup | None], impl: str | None) -> Entry:
+    entry = Entry(
+        ImplSpec(
+            name="ring_attention",
+            kernel=Ring(group, impl),
+            backend=None,
+            capabilities=Capabilities(features=FEATURES),
+        ),
+        PROGRAM,
+    )
+    entry.load()
+    return entry
 
 
 @constant_in_traces
 def _traced(group_name: str, impl: str | None) -> str:
-    """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself."""
-    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # private to PyTorch
-    forward = operator_of(_entry(resolve(group_name), impl)).forward
+    """Return the attribute under which the operator of a ring is kept; in a trace, a group is not itself.
+
+    The operator asks for the group by its name when it runs: a compiled function tells groups apart by nothing else,
+    and may be called with one that was destroyed and made again.
+    """
+    forward = operator_of(_named_entry(group_name, impl)).forward
     name = forward.name().partition("::")[2]
     setattr(_operators, name, forward)
     return name

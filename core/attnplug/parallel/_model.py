@@ -111,7 +111,7 @@ def context_parallel(
 
 def _bind(module: torch.nn.Module, ranks: Any, method: str, impl: str | None, undo: list[Callable[[], object]]) -> None:
     """Bind a module to an implementation of its own."""
-    kernel = Ring(ranks, impl, scoped=False) if method == "ring" else _ByHeads(ranks, impl)
+    kernel = Ring(weakref.ref(ranks), impl, scoped=False) if method == "ring" else _ByHeads(ranks, impl)
     features = FEATURES - {Feature.VARLEN} | {Feature.UPPER_LEFT, Feature.LOWER_RIGHT}
     if method == "ulysses":
         features |= {Feature.ALIBI}

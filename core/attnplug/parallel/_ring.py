@@ -7,8 +7,7 @@ counted once, after everything else, so no kernel needs to know of them; grouped
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -60,8 +59,8 @@ class Ring(OfOneRank):
     rank's own times the number of ranks; packed sequences are described as a whole.
     """
 
-    def __init__(self, group: dist.ProcessGroup, impl: str | None, scoped: bool = True) -> None:
-        self._group, self.impl = weakref.ref(group), impl  # a kernel may be kept longer than its group
+    def __init__(self, group: Callable[[], dist.ProcessGroup | None], impl: str | None, scoped: bool = True) -> None:
+        self._group, self.impl = group, impl  # a kernel may be kept longer than its group, and does not keep it
         self.scoped = scoped
         """Whether the scope around a call chooses the kernel; one that a module was bound to has led here already."""
 
