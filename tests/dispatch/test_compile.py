@@ -437,6 +437,14 @@ def test_export_round_trips(impl: str, strict: bool) -> None:
     torch.testing.assert_close(program.module()(*inputs), call(*inputs, impl=impl))
 
 
+def test_the_operator_of_an_opaque_kernel_passes_opcheck() -> None:
+    compiled, inputs = Compiled(call), tensors(requires_grad=True)
+    compiled(*inputs, impl="opaque")
+    operator = getattr(torch.ops.attnplug, compiled.operations[0].split(".")[1])
+    arguments = (*inputs, *[None] * 7, 0.0, False, False, 0.3, 1, [-1, -1], 0.0, True, None, None, 0)
+    torch.library.opcheck(operator.default, arguments)
+
+
 def test_fake_tensors_see_an_opaque_kernel() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
