@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import combinations
 from numbers import Integral, Real
 from operator import index
 from typing import Any
@@ -136,13 +137,17 @@ def broadcast_leading(*tensors: Tensor) -> tuple[int, ...]:
     shapes = [tuple(tensor.shape[:-3]) for tensor in tensors]
     if shapes[0] == shapes[1] == shapes[2]:
         return shapes[0]
-    try:
-        return tuple(torch.broadcast_shapes(*shapes))
-    except RuntimeError:
+    # Asked first, because of the error of `broadcast_shapes` a trace makes one of its own, which nothing catches.
+    if not all(_broadcast_together(one, other) for one, other in combinations(shapes, 2)):
         given = ", ".join(
             f"{name} {shape(tensor)}" for name, tensor in zip(("query", "key", "value"), tensors, strict=True)
         )
-        raise ValueError(f"query, key, value: the batch dimensions do not broadcast; got {given}") from None
+        raise ValueError(f"query, key, value: the batch dimensions do not broadcast; got {given}")
+    return tuple(torch.broadcast_shapes(*shapes))
+
+
+def _broadcast_together(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return all(_fits(a, b) or _fits(b, a) for a, b in zip(reversed(one), reversed(other), strict=False))
 
 
 def check_mask(mask: Any, query: Tensor, full: tuple[int, ...]) -> None:
