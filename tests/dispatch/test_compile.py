@@ -275,10 +275,10 @@ def test_autocast_is_traced() -> None:
     torch.testing.assert_close(out, function(*inputs))
 
 
-def packed(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Any:
+def packed(query: Tensor, key: Tensor, value: Tensor, longest: int = 3, **more: Any) -> Any:
     starts = torch.tensor([0, 1, 4], dtype=torch.int32)
     rows = (each[0].transpose(0, 1) for each in (query, key, value))
-    return attnplug.varlen_attn(*rows, starts, starts, 3, 3, **more)
+    return attnplug.varlen_attn(*rows, starts, starts, longest, 3, **more)
 
 
 def scoped(query: Tensor, key: Tensor, value: Tensor, backends: Any = "aten_math", set_priority: bool = False) -> Any:
@@ -310,6 +310,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "keys of another head size": (call, {"key": torch.randn(1, 2, 4, 7)}),
     "packed, a name that is unknown": (packed, {"impl": "aten_meth"}),
     "packed, what an implementation lacks": (packed, {"impl": "aten_math", "softcap": 1.0}),
+    "packed, a length below 0": (packed, {"longest": -1}),
     "packed, sinks of another shape": (packed, {"sinks": torch.ones(3)}),
     "explained, a name that is unknown": (explained, {"impl": "aten_meth"}),
     "explained, an argument out of range": (explained, {"dropout_p": 2.0}),
@@ -336,6 +337,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         ("asked of a name that is unknown", None),
         ("sinks of another shape", True),
         ("packed, what an implementation lacks", True),
+        ("packed, a length below 0", True),
         ("a scope of a name that is unknown", None),
         ("a scope of a number", None),
     ],

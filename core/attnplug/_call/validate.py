@@ -38,7 +38,7 @@ def check_dense(params: SDPAParams) -> None:
     check_head_sizes(query, key)
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
-            f"value: its length {value.shape[-2]} must be the key's, {key.shape[-2]}; "
+            f"value: its length {index(value.shape[-2])} must be the key's, {index(key.shape[-2])}; "
             f"got key {shape(key)}, value {shape(value)}"
         )
     check_heads(heads_of(query), heads_of(key), heads_of(value), params.enable_gqa)
@@ -226,7 +226,7 @@ def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: 
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
     if not _has_sizes(tensor, wanted):
-        shown = ", ".join("any" if size is None else str(size) for size in wanted)
+        shown = ", ".join("any" if size is None else str(index(size)) for size in wanted)
         raise ValueError(f"{name}: expected shape ({shown}{',' * (len(wanted) == 1)}), got {shape(tensor)}")
 
 
