@@ -275,10 +275,10 @@ def test_autocast_is_traced() -> None:
     torch.testing.assert_close(out, function(*inputs))
 
 
-def packed(query: Tensor, key: Tensor, value: Tensor, longest: int = 3, **more: Any) -> Any:
+def packed(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Any:
     starts = torch.tensor([0, 1, 4], dtype=torch.int32)
     rows = (each[0].transpose(0, 1) for each in (query, key, value))
-    return attnplug.varlen_attn(*rows, starts, starts, longest, 3, **more)
+    return attnplug.varlen_attn(*rows, starts, starts, 3, 3, **more)
 
 
 def scoped(query: Tensor, key: Tensor, value: Tensor, backends: Any = "aten_math", set_priority: bool = False) -> Any:
@@ -310,7 +310,6 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "keys of another head size": (call, {"key": torch.randn(1, 2, 4, 7)}),
     "packed, a name that is unknown": (packed, {"impl": "aten_meth"}),
     "packed, what an implementation lacks": (packed, {"impl": "aten_math", "softcap": 1.0}),
-    "packed, a length below 0": (packed, {"longest": -1}),
     "packed, sinks of another shape": (packed, {"sinks": torch.ones(3)}),
     "explained, a name that is unknown": (explained, {"impl": "aten_meth"}),
     "explained, an argument out of range": (explained, {"dropout_p": 2.0}),
@@ -337,7 +336,6 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         ("asked of a name that is unknown", None),
         ("sinks of another shape", True),
         ("packed, what an implementation lacks", True),
-        ("packed, a length below 0", True),
         ("a scope of a name that is unknown", None),
         ("a scope of a number", None),
     ],
@@ -378,6 +376,17 @@ def test_a_mistake_in_a_mask_is_the_eager_error_when_lengths_are_dynamic_already
         attend(query, mask)
     with pytest.raises(ValueError, match=f"^{re.escape(str(eager.value))}$"):
         compiled(query, mask)
+
+
+def test_a_call_after_a_mistake_in_a_dynamic_length_is_right() -> None:
+    def attend(tokens: Tensor, starts: Tensor, longest: int) -> Tensor:
+        return attnplug.varlen_attn(tokens, tokens, tokens, starts, starts, longest, 5)
+
+    compiled = torch.compile(attend, backend="eager", dynamic=True)
+    tokens, starts = torch.randn(8, 4, 8), torch.tensor([0, 3, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="^max_q: expected 0 or more, got -1$"):
+        compiled(tokens, starts, -1)
+    torch.testing.assert_close(compiled(tokens, starts, 5), attend(tokens, starts, 5))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
