@@ -79,6 +79,21 @@ def test_a_call_of_attnplug_s_own_is_not_narrowed() -> None:
     assert [call.impl for call in calls] == ["aten_flash"]
 
 
+def test_a_scope_that_shares_no_family_with_pytorch_s_is_the_eager_error_in_compiled_code() -> None:
+    compiled = torch.compile(lambda query: F.scaled_dot_product_attention(query, query, query) + 1, backend="eager")
+    expected = ORIGINAL(Q, Q, Q) + 1
+    with attnplug.patch_torch(), attnplug.sdpa_kernel(attnplug.SDPBackend.EFFICIENT_ATTENTION):
+        with their_sdpa_kernel(Family.MATH):
+            with pytest.raises(attnplug.NoImplementationError) as eager:
+                ran()
+            with pytest.raises(attnplug.NoImplementationError) as caught:
+                compiled(Q)
+        assert caught.value.reasons == eager.value.reasons
+        with attnplug.sdpa_kernel("aten_math"), attnplug.record() as calls:
+            torch.testing.assert_close(compiled(Q), expected)
+        assert [call.impl for call in calls] == ["aten_math"]
+
+
 def test_pytorch_s_scope_inside_a_compiled_function_counts() -> None:
     graphs: list[torch.fx.GraphModule] = []
 

@@ -286,19 +286,34 @@ def scoped(query: Tensor, key: Tensor, value: Tensor, backends: Any = "aten_math
         return call(query, key, value)
 
 
+def explained(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+    return query + (attnplug.explain(query, key, value, **more).chosen == "torch")
+
+
+def asked_of(query: Tensor, key: Tensor, value: Tensor, name: str = "torch") -> Tensor:
+    return query + attnplug.can_use_impl(name, SDPAParams(query, key, value, None, 0.0, False, False)).accepted
+
+
 MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "a name that is unknown": (call, {"impl": "aten_meth"}),
     "what an implementation lacks": (call, {"impl": "aten_math", "softcap": 1.0}),
+    "a number for a name": (call, {"impl": 3}),
+    "a list for a name": (call, {"impl": ["aten_math"]}),
     "no number": (call, {"softcap": "a"}),
     "an argument out of range": (call, {"dropout_p": 2.0}),
+    "a probability below 0": (call, {"dropout_p": -0.1}),
     "sinks of another shape": (call, {"sinks": torch.ones(3)}),
     "a mask of another shape": (call, {"attn_mask": torch.zeros(4, 5)}),
     "a mask of another dtype": (call, {"attn_mask": torch.zeros(4, 4, dtype=torch.float16)}),
     "keys of another dtype": (call, {"key": torch.randn(SHAPE, dtype=torch.float64)}),
+    "keys of another batch": (call, {"query": torch.randn(2, 2, 4, 8), "key": torch.randn(3, 2, 4, 8)}),
     "keys of another head size": (call, {"key": torch.randn(1, 2, 4, 7)}),
     "packed, a name that is unknown": (packed, {"impl": "aten_meth"}),
     "packed, what an implementation lacks": (packed, {"impl": "aten_math", "softcap": 1.0}),
     "packed, sinks of another shape": (packed, {"sinks": torch.ones(3)}),
+    "explained, a name that is unknown": (explained, {"impl": "aten_meth"}),
+    "explained, an argument out of range": (explained, {"dropout_p": 2.0}),
+    "asked of a name that is unknown": (asked_of, {"name": "aten_meth"}),
     "a scope of a name that is unknown": (scoped, {"backends": "aten_meth"}),
     "a scope of nothing": (scoped, {"backends": []}),
     "a scope of a number": (scoped, {"backends": [0]}),
@@ -313,6 +328,12 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         ("a mask of another shape", None),
         ("packed, sinks of another shape", None),
         ("keys of another head size", True),
+        ("keys of another batch", True),
+        ("a probability below 0", True),
+        ("a number for a name", True),
+        ("a list for a name", None),
+        ("explained, a name that is unknown", None),
+        ("asked of a name that is unknown", None),
         ("sinks of another shape", True),
         ("packed, what an implementation lacks", True),
         ("a scope of a name that is unknown", None),
@@ -357,6 +378,17 @@ def test_a_mistake_in_a_mask_is_the_eager_error_when_lengths_are_dynamic_already
         compiled(query, mask)
 
 
+def test_a_call_after_a_mistake_in_a_dynamic_length_is_right() -> None:
+    def attend(tokens: Tensor, starts: Tensor, longest: int) -> Tensor:
+        return attnplug.varlen_attn(tokens, tokens, tokens, starts, starts, longest, 5)
+
+    compiled = torch.compile(attend, backend="eager", dynamic=True)
+    tokens, starts = torch.randn(8, 4, 8), torch.tensor([0, 3, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="^max_q: expected 0 or more, got -1$"):
+        compiled(tokens, starts, -1)
+    torch.testing.assert_close(compiled(tokens, starts, 5), attend(tokens, starts, 5))
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_breaks_a_full_graph_in_the_words_of_the_eager_error(name: str) -> None:
     function, mistake = MISTAKES[name]
@@ -367,7 +399,7 @@ def test_a_mistake_breaks_a_full_graph_in_the_words_of_the_eager_error(name: str
         Compiled(function)(**given)
     told = " ".join(str(full.value).split())
     assert "torch._dynamo.graph_break()" in told  # else it is the error that left the trace
-    assert " ".join(str(eager.value).split()) in told
+    assert " ".join(str(eager.value).split()).removeprefix("name: ") in told
 
 
 def test_a_softcap_may_be_dynamic() -> None:

@@ -213,7 +213,7 @@ def scaled_dot_product_attention(
                 or (not enable_gqa and fit_alike(query, key, value))
             )
             and (attn_mask is None or (not is_causal and _is_plain_mask(attn_mask, query)))
-            and (not tracing or _agree(query, key, value, attn_mask))
+            and (not tracing or _agree(query, key, value, attn_mask, dropout_p))
             and (query.get_device() < 0 or _fit_cuda(query, key, value, dropout_p))
         ):
             passes = True
@@ -358,9 +358,9 @@ def _are_of_four(*tensors: Tensor) -> bool:
     return all(tensor.dim() == 4 for tensor in tensors)
 
 
-def _agree(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def _agree(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
     """Whether PyTorch's function has nothing left to refuse of a call; its error would leave a trace as Dynamo's."""
-    if not (query.dtype is key.dtype is value.dtype and query.device == key.device == value.device):
+    if not (query.dtype is key.dtype is value.dtype and query.device == key.device == value.device and dropout >= 0.0):
         return False
     if mask is None:
         return True

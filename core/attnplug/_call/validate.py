@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import fields
+from itertools import combinations
 from numbers import Integral, Real
 from operator import index
 from typing import Any
@@ -37,7 +38,7 @@ def check_dense(params: SDPAParams) -> None:
     check_head_sizes(query, key)
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(
-            f"value: its length {value.shape[-2]} must be the key's, {key.shape[-2]}; "
+            f"value: its length {index(value.shape[-2])} must be the key's, {index(key.shape[-2])}; "
             f"got key {shape(key)}, value {shape(value)}"
         )
     check_heads(heads_of(query), heads_of(key), heads_of(value), params.enable_gqa)
@@ -136,13 +137,17 @@ def broadcast_leading(*tensors: Tensor) -> tuple[int, ...]:
     shapes = [tuple(tensor.shape[:-3]) for tensor in tensors]
     if shapes[0] == shapes[1] == shapes[2]:
         return shapes[0]
-    try:
-        return tuple(torch.broadcast_shapes(*shapes))
-    except RuntimeError:
+    # Asked first, because of the error of `broadcast_shapes` a trace makes one of its own, which nothing catches.
+    if not all(_broadcast_together(one, other) for one, other in combinations(shapes, 2)):
         given = ", ".join(
             f"{name} {shape(tensor)}" for name, tensor in zip(("query", "key", "value"), tensors, strict=True)
         )
-        raise ValueError(f"query, key, value: the batch dimensions do not broadcast; got {given}") from None
+        raise ValueError(f"query, key, value: the batch dimensions do not broadcast; got {given}")
+    return tuple(torch.broadcast_shapes(*shapes))
+
+
+def _broadcast_together(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return all(_fits(a, b) or _fits(b, a) for a, b in zip(reversed(one), reversed(other), strict=False))
 
 
 def check_mask(mask: Any, query: Tensor, full: tuple[int, ...]) -> None:
@@ -221,7 +226,7 @@ def check_int32(name: str, tensor: Any, wanted: tuple[int | None, ...], device: 
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the query on {device}")
     if not _has_sizes(tensor, wanted):
-        shown = ", ".join("any" if size is None else str(size) for size in wanted)
+        shown = ", ".join("any" if size is None else str(index(size)) for size in wanted)
         raise ValueError(f"{name}: expected shape ({shown}{',' * (len(wanted) == 1)}), got {shape(tensor)}")
 
 

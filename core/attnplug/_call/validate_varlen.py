@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operator import sub
+from operator import index, sub
 from typing import Any
 
 import torch
@@ -52,9 +52,9 @@ def check_lengths(params: SDPAParams) -> int:
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(f"{name}: expected an int, the longest sequence, got {size!r}")
         if size < 0:
-            raise ValueError(f"{name}: expected 0 or more, got {size}")
+            raise ValueError(f"{name}: expected 0 or more, got {index(size)}")
         if size >= 2**31:
-            raise ValueError(f"{name}: expected less than 2**31, as lengths are int32, got {size}")
+            raise ValueError(f"{name}: expected less than 2**31, as lengths are int32, got {index(size)}")
     check_int32("cu_seq_q", params.cu_seq_q, (None,), device)
     batch = params.cu_seq_q.shape[0] - 1
     if batch < 0:

@@ -136,8 +136,13 @@ def explain(
         given["causal_variant"] = CausalVariant.LOWER_RIGHT
     if is_compiling():
         _refuse_device(compute_capability)
-        return _traced(SDPAParams(**given), impl)
-    params = _prepared(SDPAParams(**given))
+    return traced.or_eagerly(_explain, SDPAParams(**given), impl, compute_capability)
+
+
+def _explain(params: SDPAParams, impl: str | None, compute_capability: tuple[int, int] | None) -> Explanation:
+    if is_compiling():
+        return _traced(params, impl)
+    params = _prepared(params)
     registry = start()
     with described(compute_capability, params.query.device):
         if not params.query.is_nested and is_empty(params):
@@ -180,10 +185,15 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
         TypeError, ValueError: `params` is not an `SDPAParams`, or describes no valid call; `compute_capability` is
             not one, or is given for a query that is on no CUDA device.
     """
+    if is_compiling():
+        _refuse_device(compute_capability)
+    return traced.or_eagerly(_can_use, name, params, compute_capability)
+
+
+def _can_use(name: str, params: SDPAParams, compute_capability: tuple[int, int] | None) -> Verdict:
     if not isinstance(params, SDPAParams):
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
     if is_compiling():
-        _refuse_device(compute_capability)
         found = _traced(params, name)
         verdict = next(verdict for verdict in found.candidates if verdict.name == name)
         accepted = found.chosen == name

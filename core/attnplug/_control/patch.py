@@ -32,7 +32,8 @@ from attnplug._api.varlen import varlen_attn
 from attnplug._call.prepare import is_causal_bias
 from attnplug._control.replacing import AfterImport, Replacement
 from attnplug._control.scopes import is_torch_first, run_in
-from attnplug._errors import NoImplementationError
+from attnplug._dispatch.traced import or_eagerly
+from attnplug._errors import AttnplugError, NoImplementationError
 from attnplug._handles import Removable
 from attnplug._registry.forks import PATCH, lock
 from attnplug._selection.selection import Selection
@@ -185,7 +186,7 @@ def _selected_sdpa(
     try:
         if _is_narrowed():
             given = query, key, value, mask, dropout, causal, scale, grouped
-            return run_in(_narrowed(), scaled_dot_product_attention, *given)
+            return run_in(or_eagerly(_narrowed), scaled_dot_product_attention, *given)
         return scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale, grouped)
     except ValueError as error:
         if query.shape[-1] == 0 == key.shape[-1]:  # PyTorch has an answer to it
@@ -206,11 +207,25 @@ def _is_narrowed() -> bool:
 
 def _narrowed() -> tuple[Any, bool]:
     """Return a scope of what both attnplug's selection and `torch.nn.attention.sdpa_kernel` allow."""
-    return _allowed_outside(thread.state.scope, process.activation)
+    scope, activation = thread.state.scope, process.activation
+    if not is_dynamo_compiling():
+        return _allowed_here(scope, activation)
+    allowed = _allowed_outside(scope, activation)
+    if isinstance(allowed, str):
+        raise AttnplugError(allowed)  # of which `or_eagerly` needs the text
+    return allowed
 
 
 @constant_in_traces
-def _allowed_outside(scope: Any, activation: str | None) -> tuple[Any, bool]:
+def _allowed_outside(scope: Any, activation: str | None) -> tuple[Any, bool] | str:
+    """Decide outside the graph; return what is wrong, if anything is."""
+    try:
+        return _allowed_here(scope, activation)
+    except AttnplugError as error:  # what leaves this function, Dynamo takes for a fault of its own
+        return str(error)
+
+
+def _allowed_here(scope: Any, activation: str | None) -> tuple[Any, bool]:
     asked = (_math, _flash, _efficient, _cudnn, _overrideable)
     families = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "OVERRIDEABLE")
     enabled = frozenset(family for family, is_enabled in zip(families, asked, strict=True) if is_enabled())

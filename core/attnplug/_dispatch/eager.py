@@ -31,6 +31,7 @@ from attnplug._dispatch.ranges import is_profiled
 from attnplug._dispatch.recognised import known, recognise, remember
 from attnplug._params import params_of
 from attnplug._run.contract import Result
+from attnplug._selection.selection import check_kind
 from attnplug._selection.state import start, thread
 from attnplug._types import SDPAParams
 
@@ -206,9 +207,6 @@ def _is_symbolic(params: SDPAParams) -> bool:
 
 def _check_impl(impl: Any) -> None:
     registry = start()
+    check_kind(impl)
     if impl is not None:
-        if not isinstance(impl, str):
-            raise TypeError(
-                f"impl: expected the name of an implementation or None, got {impl!r}; sdpa_kernel takes families too"
-            )
         registry.get(impl, "impl")

@@ -34,7 +34,7 @@ from attnplug._run.constant_lse import constant_lse, refusal, without_gradient
 from attnplug._run.contract import Result, check_outputs, unrouted
 from attnplug._run.operator import arguments_of, operator_of
 from attnplug._run.transforms import is_mapped_alone, is_transformed
-from attnplug._selection.selection import Selection
+from attnplug._selection.selection import Selection, check_kind
 from attnplug._selection.state import process, start, start_outside, thread
 from attnplug._selection.watching import decided
 from attnplug._tracing import constant_in_traces, is_exporting
@@ -134,8 +134,8 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, str, t
     """
     decisive = _decisive(params, impl)
     name, kind, refused, saves, error = _choose(*decisive)
-    if error:  # of which `or_eagerly` needs the text
-        raise AttnplugError(error)
+    if error:
+        raise AttnplugError(error)  # of which `or_eagerly` needs the text
     call: tuple[str, ...] = ()
     if thread.state.watched and not is_exporting():  # a graph of its own, which tells; others pay nothing
         call = _described(*decisive)
@@ -145,6 +145,7 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, str, t
 
 def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
     """Return, as constants, all that a decision depends on: who decides, and the facts of the call."""
+    check_kind(impl)
     registry = process.registry
     assert registry is not None
     facts = _constant(_facts_of_checked(params))
@@ -265,7 +266,10 @@ def _described(
 
 def explained(params: SDPAParams, impl: str | None) -> Answer:
     """Return, in a trace, what would be chosen for a checked call, and a verdict for every implementation."""
-    chosen, verdicts, nearest, remedy = _explained(*_decisive(params, impl))
+    found = _explained(*_decisive(params, impl))
+    if isinstance(found, str):
+        raise AttnplugError(found)  # of which `or_eagerly` needs the text
+    chosen, verdicts, nearest, remedy = found
     return Answer(
         chosen, tuple([Verdict(*each) for each in verdicts]), None if nearest is None else Verdict(*nearest), remedy
     )
@@ -274,12 +278,16 @@ def explained(params: SDPAParams, impl: str | None) -> Answer:
 @constant_in_traces
 def _explained(
     scope: Any, impl: str | None, activation: str | None, generation: int, choice: str | None, items: Any
-) -> tuple[Any, ...]:
+) -> tuple[Any, ...] | str:
+    """Return what `Answer` is made of; or what is wrong."""
     facts, selection = _facts(items), Selection(impl, scope, activation, process.preferred, choice)
     with _disable_current_modes(), FakeTensorMode():
         params = example(facts)
         with torch.enable_grad():
-            answer = explain_all(start(), selection, facts, params)
+            try:
+                answer = explain_all(start(), selection, facts, params)
+            except AttnplugError as error:
+                return str(error)
     nearest = None if answer.nearest is None else _items(answer.nearest)
     return answer.chosen, tuple(map(_items, answer.verdicts)), nearest, answer.remedy
 

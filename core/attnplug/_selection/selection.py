@@ -71,6 +71,14 @@ class Selection:
         return f"outside {self.exact}"
 
 
+def check_kind(impl: Any) -> None:
+    """Raise TypeError unless `impl` is a name or None; which names there are, the registry says."""
+    if not (impl is None or isinstance(impl, str)):
+        raise TypeError(
+            f"impl: expected the name of an implementation or None, got {impl!r}; sdpa_kernel takes families too"
+        )
+
+
 def current_selection(impl: str | None, choice: str | None = None) -> Selection:
     """Return what decides in this thread now; `choice` is what was measured for the call."""
     return Selection(impl, thread.state.scope, process.activation, process.preferred, choice)
