@@ -183,11 +183,11 @@ def broadcasts(source: Any, target: tuple[int, ...]) -> bool:
 
 def _fits(have: Any, want: Any) -> bool:
     """Whether a size is 1 or `want`; one that depends on data is taken for `want`, and checked later, as in PyTorch."""
-    if is_compiling() and (isinstance(have, torch.SymInt) or isinstance(want, torch.SymInt)):
+    if is_compiling():  # in which Dynamo finds no symbolic size with `in`
         from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
         return guard_or_false(have == 1) or guard_or_true(have == want)
-    return bool(have == 1 or have == want)  # Dynamo finds no symbolic size with `in`
+    return have in (1, want)
 
 
 def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int, ...] | None) -> None:
