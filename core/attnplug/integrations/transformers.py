@@ -35,7 +35,7 @@ __all__ = ["attention_forward", "make_mask", "register"]
 
 FAMILY = "attnplug"
 _EAGER_MASKS = "attnplug+eager_masks"
-_TESTED = "5.23"
+_TESTED = "5.24"
 _NAME_CHECKS = ("_check_and_adjust_attn_implementation", "get_correct_attn_implementation")
 
 _HARMLESS = {

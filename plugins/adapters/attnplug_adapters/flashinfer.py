@@ -1,6 +1,6 @@
 """`flashinfer`: FlashInfer's prefill kernels, for inference.
 
-Written for 0.3.1 to 0.7.2 (`flashinfer/prefill.py`, `include/flashinfer/attention/prefill.cuh`). Sequences are
+Written for 0.3.1 to 0.7.4 (`flashinfer/prefill.py`, `include/flashinfer/attention/prefill.cuh`). Sequences are
 `(T, H, E)` without a batch dimension, masks end at the lower right, `lse` is `(T, H)` and to the base of 2, and a row
 that sees no key has neither a 0 nor an infinity of its own. Where sequences start is planned on the host, so a call
 with packed sequences or pages waits for the GPU.
