@@ -107,3 +107,40 @@ def test_torchtitan() -> None:
         found = module(query, query, query)
     assert ran(calls) == {"aten_math"}
     torch.testing.assert_close(found, expected)
+
+
+def test_continuous_batching_of_transformers() -> None:
+    library: Any = pytest.importorskip("transformers", reason="pip install transformers would run this")
+    small: Any = getattr(library, "ContinuousBatchingConfig", None)
+    if small is None:
+        pytest.skip("a newer transformers would run this")
+    config = library.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = library.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+
+    def generated() -> list[list[int]]:
+        outputs = model.generate_batch(
+            [[1, 2, 3, 4], [5, 6, 7]],
+            library.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=small(num_blocks=8, max_batch_tokens=16),
+            progress_bar=False,
+        )
+        return [output.generated_tokens for output in outputs.values()]
+
+    expected = generated()
+    summary = attnplug.summary()
+    with attnplug.patch_torch(), attnplug.bind(model, "math_ref"):
+        summary.start()
+        try:
+            found = generated()
+        finally:
+            summary.stop()
+    assert found == expected
+    assert ran(summary.rows) == {"math_ref"}

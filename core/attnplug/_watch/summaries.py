@@ -21,7 +21,7 @@ from attnplug._selection.watching import RecordedCall
 from attnplug._tables import WIDTH, html_table, wrap
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams, SDPBackend
 from attnplug._watch.modules import current_module
-from attnplug._watch.observing import UNROUTED, Observer, WatcherOf
+from attnplug._watch.observing import UNSEEN, Observer, WatcherOf
 
 COMPILED = "compiled"
 """The kind of a call of compiled code, which tells no more."""
@@ -139,7 +139,7 @@ class summary(Observer):
         """
         calls = self.calls
         head = f"{calls:,} attention call{'' if calls == 1 else 's'}"
-        lines = [head] if calls else [f"{head}: nothing ran while this summary was in place", UNROUTED]
+        lines = [head] if calls else [f"{head}: nothing ran while this summary was in place", *UNSEEN.splitlines()]
         for name, each in ({} if profile is None else self.shares(profile)).items():
             times = f"forward {_seconds(each.forward)}, backward {_seconds(each.backward)}"
             lines += _wrapped(f"{each.share:7.1%}  {name:16}  ", f"of the time: {times}")

@@ -25,7 +25,7 @@ from attnplug._watch import totals
 from attnplug._watch.gradients import Backward, wanted
 from attnplug._watch.judging import Judge, NotJudged, plain_form, unfit
 from attnplug._watch.lines import line_of
-from attnplug._watch.observing import UNROUTED, Observer, WatcherOf
+from attnplug._watch.observing import UNSEEN, Observer, WatcherOf
 
 KEPT = 100
 """How many mismatches are kept; the others are counted."""
@@ -152,7 +152,7 @@ class verify(Observer):
             f"and the gradients of {self.gradients:,}: {self.wrong:,} mismatches"
         ]
         if self.rate and not self.calls:
-            lines.append(f"  no call was seen: {UNROUTED}")
+            lines += ["  no call was seen:", *(f"  {line}" for line in UNSEEN.splitlines())]
         lines += [f"  not verified: {count:,}: {reason}" for reason, count in self.skipped.most_common()]
         return "\n".join([*lines, *(f"  {mismatch}" for mismatch in self.mismatches)])
 
