@@ -130,7 +130,7 @@ def compiled_for(params: SDPAParams, pick: random.Random, family: Any) -> dict[A
 def test_kernels_that_triton_compiles_apart_are_kept_apart(
     family: Any, kind: Callable[[random.Random], SDPAParams]
 ) -> None:
-    """Of random calls; that what is the same to Triton is mostly found again, `test_plans` shows."""
+    """Of random calls; that what is the same to Triton is mostly found again, `launched` shows."""
     pick, kept = random.Random(0), {}
     for _ in range(200):
         params = kind(pick)
