@@ -9,9 +9,6 @@ from typing import Any, Generic, TypeVar
 from attnplug._errors import ScopeError
 from attnplug._selection.watching import Watcher, add_watcher, remove_watcher
 
-UNROUTED = "PyTorch's function runs through attnplug, and is seen, inside patch_torch()"
-"""What is said where no call was seen."""
-
 _Observer = TypeVar("_Observer", bound="Observer")
 
 

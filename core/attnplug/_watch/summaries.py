@@ -17,11 +17,11 @@ from attnplug._dispatch.ranges import is_profiled, labelled
 from attnplug._run.contract import Result
 from attnplug._selection.choice_tables import rounded_up
 from attnplug._selection.state import start
-from attnplug._selection.watching import RecordedCall
+from attnplug._selection.watching import UNROUTED, RecordedCall
 from attnplug._tables import WIDTH, html_table, wrap
 from attnplug._types import OPEN_WINDOW, CausalVariant, SDPAParams, SDPBackend
 from attnplug._watch.modules import current_module
-from attnplug._watch.observing import UNROUTED, Observer, WatcherOf
+from attnplug._watch.observing import Observer, WatcherOf
 
 COMPILED = "compiled"
 """The kind of a call of compiled code, which tells no more."""

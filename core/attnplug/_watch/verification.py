@@ -22,14 +22,14 @@ from attnplug._messages import printable, warn
 from attnplug._registry.kernel import OfOneRank
 from attnplug._run.contract import Result
 from attnplug._selection.state import start
-from attnplug._selection.watching import Gradients, RecordedCall, unwatched
+from attnplug._selection.watching import UNROUTED, Gradients, RecordedCall, unwatched
 from attnplug._types import SDPAParams
 from attnplug._watch import totals
 from attnplug._watch.gradients import Backward, wanted
 from attnplug._watch.judging import Judge, NotJudged, plain_form, unfit
 from attnplug._watch.lines import line_of
 from attnplug._watch.modules import current_module
-from attnplug._watch.observing import UNROUTED, Observer, WatcherOf
+from attnplug._watch.observing import Observer, WatcherOf
 
 KEPT = 100
 """How many mismatches are kept; the others are counted."""
