@@ -186,4 +186,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    imported = (name for name in globals() if f"{__name__}.{name}" in sys.modules and not name.startswith("_"))
+    return sorted({*__all__, *imported})

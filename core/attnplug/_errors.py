@@ -10,6 +10,9 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+BROKEN = "is installed but broken"
+"""How the reason begins why nothing of a plugin can be used that could not be loaded."""
+
 
 class AttnplugError(Exception):
     """Base class of every error of attnplug."""
@@ -38,6 +41,9 @@ class UnknownImplementationError(AttnplugError, ValueError):
         else:
             close = did_you_mean(name, dict.fromkeys((*self.available, *self.absent)), self.absent)
             text = f"unknown implementation {name!r}{close or '.'}"
+            if not close:
+                broken = ((known, why) for known, why in self.absent.items() if why.startswith(BROKEN))
+                text += "".join(f" Plugin {known!r}, which may have it, {why}." for known, why in broken)
         super().__init__(f"{prefix}{text} Available: {', '.join(self.available) or 'none'}")
 
     def __reduce__(self) -> Any:

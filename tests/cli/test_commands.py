@@ -251,3 +251,11 @@ def test_a_report_is_written_where_stdout_became_a_pipe_that_was_a_file(tmp_path
             [sys.executable, "-c", program], stdout=file, stderr=subprocess.PIPE, text=True, timeout=120
         )
     assert done.stderr.startswith("0 ") and "aten_math" in done.stderr
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS), ("bench", "compare")], ids=" ".join)
+def test_the_description_of_a_command_is_as_wide_as_the_terminal(command, cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    paragraphs = cli(*command, "--help").out.split("options:")[0].split("examples:")[0].split("\n\n")
+    lines = [line for paragraph in paragraphs if not paragraph.startswith("usage") for line in paragraph.splitlines()]
+    assert lines and max(map(len, lines)) <= 60

@@ -109,7 +109,8 @@ def test_a_broken_plugin_that_came_from_elsewhere_is_not_looked_for_in_the_index
 
 
 @pytest.mark.parametrize(
-    "group", ["attnplugs", "attn-plug", "attnplug.impl", "attnplug_impls", "attnplug_register_impls"]
+    "group",
+    ["attnplugs", "attn-plug", "attnplug.impl", "attnplug.plugins", "attnplug_impls", "attnplug_register_impls"],
 )
 def test_a_plugin_in_a_misspelt_group_is_found(site, group):
     site.install_healthy("mine")
@@ -122,7 +123,9 @@ def test_a_plugin_in_a_misspelt_group_is_found(site, group):
     )
 
 
-@pytest.mark.parametrize("group", ["console_scripts", "napari.plugin", "attention", "attnplug_studio.plugins"])
+@pytest.mark.parametrize(
+    "group", ["console_scripts", "napari.plugin", "attention", "attnplug_studio.plugins", "attnplug.mine"]
+)
 def test_groups_of_others_are_not_taken_for_misspelt(site, group):
     site.install_healthy("mine")
     (site.folder / "fake_mine-1.0.dist-info" / "entry_points.txt").write_text(f"[{group}]\nmine = mine\n")

@@ -274,3 +274,8 @@ def test_kernels_are_imported_outside_fake_mode(cli, register, tmp_path, monkeyp
     import kernel_with_table
 
     assert kernel_with_table.TABLE.tolist() == [0, 1, 2]
+
+
+def test_the_table_names_options_as_they_are_typed(cli):
+    out = cli("explain", *words("--impl aten_math")).out
+    assert "outside --impl aten_math" in out and "impl=" not in out

@@ -142,15 +142,15 @@ def test_status_1_where_none_is_of_the_status(cli):
 
 @pytest.fixture
 def terminal(monkeypatch, cli):
-    """Return `list` on a terminal of so many columns, and without its colours."""
+    """Run a command on a terminal of so many columns."""
     pytest.importorskip("rich")
 
-    def run(columns: int) -> str:
+    def run(columns: int, *arguments: str) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(type(sys.stdout), "isatty", lambda stream: True)
             patch.setenv("COLUMNS", str(columns))
             patch.setenv("TERM", "xterm")
-            return cli("list").out
+            return cli(*arguments).out
 
     return run
 
@@ -160,22 +160,27 @@ def plain(text: str) -> str:
 
 
 def test_a_terminal_wraps_reasons_to_its_width(broken, terminal):
-    lines = plain(terminal(80)).splitlines()
+    lines = plain(terminal(80, "list")).splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) > len(attnplug.list_impls()) + 1
 
 
+@pytest.mark.parametrize("command", [("doctor",), ("show", "math_ref"), ("list", "--verbose")], ids=" ".join)
+def test_text_fits_into_a_narrow_terminal(command, unavailable, terminal):
+    assert max(map(len, plain(terminal(60, *command)).splitlines())) <= 60
+
+
 def test_a_narrow_terminal_names_the_columns_that_it_leaves_out(unavailable, terminal):
-    assert "Not shown for want of width: priority" in plain(terminal(80))
-    wide = plain(terminal(300))
+    assert "Not shown for want of width: priority" in plain(terminal(80, "list"))
+    wide = plain(terminal(300, "list"))
     assert "Not shown" not in wide and "priority" in wide
 
 
 def test_a_wide_terminal_shows_the_words_of_a_pipe(cli, unavailable, terminal):
-    assert plain(terminal(300)).split() == cli("list").out.split()
+    assert plain(terminal(300, "list")).split() == cli("list").out.split()
 
 
 def test_colours_tell_the_status_on_a_terminal_and_never_in_a_pipe(cli, unavailable, terminal):
-    shown = terminal(300)
+    shown = terminal(300, "list")
     green, yellow = "\x1b[32mavailable", "\x1b[33munavailable"
     assert green in shown and yellow in shown
     assert "\x1b" not in cli("list").out
@@ -183,15 +188,15 @@ def test_colours_tell_the_status_on_a_terminal_and_never_in_a_pipe(cli, unavaila
 
 def test_a_cell_is_not_read_as_markup(register, terminal):
     register(name="odd", requires=("[red]", "[/]"))
-    assert "needs [/], [red], not installed" in plain(terminal(300))
+    assert "needs [/], [red], not installed" in plain(terminal(300, "list"))
 
 
 @pytest.mark.parametrize("columns", [300, 120, 80, 60, 40, 20])
 def test_no_width_cuts_a_word_with_rich_or_without(cli, unavailable, terminal, monkeypatch, columns):
     whole = set(cli("list").out.split())
-    with_rich = plain(terminal(columns))
+    with_rich = plain(terminal(columns, "list"))
     monkeypatch.setitem(sys.modules, "rich", None)
-    without = terminal(columns)
+    without = terminal(columns, "list")
     assert without == with_rich
     words = set(without.partition("Not shown")[0].split())
     assert {word for word in words if word not in whole and not word.endswith(":")} == set()
@@ -200,7 +205,7 @@ def test_no_width_cuts_a_word_with_rich_or_without(cli, unavailable, terminal, m
 
 def test_without_rich_there_is_no_colour(terminal, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert "\x1b" not in terminal(80)
+    assert "\x1b" not in terminal(80, "list")
 
 
 def test_entry_points_are_named_as_the_environment_takes_them(cli):

@@ -56,6 +56,27 @@ def test_what_was_recorded_is_a_table_and_still_a_list(query):
     assert repr(many).endswith("... and 10 calls more") and "10 calls more" in many._repr_html_()
 
 
+def test_a_recording_of_nothing_says_what_may_be_missing():
+    with attnplug.record() as calls:
+        torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 4, 8))
+    for shown in (repr(calls), calls._repr_html_()):
+        assert "no call was seen" in shown and "patch_torch()" in shown
+
+
+def test_completion_offers_public_names_alone():
+    import attnplug.testing  # which is one of them from now on
+
+    assert set(dir(attnplug)) - set(attnplug.__all__) <= {
+        "bench",
+        "builtin",
+        "cli",
+        "integrations",
+        "testing",
+        "tuning",
+    }
+    assert {"testing", *attnplug.__all__} <= set(dir(attnplug))
+
+
 def test_measured_choices_captures_and_reports_are_tables(query):
     with attnplug.capture() as cases:
         attnplug.scaled_dot_product_attention(query, query, query)

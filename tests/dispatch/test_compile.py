@@ -313,6 +313,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "packed, sinks of another shape": (packed, {"sinks": torch.ones(3)}),
     "explained, a name that is unknown": (explained, {"impl": "aten_meth"}),
     "explained, an argument out of range": (explained, {"dropout_p": 2.0}),
+    "explained, an argument that there is not": (explained, {"unknown": 1}),
     "asked of a name that is unknown": (asked_of, {"name": "aten_meth"}),
     "a scope of a name that is unknown": (scoped, {"backends": "aten_meth"}),
     "a scope of nothing": (scoped, {"backends": []}),
@@ -361,6 +362,15 @@ def test_a_mistake_is_the_eager_error_and_what_is_mended_is_compiled(name: str, 
     torch.testing.assert_close(user(right), function(**right) + 1)
     assert counter.frame_count > 0
     torch.testing.assert_close(Compiled(function)(**right), function(**right))
+
+
+def test_an_explanation_for_another_gpu_is_that_of_eager_code() -> None:
+    def wanted(query: Tensor) -> Any:
+        return attnplug.explain(query + 1, query, query, compute_capability=(9, 0))
+
+    for function in (wanted, torch.compile(wanted, backend="eager")):
+        with pytest.raises(ValueError, match="describes a CUDA device, and query is on cpu"):
+            function(torch.randn(1, 2, 4, 8))
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(16, 15), causal_upper_left(16, 15)], ids=["tensor", "bias"])

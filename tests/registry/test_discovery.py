@@ -413,3 +413,11 @@ attnplug.restore_flash_attention_impl()
     assert [line for _, line, kind in report.lines if kind == "PluginWarning"] == [3, 4]
     assert [line for _, line, kind in report.lines if kind == "FallbackWarning"] == [6]
     assert [line for _, line, kind in report.lines if kind == "UserWarning"] == [9]
+
+
+def test_an_unknown_name_says_which_broken_plugin_may_have_it(site: Site) -> None:
+    site.install("fake-broken", {"broken": "raise OSError('no such library')\n"})
+    report = site.run("report['failures'] = [failure(sdpa, impl='quickest'), failure(sdpa, impl='healthyy')]")
+    unknown, misspelt = (each["message"] for each in report.failures)
+    assert "'quickest'. Plugin 'broken', which may have it, is installed but broken: OSError" in unknown
+    assert "did you mean 'healthy'" in misspelt and "may have it" not in misspelt

@@ -12,7 +12,7 @@ from attnplug import Capabilities, Feature
 from attnplug.testing import Call, CheckFailure, check_impl
 from mutants.kernel import CAPABILITIES, Kernel
 from mutants.logits import SoftcapIgnored
-from mutants.masks import AlwaysUpperLeft, MaskOfTheFirstHead
+from mutants.masks import AlwaysUpperLeft, DiagonalHidden, MaskOfTheFirstHead, OneKeyTooMany
 from mutants.softmax import LseInBaseTwo, LseOfBlindRowsIsZero, MissingScale
 
 
@@ -41,6 +41,8 @@ def test_a_failure_can_be_seen_again_by_the_line_that_it_prints(register):
         (MissingScale, "check_values", "no scale"),
         (LseInBaseTwo, "check_lse", "base 2"),
         (AlwaysUpperLeft, "check_causal_lower_right", "other corner"),
+        (DiagonalHidden, "check_causal", "a causal mask that hides the last key of each query"),
+        (OneKeyTooMany, "check_causal", "a causal mask that shows one key too many"),
         (SoftcapIgnored, "check_softcap", "softcap ignored"),
     ],
 )
@@ -48,6 +50,15 @@ def test_a_known_mistake_gets_a_hint(register, kernel, check, hint):
     reason = result_of(register(kernel()), check).reason
     assert "hint: " in reason
     assert hint in reason
+
+
+def test_what_fails_in_the_same_way_is_said_once(register):
+    def forward(params):
+        raise RuntimeError("nothing works")
+
+    report = check_impl(register(forward), device="cpu", dtype="float32", checks=["check_values", "check_head_sizes"])
+    assert str(report).count("raised RuntimeError: nothing works") == 3  # in full, and in each row of the table
+    assert "\nThe same: check_head_sizes[float32]\n" in str(report)
 
 
 class UnscaledKeyGradient(Kernel):
@@ -188,7 +199,7 @@ def test_what_attnplug_raises_about_a_kernel_is_told_without_a_line_of_the_progr
             return None
 
     reason = result_of(register(NothingReturned()), "check_values").reason
-    assert "must return a tuple (out, lse, *saved), got None\n" in reason
+    assert "lse None where it computes none; got None\n" in reason
 
 
 def test_an_lse_that_is_returned_and_not_declared_is_told_as_such(register):

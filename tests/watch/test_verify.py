@@ -162,6 +162,77 @@ def test_a_function_gets_the_tensors_and_the_record_keeps_none() -> None:
     assert watched.mismatches[0].arguments == {}
 
 
+def register_wrong_reference() -> str:
+    """Register a kernel that takes every call, and is wrong for each."""
+    from attnplug_math_ref import impl
+
+    def forward(params: attnplug.SDPAParams) -> tuple[torch.Tensor, ...]:
+        out, *others = impl.forward(params)
+        return (out * 1.1, *others)
+
+    features = set(attnplug.Feature) - {attnplug.Feature.NESTED}
+    capabilities = attnplug.Capabilities(features=features)
+    spec = attnplug.ImplSpec(
+        name="enlarged", kernel=forward, backend=attnplug.SDPBackend.MATH, capabilities=capabilities
+    )
+    attnplug.register_impl(spec)
+    return spec.name
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {
+            "is_causal": True,
+            "causal_variant": attnplug.CausalVariant.LOWER_RIGHT,
+            "window_size": (4, 0),
+            "softcap": 5.0,
+        },
+        {"attn_mask": torch.arange(9) < 5},
+        {"seqused_k": torch.tensor([5], dtype=torch.int32)},
+    ],
+    ids=str,
+)
+def test_the_arguments_that_a_function_gets_repeat_the_call(asked: dict[str, Any]) -> None:
+    impl = register_wrong_reference()
+    found: list[Mismatch] = []
+    with attnplug.verify(1.0, on_mismatch=found.append):
+        out = attnplug.scaled_dot_product_attention(*tensors(9), **asked, impl=impl)
+    again = attnplug.scaled_dot_product_attention(**found[0].arguments, impl=impl)
+    assert torch.equal(again, out)
+
+
+def test_the_arguments_of_packed_sequences_repeat_the_call() -> None:
+    impl = register_wrong_reference()
+    packed, starts = torch.randn(9, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+    found: list[Mismatch] = []
+    with attnplug.verify(1.0, on_mismatch=found.append):
+        out = attnplug.varlen_attn(packed, packed, packed, starts, starts, 5, 5, is_causal=True, impl=impl)
+    again = attnplug.varlen_attn(**found[0].arguments, impl=impl)
+    assert torch.equal(again, out)
+
+
+def test_a_mismatch_names_the_layer_of_its_result_and_of_its_gradients() -> None:
+    impl = register(WrongOut)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, impl: str) -> None:
+            super().__init__()
+            self.impl = impl
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return attnplug.scaled_dot_product_attention(x, x, x, impl=self.impl)
+
+    model = torch.nn.Sequential(Layer("math_ref"), Layer(impl), Layer("math_ref"))
+    x = torch.randn(1, 2, 9, 8, requires_grad=True)
+    with attnplug.verify(1.0, on_mismatch=lambda mismatch: None) as watched:
+        model(x).sum().backward()
+    assert {mismatch.name for mismatch in watched.mismatches} == {"out", "query", "key"}
+    assert {mismatch.module for mismatch in watched.mismatches} == {"Sequential.1"}
+    assert f"{impl} in Sequential.1, held against" in str(watched)
+
+
 def test_a_wrong_kernel_warns_once_and_is_counted_each_time() -> None:
     impl = register(WrongOut)
     query, key, value = tensors(9)

@@ -123,24 +123,30 @@ def explain(
         >>> attnplug.explain(query, query, query, softcap=30.0, impl="aten_flash").chosen is None
         True
     """
-    signature = _VARLEN if _is_varlen(args, kwargs) else _DENSE
+    return traced.or_eagerly(_explain, (query, key, value, *args), kwargs, impl, compute_capability)
+
+
+def _params_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SDPAParams:
+    signature = _VARLEN if _is_varlen(args[3:], kwargs) else _DENSE
     try:
-        bound = signature.bind(query, key, value, *args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"explain() {error}") from None
+        raise TypeError(f"explain() {error.args[0]}") from None  # Dynamo keeps `args` as constants, and not `str`
     bound.apply_defaults()
     given = bound.arguments
     del given["impl"]
     given["dropout"] = given.pop("dropout_p")
     if signature is _VARLEN:
         given["causal_variant"] = CausalVariant.LOWER_RIGHT
+    return SDPAParams(**given)
+
+
+def _explain(
+    args: tuple[Any, ...], kwargs: dict[str, Any], impl: str | None, compute_capability: tuple[int, int] | None
+) -> Explanation:
+    params = _params_of(args, kwargs)
     if is_compiling():
         _refuse_device(compute_capability)
-    return traced.or_eagerly(_explain, SDPAParams(**given), impl, compute_capability)
-
-
-def _explain(params: SDPAParams, impl: str | None, compute_capability: tuple[int, int] | None) -> Explanation:
-    if is_compiling():
         return _traced(params, impl)
     params = _prepared(params)
     registry = start()
@@ -185,8 +191,6 @@ def can_use_impl(name: str, params: SDPAParams, *, compute_capability: tuple[int
         TypeError, ValueError: `params` is not an `SDPAParams`, or describes no valid call; `compute_capability` is
             not one, or is given for a query that is on no CUDA device.
     """
-    if is_compiling():
-        _refuse_device(compute_capability)
     return traced.or_eagerly(_can_use, name, params, compute_capability)
 
 
@@ -194,6 +198,7 @@ def _can_use(name: str, params: SDPAParams, compute_capability: tuple[int, int] 
     if not isinstance(params, SDPAParams):
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
     if is_compiling():
+        _refuse_device(compute_capability)
         found = _traced(params, name)
         verdict = next(verdict for verdict in found.candidates if verdict.name == name)
         accepted = found.chosen == name
@@ -243,7 +248,7 @@ def _explanation(answer: Answer) -> Explanation:
 def _refuse_device(compute_capability: tuple[int, int] | None) -> None:
     if compute_capability is not None:
         raise ValueError(
-            "compute_capability: cannot be given inside torch.compile; call explain outside of compiled code"
+            "compute_capability: cannot be given under torch.compile(fullgraph=True); call explain outside of it"
         )
 
 

@@ -162,11 +162,11 @@ def misspelt_groups() -> list[tuple[str, Plugin]]:
     except ValueError:  # as in `installed_plugins`
         return []
     right = {plugin.distribution for plugin in installed_plugins()}
-    meant = GROUP, "attnplugregisterimpls"  # the hook
+    meant = [GROUP, *(f"{GROUP}{word}" for word in ("impls", "plugins", "kernels", "registerimpls"))]
     found = []
     for entry_point in every:
-        bare = re.sub(r"[\W_]", "", entry_point.group.partition(".")[0]).lower()
-        if entry_point.group != GROUP and difflib.get_close_matches(bare, meant, cutoff=0.75):
+        bare = re.sub(r"[\W_]", "", entry_point.group).lower()
+        if entry_point.group != GROUP and difflib.get_close_matches(bare, meant, cutoff=0.85):
             found.append((printable(entry_point.group), _plugin(entry_point)))
     return [(group, plugin) for group, plugin in found if plugin.distribution not in right]
 

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from attnplug._errors import DuplicateImplementationError, PluginError, PluginWarning, UnknownImplementationError
+from attnplug._errors import (
+    BROKEN,
+    DuplicateImplementationError,
+    PluginError,
+    PluginWarning,
+    UnknownImplementationError,
+)
 from attnplug._messages import is_stop, of_error, printable, warn
 from attnplug._registry import remedies
 from attnplug._registry.catalogue import KNOWN, OWN
@@ -276,7 +282,7 @@ class Registry:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""
         with self._lock:
             entries, contested, records = dict(self._entries), dict(self._contested), list(self._plugins_out)
-        broken, left_out = "is installed but broken: {}", "is {}"
+        broken, left_out = f"{BROKEN}: {{}}", "is {}"
         out = {
             record.name: (broken if record.status == "broken" else left_out).format(record.reason) for record in records
         }

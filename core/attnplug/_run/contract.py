@@ -240,7 +240,8 @@ def check_outputs(name: str, params: SDPAParams, returned: Any) -> None:
     """Raise KernelError unless `returned` is `(out, lse, *saved)` as a forward must return it."""
     if not isinstance(returned, tuple) or len(returned) < 2:
         raise KernelError(
-            f"implementation {name!r}: forward must return a tuple (out, lse, *saved), got {_kind(returned)}"
+            f"implementation {name!r}: forward must return a tuple (out, lse, *saved), lse None where it computes "
+            f"none; got {_kind(returned)}"
         )
     for item in returned[2:]:
         if item is not None and not isinstance(item, Tensor):

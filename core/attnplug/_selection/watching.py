@@ -71,6 +71,10 @@ class RecordedCall:
         return f"RecordedCall({', '.join(f'{name}={text}' for name, text in said.items() if text)})"
 
 
+UNROUTED = "PyTorch's function runs through attnplug, and is seen, inside patch_torch()"
+"""Why no call may have been seen."""
+
+
 class RecordedCalls(list[RecordedCall]):
     """A list of calls that is shown as a table: 80 columns in a terminal, HTML in a notebook."""
 
@@ -93,6 +97,8 @@ class RecordedCalls(list[RecordedCall]):
         ]
 
     def _more(self) -> list[str]:
+        if not self:
+            return [f"no call was seen: {UNROUTED}"]
         return [f"... and {len(self) - _SHOWN:,} calls more"] if len(self) > _SHOWN else []
 
 

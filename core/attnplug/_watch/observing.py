@@ -7,11 +7,9 @@ from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 from attnplug._errors import ScopeError
-from attnplug._selection.watching import Watcher, add_watcher, remove_watcher
+from attnplug._selection.watching import UNROUTED, Watcher, add_watcher, remove_watcher
 
-UNSEEN = """\
-PyTorch's function runs through attnplug, and is seen, inside patch_torch();
-a `with` block sees the calls of its own thread, start() those of all threads"""
+UNSEEN = UNROUTED, "a `with` block sees the calls of its own thread, start() those of all threads"
 """What is said where no call was seen."""
 
 _Observer = TypeVar("_Observer", bound="Observer")

@@ -139,7 +139,7 @@ class summary(Observer):
         """
         calls = self.calls
         head = f"{calls:,} attention call{'' if calls == 1 else 's'}"
-        lines = [head] if calls else [f"{head}: nothing ran while this summary was in place", *UNSEEN.splitlines()]
+        lines = [head] if calls else [f"{head}: nothing ran while this summary was in place", *UNSEEN]
         for name, each in ({} if profile is None else self.shares(profile)).items():
             times = f"forward {_seconds(each.forward)}, backward {_seconds(each.backward)}"
             lines += _wrapped(f"{each.share:7.1%}  {name:16}  ", f"of the time: {times}")

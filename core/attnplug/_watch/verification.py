@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import threading
 from collections import Counter
@@ -13,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from attnplug._accuracy import Mistake
+from attnplug._api.dense import scaled_dot_product_attention
+from attnplug._api.varlen import varlen_attn
 from attnplug._arguments import as_float, as_int
 from attnplug._errors import MismatchError, MismatchWarning
 from attnplug._messages import printable, warn
@@ -25,6 +28,7 @@ from attnplug._watch import totals
 from attnplug._watch.gradients import Backward, wanted
 from attnplug._watch.judging import Judge, NotJudged, plain_form, unfit
 from attnplug._watch.lines import line_of
+from attnplug._watch.modules import current_module
 from attnplug._watch.observing import UNSEEN, Observer, WatcherOf
 
 KEPT = 100
@@ -44,8 +48,10 @@ class Mismatch:
         place: where it is, in the form `(B, Hq, Sq, E)`, or `(Tq, Hq, E)` for variable length.
         call: a line of Python that makes a call like this one, with random numbers, and checks it.
         reference: the implementation that it was compared with.
-        module: the class of the bound module that made the call; empty if none did.
-        arguments: the arguments of the call, for a function that `on_mismatch` names to save; what is kept has none.
+        module: that made the call, as `LlamaModel.layers.3.self_attn`; of compiled code the module that was compiled,
+            of its gradients none; empty for calls outside any module.
+        arguments: of the call, which `scaled_dot_product_attention(**arguments)` repeats (`varlen_attn` where they have
+            `cu_seq_q`), for a function that `on_mismatch` names to save; what is kept has none.
     """
 
     impl: str
@@ -69,6 +75,13 @@ def _together(mismatches: Sequence[Mismatch]) -> str:
     where = f" in {first.module}" if first.module else ""
     texts = "; ".join(mismatch.text for mismatch in mismatches)
     return f"{first.impl}{where}, held against {first.reference}: {texts}. To see it: {first.call}"
+
+
+def _arguments_of(params: SDPAParams) -> dict[str, Any]:
+    """Return the arguments that make the same call again."""
+    given = {item.name: getattr(params, item.name) for item in fields(params)} | {"dropout_p": params.dropout}
+    function = varlen_attn if params.is_varlen else scaled_dot_product_attention
+    return {name: given[name] for name in inspect.signature(function).parameters if name in given}
 
 
 class verify(Observer):
@@ -152,7 +165,7 @@ class verify(Observer):
             f"and the gradients of {self.gradients:,}: {self.wrong:,} mismatches"
         ]
         if self.rate and not self.calls:
-            lines += ["  no call was seen:", *(f"  {line}" for line in UNSEEN.splitlines())]
+            lines += ["  no call was seen:", *(f"  {line}" for line in UNSEEN)]
         lines += [f"  not verified: {count:,}: {reason}" for reason, count in self.skipped.most_common()]
         return "\n".join([*lines, *(f"  {mismatch}" for mismatch in self.mismatches)])
 
@@ -188,7 +201,8 @@ class _Verifier(WatcherOf[verify]):
             result = run(params)
             self._check(call, params, *result)
             return result
-        backward = Backward(params, names, partial(self._check_gradients, call, params, held=found), self._skip)
+        check = partial(self._check_gradients, call, params, held=found, module=current_module())
+        backward = Backward(params, names, check, self._skip)
         out, lse = run(backward.of_aliases(params))
         self._check(call, params, out, lse)
         backward.listen(out, lse)
@@ -234,7 +248,7 @@ class _Verifier(WatcherOf[verify]):
             asked = lse if params.return_lse else None  # some kernels give one that nobody asked for, and owe it nobody
             return self._judge.of_result(plain, out, asked, self._is_quantized(call))
 
-        self._compare("results", "", call, params, judge, ())
+        self._compare("results", "", call, params, judge)
 
     def _check_gradients(
         self,
@@ -244,13 +258,15 @@ class _Verifier(WatcherOf[verify]):
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
         held: verify | None = None,
+        module: str = "",
     ) -> None:
-        """Compare gradients; a graph holds the `verify` until it has."""
+        """Compare gradients; a graph holds the `verify` until it has, and the name of the module, which has ended."""
 
         def judge(plain: SDPAParams) -> list[Mistake]:
             return self._judge.of_gradients(plain, gradients, grad_out, grad_lse, self._is_quantized(call))
 
-        self._compare("gradients", "gradients: ", call, params, judge, tuple(gradients), grad_lse is not None)
+        names = tuple(gradients)
+        self._compare("gradients", "gradients: ", call, params, judge, names, grad_lse is not None, module)
 
     def _compare(
         self,
@@ -259,8 +275,9 @@ class _Verifier(WatcherOf[verify]):
         call: RecordedCall,
         params: SDPAParams,
         judge: Callable[[SDPAParams], list[Mistake]],
-        gradients: tuple[str, ...],
+        gradients: tuple[str, ...] = (),
         grad_lse: bool = False,
+        module: str = "",
     ) -> None:
         try:
             with unwatched():
@@ -278,10 +295,12 @@ class _Verifier(WatcherOf[verify]):
         totals.add("attnplug.verified", call.impl, kind)
         if mistakes:
             line = line_of(call.impl, plain, mistakes[0], gradients, grad_lse)
-            arguments = {item.name: getattr(plain, item.name) for item in fields(plain)}
-            self._report([self._mismatch(call, mistake, line, arguments) for mistake in mistakes])
+            module = module if gradients else current_module()
+            self._report([self._mismatch(call, module, mistake, line, _arguments_of(plain)) for mistake in mistakes])
 
-    def _mismatch(self, call: RecordedCall, mistake: Mistake, line: str, arguments: dict[str, Any]) -> Mismatch:
+    def _mismatch(
+        self, call: RecordedCall, module: str, mistake: Mistake, line: str, arguments: dict[str, Any]
+    ) -> Mismatch:
         return Mismatch(
             call.impl,
             mistake.name,
@@ -291,7 +310,7 @@ class _Verifier(WatcherOf[verify]):
             mistake.place,
             line,
             self._found.reference,
-            call.module,
+            module,
             arguments,
         )
 

@@ -149,7 +149,7 @@ def _about(name: str) -> str:
 
 def _as_text(findings: Sequence[Finding], works: Sequence[str], broken: int) -> str:
     verdict = f"{broken} broken" if broken else "Nothing is broken"
-    parts = ["\n".join(wrap(f"{verdict}. Available: {', '.join(works) or 'none'}.", WIDTH))]
+    parts = ["\n".join(wrap(f"{verdict}. Available: {', '.join(works) or 'none'}.", render.width(WIDTH)))]
     for status, title in _TITLES.items():
         found = [each for each in findings if each.status == status]
         if found:
@@ -169,7 +169,7 @@ def _together(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _lines(finding: Finding) -> list[str]:
-    said = wrap(f"{finding.name}: {finding.reason}", WIDTH, "  ", "    ")
+    said = wrap(f"{finding.name}: {finding.reason}", render.width(WIDTH), "  ", "    ")
     commands = finding.remedy.splitlines()
     if len(commands) > 1:
         said.append("      # one of these")

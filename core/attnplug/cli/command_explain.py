@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         render.print_json(_as_json(explanation))
     else:
-        render.print_table(HEADERS, explanation.rows(), HEADERS.index(""))
+        rows = [(*cells, arguments.in_options(reasons)) for *cells, reasons in explanation.rows()]
+        render.print_table(HEADERS, rows, HEADERS.index(""))
         advice = arguments.in_options(explanation.advice())
         render.put_prose(*filter(None, (advice, explanation.measured, _conclusion(explanation))))
     return 1 if explanation.chosen is None and not explanation.empty else 0

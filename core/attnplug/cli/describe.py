@@ -8,6 +8,7 @@ from typing import Any
 from attnplug import Capabilities, Feature, ImplRecord
 from attnplug._tables import wrap
 from attnplug._types import family
+from attnplug.cli import render
 from attnplug.cli.values import DTYPES
 
 Fields = list[tuple[str, str]]
@@ -40,7 +41,7 @@ def block(name: str, fields: Fields) -> str:
     """Return a name, and below it a line or more for each field."""
     lines = [name]
     for field, value in fields:
-        lines += wrap(value, _WIDTH, f"  {field:{_NAMES - 2}}", " " * _NAMES) or [f"  {field}"]
+        lines += wrap(value, render.width(_WIDTH), f"  {field:{_NAMES - 2}}", " " * _NAMES) or [f"  {field}"]
     return "\n".join(lines)
 
 

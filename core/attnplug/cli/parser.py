@@ -12,13 +12,23 @@ from typing import Any, NoReturn
 
 from attnplug import __version__
 from attnplug._errors import did_you_mean
+from attnplug._tables import wrap
 
 COMMANDS = ("list", "show", "explain", "doctor", "info", "check", "bench", "tune", "new")
 
 _DESCRIPTION = "Attention kernels as plugins: what is installed, what would run, and whether it is right."
 _EPILOG = """\
 Exit status: 0, success; 1, the answer is no; 2, the command could not run.
+
 Completion in a shell: pip install "attnplug[cli]", then eval "$(register-python-argcomplete attnplug)"."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps paragraphs to the terminal's width, and leaves those with indented lines, such as examples, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(part if "\n " in part else "\n".join(wrap(part, width)) for part in paragraphs)
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options.setdefault("allow_abbrev", False)
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("formatter_class", _Formatter)
         super().__init__(*arguments, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

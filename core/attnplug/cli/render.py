@@ -140,6 +140,11 @@ def put(text: object = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), out().fileno())
 
 
+def width(most: int) -> int:
+    """Return in how many columns text is wrapped: the terminal's, but `most` where it has more, and in a pipe."""
+    return min(most, shutil.get_terminal_size().columns) if out().isatty() else most
+
+
 def put_prose(*sentences: str) -> None:
     """Print sentences below a table, each on a line of its own that a terminal's width wraps between words."""
     width = shutil.get_terminal_size().columns if out().isatty() else None

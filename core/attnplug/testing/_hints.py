@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnplug._accuracy import Expected
+from attnplug._types import CausalVariant
 from attnplug.testing._fields import Fields
 from attnplug.testing._inputs import Inputs, make
 
@@ -126,6 +127,8 @@ def _mistakes(call: Fields, arguments: Arguments) -> Iterator[tuple[str, Argumen
         other = 3 - int(arguments["causal_variant"])
         text = "the diagonal aligned to the other corner: see params.causal_variant"
         yield text, {**arguments, "causal_variant": other}
+        if arguments["is_causal"] and arguments.get("attn_mask") is None:
+            yield "a causal mask that hides the last key of each query", _without_diagonal(arguments)
     yield from _other_windows(arguments)
     if arguments["enable_gqa"]:
         yield "query head h reading key/value head h % Hkv, not h // (Hq / Hkv)", _modulo_heads(call, arguments)
@@ -148,6 +151,13 @@ _NEUTRAL: Arguments = {
     "seqused_k": None,
     "window_size": (-1, -1),
 }
+
+
+def _without_diagonal(arguments: Arguments) -> Arguments:
+    """Let each query see one key fewer than it should."""
+    queries, keys = arguments["query"].shape[-2], arguments["key"].shape[-2]
+    last = keys - queries if arguments["causal_variant"] is CausalVariant.LOWER_RIGHT else 0
+    return {**arguments, "attn_mask": torch.ones(queries, keys, dtype=torch.bool).tril(last - 1)}
 
 
 def _other_windows(arguments: Arguments) -> Iterator[tuple[str, Arguments]]:

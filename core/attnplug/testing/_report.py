@@ -97,8 +97,11 @@ class Report:
         return [(result.check, result.dtype, result.status, _remark(result)) for result in self.results]
 
     def details(self) -> str:
-        """Return each failure in full, the simplest first; empty if there is none."""
-        return "\n\n".join(f"{result.label}: {result.claim}\n{_indented(result.reason)}" for result in self.failures)
+        """Return each failure in full, the simplest first, equal ones once; empty if there is none."""
+        alike: dict[str, list[Result]] = {}
+        for result in self.failures:
+            alike.setdefault(_without_call(result.reason), []).append(result)
+        return "\n\n".join(_in_full(*results) for results in alike.values())
 
     def __str__(self) -> str:
         head = "\n".join(wrap(self.summary(), WIDTH))
@@ -110,6 +113,16 @@ class Report:
         failed = [number for number, result in enumerate(self.results) if result.status == FAILED]
         details = f"<pre>{escape(self.details())}</pre>" if failed else ""
         return f"<p>{escape(self.summary())}</p>{details}{html_table(HEADERS, self.rows(), strong=failed)}"
+
+
+def _without_call(reason: str) -> str:
+    """Return what is wrong, without the call that it was seen in."""
+    return "\n".join(line for line in reason.splitlines() if not line.startswith(("call: ", "again: ")))
+
+
+def _in_full(first: Result, *others: Result) -> str:
+    text = f"{first.label}: {first.claim}\n{_indented(first.reason)}"
+    return "\n".join([text, *wrap(f"The same: {', '.join(each.label for each in others)}", WIDTH)]) if others else text
 
 
 def _remark(result: Result) -> str:

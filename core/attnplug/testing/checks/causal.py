@@ -18,7 +18,7 @@ WINDOWS = [(0, 0), (1, 0), (0, 1), (3, 5), (-1, 0), (-1, 4), (4, -1), (15, 16), 
 def check_causal(subject: Subject) -> None:
     """With as many keys as queries, query i sees the keys up to i, itself included."""
     lse = subject.has(Feature.LSE)
-    for length in (1, 2, 16, 17, 64, 130):
+    for length in (17, 1, 2, 16, 64, 130):  # in two rows one mistake looks like another
         subject.compare(subject.call(queries=length, keys=length, heads=1, is_causal=True, lse=lse))
 
 
