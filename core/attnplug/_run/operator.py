@@ -70,7 +70,7 @@ SAVES = hashlib.sha256(f"{__version__} {_FORWARD} {_BACKWARD}".encode()).hexdige
 _NAMES = tuple(part.split()[-1] for part in ARGUMENTS.split(", "))
 
 count_modes = torch._C._len_torch_dispatch_stack
-_is_jit_tracing = torch._C._is_tracing
+is_jit_tracing = torch._C._is_tracing
 _draws = itertools.count(1)
 
 
@@ -86,7 +86,7 @@ def is_watched(query: Tensor) -> bool:
     `torch.jit.trace` would take what an opaque kernel returns for a constant.
     """
     is_plain = type(query) is Tensor or type(query) is torch.nn.Parameter
-    return not is_plain or count_modes() > 0 or _is_jit_tracing()
+    return not is_plain or count_modes() > 0 or is_jit_tracing()
 
 
 class Operator:
