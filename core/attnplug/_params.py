@@ -28,6 +28,21 @@ WIDEST = 2**30
 """Of a window's sides: kernels add them to positions in 32 bits."""
 
 
+def wants_grad(tensor: Tensor) -> bool:
+    """Whether a tensor, or one that transforms of `torch.func` have wrapped, requires a gradient: `vmap` hides it."""
+    import torch
+
+    if tensor.requires_grad:
+        return True
+    functorch = torch._C._functorch
+    if not torch.compiler.is_dynamo_compiling():  # which cannot ask
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+            if tensor.requires_grad:
+                return True
+    return False
+
+
 def params_of(fields: dict[str, Any]) -> SDPAParams:
     """Build the record of a call without the frozen dataclass's `__init__`, which costs more than a kernel's launch.
 
@@ -167,7 +182,7 @@ class SDPAParams:
         if not torch.is_grad_enabled():
             return False
         tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
-        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        return any(tensor is not None and wants_grad(tensor) for tensor in tensors)
 
     def with_positive_scale(self) -> tuple[SDPAParams, int]:
         """Return a call of the same logits whose scale is above 0, for a kernel that hides keys before it scales.

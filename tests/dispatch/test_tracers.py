@@ -442,6 +442,48 @@ def test_a_module_that_was_traced_by_jit_keeps_its_choice() -> None:
     assert "_scaled_dot_product_attention_math" in traced.code
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("calls_before", [0, 4])
+def test_jit_traces_an_opaque_kernel_as_an_operator(calls_before: int) -> None:
+    class Numpy(Opaque):
+        """No trace sees what it does."""
+
+        def forward(self, params: SDPAParams) -> tuple[Tensor, None]:
+            return torch.from_numpy(params.query.detach().numpy() * 2), None
+
+    register("numpy", Numpy)
+
+    def twice(query: Tensor) -> Tensor:
+        return attend(query, query, query, impl="numpy")
+
+    for _ in range(calls_before):
+        twice(Q)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(twice, (Q,)), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    for query in (torch.randn_like(Q), torch.randn(3, 2, 7, 8, requires_grad=True)):
+        torch.testing.assert_close(traced(query), query * 2)
+    (gradient,) = torch.autograd.grad(traced(query).sum(), query)
+    torch.testing.assert_close(gradient, torch.full_like(query, 2))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_traces_a_composite_kernel_with_a_backward_where_a_gradient_is_needed() -> None:
+    class Model(nn.Linear):
+        def forward(self, query: Tensor) -> Tensor:
+            return attend(super().forward(query), query, query, is_causal=True, impl="math_ref")
+
+    model, file = Model(8, 8), io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, (Q,)), file)
+    file.seek(0)
+    longer = torch.randn(3, 2, 9, 8, requires_grad=True)
+    found, expected = torch.jit.load(file)(longer), model(longer)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found.square().sum(), longer)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected.square().sum(), longer))
+
+
 def test_jit_traces_what_is_decided_for_the_first_time() -> None:
     with attnplug.record(), pytest.warns(torch.jit.TracerWarning):  # a call that is recorded takes no short way
         traced = torch.jit.trace(lambda query: attend(query, query, query), (Q,))

@@ -58,6 +58,36 @@ def test_without_a_backward_it_is_passed_over_when_a_gradient_is_needed(register
     assert calls[0].passed_over == {"mine": ("has no backward, and a gradient is needed",)}
 
 
+def test_without_a_backward_it_is_passed_over_when_a_gradient_is_needed_outside_a_vmap(
+    register: Callable[..., None],
+) -> None:
+    register("mine", forward)
+    tensors, mask = [tensor[None] for tensor in inputs()], torch.zeros(1, 4, 4, dtype=torch.float64)
+
+    def ran(*given: Tensor) -> str:
+        with attnplug.sdpa_kernel(["mine", "aten_math"], set_priority=True), attnplug.record() as calls:
+            out = torch.func.vmap(torch.func.vmap(attnplug.scaled_dot_product_attention))(
+                *(tensor[None] for tensor in given)
+            )
+        if out.requires_grad:
+            out.sum().backward()
+        return calls[0].impl
+
+    without = [tensor.detach() for tensor in tensors]
+    assert ran(*tensors) == "aten_math"
+    assert ran(*without) == "mine"
+    with torch.no_grad():
+        assert ran(*tensors) == "mine"
+    register("masked", forward, Feature.ADDITIVE_MASK)
+    with attnplug.sdpa_kernel("masked"), pytest.raises(attnplug.NoImplementationError, match="gradient of attn_mask"):
+        torch.func.vmap(attnplug.scaled_dot_product_attention)(*without, mask.requires_grad_())
+    slopes = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="alibi_slopes: requires a gradient"):
+        torch.func.vmap(lambda *given: attnplug.scaled_dot_product_attention(*given[:3], alibi_slopes=given[3]))(
+            *without, slopes
+        )
+
+
 @pytest.mark.parametrize("recorded_first", [True, False])
 def test_calls_alike_but_for_the_grad_mode_are_decided_apart(
     register: Callable[..., None], recorded_first: bool

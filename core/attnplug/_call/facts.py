@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnplug._call.validate import FLOATING, check_extras, is_sharded_beside
+from attnplug._params import wants_grad
 from attnplug._types import OPEN_WINDOW, WIDEST, CausalVariant, SDPAParams
 
 UPPER_LEFT = CausalVariant.UPPER_LEFT
@@ -124,7 +125,7 @@ class CallFacts(NamedTuple):
         if mask is not None:
             if not _is_regular_mask(mask, query, key):
                 return None
-            facts_of_mask = TensorFacts(mask.dtype, grad and mask.requires_grad)
+            facts_of_mask = TensorFacts(mask.dtype, grad and wants_grad(mask))
         if is_plain(params):
             extensions = LSE_ALONE if params.return_lse else None
             square = not is_causal or sizes[4]
@@ -134,7 +135,7 @@ class CallFacts(NamedTuple):
             extensions = _extensions(params, sizes[2], grad)
             positions = is_causal or params.alibi_slopes is not None or params.window_size != OPEN_WINDOW
             square = not positions or (params.seqused_k is None and sizes[4])
-        recorded = grad and (query.requires_grad or key.requires_grad or value.requires_grad)
+        recorded = grad and (wants_grad(query) or wants_grad(key) or wants_grad(value))
         drops = True if dropout > 0.0 else False  # noqa: SIM210, a trace makes a constant of a branch
         return _new(
             CallFacts,
@@ -264,7 +265,7 @@ def _extensions(params: SDPAParams, heads: int, grad: bool) -> Extensions | None
         int(params.causal_variant),
         params.window_size,
         True if params.softcap > 0 else False,  # noqa: SIM210, a trace makes a constant of a branch
-        None if sinks is None else TensorFacts(sinks.dtype, grad and sinks.requires_grad),
+        None if sinks is None else TensorFacts(sinks.dtype, grad and wants_grad(sinks)),
         0 if slopes is None else slopes.dim(),
         used is not None,
         params.return_lse,

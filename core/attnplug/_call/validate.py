@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from attnplug._params import wants_grad
 from attnplug._types import CausalVariant, SDPAParams
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -207,7 +208,7 @@ def check_extras(params: SDPAParams, heads: int, batch: int, leading: tuple[int,
                 f"alibi_slopes: expected shape {sizes((heads,))} or {sizes((batch, heads))}, "
                 f"got {shape(params.alibi_slopes)}"
             )
-        if params.alibi_slopes.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and wants_grad(params.alibi_slopes):
             raise ValueError(
                 "alibi_slopes: requires a gradient, which no implementation gives; pass alibi_slopes.detach(), or the "
                 "bias that they stand for as attn_mask"

@@ -28,7 +28,7 @@ from attnplug._run.contract import (
     run_forward,
     tensors_of,
 )
-from attnplug._run.operator import backward_in_trace, count_modes
+from attnplug._run.operator import backward_in_trace, count_modes, is_jit_tracing
 from attnplug._types import Feature, SDPAParams
 
 
@@ -38,7 +38,8 @@ def run(entry: Entry, params: SDPAParams, grad: bool) -> Result:
     Raises:
         KernelError: the kernel returned something else than it must.
     """
-    if grad and entry.kernel.backward is not None:
+    looked_into = entry.kernel.composite and is_jit_tracing()  # its operators are what `torch.jit.trace` can keep
+    if grad and entry.kernel.backward is not None and not looked_into:
         order = Order.of(params)
         once = _Once(KernelCall.of(entry, params), order, lambda *_: run_forward(entry, params))
         out, lse = _Attention.apply(once, *order.own(tensors_of(params)))

@@ -70,6 +70,7 @@ SAVES = hashlib.sha256(f"{__version__} {_FORWARD} {_BACKWARD}".encode()).hexdige
 _NAMES = tuple(part.split()[-1] for part in ARGUMENTS.split(", "))
 
 count_modes = torch._C._len_torch_dispatch_stack
+is_jit_tracing = torch._C._is_tracing
 _draws = itertools.count(1)
 
 
@@ -80,8 +81,12 @@ def operator_of(entry: Entry) -> Operator:
 
 
 def is_watched(query: Tensor) -> bool:
-    """Whether something (a trace, fake tensors, a dispatch mode) must see a kernel as an operator."""
-    return (type(query) is not Tensor and type(query) is not torch.nn.Parameter) or count_modes() > 0
+    """Whether something (a trace, fake tensors, a dispatch mode) must see a kernel as an operator.
+
+    `torch.jit.trace` would take what an opaque kernel returns for a constant.
+    """
+    is_plain = type(query) is Tensor or type(query) is torch.nn.Parameter
+    return not is_plain or count_modes() > 0 or is_jit_tracing()
 
 
 class Operator:
