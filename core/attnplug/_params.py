@@ -28,15 +28,18 @@ WIDEST = 2**30
 """Of a window's sides: kernels add them to positions in 32 bits."""
 
 
-def wants_grad(tensor: Tensor) -> bool:
-    """Whether a tensor, or one that transforms of `torch.func` have wrapped, requires a gradient: `vmap` hides it."""
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether one of these tensors requires a gradient, or has in it one that does: `vmap` hides it."""
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
     import torch
 
-    if tensor.requires_grad:
-        return True
+    if torch.compiler.is_dynamo_compiling():  # which cannot ask
+        return False
     functorch = torch._C._functorch
-    if not torch.compiler.is_dynamo_compiling():  # which cannot ask
-        while functorch.is_functorch_wrapped_tensor(tensor):
+    for tensor in tensors:
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
             tensor = functorch.get_unwrapped(tensor)
             if tensor.requires_grad:
                 return True
@@ -181,8 +184,7 @@ class SDPAParams:
 
         if not torch.is_grad_enabled():
             return False
-        tensors = (self.query, self.key, self.value, self.attn_mask, self.sinks)
-        return any(tensor is not None and wants_grad(tensor) for tensor in tensors)
+        return wants_grad(self.query, self.key, self.value, self.attn_mask, self.sinks)
 
     def with_positive_scale(self) -> tuple[SDPAParams, int]:
         """Return a call of the same logits whose scale is above 0, for a kernel that hides keys before it scales.

@@ -135,7 +135,7 @@ class CallFacts(NamedTuple):
             extensions = _extensions(params, sizes[2], grad)
             positions = is_causal or params.alibi_slopes is not None or params.window_size != OPEN_WINDOW
             square = not positions or (params.seqused_k is None and sizes[4])
-        recorded = grad and (wants_grad(query) or wants_grad(key) or wants_grad(value))
+        recorded = grad and wants_grad(query, key, value)
         drops = True if dropout > 0.0 else False  # noqa: SIM210, a trace makes a constant of a branch
         return _new(
             CallFacts,
