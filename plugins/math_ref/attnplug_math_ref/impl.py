@@ -28,6 +28,9 @@ def forward(params: SDPAParams) -> tuple[Tensor, ...]:
     rows, out, lse = problem.query.shape[:3], None, None
     for part in parts(problem.query, problem.key):
         part_out, part_lse = attention(take(problem, part, seed))
+        if part.is_whole:
+            out, lse = part_out.to(params.query.dtype), part_lse
+            break
         if out is None or lse is None:
             # Whole from the first part on: results kept between the parts' temporaries would fragment the heap. Like
             # the first part's own, because vmap may have a dimension that only one of the inputs has.

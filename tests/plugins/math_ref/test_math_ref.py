@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import attnplug
 from accuracy import GRADIENT, assert_lse_right, assert_right, plain
@@ -280,6 +282,20 @@ def test_compiled_gradients_are_those_of_eager() -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = [torch.autograd.grad(run(*tensors).sin().sum(), tensors) for run in (compiled, function)]
     torch.testing.assert_close(*results)
+
+
+def test_a_small_call_writes_into_nothing() -> None:
+    """A checkpoint may save what every operator returns, and a function may be functionalized, then differentiated."""
+    query = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def attended(query: Tensor) -> Tensor:
+        return sdpa(query, query, query, is_causal=True).sin().sum()
+
+    (expected,) = torch.autograd.grad(attended(query), query)
+    saving = partial(create_selective_checkpoint_contexts, lambda *given, **options: CheckpointPolicy.MUST_SAVE)
+    out = checkpoint(attended, query, use_reentrant=False, context_fn=saving)
+    torch.testing.assert_close(torch.autograd.grad(out, query)[0], expected)
+    torch.testing.assert_close(torch.func.grad(torch.func.functionalize(attended))(query.detach()), expected)
 
 
 @pytest.mark.parametrize("rows", [2**19, 4])
