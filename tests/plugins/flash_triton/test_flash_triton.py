@@ -98,16 +98,23 @@ def test_a_gpu_that_is_too_old_is_declined_with_what_it_lacks() -> None:
 
 
 RELEASE = ".".join(triton.__version__.split(".")[:2])
-NOT_YET = "which is not yet proven on sm_90"
-UNPROVEN = "to join tiles of queries is not yet proven on sm_90"
+PIPELINE = "a pipeline across tiles of queries"
 OWN, PLAIN = "forward runs on Hopper's own kernels", "forward runs on the plain kernels, not on Hopper's own: "
 
 
 @pytest.mark.parametrize(
     ("gpu", "wish", "options", "said"),
     [
-        ((9, 0), "", {}, [f"{OWN}; {UNPROVEN}, FLASH_TRITON_HOPPER=1 does it", OWN.replace("forward", "backward")]),
-        ((9, 0), "1", {}, [f"{OWN}; with FLASH_TRITON_HOPPER=1 they join tiles of queries, {NOT_YET}"]),
+        (
+            (9, 0),
+            "",
+            {},
+            [
+                f"{OWN}; {PIPELINE} is not yet proven on sm_90, FLASH_TRITON_HOPPER=1 uses it",
+                OWN.replace("forward", "backward"),
+            ],
+        ),
+        ((9, 0), "1", {}, [f"{OWN}; FLASH_TRITON_HOPPER=1 uses {PIPELINE}, not yet proven on sm_90"]),
         ((9, 0), "", {"size": 256}, [OWN]),
         ((9, 0), "", {"dropout_p": 0.1}, [f"{PLAIN}has no dropout"]),
         ((9, 0), "0", {}, [f"{PLAIN}FLASH_TRITON_HOPPER=0 keeps Hopper's own kernels from running"]),

@@ -60,9 +60,9 @@ def remark(kind: str, params: SDPAParams) -> str:
     said = "" if release == PROVEN_WITH else f", proven with Triton {PROVEN_WITH}; this is {release}"
     if kind == "forward" and outputs.can_join(params, Machine("sm_90", 1)):
         if wish() == "1":
-            said += f"; with {VARIABLE}=1 they join tiles of queries, which is not yet proven on sm_90"
+            said += f"; {VARIABLE}=1 uses a pipeline across tiles of queries, not yet proven on sm_90"
         else:
-            said += f"; to join tiles of queries is not yet proven on sm_90, {VARIABLE}=1 does it"
+            said += f"; a pipeline across tiles of queries is not yet proven on sm_90, {VARIABLE}=1 uses it"
     return said
 
 
