@@ -134,7 +134,10 @@ def test_continuous_batching_of_transformers() -> None:
         )
         return [output.generated_tokens for output in outputs.values()]
 
-    expected = generated()
+    try:
+        expected = generated()
+    except MemoryError:
+        pytest.skip("pip install psutil would run this: without it an older transformers finds no memory")
     summary = attnplug.summary()
     with attnplug.patch_torch(), attnplug.bind(model, "math_ref"):
         summary.start()
