@@ -346,6 +346,32 @@ def test_nested_tensors_stay_with_pytorch(layout: torch.layout) -> None:
         assert equal([*found.unbind()], [*expected.unbind()])
 
 
+@pytest.mark.parametrize("impl", ["torch", "aten_math"])
+def test_compiled_calls_of_jagged_tensors_follow_an_activation_as_eager_ones_do(impl: str) -> None:
+    jagged = torch.nested.nested_tensor([torch.randn(length, 16) for length in (3, 5)], layout=torch.jagged)
+
+    def attend(jagged: torch.Tensor) -> torch.Tensor:
+        heads = jagged.unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads)
+
+    expected = attend(jagged)
+    attnplug.activate_flash_attention_impl(impl)
+    found = torch.compile(attend, backend="eager")(jagged)
+    torch.testing.assert_close([*found.unbind()], [*expected.unbind()])
+
+
+def test_a_compiled_call_of_jagged_tensors_says_why_nothing_takes_it() -> None:
+    jagged = torch.nested.nested_tensor([torch.randn(length, 16) for length in (3, 5)], layout=torch.jagged)
+
+    @torch.compile(backend="eager")
+    def attend(jagged: torch.Tensor) -> torch.Tensor:
+        heads = jagged.unflatten(-1, (2, 8)).transpose(1, 2)
+        return attnplug.scaled_dot_product_attention(heads, heads, heads, impl="aten_math")
+
+    with pytest.raises(attnplug.NoImplementationError, match="aten_math: does not support nested tensors"):
+        attend(jagged)
+
+
 def test_a_decision_about_dense_tensors_is_not_one_about_nested_tensors() -> None:
     """Of jagged tensors, sizes and dtypes read as those of a dense call, which `aten_math` takes."""
     parts = [torch.randn(length, 2, 8) for length in (3, 5)]

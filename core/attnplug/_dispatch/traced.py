@@ -146,6 +146,8 @@ def _chosen(params: SDPAParams, impl: str | None) -> tuple[str, str, str, str, t
 def _decisive(params: SDPAParams, impl: str | None) -> tuple[Any, ...]:
     """Return, as constants, all that a decision depends on: who decides, and the facts of the call."""
     check_kind(impl)
+    if params.query.is_nested:  # constants cannot tell all that this decision depends on
+        raise AttnplugError("for nested tensors the implementation is chosen outside the graph")
     registry = process.registry
     assert registry is not None
     facts = _constant(_facts_of_checked(params))
