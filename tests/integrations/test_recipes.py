@@ -113,7 +113,7 @@ def test_continuous_batching_of_transformers() -> None:
     library: Any = pytest.importorskip("transformers", reason="pip install transformers would run this")
     small: Any = getattr(library, "ContinuousBatchingConfig", None)
     if small is None:
-        pytest.skip("a newer transformers would run this")
+        pytest.skip("pip install 'transformers>=5.20' would run this")
     config = library.LlamaConfig(
         vocab_size=97,
         hidden_size=64,

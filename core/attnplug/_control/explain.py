@@ -146,8 +146,7 @@ def _explain(
 ) -> Explanation:
     params = _params_of(args, kwargs)
     if is_compiling():
-        _refuse_device(compute_capability)
-        return _traced(params, impl)
+        return _traced(params, impl, compute_capability)
     params = _prepared(params)
     registry = start()
     with described(compute_capability, params.query.device):
@@ -198,8 +197,7 @@ def _can_use(name: str, params: SDPAParams, compute_capability: tuple[int, int] 
     if not isinstance(params, SDPAParams):
         raise TypeError(f"params: expected SDPAParams, got {type(params).__name__}")
     if is_compiling():
-        _refuse_device(compute_capability)
-        found = _traced(params, name)
+        found = _traced(params, name, compute_capability)
         verdict = next(verdict for verdict in found.candidates if verdict.name == name)
         accepted = found.chosen == name
         return replace(verdict, accepted=accepted, reasons=() if accepted else verdict.reasons)
@@ -228,8 +226,12 @@ def _prepared(params: SDPAParams) -> SDPAParams:
     return described_share(prepared) if is_sharded(prepared.query) else prepared
 
 
-def _traced(params: SDPAParams, impl: str | None) -> Explanation:
+def _traced(params: SDPAParams, impl: str | None, compute_capability: tuple[int, int] | None) -> Explanation:
     """Return an explanation in a trace, of constants; a change of selection or registry traces again."""
+    if compute_capability is not None:
+        raise ValueError(
+            "compute_capability: cannot be given under torch.compile(fullgraph=True); call explain outside of it"
+        )
     start_outside()
     prepared = prepare_varlen(params) if params.is_varlen else prepare_dense(params)[0]
     if is_sharded(prepared.query):
@@ -243,13 +245,6 @@ def _traced(params: SDPAParams, impl: str | None) -> Explanation:
 
 def _explanation(answer: Answer) -> Explanation:
     return Explanation(answer.chosen, answer.verdicts, nearest=answer.nearest, remedy=answer.remedy)
-
-
-def _refuse_device(compute_capability: tuple[int, int] | None) -> None:
-    if compute_capability is not None:
-        raise ValueError(
-            "compute_capability: cannot be given under torch.compile(fullgraph=True); call explain outside of it"
-        )
 
 
 def _facts(prepared: SDPAParams) -> CallFacts:

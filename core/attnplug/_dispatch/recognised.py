@@ -26,7 +26,7 @@ from attnplug._dispatch.plans import Plan
 from attnplug._dispatch.ranges import is_profiled
 from attnplug._run.batched import is_wrapped
 from attnplug._run.contract import Order, Result, tensors_of
-from attnplug._run.operator import is_watched
+from attnplug._run.operator import is_jit_tracing, is_watched
 from attnplug._run.transforms import is_transformed
 from attnplug._selection.state import thread, when_started
 from attnplug._types import OPEN_WINDOW, SDPAParams
@@ -159,7 +159,7 @@ def recognise(
             same = one.same
             if same is not None and same[0](*given) and (one.cast is None or _is_cast(one.cast)):
                 return same[1]
-        if torch._C._get_tracing_state() is not None:  # as in `remember`
+        if is_jit_tracing():  # as in `remember`
             return None
         for one in candidates:
             if not one.alike(*given) or not (one.cast is None or _is_cast(one.cast)):
@@ -282,10 +282,9 @@ def remember(way: Hashable, plan: Plan, params: SDPAParams, mask: Tensor | None 
     if (
         (all_count and packed)  # whose longest sequences count too
         or is_transformed()
-        or is_watched(query)  # what a kernel prepared is no operator
+        or is_watched(query)  # what a kernel prepared is no operator, and both runs of a torch.jit.trace want one graph
         or any(tensor.is_neg() for tensor in tensors)  # a kernel gets these resolved
         or any(map(is_wrapped, tensors))  # which what runs for recognised calls does not look for
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace runs twice, and wants one graph
         or (mask is not None and (mask.dim() < 2 or params.return_lse))  # see `Kernel.plain`
         or (params.alibi_slopes is not None and params.alibi_slopes.dim() > 1)  # some for each sequence
         or (autocasts and _autocast_dtype(query.device.type) is not query.dtype)

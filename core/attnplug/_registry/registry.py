@@ -282,7 +282,7 @@ class Registry:
         """Return the names that are known and cannot be used, each with the reason, which completes a sentence."""
         with self._lock:
             entries, contested, records = dict(self._entries), dict(self._contested), list(self._plugins_out)
-        broken, left_out = f"{BROKEN}: {{}}", "is {}"
+        broken, left_out = BROKEN + ": {}", "is {}"
         out = {
             record.name: (broken if record.status == "broken" else left_out).format(record.reason) for record in records
         }

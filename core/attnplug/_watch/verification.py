@@ -277,7 +277,7 @@ class _Verifier(WatcherOf[verify]):
         judge: Callable[[SDPAParams], list[Mistake]],
         gradients: tuple[str, ...] = (),
         grad_lse: bool = False,
-        module: str = "",
+        module: str | None = None,
     ) -> None:
         try:
             with unwatched():
@@ -295,7 +295,7 @@ class _Verifier(WatcherOf[verify]):
         totals.add("attnplug.verified", call.impl, kind)
         if mistakes:
             line = line_of(call.impl, plain, mistakes[0], gradients, grad_lse)
-            module = module if gradients else current_module()
+            module = current_module() if module is None else module
             self._report([self._mismatch(call, module, mistake, line, _arguments_of(plain)) for mistake in mistakes])
 
     def _mismatch(

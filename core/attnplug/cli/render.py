@@ -142,13 +142,19 @@ def put(text: object = "") -> None:
 
 def width(most: int) -> int:
     """Return in how many columns text is wrapped: the terminal's, but `most` where it has more, and in a pipe."""
-    return min(most, shutil.get_terminal_size().columns) if out().isatty() else most
+    columns = _columns()
+    return most if columns is None else min(most, columns)
+
+
+def _columns() -> int | None:
+    """Return the width of the terminal; None in a pipe."""
+    return shutil.get_terminal_size().columns if out().isatty() else None
 
 
 def put_prose(*sentences: str) -> None:
     """Print sentences below a table, each on a line of its own that a terminal's width wraps between words."""
-    width = shutil.get_terminal_size().columns if out().isatty() else None
-    lines = [line for text in sentences for line in ([text] if width is None else wrap(text, width))]
+    columns = _columns()
+    lines = [line for text in sentences for line in ([text] if columns is None else wrap(text, columns))]
     put("\n".join(["", *lines]))
 
 
@@ -169,12 +175,12 @@ def print_table(
         expendable: headers of the columns that a narrow terminal does without, the first one first; the
             command has a `--verbose` that shows them.
     """
-    if not out().isatty():
+    columns = _columns()
+    if columns is None:
         put(table(headers, rows))
         return
-    width = shutil.get_terminal_size().columns
-    shown = fitting(headers, rows, width, expendable)
-    text = table(headers, rows, width, expendable)
+    shown = fitting(headers, rows, columns, expendable)
+    text = table(headers, rows, columns, expendable)
     if importlib.util.find_spec("rich") is None:
         put(text)
     else:

@@ -13,7 +13,8 @@ from types import FrameType
 from attnplug._messages import printable
 from attnplug.testing._fields import Fields
 
-AGAIN = "again: "
+AGAIN, CALL = "again: ", "call: "
+"""How the lines of a failure begin that show it again, and the call that it was seen in."""
 _OURS = "attnplug"
 _LIBRARIES = (_OURS, "torch", "triton")
 _PYTHONS = os.path.join(os.path.dirname(os.__file__), ""), "<frozen "
@@ -43,7 +44,7 @@ def failure(call: Fields | None, message: str, hint: str = "") -> CheckFailure:
     lines = [message]
     if hint:
         lines.append(f"hint: {hint}")
-    return CheckFailure("\n".join(lines), "" if call is None else f"call: {call!r}")
+    return CheckFailure("\n".join(lines), "" if call is None else f"{CALL}{call!r}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from attnplug._tables import WIDTH, html_table, table, wrap
+from attnplug.testing._failure import AGAIN, CALL
 
 STATUSES = PASSED, FAILED, DECLINED, NOT_APPLICABLE = "passed", "failed", "declined", "not applicable"
 HEADERS = ("check", "dtype", "result", "why")
@@ -97,7 +98,11 @@ class Report:
         return [(result.check, result.dtype, result.status, _remark(result)) for result in self.results]
 
     def details(self) -> str:
-        """Return each failure in full, the simplest first, equal ones once; empty if there is none."""
+        """Return each failure in full, the simplest first; failures with the same text appear once.
+
+        Returns:
+            The text; empty if nothing failed.
+        """
         alike: dict[str, list[Result]] = {}
         for result in self.failures:
             alike.setdefault(_without_call(result.reason), []).append(result)
@@ -117,12 +122,14 @@ class Report:
 
 def _without_call(reason: str) -> str:
     """Return what is wrong, without the call that it was seen in."""
-    return "\n".join(line for line in reason.splitlines() if not line.startswith(("call: ", "again: ")))
+    return "\n".join(line for line in reason.splitlines() if not line.startswith((CALL, AGAIN)))
 
 
 def _in_full(first: Result, *others: Result) -> str:
-    text = f"{first.label}: {first.claim}\n{_indented(first.reason)}"
-    return "\n".join([text, *wrap(f"The same: {', '.join(each.label for each in others)}", WIDTH)]) if others else text
+    lines = [f"{first.label}: {first.claim}", _indented(first.reason)]
+    if others:
+        lines += wrap(f"The same: {', '.join(each.label for each in others)}", WIDTH)
+    return "\n".join(lines)
 
 
 def _remark(result: Result) -> str:
